@@ -1,0 +1,509 @@
+"""
+Everything that comes in from outside: flags, text, pixels, and the shards that prepare/ writes.
+
+A shard is one split of one dataset, a folder of files that are mapped, never loaded whole:
+
+    tokens.bin      token ids of every sample, prompt then answer, end to end (uint16 or uint32)
+    samples.bin     one SAMPLE record a sample: where its tokens are, which image it asks about
+    images.bin      the encoded images, end to end, each stored once however many ask about it
+    images.idx      one IMAGE record an image
+    records.jsonl   the words: id, question, answer, type, image name, one line a sample
+    manifest.json   written last: counts, settings, licence, and the size and hash of each file
+
+The loader packs the samples of a step into rows of T tokens. A group is one image with up to
+`questions_per_image` questions about it, or one text-only sample:
+
+    <bos> image image ... image | prompt answer | prompt answer | ...
+    0     1     2         N       N+1 ...         N+1 ...            <- rotary positions
+
+A question attends to the image and to itself, so a group's loss and gradients are those of its
+samples run one at a time. The last token of a prompt predicts the answer's first token, and the
+last token of the answer predicts <eos>, which therefore never has to be an input.
+
+Letters: B samples in a step, R rows, T tokens in a row, I images, H height, W width,
+M supervised positions. This file needs no torch: arrays leave it as numpy.
+"""
+
+import argparse
+import difflib
+import functools
+import hashlib
+import inspect
+import io
+import json
+import re
+import sys
+import typing
+import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from PIL import Image, ImageOps
+
+BOS, EOS = 1, 2  # LLaMA's ids; PMC-LLaMA's config.json says 0 and 1, which its tokenizer contradicts
+PROMPT_VERSION = 1  # raised when format_prompt changes, so that older shards are refused
+SHARD_VERSION = 1
+SAMPLE = np.dtype([("offset", "<u8"), ("prompt", "<u4"), ("answer", "<u4"),
+                   ("image", "<i4"), ("checksum", "<u4")])  # lengths in tokens; image -1: none
+IMAGE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("checksum", "<u4")])  # bytes
+
+
+# ----------------------------------------------------------------------------- flags
+
+class UserError(Exception):
+    """A mistake that the user can mend. The message is one line: what, where, what to run next."""
+
+
+def run(main, Config):
+    """Parse the command line into a Config and call main with it; a UserError exits with code 2."""
+    try:
+        main(parse_flags(Config, sys.argv[1:]))
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_flags(Config, arguments):
+    """
+    Turn ["--key=value", ...] into the dataclass Config, each value of its field's type.
+
+    The comment behind a field is its help text. Raises UserError on an unknown flag, with the
+    nearest name, and on a value of the wrong type.
+    """
+    def boolean(text):
+        if text.lower() not in ("true", "false"):
+            raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+        return text.lower() == "true"
+
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+    for item in fields(Config):
+        assert item.default is not MISSING, f"{item.name} needs a default"
+        choices = typing.get_args(item.type) or None
+        kind = str if choices else boolean if item.type is bool else item.type
+        values = "|".join(choices) if choices else item.type.__name__
+        parser.add_argument("--" + item.name, type=kind, choices=choices, default=item.default,
+                            metavar=values, help=f"{comments[item.name]} (default: "
+                            f"{str(item.default) or 'none'})".replace("%", "%%"))
+    try:
+        known, unknown = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}; see --help") from None
+    if unknown:
+        name = unknown[0].split("=")[0].lstrip("-")
+        near = difflib.get_close_matches(name, [item.name for item in fields(Config)], n=1)
+        hint = f"did you mean --{near[0]}?" if near else "see --help"
+        raise UserError(f"unknown flag {unknown[0]!r}: {hint}")
+    return Config(**vars(known))
+
+
+# ----------------------------------------------------------------------------- text
+
+@dataclass
+class Record:
+    """One question about one image, or about none, as prepare/ reads it from a dataset."""
+    id: str
+    question: str
+    answer: str
+    image: bytes | None = None  # the encoded file; None for a text-only sample
+    image_name: str = ""
+    context: str = ""  # text that the question is about, such as an abstract
+    type: str = ""  # question type, for the tables
+    label: str = ""  # the image's class, where a dataset has one
+
+
+def format_prompt(question, context=""):
+    """The text before an answer. It never ends in a space: see Tokenizer.encode."""
+    context = f"Context: {context}\n" if context else ""
+    return f"{context}Question: {question}\nAnswer:"
+
+
+class Tokenizer:
+    """A SentencePiece model whose <bos> is 1 and <eos> is 2, as in every LLaMA."""
+
+    def __init__(self, path):
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no tokenizer here; run `python prepare/all.py "
+                            "--only=tokenizer` or name yours with --tokenizer")
+        content = Path(path).read_bytes()
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except RuntimeError:
+            raise UserError(f"{path}: not a SentencePiece model") from None
+        if (self.model.bos_id(), self.model.eos_id()) != (BOS, EOS):
+            raise UserError(f"{path}: <bos> and <eos> are {self.model.bos_id()} and "
+                            f"{self.model.eos_id()}; LLaMA's are {BOS} and {EOS}")
+        self.vocab_size = self.model.get_piece_size()
+
+    def encode(self, text):
+        """
+        Token ids of a text, without <bos> and <eos>.
+
+        Prompt and answer are encoded apart, then joined: each gets the piece of a word's start,
+        and the boundary between them cannot move with what stands beside it. Runs of spaces are
+        collapsed because transformers' and SentencePiece's own LLaMA tokenizers differ on them.
+        """
+        return self.model.encode(re.sub(r"[^\S\n]+", " ", text).strip())
+
+    def decode(self, tokens):
+        return self.model.decode([int(token) for token in tokens]).strip()
+
+
+# ----------------------------------------------------------------------------- pixels
+
+def load_image(content):
+    """
+    Decode an image file's bytes to an upright 8-bit RGB PIL image, whatever its mode.
+
+    16-bit, integer and float pixels are stretched from their minimum and maximum to 0..255,
+    since a cast would keep only the low bits. Transparent pixels are laid over black. Raises
+    what Pillow raises on a broken file.
+    """
+    image = Image.open(io.BytesIO(content))
+    image.load()  # decode now: a truncated file must fail here
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        pixels = np.asarray(image, dtype=np.float64)
+        low, high = pixels.min(), pixels.max()
+        pixels = (pixels - low) * (255 / max(high - low, 1e-12))
+        image = Image.fromarray(pixels.round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return image.convert("RGB")
+
+
+def resize_image(image, size, how="squash"):
+    """
+    Bring an RGB image to size x size, bicubic and antialiased.
+
+    squash: the whole image, its aspect changed (the paper's "resized to 224x224");
+    crop: shortest side to size, then the centre (BiomedCLIP's own); pad: black borders.
+    """
+    bicubic = Image.Resampling.BICUBIC
+    if how == "crop":
+        return ImageOps.fit(image, (size, size), bicubic)
+    if how == "pad":
+        return ImageOps.pad(image, (size, size), bicubic)
+    assert how == "squash", how
+    return image.resize((size, size), bicubic)
+
+
+# ----------------------------------------------------------------------------- shards
+
+def manifest_checksum(manifest):
+    """Hash of a manifest without its own "checksum" entry."""
+    rest = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(folder):
+    """The manifest of a shard, or None where it is absent, cut short or altered."""
+    try:
+        manifest = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
+        return manifest if manifest["checksum"] == manifest_checksum(manifest) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def sample_checksum(sample, tokens):
+    """CRC-32 over a SAMPLE record's own fields and its tokens."""
+    header = np.array([sample["offset"], sample["prompt"], sample["answer"], sample["image"]],
+                      dtype="<i8")
+    return zlib.crc32(np.ascontiguousarray(tokens), zlib.crc32(header))
+
+
+class Shard:
+    """
+    One prepared split, memory-mapped. Index files are verified when it is opened, samples and
+    images as they are read.
+
+    Raises UserError when the shard is absent, cut short, altered, or written by another version.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        again = f"run `python prepare/all.py --only={self.folder.parent.name}`"
+        if not self.folder.is_dir():
+            raise UserError(f"{self.folder}: not prepared; {again}")
+        self.manifest = read_manifest(self.folder)
+        if self.manifest is None:
+            raise UserError(f"{self.folder}/manifest.json: missing or damaged; {again}")
+        versions = (self.manifest["shard_version"], self.manifest["prompt_version"])
+        if versions != (SHARD_VERSION, PROMPT_VERSION):
+            raise UserError(f"{self.folder}: written by another version of this code; {again}")
+        for name, expected in self.manifest["files"].items():
+            path = self.folder / name
+            if not path.is_file() or path.stat().st_size != expected["bytes"]:
+                raise UserError(f"{path}: missing, or not its {expected['bytes']} bytes; {again}")
+        self.again = again
+        self.samples = np.frombuffer(self.read_verified("samples.bin"), SAMPLE)
+        self.image_index = np.frombuffer(self.read_verified("images.idx"), IMAGE)
+        self.tokens = self.map("tokens.bin", self.manifest["token_dtype"])
+        self.pixels = self.map("images.bin", np.uint8)
+
+    def __len__(self):
+        return len(self.samples)
+
+    def map(self, name, dtype):
+        path = self.folder / name
+        return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
+
+    def read_verified(self, name):
+        content = (self.folder / name).read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.manifest["files"][name]["sha256"]:
+            raise UserError(f"{self.folder / name}: damaged; {self.again}")
+        return content
+
+    def read_tokens(self, number):
+        """Token ids of a sample: prompt and answer, neither with <bos> or <eos>."""
+        sample = self.samples[number]
+        begin = int(sample["offset"])
+        middle = begin + int(sample["prompt"])
+        tokens = self.tokens[begin:middle + int(sample["answer"])]
+        if sample_checksum(sample, tokens) != sample["checksum"]:
+            raise UserError(f"{self.folder}/tokens.bin: sample {number} is damaged; {self.again}")
+        return tokens[:middle - begin], tokens[middle - begin:]
+
+    def read_image(self, number):
+        """Pixels of an image: (H, W, 3) uint8."""
+        entry = self.image_index[number]
+        begin = int(entry["offset"])
+        content = self.pixels[begin:begin + int(entry["length"])].tobytes()
+        if zlib.crc32(content) != entry["checksum"]:
+            raise UserError(f"{self.folder}/images.bin: image {number} is damaged; {self.again}")
+        return np.asarray(Image.open(io.BytesIO(content)))
+
+    def read_records(self):
+        """The words of every sample, as a list of dicts in the order of samples.bin."""
+        return [json.loads(line) for line in self.read_verified("records.jsonl").splitlines()]
+
+
+# ----------------------------------------------------------------------------- the packed loader
+
+@dataclass
+class Batch:
+    """A micro-batch of R packed rows of T tokens. The arrays are numpy here, tensors in model.py."""
+    tokens: np.ndarray  # (R, T) int64; 0 where an image token or padding stands
+    positions: np.ndarray  # (R, T) int64, rotary
+    group: np.ndarray  # (R, T) int32, number of the group in its row; -1 in padding
+    question: np.ndarray  # (R, T) int32; 0 in the part that a group's questions share, then 1, 2, ...
+    images: np.ndarray  # (I, H, W, 3) uint8
+    image_at: np.ndarray  # (I,) int64, index into the R * T tokens of an image's first token
+    answer_at: np.ndarray  # (M,) int64, index into the R * T tokens of what predicts a target
+    targets: np.ndarray  # (M,) int64, the token to predict
+
+
+@dataclass
+class Step:
+    """All that one optimiser step needs."""
+    number: int
+    batches: list  # of Batch
+    supervised: int  # answer and <eos> tokens in the whole step: what the loss is a mean over
+    padded: float  # share of the rows' tokens that is padding
+    samples: list = field(default_factory=list)  # (shard, sample number) of each
+
+
+def random_keys(seed, purpose, lap, count):
+    """uint64 random keys, a pure function of the arguments; NumPy promises this stream for good."""
+    return np.random.Philox(key=[seed, purpose], counter=[0, 0, 0, lap]).random_raw(count)
+
+
+class Mixture:
+    """
+    Samples of several shards in a training order that is a pure function of (seed, step).
+
+    shards: list of Shard; weights: how often each is seen in an epoch (2: twice; 0.5: half of it,
+    the other half in the next epoch). questions_per_image: how many questions of a step may share
+    one copy of their image; 1 is plain sampling, 0 sets no limit. held_out: about how many samples
+    to keep for validation, whole images at a time. Samples whose answer does not fit into a row
+    are left out and counted in `too_long`; those whose prompt is cut are counted in `cut`.
+    """
+
+    def __init__(self, shards, image_tokens, batch_size=64, weights=None, questions_per_image=1,
+                 row_length=1024, rows_per_batch=1, seed=0, held_out=0):
+        self.shards, self.image_tokens, self.seed = shards, image_tokens, seed
+        self.batch_size, self.questions_per_image = batch_size, questions_per_image
+        self.row_length, self.rows_per_batch = row_length, rows_per_batch
+        self.starts = np.cumsum([0] + [len(shard) for shard in shards])  # number of each first sample
+        self.train, self.held_out, self.group_ids = [], [], []
+        self.too_long = self.cut = 0
+        for index, shard in enumerate(shards):
+            samples = shard.samples
+            prefix = np.where(samples["image"] >= 0, 1 + image_tokens, 1)
+            room = row_length - prefix - samples["answer"].astype(np.int64)
+            self.too_long += int((room < 1).sum())
+            self.cut += int(((room >= 1) & (samples["prompt"] > room)).sum())
+            # A text-only sample is a group of its own: numbered after the images.
+            images = len(shard.image_index)
+            groups = np.where(samples["image"] >= 0, samples["image"],
+                              images + np.arange(len(samples)))
+            keys = random_keys(seed, 2 * index, 0, images + len(samples))[groups]
+            count = round(held_out * len(samples) / self.starts[-1])
+            kept_back = keys <= np.partition(keys, count - 1)[count - 1] if count else keys < 0
+            self.train.append(np.flatnonzero((room >= 1) & ~kept_back))
+            self.held_out.append(np.flatnonzero((room >= 1) & kept_back))
+            self.group_ids.append(groups)
+        self.counts = [round(weight * len(train))
+                       for weight, train in zip(weights or [1] * len(shards), self.train)]
+        self.samples_per_epoch = sum(self.counts)
+        if self.samples_per_epoch < 1:
+            raise UserError("no sample to train on: all are held out, weighted 0 or too long")
+        self.epoch_order = functools.lru_cache(maxsize=2)(self.epoch_order)
+
+    def epoch_order(self, epoch):
+        """
+        One epoch's samples in training order and the group that each belongs to: two (n,) int64.
+
+        Each dataset walks through permutations of its own, so that a weight of 0.5 sees every
+        sample once in two epochs. Then groups, not samples, are shuffled over all datasets.
+        """
+        samples, groups, group_count = [], [], 0
+        for index, (train, count) in enumerate(zip(self.train, self.counts)):
+            begin, end = epoch * count, (epoch + 1) * count
+            picked = [train[:0]]
+            for lap in range(begin // max(len(train), 1), -(-end // max(len(train), 1))):
+                order = np.argsort(random_keys(self.seed, 2 * index + 1, lap, len(train)))
+                picked.append(train[order][max(begin - lap * len(train), 0):end - lap * len(train)])
+            picked = np.concatenate(picked)
+            # Sort by image, keeping the random order within one, and cut into groups.
+            images = self.group_ids[index][picked]
+            by_image = np.argsort(images, kind="stable")
+            first = np.diff(images[by_image], prepend=-1) != 0
+            number = np.arange(len(picked))
+            rank = number - np.maximum.accumulate(np.where(first, number, 0))
+            limit = self.questions_per_image or len(picked) + 1
+            samples.append(picked[by_image] + self.starts[index])
+            groups.append(np.cumsum(rank % limit == 0) - 1 + group_count)
+            group_count += int((rank % limit == 0).sum())
+        samples, groups = np.concatenate(samples), np.concatenate(groups)
+        keys = random_keys(self.seed, 2 * len(self.shards) + 1, epoch, group_count)
+        order = np.argsort(keys[groups], kind="stable")
+        return samples[order], groups[order]
+
+    def step(self, number):
+        """The Step of that number: exactly batch_size samples, the same on every machine."""
+        begin, end = number * self.batch_size, (number + 1) * self.batch_size
+        samples, groups = [], []
+        for epoch in range(begin // self.samples_per_epoch, -(-end // self.samples_per_epoch)):
+            start = epoch * self.samples_per_epoch
+            order, group = self.epoch_order(epoch)
+            window = slice(max(begin - start, 0), end - start)
+            samples += order[window].tolist()
+            groups += [(epoch, int(g)) for g in group[window]]
+        return self.pack(number, samples, groups)
+
+    def held_out_steps(self):
+        """Steps over the held-out samples, each once, in a fixed order; all questions share."""
+        samples = np.concatenate([kept + start for kept, start in zip(self.held_out, self.starts)])
+        images = np.concatenate([ids[kept] + start for ids, kept, start in
+                                 zip(self.group_ids, self.held_out, 2 * self.starts)])
+        order = np.argsort(images, kind="stable")
+        for number, begin in enumerate(range(0, len(samples), self.batch_size)):
+            window = order[begin:begin + self.batch_size]
+            yield self.pack(number, samples[window].tolist(), images[window].tolist())
+
+    def pack(self, number, samples, groups):
+        """Read the samples, put the groups into rows, largest first, and cut into micro-batches."""
+        pieces, names = {}, []  # group -> (shard, image, [(prompt, answer), ...])
+        for sample, group in zip(samples, groups):
+            index = int(np.searchsorted(self.starts, sample, side="right")) - 1
+            shard, local = self.shards[index], sample - int(self.starts[index])
+            names.append((shard, local))
+            prompt, answer = shard.read_tokens(local)
+            image = int(shard.samples[local]["image"])
+            prefix = 1 + self.image_tokens if image >= 0 else 1
+            prompt = prompt[-(self.row_length - prefix - len(answer)):]  # cut at the front
+            length = len(prompt) + len(answer)
+            copy = 0  # where a row cannot hold a whole group, its image is repeated
+            while sum(map(len_of, pieces.get((group, copy), (0, 0, []))[2])) + prefix + length \
+                    > self.row_length:
+                copy += 1
+            pieces.setdefault((group, copy), (shard, image, []))[2].append((prompt, answer))
+
+        rows, free = [], []  # first fit, decreasing
+        lengths = {key: sum(map(len_of, questions)) + (1 + self.image_tokens if image >= 0 else 1)
+                   for key, (_, image, questions) in pieces.items()}
+        for key in sorted(pieces, key=lambda key: -lengths[key]):
+            row = next((r for r, space in enumerate(free) if space >= lengths[key]), len(rows))
+            if row == len(rows):
+                rows.append([])
+                free.append(self.row_length)
+            rows[row].append(pieces[key])
+            free[row] -= lengths[key]
+        batches = [self.fill(rows[first:first + self.rows_per_batch])
+                   for first in range(0, len(rows), self.rows_per_batch)]
+        return Step(number, batches, sum(len(batch.targets) for batch in batches),
+                    sum(free) / (len(rows) * self.row_length), names)
+
+    def fill(self, rows):
+        """Write packed rows out as the arrays of a Batch."""
+        R, T = len(rows), self.row_length
+        tokens, positions = np.zeros((R, T), np.int64), np.zeros((R, T), np.int64)
+        group, question = np.full((R, T), -1, np.int32), np.zeros((R, T), np.int32)
+        images, image_at, answer_at, targets = [], [], [], []
+        for r, row in enumerate(rows):
+            at = 0
+            for g, (shard, image, questions) in enumerate(row):
+                begin, prefix = at, 1
+                tokens[r, at] = BOS
+                if image >= 0:
+                    images.append(shard.read_image(image))
+                    image_at.append(r * T + at + 1)
+                    prefix += self.image_tokens
+                positions[r, at:at + prefix] = np.arange(prefix)
+                at += prefix
+                for q, (prompt, answer) in enumerate(questions, start=1):
+                    end = at + len(prompt) + len(answer)
+                    tokens[r, at:end] = np.concatenate([prompt, answer])
+                    positions[r, at:end] = np.arange(prefix, prefix + end - at)
+                    question[r, at:end] = q
+                    answer_at.extend(range(r * T + end - len(answer) - 1, r * T + end))
+                    targets.extend([*answer, EOS])
+                    at = end
+                group[r, begin:at] = g
+        images = np.stack(images) if images else np.zeros((0, 0, 0, 3), np.uint8)
+        return Batch(tokens, positions, group, question, images, np.array(image_at, np.int64),
+                     np.array(answer_at, np.int64), np.array(targets, np.int64))
+
+    def steps(self, first, last, workers):
+        """Yield the Steps first..last-1, read and decoded by `workers` threads ahead of time."""
+        with ThreadPoolExecutor(workers) as pool:  # Pillow and zlib let go of the interpreter lock
+            ahead = deque()
+            for number in range(first, last):
+                ahead.append(pool.submit(self.step, number))
+                if len(ahead) > 2 * workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+
+
+def len_of(question):
+    """Tokens of a (prompt, answer) pair."""
+    return len(question[0]) + len(question[1])
+
+
+def open_mixture(names, shards_dir, split, **settings):
+    """
+    The Mixture of "path_vqa,vqa_rad:2": prepared datasets by name, each with an optional weight.
+
+    Raises UserError when a dataset is not prepared or the datasets' tokenizers differ.
+    """
+    shards, weights = [], []
+    for entry in names.split(","):
+        name, _, weight = entry.strip().partition(":")
+        try:
+            weights.append(float(weight or 1))
+        except ValueError:
+            raise UserError(f"--data: {weight!r} is no weight; write name:2 or name") from None
+        shards.append(Shard(Path(shards_dir) / name / split))
+    tokenizers = {shard.manifest["tokenizer_sha256"] for shard in shards}
+    if len(tokenizers) > 1:
+        raise UserError(f"--data: {names} were prepared with different tokenizers; prepare them "
+                        "with one: `python prepare/all.py --tokenizer=...`")
+    return Mixture(shards, weights=weights, **settings)

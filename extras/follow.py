@@ -1,0 +1,72 @@
+"""
+Follow one question from its words to its loss and its answer, naming each function on the way.
+
+    python extras/follow.py --run=out/path_vqa --data=path_vqa --split=test --number=0
+
+README.md's "How it works" is this script's output.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from data import Batch, Mixture, Shard, Tokenizer, format_prompt, run
+from model import VLM, normalise
+
+
+@dataclass(frozen=True)
+class Config:
+    run: str = "out/path_vqa"  # folder of a train_vlm.py run
+    data: str = "path_vqa"  # prepared dataset
+    split: str = "test"  # one of its splits
+    number: int = 0  # sample of the split
+    shards_dir: str = "shards"  # where prepare/all.py put them
+
+
+def main(config):
+    shard = Shard(Path(config.shards_dir) / config.data / config.split)
+    tokenizer = Tokenizer(Path(config.run) / "tokenizer.model")
+    record, sample = shard.read_records()[config.number], shard.samples[config.number]
+    print(f"records.jsonl    {record['question']!r} -> {record['answer']!r}")
+
+    prompt, answer = shard.read_tokens(config.number)
+    text = format_prompt(record["question"], record.get("context", ""))
+    assert tokenizer.encode(text) == prompt.tolist() and tokenizer.encode(record["answer"]) == answer.tolist()
+    print(f"format_prompt    {text!r}")
+    print(f"Tokenizer.encode {prompt.tolist()} | {answer.tolist()}")
+    print(f"samples.bin      {dict(zip(sample.dtype.names, sample.tolist()))}")
+    pixels = shard.read_image(sample["image"])
+    print(f"read_image       {pixels.shape} {pixels.dtype}, mean {pixels.mean():.1f}")
+
+    model = VLM.from_run(config.run).eval()
+    N = model.vision.config.tokens
+    mixture = Mixture([shard], N, batch_size=1, row_length=1 + N + len(prompt) + len(answer))
+    step = mixture.pack(0, [config.number], [0])
+    batch = Batch(**{name: torch.from_numpy(value) for name, value in vars(step.batches[0]).items()})
+    print(f"Mixture.pack     tokens {tuple(batch.tokens.shape)}: <bos>, {N} image tokens, {len(prompt)} of "
+          f"prompt, {len(answer)} of answer; supervised at {batch.answer_at.tolist()}: {batch.targets.tolist()}")
+    with torch.no_grad():
+        image = normalise(batch.images)
+        print(f"normalise        {tuple(image.shape)}, mean {image.mean():.3f}, std {image.std():.3f}")
+        tokens = model.vision(image)
+        print(f"ViT              {tuple(tokens.shape)}")
+        print(f"VLM.projector    {tuple(model.projector(tokens).shape)}")
+        x = model.splice(batch.tokens, model.projector(tokens), batch.image_at)
+        print(f"VLM.splice       {tuple(x.shape)}")
+        logits = model(batch)
+        print(f"VLM.forward      logits {tuple(logits.shape)}")
+        for token, loss in zip(batch.targets, F.cross_entropy(logits, batch.targets, reduction="none")):
+            print(f"  loss of {tokenizer.model.id_to_piece(int(token))!r:12} {loss:.3f} nats")
+        print(f"VLM.loss         {model.loss(batch) / step.supervised:.3f} nats a token")
+        reply = model.generate([prompt.tolist()], batch.images, [0])[0]
+        print(f"VLM.generate     {reply} -> Tokenizer.decode -> {tokenizer.decode(reply)!r}")
+
+
+if __name__ == "__main__":
+    run(main, Config)

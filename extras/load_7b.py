@@ -1,0 +1,93 @@
+"""
+Load a LLaMA-7B and a ViT-B/16 of random values in the exact layouts of PMC-LLaMA and BiomedCLIP,
+and answer one question about an image: what it takes in seconds and memory, without the download.
+
+    python extras/load_7b.py --folder=weights/random_7b --tokenizer=weights/llama_tokenizer/tokenizer.model
+
+The files (13.5 GB in three shards, and 0.3 GB) are written once and may be deleted afterwards. The
+answer is noise, the cost is real.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
+
+import json
+import resource
+import subprocess
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from safetensors.torch import save_file
+
+from data import Tokenizer, format_prompt, run
+from model import VLM, LLaMA, LlamaConfig, ViT, ViTConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    folder: str = "weights/random_7b"  # where the synthetic checkpoints are written
+    tokenizer: str = "weights/llama_tokenizer/tokenizer.model"  # LLaMA's
+    shards: int = 3  # files of the language model
+    new_tokens: int = 8  # tokens to answer with
+    write: bool = False  # internal: write the files in a process of its own, then stop
+
+
+def write_checkpoints(folder, shards):
+    """Random bf16 weights in the hub's layout with PMC-LLaMA's config.json, and BiomedCLIP's tower."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in LLaMA(LlamaConfig()).state_dict().items()}
+        vision = {name: t.shape for name, t in ViT(ViTConfig()).state_dict().items()}
+    torch.manual_seed(0)
+    names, weight_map = list(shapes), {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        part = names[shard * len(names) // shards:(shard + 1) * len(names) // shards]
+        tensors = {name: torch.ones(shapes[name], dtype=torch.bfloat16) if "norm" in name
+                   else torch.empty(shapes[name], dtype=torch.bfloat16).uniform_(-0.035, 0.035)
+                   for name in part}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(part, file))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    wrong_ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}  # as PMC-LLaMA's own file
+    (folder / "config.json").write_text(json.dumps(
+        {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", **asdict(LlamaConfig()),
+         **wrong_ids}, indent=2))
+    tower = {f"visual.trunk.{name}": 0.02 * torch.randn(shape) for name, shape in vision.items()}
+    save_file(tower, folder / "biomedclip.safetensors")
+
+
+def peak_gigabytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def main(config):
+    folder = Path(config.folder)
+    if config.write:
+        return write_checkpoints(folder, config.shards)
+    if not (folder / "biomedclip.safetensors").is_file():  # elsewhere, to leave the peak below clean
+        subprocess.run([sys.executable, __file__, f"--folder={folder}", "--write=true",
+                        f"--shards={config.shards}"], check=True)
+    tokenizer = Tokenizer(config.tokenizer)
+    before = peak_gigabytes()
+    begin = time.perf_counter()
+    model = VLM.build("paper", tokenizer.vocab_size, folder / "biomedclip.safetensors", folder,
+                      dtype=torch.bfloat16).eval()
+    seconds = time.perf_counter() - begin
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
+    print(f"loaded {weights:.2f} GB of weights in {seconds:.1f} s; peak memory {peak_gigabytes():.2f} GB, "
+          f"{before:.2f} of it Python and torch: {(peak_gigabytes() - before) / weights:.3f}x the weights")
+    prompt = tokenizer.encode(format_prompt("what does the image show?"))
+    image = torch.randint(0, 256, (1, 224, 224, 3), dtype=torch.uint8)
+    begin = time.perf_counter()
+    with torch.autocast("cpu", torch.bfloat16):
+        reply = model.generate([prompt], image, [0], max_new_tokens=config.new_tokens)[0]
+    print(f"answered {len(reply)} tokens in {time.perf_counter() - begin:.1f} s: "
+          f"{tokenizer.decode(reply)!r}; peak memory {peak_gigabytes():.2f} GB")
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,153 @@
+"""
+LoRA (arXiv 2106.09685): a frozen matrix W plus a trained product of two thin ones.
+
+    y = x W^T + alpha / r * dropout(x) A^T B^T      W: (out, in)   A: (r, in)   B: (out, r)
+
+A starts Kaiming-uniform and B zero, so that training starts from the frozen model exactly.
+Adapters are saved and loaded in PEFT's own folder format and key names.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from data import UserError
+
+
+class LoRALinear(nn.Module):
+    """A frozen nn.Linear, kept as `base`, with a trained low-rank update beside it."""
+
+    def __init__(self, base, r, alpha, dropout=0.0):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scale = alpha / r
+        self.dropout = nn.Dropout(dropout)
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device))  # float32 even
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))  # on a bf16 base
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.unmerged = None  # the base's own weight while the update is merged into it
+
+    def forward(self, x):
+        y = self.base(x)
+        if self.unmerged is not None:
+            return y
+        x = self.dropout(x) @ self.lora_A.to(x.dtype).T  # (..., in) -> (..., r)
+        return y + self.scale * (x @ self.lora_B.to(x.dtype).T).to(y.dtype)  # (..., r) -> (..., out)
+
+    @torch.no_grad()
+    def merge(self):
+        """Add the update to the base's weight; a second call changes nothing."""
+        if self.unmerged is None:
+            self.unmerged = self.base.weight.data
+            update = self.scale * (self.lora_B @ self.lora_A)  # (out, in)
+            self.base.weight.data = (self.unmerged.float() + update).to(self.unmerged.dtype)
+
+    @torch.no_grad()
+    def unmerge(self):
+        """Put the base's own weight back: kept, not recomputed, hence the same bits."""
+        if self.unmerged is not None:
+            self.base.weight.data = self.unmerged
+            self.unmerged = None
+
+
+def add_lora(model, targets, r=8, alpha=16, dropout=0.0):
+    """
+    Freeze a model and put a LoRALinear around each nn.Linear whose name ends in one of `targets`
+    (comma-separated, such as "q_proj,v_proj"). Returns their names.
+    """
+    suffixes = [target.strip() for target in targets.split(",")]
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for suffix in suffixes:
+        if not any(("." + name).endswith("." + suffix) for name in linear):
+            raise UserError(f"LoRA target {suffix!r} names no matrix of the {type(model).__name__}; it "
+                            f"has {', '.join(sorted({name.split('.')[-1] for name in linear}))}")
+    chosen = [name for name in sorted(linear)
+              if any(("." + name).endswith("." + suffix) for suffix in suffixes)]
+    model.requires_grad_(False)
+    for name in chosen:
+        parent, _, child = name.rpartition(".")
+        wrapped = LoRALinear(model.get_submodule(name), r, alpha, dropout)
+        setattr(model.get_submodule(parent), child, wrapped)
+    return chosen
+
+
+def lora_layers(model):
+    """Name -> LoRALinear."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def save_adapter(model, folder, base_name, targets, r, alpha, dropout):
+    """Write adapter_config.json and adapter_model.safetensors as PEFT does."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, layer in lora_layers(model).items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.detach().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B.detach().contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    language = hasattr(model, "lm_head")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM" if language else None,
+              "base_model_name_or_path": base_name, "r": r, "lora_alpha": alpha,
+              "lora_dropout": dropout, "target_modules": [name.strip() for name in targets.split(",")],
+              "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "modules_to_save": None,
+              "use_rslora": False, "use_dora": False, "init_lora_weights": True,
+              "rank_pattern": {}, "alpha_pattern": {}}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_adapter_config(folder):
+    """
+    The add_lora settings of an adapter folder, ours or PEFT's.
+
+    Raises UserError when it is absent or uses what this file does not do.
+    """
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        raise UserError(f"{path}: not there; an adapter folder has it beside adapter_model.safetensors")
+    config = json.loads(path.read_text())
+    unsupported = [key for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+                                   "fan_in_fan_out", "modules_to_save", "layers_to_transform")
+                   if config.get(key)]
+    unsupported += [f"{key} {config[key]!r}" for key, plain in (("peft_type", "LORA"), ("bias", "none"))
+                    if config.get(key, plain) != plain]
+    if isinstance(config["target_modules"], str):
+        unsupported.append("target_modules as a pattern")
+    if unsupported:
+        raise UserError(f"{path}: {', '.join(unsupported)} not supported here: plain LoRA is")
+    return {"targets": ",".join(sorted(config["target_modules"])), "r": config["r"],
+            "alpha": config["lora_alpha"], "dropout": config["lora_dropout"]}
+
+
+def load_adapter(model, folder):
+    """
+    Copy an adapter's tensors into a model that add_lora has prepared.
+
+    Raises UserError unless its tensors and the model's LoRA layers match one to one.
+    """
+    path = Path(folder) / "adapter_model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path}: not there")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+    wanted = {}
+    for name, layer in lora_layers(model).items():
+        wanted[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A
+        wanted[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B
+    wrong = sorted(wanted.keys() ^ tensors.keys()) or sorted(
+        key for key in wanted if wanted[key].shape != tensors[key].shape)
+    if wrong:
+        shape = re.sub(r"\D+", "x", str(tuple(tensors[wrong[0]].shape))) if wrong[0] in tensors else "none"
+        raise UserError(f"{path}: {len(wrong)} tensors do not fit, the first {wrong[0]} (here {shape})")
+    with torch.no_grad():
+        for key, parameter in wanted.items():
+            parameter.copy_(tensors[key])

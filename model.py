@@ -1,0 +1,611 @@
+"""
+The model: a vision transformer, one linear projection and a LLaMA, written out in full.
+
+    image (224, 224, 3) -> ViT -> 197 tokens of 768 -> Linear -> 197 tokens of 4096 --.
+                                                                                      v
+    <bos> image ... image | prompt answer   -> embeddings, image tokens spliced in -> LLaMA -> loss
+
+Each part's parameters carry the names of the checkpoint that it is initialised from: timm's for the
+ViT (BiomedCLIP's visual.trunk.*), the Hugging Face hub's for LLaMA (PMC-LLaMA). Loading is therefore
+a plain copy, and what we save is read by those libraries.
+
+Letters: R rows, T tokens in a row, C width, nh heads, nkv key-value heads, hs head size,
+I images, H, W their height and width, N tokens of an image (class token + patches), P patch size,
+V vocabulary, M supervised positions, B prompts, S slots of the key-value cache.
+The paper's sizes: ViT-B/16 C=768 nh=12 N=197; LLaMA-7B C=4096 nh=nkv=32 hs=128 V=32000.
+"""
+
+import json
+import re
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from data import BOS, EOS, UserError
+from lora import add_lora, load_adapter, save_adapter
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+# ----------------------------------------------------------------------------- vision transformer
+
+@dataclass
+class ViTConfig:
+    image_size: int = 224  # pixels
+    patch_size: int = 16  # pixels
+    width: int = 768
+    depth: int = 12
+
+    @property
+    def tokens(self):
+        """Tokens of an image: one per patch and the class token."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+    @property
+    def heads(self):
+        return self.width // 64  # as in every ViT of the family, from Ti to L
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        P = config.patch_size
+        self.proj = nn.Conv2d(3, config.width, kernel_size=P, stride=P)
+
+    def forward(self, images):
+        return self.proj(images).flatten(2).transpose(1, 2)  # (I, 3, H, W) -> (I, N-1, C)
+
+
+class ViTAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x):
+        I, N, C = x.shape
+        qkv = self.qkv(x).view(I, N, 3, self.heads, C // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (I, nh, N, hs)
+        y = F.scaled_dot_product_attention(q, k, v)  # (I, nh, N, hs): every token sees every other
+        return self.proj(y.transpose(1, 2).reshape(I, N, C))
+
+
+class ViTMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc1 = nn.Linear(config.width, 4 * config.width)
+        self.fc2 = nn.Linear(4 * config.width, config.width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))  # the exact GELU, not its tanh approximation
+
+
+class ViTBlock(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, eps=1e-6)
+        self.attn = ViTAttention(config)
+        self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
+        self.mlp = ViTMLP(config)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """Vision transformer (arXiv 2010.11929) in timm's layout, without a head."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.pos_embed = nn.Parameter(torch.empty(1, config.tokens, config.width).normal_(std=0.02))
+        self.blocks = nn.ModuleList(ViTBlock(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.apply(init_weights)
+
+    def forward(self, images):
+        """(I, 3, H, W) normalised pixels -> (I, N, C) tokens after the final norm, class token first."""
+        x = self.patch_embed(images)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (I, N, C)
+        x = x + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    @classmethod
+    def from_pretrained(cls, file, dtype=torch.float32, device="cpu"):
+        """
+        Build and load from a safetensors file: timm's keys as they are, or under BiomedCLIP's
+        `visual.trunk.`, whose projection head and text tower are dropped. Sizes are read from
+        the shapes. Raises UserError when a tensor is missing, unknown or of another shape.
+        """
+        shapes = {}
+        for key, shape in tensor_shapes(file).items():
+            shapes[key.removeprefix("visual.trunk.")] = shape
+        try:
+            (width, _, P, _), grid = shapes["patch_embed.proj.weight"], shapes["pos_embed"][1] - 1
+        except (KeyError, ValueError):
+            raise UserError(f"{file}: no ViT in timm's layout (patch_embed.proj.weight, pos_embed); "
+                            "BiomedCLIP's comes with `python prepare/all.py`") from None
+        depth = len([key for key in shapes if re.fullmatch(r"blocks\.\d+\.norm1\.weight", key)])
+        with torch.device("meta"):
+            model = cls(ViTConfig(round(grid ** 0.5) * P, P, width, depth))
+        return load_exactly(model, [file], dtype, device, prefix="visual.trunk.",
+                            dropped=r"visual\.head\.proj\.weight|text\..*|logit_scale")
+
+
+# ----------------------------------------------------------------------------- LLaMA
+
+@dataclass
+class LlamaConfig:
+    """LLaMA-7B (arXiv 2302.13971); the fields are those of the hub's config.json."""
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+    @property
+    def head_size(self):
+        return self.hidden_size // self.num_attention_heads
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the statistics in float32 whatever x is (arXiv 1910.07467)."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight.to(x.dtype) * wide.to(x.dtype)
+
+
+def rotary_angles(positions, head_size, theta):
+    """(R, T) positions -> cos and sin of the rotary embedding, each (R, 1, T, hs/2) float32."""
+    channel = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32)
+    angle = positions[:, None, :, None].float() / theta ** (channel / head_size)  # (R, 1, T, hs/2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """
+    Rotate (R, nh, T, hs) queries or keys by their positions (arXiv 2104.09864).
+
+    The hub's half-split layout: channel j turns with channel j + hs/2. Meta's own files pair
+    neighbours instead; the hub's q and k rows are permuted to match, so nothing is permuted here.
+    """
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+
+
+class LlamaAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.nh, self.nkv = config.num_attention_heads, config.num_key_value_heads
+        self.hs = config.head_size
+        self.q_proj = nn.Linear(config.hidden_size, self.nh * self.hs, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.nkv * self.hs, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, self.nkv * self.hs, bias=False)
+        self.o_proj = nn.Linear(self.nh * self.hs, config.hidden_size, bias=False)
+
+    def forward(self, x, cos, sin, mask, cache=None, positions=None):
+        R, T, C = x.shape
+        q = self.q_proj(x).view(R, T, self.nh, self.hs).transpose(1, 2)  # (R, nh, T, hs)
+        k = self.k_proj(x).view(R, T, self.nkv, self.hs).transpose(1, 2)  # (R, nkv, T, hs)
+        v = self.v_proj(x).view(R, T, self.nkv, self.hs).transpose(1, 2)  # (R, nkv, T, hs)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:  # a token's slot is its position
+            slots = positions[:, None, :, None].expand_as(k)
+            k = cache[0].scatter_(2, slots, k.to(cache[0].dtype))  # (R, nkv, S, hs)
+            v = cache[1].scatter_(2, slots, v.to(cache[1].dtype))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.nh != self.nkv)
+        return self.o_proj(y.transpose(1, 2).reshape(R, T, C))
+
+
+class LlamaMLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaBlock(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = LlamaAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = LlamaMLP(config)
+
+    def forward(self, x, cos, sin, mask, cache=None, positions=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, positions)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LLaMA(nn.Module):
+    """LLaMA 1 and 2, and what shares their layout: grouped-query attention, other widths and thetas."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict(dict(
+            embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
+            layers=nn.ModuleList(LlamaBlock(config) for _ in range(config.num_hidden_layers)),
+            norm=RMSNorm(config.hidden_size, config.rms_norm_eps)))
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.apply(init_weights)
+
+    def embed(self, tokens):
+        return self.model.embed_tokens(tokens)  # (R, T) -> (R, T, C)
+
+    def transform(self, x, positions, mask, cache=None):
+        """
+        (R, T, C) embeddings -> (R, T, C) after the final norm. mask: (R, 1, T, T or S), True where a
+        query (second last) may attend to a key (last). cache: one (keys, values) pair a layer, each
+        (R, nkv, S, hs), into which keys and values are written at their positions.
+        """
+        cos, sin = rotary_angles(positions, self.config.head_size, self.config.rope_theta)
+        for i, block in enumerate(self.model.layers):
+            x = block(x, cos, sin, mask, cache[i] if cache else None, positions)
+        return self.model.norm(x)
+
+    def forward(self, tokens):
+        """(R, T) tokens -> (R, T, V) logits, each token seeing itself and those before it."""
+        R, T = tokens.shape
+        positions = torch.arange(T, device=tokens.device).expand(R, T)
+        mask = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
+        return self.lm_head(self.transform(self.embed(tokens), positions, mask[None, None]))
+
+    def new_cache(self, rows, slots, dtype):
+        """An empty key-value cache: for each layer keys and values, each (R, nkv, S, hs)."""
+        shape = (rows, self.config.num_key_value_heads, slots, self.config.head_size)
+        device = self.lm_head.weight.device
+        return [(torch.zeros(shape, dtype=dtype, device=device),
+                 torch.zeros(shape, dtype=dtype, device=device))
+                for _ in range(self.config.num_hidden_layers)]
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
+        """
+        Build and load from a hub folder: config.json and model.safetensors, whole or sharded.
+
+        Tensor by tensor from a memory map into dtype on device, so that the peak of memory is the
+        weights themselves. Raises UserError when the folder is incomplete or a tensor does not fit.
+        """
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder}/config.json: not there; run `python prepare/all.py` for "
+                            "PMC-LLaMA, or name a folder in the hub's layout")
+        hub = json.loads((folder / "config.json").read_text())
+        rope = hub.get("rope_parameters") or hub.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        config = LlamaConfig(**{item.name: hub[item.name] for item in fields(LlamaConfig)
+                                if hub.get(item.name) is not None})
+        config.num_key_value_heads = hub.get("num_key_value_heads") or config.num_attention_heads
+        config.rope_theta = rope.get("rope_theta", config.rope_theta)
+        unsupported = [name for name, wrong in [
+            ("tied embeddings", hub.get("tie_word_embeddings")), ("biases", hub.get("attention_bias")),
+            (f"{rope_type} rope", rope_type != "default"),
+            ("head_dim", (hub.get("head_dim") or config.head_size) != config.head_size),
+            (f"activation {hub.get('hidden_act')}", hub.get("hidden_act", "silu") != "silu")] if wrong]
+        if unsupported:
+            raise UserError(f"{folder}/config.json: {', '.join(unsupported)} not supported here; "
+                            "LLaMA 1 and 2, PMC-LLaMA and TinyLlama are")
+        index = folder / "model.safetensors.index.json"
+        names = ["model.safetensors"]
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        with torch.device("meta"):
+            model = cls(config)
+        return load_exactly(model, [folder / name for name in names], dtype, device,
+                            dropped=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+# ----------------------------------------------------------------------------- the whole
+
+CONFIGS = {  # name -> sizes of the parts that are not loaded from a weights file
+    "paper": (ViTConfig(), LlamaConfig()),
+    "small": (ViTConfig(width=192, depth=6),
+              LlamaConfig(hidden_size=256, intermediate_size=688, num_hidden_layers=6,
+                          num_attention_heads=4, num_key_value_heads=4)),
+    "sample": (ViTConfig(patch_size=32, width=128, depth=4),
+               LlamaConfig(hidden_size=128, intermediate_size=344, num_hidden_layers=4,
+                           num_attention_heads=2, num_key_value_heads=2)),
+}
+
+
+def normalise(images):
+    """(I, H, W, 3) uint8 -> (I, 3, H, W) float32 with CLIP's mean and standard deviation."""
+    mean = torch.tensor(CLIP_MEAN, device=images.device) * 255
+    std = torch.tensor(CLIP_STD, device=images.device) * 255
+    return ((images.float() - mean) / std).permute(0, 3, 1, 2)
+
+
+def packed_mask(group, question):
+    """
+    Who may attend to whom in packed rows: two (R, T) -> (R, 1, T, T) bool.
+
+    A token sees what stands before it in its own group: the shared part (question 0) and its own
+    question. Padding (group -1) sees padding, so that no row of the mask is empty.
+    """
+    T = group.shape[1]
+    same_group = group[:, :, None] == group[:, None, :]  # (R, T, T)
+    same_question = question[:, :, None] == question[:, None, :]
+    shared = question[:, None, :] == 0
+    causal = torch.ones(T, T, dtype=torch.bool, device=group.device).tril()
+    return (same_group & (same_question | shared) & causal)[:, None]  # (R, 1, T, T)
+
+
+class VLM(nn.Module):
+    """A ViT, a linear projection and a LLaMA (OpenMedQ, arXiv 2606.12953)."""
+
+    def __init__(self, vision, language):
+        super().__init__()
+        self.vision = vision
+        self.projector = nn.Linear(vision.config.width, language.config.hidden_size)
+        self.language = language
+        self.lora = {}  # part -> settings of its LoRA: r, alpha, dropout, targets
+        self.weights = {"vision": "", "language": ""}  # part -> file or folder it was loaded from
+        self.projector.apply(init_weights)
+
+    @classmethod
+    def build(cls, name, vocab_size, vision_weights="", language_weights="", dtype=torch.float32,
+              device="cpu"):
+        """A model of CONFIGS[name]; a part with a weights file is loaded from it, sizes and all."""
+        vision_config, language_config = CONFIGS[name]
+        with torch.device(device):
+            vision = (ViT.from_pretrained(vision_weights, device=device) if vision_weights
+                      else ViT(vision_config))
+            language = (LLaMA.from_pretrained(language_weights, dtype, device) if language_weights
+                        else LLaMA(replace(language_config, vocab_size=vocab_size)).to(dtype))
+            if language.config.vocab_size < vocab_size:
+                raise UserError(f"{language_weights}: its {language.config.vocab_size} tokens are fewer "
+                                f"than the tokenizer's {vocab_size}; prepare with its own tokenizer")
+            model = cls(vision, language)
+        model.weights = {"vision": str(vision_weights), "language": str(language_weights)}
+        return model
+
+    def encode_images(self, images):
+        """(I, H, W, 3) uint8 -> (I, N, C) image tokens in the language model's width."""
+        return self.projector(self.vision(normalise(images)))
+
+    def splice(self, tokens, image_tokens, image_at):
+        """Embed (R, T) tokens and write (I, N, C) image tokens over them from flat index image_at on."""
+        x = self.language.embed(tokens)
+        if not len(image_tokens):
+            return x
+        R, T, C = x.shape
+        N = image_tokens.shape[1]
+        at = image_at[:, None] + torch.arange(N, device=x.device)  # (I, N)
+        x = x.reshape(R * T, C).index_copy(0, at.flatten(), image_tokens.flatten(0, 1).to(x.dtype))
+        return x.view(R, T, C)
+
+    def forward(self, batch):
+        """
+        Logits of a packed data.Batch of tensors: (M, V) float32, at the supervised positions alone.
+        """
+        images = self.encode_images(batch.images) if len(batch.images) else batch.images
+        x = self.splice(batch.tokens, images, batch.image_at)
+        x = self.language.transform(x, batch.positions, packed_mask(batch.group, batch.question))
+        x = x.flatten(0, 1)[batch.answer_at]  # (M, C)
+        return self.language.lm_head(x).float()
+
+    def loss(self, batch):
+        """Cross-entropy of a data.Batch summed over its supervised positions: a scalar."""
+        return F.cross_entropy(self(batch), batch.targets, reduction="sum")
+
+    @torch.no_grad()
+    def generate(self, prompts, images, image_of, max_new_tokens=32, temperature=0.0):
+        """
+        Answer B prompts together; greedy at temperature 0, else sampled with torch's generator.
+
+        prompts: B lists of token ids; images: (I, H, W, 3) uint8; image_of: B indices into images,
+        -1 for none. Returns B lists of token ids, each up to its <eos>, which is left out.
+        """
+        B, N, device = len(prompts), self.vision.config.tokens, self.projector.weight.device
+        prefix = [1 + N if image >= 0 else 1 for image in image_of]
+        lengths = [p + len(prompt) for p, prompt in zip(prefix, prompts)]
+        T = max(lengths)
+        tokens = torch.zeros(B, T, dtype=torch.long)
+        tokens[:, 0] = BOS
+        for b, prompt in enumerate(prompts):  # padding stands on the right, where nothing looks at it
+            tokens[b, prefix[b]:lengths[b]] = torch.as_tensor(prompt)
+        with_image = [b for b in range(B) if image_of[b] >= 0]
+        if with_image:
+            encoded = self.encode_images(images)[[image_of[b] for b in with_image]]  # (I, N, C)
+        else:
+            encoded = torch.zeros(0, N, 0)
+        at = torch.tensor([b * T + 1 for b in with_image], device=device)
+        x = self.splice(tokens.to(device), encoded, at)
+
+        slots = torch.arange(T + max_new_tokens, device=device)
+        cache = None
+        length = torch.tensor(lengths, device=device)
+        positions = torch.arange(T, device=device).expand(B, T)
+        answers, done = [], torch.zeros(B, dtype=torch.bool, device=device)
+        for new in range(max_new_tokens):
+            cache = cache or self.language.new_cache(B, len(slots), x.dtype)
+            mask = slots <= positions[:, None, :, None]  # (B, 1, T, S), T = 1 after the first round
+            x = self.language.transform(x, positions, mask, cache)
+            last = x[torch.arange(B), length - 1] if new == 0 else x[:, 0]  # (B, C)
+            logits = self.language.lm_head(last).float()  # (B, V)
+            if temperature > 0:
+                token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)[:, 0]
+            else:
+                token = logits.argmax(dim=-1)
+            done |= token == EOS
+            answers.append(token.masked_fill(done, EOS))
+            if done.all():
+                break
+            positions = (length + new)[:, None]  # (B, 1): overwrites the padding of short rows
+            x = self.language.embed(answers[-1][:, None])
+        rows = torch.stack(answers, dim=1).tolist() if answers else [[]] * B
+        return [row[:row.index(EOS)] if EOS in row else row for row in rows]
+
+    def save(self, folder):
+        """
+        Write what no weights file holds yet: trained parts, adapters, and parts made from scratch.
+
+        vision.safetensors (timm's layout), projector.safetensors, language/ (the hub's layout),
+        vision_adapter/ and adapter/ (PEFT's layout), config.json.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors_of(self.projector), folder / "projector.safetensors")
+        stored = {"vision": folder / "vision.safetensors", "language": folder / "language"}
+        for part, where in stored.items():
+            module = getattr(self, part)
+            if part in self.lora:
+                adapter = folder / ("adapter" if part == "language" else "vision_adapter")
+                save_adapter(module, adapter, self.weights[part], **self.lora[part])
+            if self.weights[part] and (part in self.lora or not is_trained(module)):
+                continue
+            tensors = {name.replace(".base.", "."): tensor for name, tensor in tensors_of(module).items()
+                       if ".lora_" not in name}
+            if part == "vision":
+                save_file(tensors, where, metadata={"format": "pt"})
+            else:
+                where.mkdir(exist_ok=True)
+                save_file(tensors, where / "model.safetensors", metadata={"format": "pt"})
+                hub = {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
+                       **asdict(module.config), "hidden_act": "silu", "bos_token_id": BOS,
+                       "eos_token_id": EOS, "tie_word_embeddings": False}
+                (where / "config.json").write_text(json.dumps(hub, indent=2) + "\n")
+        (folder / "config.json").write_text(
+            json.dumps({"weights": self.weights, "lora": self.lora}, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder, dtype=torch.float32, device="cpu"):
+        """The model that save() wrote. Raises UserError when a file is missing or does not fit."""
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder}: no model here; run `python train_vlm.py`")
+        config = json.loads((folder / "config.json").read_text())
+        stored = {"vision": folder / "vision.safetensors", "language": folder / "language"}
+        where = {part: path if path.exists() else config["weights"][part]
+                 for part, path in stored.items()}
+        vision = ViT.from_pretrained(where["vision"], device=device)
+        language = LLaMA.from_pretrained(where["language"], dtype, device)
+        with torch.device("meta"):
+            model = cls(vision, language)
+        load_exactly(model.projector, [folder / "projector.safetensors"], torch.float32, device)
+        model.weights, model.lora = config["weights"], config["lora"]
+        for part, settings in model.lora.items():
+            add_lora(getattr(model, part), **settings)
+            load_adapter(getattr(model, part),
+                         folder / ("adapter" if part == "language" else "vision_adapter"))
+        return model
+
+    @classmethod
+    def from_run(cls, folder, dtype=torch.float32, device="cpu"):
+        """The model of a train_vlm.py run, from its newest checkpoint."""
+        return cls.load(newest_checkpoint(folder), dtype, device)
+
+
+# ----------------------------------------------------------------------------- weights
+
+def init_weights(module):
+    """Normal with standard deviation 0.02, biases zero: what both parts are made with from scratch."""
+    if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):
+        nn.init.normal_(module.weight, std=0.02)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+
+
+def is_trained(module):
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def tensors_of(module):
+    return {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}
+
+
+def tensor_shapes(file):
+    """Names and shapes of a safetensors file's tensors, without reading them."""
+    if not Path(file).is_file():
+        raise UserError(f"{file}: no such weights file")
+    try:
+        with safe_open(file, "pt") as tensors:
+            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a whole safetensors file ({error})") from None
+
+
+def load_exactly(model, files, dtype, device, prefix="", dropped=r"(?!)"):
+    """
+    Fill a model built on the meta device from safetensors files, in both directions completely.
+
+    prefix is taken off the files' keys; keys that fully match `dropped` are left out. Raises
+    UserError with the first offenders when a key is unknown, missing, repeated or misshapen.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found, problems = {}, []
+    for file in files:
+        for key, shape in tensor_shapes(file).items():
+            name = key.removeprefix(prefix)
+            if re.fullmatch(dropped, key):
+                continue
+            if name not in wanted:
+                problems.append(f"{key} is unknown")
+            elif name in found:
+                problems.append(f"{key} comes twice")
+            elif shape != wanted[name]:
+                problems.append(f"{key} is {shape}, not {wanted[name]}")
+            found[name] = (file, key)
+    problems += [f"{name} is missing" for name in wanted if name not in found]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{files[0]}: does not fit this model: {'; '.join(problems[:3])}{more}")
+    loaded = {}
+    for name, (file, key) in found.items():
+        # Opened anew for each tensor: pages of an open map would count as memory until its end.
+        with safe_open(file, "pt") as tensors:
+            loaded[name] = tensors.get_tensor(key).to(device, dtype, copy=True)
+    model.load_state_dict(loaded, assign=True)
+    return model
+
+
+def newest_checkpoint(run):
+    """The checkpoint folder of the highest step in a run folder."""
+    found = sorted(Path(run).glob("step_*[0-9]"), key=lambda path: int(path.name[5:]))
+    if not found:
+        raise UserError(f"{run}: no checkpoint here; run `python train_vlm.py --run={run}`")
+    return found[-1]
+
+
+def pick_device(device, dtype):
+    """
+    The torch device and the dtype to compute in: the names given, or for "auto" the GPU where
+    there is one, and bfloat16 where that GPU has it.
+    """
+    if device == "auto":
+        device = ("cuda" if torch.cuda.is_available()
+                  else "mps" if torch.backends.mps.is_available() else "cpu")
+    if dtype == "auto":
+        bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+        dtype = "bfloat16" if bf16 else "float32"
+    return torch.device(device), getattr(torch, dtype)

@@ -1,0 +1,154 @@
+"""train_vlm.py and eval_vqa.py from the command line to the files they leave, on the sample."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import eval_vqa
+import train_vlm
+from data import UserError
+from model import VLM
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def command(*words):
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """The first 64 questions of each split of the sample, prepared by the real command."""
+    folder = tmp_path_factory.mktemp("shards")
+    done = command("prepare/all.py", "--only=sample", "--limit=64", f"--shards_dir={folder}")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def flags(shards, run, **changes):
+    return train_vlm.Config(**{**dict(
+        shards_dir=str(shards), run=str(run), data="sample", model="sample", language="full",
+        batch_size=8, max_steps=6, row_length=256, micro_batch_tokens=512, held_out=8,
+        questions_per_image=0, learning_rate=1e-3, save_every=3, log_every=1, workers=1,
+        evaluate_every=3), **changes})
+
+
+def read_log(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def stop_after_saving(monkeypatch, times):
+    """Stand in for a process that dies right after its n-th checkpoint."""
+    save, calls = train_vlm.save_checkpoint, []
+
+    def save_then_die(*arguments):
+        save(*arguments)
+        calls.append(1)
+        if len(calls) == times:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(train_vlm, "save_checkpoint", save_then_die)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(), dict(language="lora", lora_dropout=0.3, vision="lora", projector="frozen")])
+def test_resumed_run_equals_undisturbed(shards, tmp_path, monkeypatch, changes):
+    train_vlm.main(flags(shards, tmp_path / "whole", **changes))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after_saving(patch, 1)
+        train_vlm.main(flags(shards, tmp_path / "cut", **changes))
+    assert [path.name for path in (tmp_path / "cut").glob("step_*")] == ["step_000003"]
+    train_vlm.main(flags(shards, tmp_path / "cut", resume=True, **changes))
+    files = sorted(path.relative_to(tmp_path / "whole") for path
+                   in (tmp_path / "whole" / "step_000006").rglob("*.safetensors"))
+    assert len(files) >= 4
+    for file in files:
+        whole, cut = load_file(tmp_path / "whole" / file), load_file(tmp_path / "cut" / file)
+        assert whole.keys() == cut.keys()
+        for name in whole:
+            assert torch.equal(whole[name], cut[name]), (file, name)
+    losses = [entry["loss"] for entry in read_log(tmp_path / "whole") if "loss" in entry]
+    assert losses == [entry["loss"] for entry in read_log(tmp_path / "cut") if "loss" in entry]
+
+
+def test_micro_batches_change_rounding_only(shards, tmp_path):
+    logs = []
+    for tokens in (256, 4096):
+        run = tmp_path / str(tokens)
+        train_vlm.main(flags(shards, run, micro_batch_tokens=tokens, max_steps=1))
+        logs.append(next(entry for entry in read_log(run) if "loss" in entry))
+    assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], rel=1e-5)
+    assert logs[0]["gradient_norm"] == pytest.approx(logs[1]["gradient_norm"], rel=1e-5)
+
+
+def test_learns_by_heart_and_answers(shards, tmp_path, capsys):
+    """The whole path: 64 questions learnt until the model answers them with their own words."""
+    run = tmp_path / "run"
+    train_vlm.main(flags(shards, run, max_steps=120, batch_size=32, held_out=0, save_every=1000,
+                         log_every=20, learning_rate=2e-3))
+    eval_vqa.main(eval_vqa.Config(run=str(run), shards_dir=str(shards), split="train"))
+    scores = json.loads((run / "results.json").read_text())["results"]["sample/train"]["scores"]
+    assert scores["model"]["exact_match"] >= 95
+    assert scores["image shuffled"]["exact_match"] < scores["model"]["exact_match"] - 20
+    lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    assert {line["system"] for line in lines} == {"model", "image shuffled", "question only"}
+    own = [line for line in lines if line["system"] == "model"]
+    assert len(own) == 64 and own[0].keys() == {
+        "id", "dataset", "image", "question", "answer", "prediction", "type", "system"}
+    hits = sum(line["prediction"] == line["answer"] for line in own)
+    assert 100 * hits / 64 == pytest.approx(scores["model"]["exact_match"])
+    assert "image shuffled" in capsys.readouterr().out
+    assert VLM.from_run(run).vision.config.width == 128
+
+
+def test_non_finite_loss_stops_before_it_is_saved(shards, tmp_path):
+    with pytest.raises(UserError, match=r"step \d+: loss .*sample/train:\d+.*log.jsonl"):
+        train_vlm.main(flags(shards, tmp_path, learning_rate=1e30, clip=0.0, warmup=0.0, max_steps=9,
+                             save_every=100))
+    assert not list(tmp_path.glob("step_*"))
+    last = read_log(tmp_path)[-1]
+    assert last["error"] and len(last["samples"]) == 8
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_with_other_flags(shards, tmp_path):
+    train_vlm.main(flags(shards, tmp_path, max_steps=1))
+    with pytest.raises(UserError, match="holds a run already; add --resume=true"):
+        train_vlm.main(flags(shards, tmp_path, max_steps=1))
+    with pytest.raises(UserError, match="--learning_rate=0.5: the run in .* has 0.001"):
+        train_vlm.main(flags(shards, tmp_path, max_steps=1, resume=True, learning_rate=0.5))
+    with pytest.raises(UserError, match="every part is frozen"):
+        train_vlm.main(flags(shards, tmp_path / "frozen", vision="frozen", projector="frozen",
+                             language="frozen"))
+
+
+def test_another_tokenizer_is_refused(shards, tmp_path):
+    run = tmp_path / "run"
+    train_vlm.main(flags(shards, run, max_steps=1))
+    model = (run / "tokenizer.model").read_bytes()
+    at = model.index(b"yes")
+    (run / "tokenizer.model").write_bytes(model[:at] + b"yex" + model[at + 3:])
+    with pytest.raises(UserError, match="made with another tokenizer"):
+        eval_vqa.main(eval_vqa.Config(run=str(run), shards_dir=str(shards)))
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["train_vlm.py", "--batchsize=3"], "did you mean --batch_size?"),
+    (["train_vlm.py", "--batch_size=many"], "--batch_size"),
+    (["train_vlm.py", "--data=nowhere", "--model=sample"], "prepare/all.py --only=nowhere"),
+    (["train_vlm.py", "--data=sample:much"], "'much' is no weight"),
+    (["eval_vqa.py", "--run=out/no_such_run"], "python train_vlm.py --run=out/no_such_run"),
+    (["prepare/all.py", "--only=path_vqq"], "path_vqa"),
+])
+def test_a_mistake_gets_one_line_and_code_2(words, expected):
+    done = command(*words)
+    assert done.returncode == 2
+    assert expected in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_missing_weights_name_the_command(shards, tmp_path):
+    with pytest.raises(UserError, match="weights/biomedclip.safetensors.*"):
+        train_vlm.main(flags(shards, tmp_path, model="paper", device="cpu"))

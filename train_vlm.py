@@ -1,0 +1,323 @@
+"""
+Train the vision-language model: images and questions in, next-token cross-entropy on the answers.
+
+    python train_vlm.py --batch_size=64                          the paper's recipe (section 3)
+    python train_vlm.py --model=sample --data=sample --language=full      from scratch, on a laptop
+
+A run is a folder: config.json (flags, versions), tokenizer.model, log.jsonl, and step_N/ with the
+newest checkpoint, which eval_vqa.py loads. The same command with --resume=true goes on from there,
+bit for bit: the samples of a step, and any random number it draws, depend on seed and step alone.
+"""
+
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from data import Batch, Tokenizer, UserError, open_mixture, run
+from lora import add_lora
+from model import CONFIGS, VLM, is_trained, newest_checkpoint, pick_device
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = "path_vqa,vqa_rad,pubmed_qa"  # prepared datasets, each with an optional weight: name:2
+    shards_dir: str = "shards"  # where prepare/all.py put them
+    batch_size: int = 64  # samples in an optimiser step
+    questions_per_image: int = 1  # questions of a step that may share one copy of their image; 0: all
+    row_length: int = 3584  # tokens of a packed row
+    micro_batch_tokens: int = 8192  # tokens of a forward pass; trades memory for speed, not results
+    held_out: int = 512  # samples kept from training for the validation loss
+    workers: int = 4  # threads that read and decode ahead of the trainer
+    model: Literal["paper", "small", "sample"] = "paper"  # sizes of parts that have no weights file
+    vision_weights: str = "auto"  # safetensors file; auto: BiomedCLIP for the paper's; none: random
+    language_weights: str = "auto"  # hub folder; auto: PMC-LLaMA for the paper's; none: random
+    vision: Literal["full", "lora", "frozen"] = "full"  # what trains of the vision transformer
+    projector: Literal["full", "frozen"] = "full"  # what trains of the projection
+    language: Literal["lora", "full", "frozen"] = "lora"  # what trains of the language model
+    lora_targets: str = "q_proj,v_proj"  # matrices of the language model with LoRA
+    lora_vision_targets: str = "qkv"  # matrices of the vision transformer with --vision=lora
+    lora_r: int = 8  # rank
+    lora_alpha: float = 16.0  # the update is scaled by alpha / r
+    lora_dropout: float = 0.0  # on the input of the update
+    epochs: float = 15.0  # passes over the data
+    max_steps: int = 0  # stop after so many steps; 0: after the epochs
+    learning_rate: float = 5e-5  # peak
+    warmup: float = 0.03  # share of the steps in which it rises from 0
+    final_learning_rate: float = 0.0  # where the cosine ends
+    weight_decay: float = 0.01  # of matrices; biases, norms and embeddings of position have none
+    beta2: float = 0.999  # AdamW's second-moment decay
+    clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    seed: int = 0  # of initialisation, order and dropout
+    device: str = "auto"  # cuda, mps or cpu
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the GPU has it
+    run: str = ""  # folder of this run; none: out/<model>_<date>
+    resume: bool = False  # go on from the newest checkpoint of the run
+    log_every: int = 10  # steps
+    evaluate_every: int = 500  # steps
+    save_every: int = 500  # steps
+    wandb: bool = False  # also log to Weights & Biases, if installed
+
+
+FREE_ON_RESUME = {"workers", "device", "resume", "run", "log_every", "evaluate_every", "save_every",
+                  "wandb", "shards_dir"}  # what changes no number
+
+
+def learning_rate_at(step, steps, config):
+    """Linear warm-up, then a cosine down to final_learning_rate."""
+    warmup_steps = config.warmup * steps
+    if step < warmup_steps:
+        return config.learning_rate * (step + 1) / (warmup_steps + 1)
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(steps - warmup_steps, 1)))
+    return config.final_learning_rate + cosine * (config.learning_rate - config.final_learning_rate)
+
+
+def open_run(config):
+    """The run's folder, and the checkpoint to go on from, or None."""
+    name = f"{config.model}_{time.strftime('%Y%m%d_%H%M%S')}"
+    folder = Path(config.run or Path("out") / name)
+    if config.resume and not config.run:
+        runs = sorted(Path("out").glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+        if not runs:
+            raise UserError("--resume=true: no run in out/; leave it out to start one")
+        folder = runs[-1].parent
+    checkpoints = list(folder.glob("step_*[0-9]"))
+    if checkpoints and not config.resume:
+        raise UserError(f"{folder}: holds a run already; add --resume=true to go on with it, or "
+                        "choose another --run")
+    if not checkpoints:  # a run that was stopped before its first checkpoint starts anew
+        return folder, None
+    before = json.loads((folder / "config.json").read_text())["flags"]
+    for key, value in asdict(config).items():
+        if key not in FREE_ON_RESUME and before[key] != value:
+            raise UserError(f"--{key}={value}: the run in {folder} has {before[key]}; resume it with "
+                            "the flags it was started with")
+    return folder, newest_checkpoint(folder)
+
+
+def make_model(config, tokenizer, checkpoint, device, dtype):
+    """The VLM with the flagged parts trainable, from a checkpoint or from the weights files."""
+    # Trained weights stay in float32; autocast rounds them in use, never where they are summed up.
+    language_dtype = torch.float32 if config.language == "full" else dtype
+    if checkpoint:
+        model = VLM.load(checkpoint, language_dtype, device)
+    else:
+        default = {"vision_weights": "weights/biomedclip.safetensors",
+                   "language_weights": "weights/pmc_llama_7b"} if config.model == "paper" else {}
+        weights = {key: {"auto": default.get(key, ""), "none": ""}.get(getattr(config, key),
+                                                                      getattr(config, key))
+                   for key in ("vision_weights", "language_weights")}
+        model = VLM.build(config.model, tokenizer.vocab_size, **weights, dtype=language_dtype,
+                          device=device)
+    for part, targets in [("vision", config.lora_vision_targets), ("projector", ""),
+                          ("language", config.lora_targets)]:
+        module, how = getattr(model, part), getattr(config, part)
+        if how != "lora":
+            module.requires_grad_(how == "full")
+        elif part not in model.lora:
+            model.lora[part] = {"targets": targets, "r": config.lora_r, "alpha": config.lora_alpha,
+                                "dropout": config.lora_dropout}
+            add_lora(module, **model.lora[part])
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in module.parameters())
+        source = model.weights.get(part) or "random"
+        print(f"{part:9} {total:13,} parameters, {trained:13,} trained ({how}), from "
+              f"{checkpoint or source}")
+    if not is_trained(model):
+        raise UserError("every part is frozen: set --vision, --projector or --language")
+    return model
+
+
+def make_optimizer(model, config):
+    """AdamW on what trains; only matrices decay."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = [p for p in trained.values() if p.dim() == 2]
+    others = [p for p in trained.values() if p.dim() != 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay},
+              {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, config.beta2), fused=True)
+
+
+def save_checkpoint(model, optimizer, step, run):
+    """Write run/step_N whole or not at all, then remove the checkpoints before it."""
+    folder, partial = run / f"step_{step:06d}", run / "step_partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save(partial)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    moments = {f"{names[parameter]}:{key}": value.contiguous()
+               for parameter, state in optimizer.state.items() for key, value in state.items()}
+    save_file(moments, partial / "optimizer.safetensors")
+    for path in [*partial.rglob("*"), partial]:  # on the disk before the name appears
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    partial.rename(folder)
+    for old in run.glob("step_*[0-9]"):
+        if old != folder:
+            shutil.rmtree(old)
+
+
+def load_optimizer(optimizer, model, checkpoint):
+    moments = load_file(checkpoint / "optimizer.safetensors")
+    parameters = dict(model.named_parameters())
+    for key, value in moments.items():
+        name, _, kind = key.rpartition(":")
+        parameter = parameters[name]
+        device = "cpu" if kind == "step" and not parameter.is_cuda else parameter.device
+        optimizer.state[parameter][kind] = value.to(device)
+
+
+def to_device(batch, device):
+    """A data.Batch of numpy arrays as one of tensors."""
+    arrays = {item.name: torch.from_numpy(getattr(batch, item.name)) for item in fields(Batch)}
+    return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in arrays.items()})
+
+
+@torch.no_grad()
+def held_out_loss(model, mixture, device, autocast):
+    """Mean cross-entropy over the supervised tokens of the held-out samples, in nats."""
+    model.eval()
+    total = supervised = 0
+    for step in mixture.held_out_steps():
+        for batch in step.batches:
+            with autocast:
+                total += model.loss(to_device(batch, device)).item()
+        supervised += step.supervised
+    model.train()
+    return total / max(supervised, 1)
+
+
+def describe_machine(device):
+    """Versions, hardware and commit, so that a run says what made it."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                            cwd=Path(__file__).parent)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
+    return {"commit": commit.stdout.strip(), "torch": torch.__version__, "device": f"{device} {name}",
+            "threads": torch.get_num_threads(), "python": platform.python_version(),
+            "command": " ".join(sys.argv)}
+
+
+def train_step(model, optimizer, step, config, device, autocast):
+    """
+    One update from all micro-batches of a step; its loss and gradient norm as floats.
+
+    The loss is the mean over all supervised tokens of the step, however they are cut. Raises
+    FloatingPointError before anything is updated when loss or gradient is not finite.
+    """
+    torch.manual_seed(config.seed * 1_000_003 + step.number)  # dropout depends on the step alone
+    total = torch.zeros((), device=device)
+    for batch in step.batches:
+        with autocast:
+            loss = model.loss(to_device(batch, device)) / step.supervised
+        loss.backward()
+        total += loss.detach()
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(trained, config.clip or math.inf).item()
+    total = total.item()
+    if not math.isfinite(total + norm):
+        raise FloatingPointError(f"loss {total}, gradient norm {norm}")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total, norm
+
+
+def main(config):
+    device, dtype = pick_device(config.device, config.dtype)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    torch.manual_seed(config.seed)
+    folder, checkpoint = open_run(config)
+
+    first_shards = Path(config.shards_dir) / config.data.split(",")[0].partition(":")[0].strip()
+    vision_config = CONFIGS[config.model][0]  # every ViT here reads 224 px in patches of 16 or 32
+    mixture = open_mixture(
+        config.data, config.shards_dir, "train", image_tokens=vision_config.tokens,
+        batch_size=config.batch_size, questions_per_image=config.questions_per_image,
+        row_length=config.row_length, seed=config.seed, held_out=config.held_out,
+        rows_per_batch=max(1, config.micro_batch_tokens // config.row_length))
+    tokenizer = Tokenizer(first_shards / "tokenizer.model")
+    if tokenizer.sha256 != mixture.shards[0].manifest["tokenizer_sha256"]:
+        raise UserError(f"{first_shards}/tokenizer.model: not the one its shards were made with; run "
+                        f"`python prepare/all.py --only={first_shards.name}`")
+    model = make_model(config, tokenizer, checkpoint, device, dtype)
+    if model.vision.config.tokens != mixture.image_tokens:
+        raise UserError(f"--vision_weights: {model.vision.config.tokens} tokens an image, while "
+                        f"--model={config.model} has {mixture.image_tokens}; choose the one that fits")
+    optimizer = make_optimizer(model, config)
+    steps = config.max_steps or int(config.epochs * mixture.samples_per_epoch / config.batch_size)
+    first = 0
+    if checkpoint:
+        load_optimizer(optimizer, model, checkpoint)
+        first = int(checkpoint.name[5:])
+    for shard, train, held in zip(mixture.shards, mixture.train, mixture.held_out):
+        print(f"{shard.folder}: {len(train):,} samples to train on, {len(held):,} held out")
+    if mixture.cut or mixture.too_long:
+        print(f"rows of {config.row_length} tokens: {mixture.cut:,} prompts cut at the front, "
+              f"{mixture.too_long:,} samples left out because their answer does not fit")
+    print(f"{folder}: steps {first} to {steps} of {config.batch_size} samples on {device}, {dtype}")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(first_shards / "tokenizer.model", folder / "tokenizer.model")
+    (folder / "config.json").write_text(json.dumps(
+        {"flags": asdict(config), "tokenizer_sha256": tokenizer.sha256,
+         "machine": describe_machine(device)}, indent=2) + "\n")
+    log = open(folder / "log.jsonl", "a", encoding="utf-8")
+    if config.wandb:
+        import wandb
+        wandb.init(project="nanomedq", name=folder.name, config=asdict(config), dir=str(folder))
+
+    def write_log(entry):
+        log.write(json.dumps(entry) + "\n")
+        log.flush()
+        if config.wandb:
+            wandb.log(entry, step=entry["step"])
+
+    model.train()
+    bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True)
+    losses, padded, since, validation = [], [], time.perf_counter(), math.nan
+    for step in mixture.steps(first, steps, config.workers):
+        rate = learning_rate_at(step.number, steps, config)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        try:
+            loss, norm = train_step(model, optimizer, step, config, device, autocast)
+        except FloatingPointError as error:
+            samples = [f"{shard.folder}:{number}" for shard, number in step.samples]
+            write_log({"step": step.number, "error": str(error), "samples": samples})
+            raise UserError(f"step {step.number}: {error}, from {samples[0]} ... {samples[-1]}, all "
+                            f"named in {folder}/log.jsonl; try a lower --learning_rate") from None
+        losses.append(loss)
+        padded.append(step.padded)
+        done = step.number + 1
+        bar.update()
+        if done % config.log_every == 0 or done == steps:
+            seconds = time.perf_counter() - since
+            speed = len(losses) * config.batch_size / seconds
+            entry = {"step": done, "loss": sum(losses) / len(losses), "learning_rate": rate,
+                     "gradient_norm": norm, "samples_per_second": round(speed, 2),
+                     "padded": round(sum(padded) / len(padded), 4)}
+            write_log(entry)
+            bar.set_postfix_str(f"loss {entry['loss']:.3f}, held out {validation:.3f}, "
+                                f"{speed:.1f} samples/s, {entry['padded']:.0%} padding")
+            losses, padded, since = [], [], time.perf_counter()
+        if config.held_out and (done % config.evaluate_every == 0 or done == steps):
+            validation = held_out_loss(model, mixture, device, autocast)
+            write_log({"step": done, "held_out_loss": validation})
+        if done % config.save_every == 0 or done == steps:
+            save_checkpoint(model, optimizer, done, folder)
+    bar.close()
+    print(f"held-out loss {validation:.4f}; now run `python eval_vqa.py --run={folder}`")
+
+
+if __name__ == "__main__":
+    run(main, Config)

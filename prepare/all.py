@@ -1,0 +1,213 @@
+"""
+Prepare datasets: download what is missing, and write it as shards, which data.py describes.
+
+    python prepare/all.py --only=sample            the drawn sample, without a network
+    python prepare/all.py --only=tokenizer,path_vqa
+    python prepare/all.py --list=true              what there is, and what of it is prepared
+
+A dataset that is prepared, with the same settings, is left alone: run it again after anything.
+It ends with a table; the exit code is 1 if a dataset failed, and the others are prepared all the
+same.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: `data` lies above it
+
+import difflib
+import os
+import time
+import traceback
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from data import PROMPT_VERSION, SHARD_VERSION, Tokenizer, UserError, run
+from prepare.datasets import DATASETS
+from prepare.download import fetch, fetch_hub, hash_file
+from prepare.shards import ImageSettings, read_manifests, recover, why_stale, write_dataset
+
+TOKENIZER = "huggyllama/llama-7b"  # hub repository; its tokenizer.model is Meta's, unchanged
+TOKENIZER_SHA256 = "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"
+
+
+@dataclass(frozen=True)
+class Config:
+    only: str = ""  # datasets, or "tokenizer", with commas between; all if none are named
+    raw_dir: str = "raw"  # downloads, a folder a dataset
+    shards_dir: str = "shards"  # where prepared datasets go
+    tokenizer: str = "weights/llama_tokenizer/tokenizer.model"  # SentencePiece model
+    workers: int = 0  # processes that decode images; 0: one a core
+    limit: int = 0  # take only the first so many samples of each split; 0: all
+    image_size: int = 224  # pixels, height and width of a stored image
+    resize: Literal["squash", "crop", "pad"] = "squash"  # how an image becomes square
+    codec: Literal["jpeg", "png"] = "jpeg"  # of stored images; png is lossless and twice as large
+    quality: int = 97  # of jpeg, 1 to 100; 97 alters a pixel by 1.1 of 255 grey levels on average
+    list: bool = False  # show the datasets and stop
+
+
+def select(only):
+    """The names asked for, each once, in the order in which they are prepared."""
+    known = ["tokenizer", *DATASETS]
+    asked = [name.strip() for name in only.split(",") if name.strip()] or known
+    for name in asked:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise UserError(f"--only: no dataset {name!r}; did you mean {near}? "
+                            f"There are {', '.join(known)}")
+    return [name for name in known if name in asked]
+
+
+def prepare_tokenizer(path):
+    """Download LLaMA's tokenizer. Returns status and message; a file that is there is kept."""
+    path = Path(path)
+    if path.is_file():
+        same = hash_file(path) == TOKENIZER_SHA256
+        return "up to date", "" if same else f"{path} is not LLaMA's tokenizer; it was kept"
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    fetch(f"{endpoint}/{TOKENIZER}/resolve/main/tokenizer.model", path, TOKENIZER_SHA256)
+    return "ready", f"{path}, from {endpoint}/{TOKENIZER}"
+
+
+def find_or_download(dataset, raw_dir):
+    """A dataset's sources, or {} and the status and message that say why there are none."""
+    sources, raw = dataset.find_sources(raw_dir), dataset.raw(raw_dir)
+    if sources:
+        return sources, "", ""
+    looked = f"no {' or '.join(' + '.join(layout) for layout in dataset.layouts)} in {raw}"
+    by_hand = f"download it from {dataset.page} into {raw} and run this again"
+    if not dataset.urls and not dataset.hub:
+        return {}, "manual", f"{looked}; {by_hand} (access: {dataset.access})"
+    try:
+        for url in dataset.urls:
+            fetch(url, raw / url.rsplit("/", 1)[1])
+        if dataset.hub:
+            fetch_hub(dataset.hub, dataset.hub_files, raw)
+    except UserError as error:
+        return {}, "missing", f"{looked}, and {error}; or {by_hand}"
+    sources = dataset.find_sources(raw_dir)
+    return sources, "missing", f"{looked}, even after the download; {by_hand}"
+
+
+def prepare_dataset(dataset, config):
+    """Prepare one dataset unless it is up to date. Returns its status and a message."""
+    target = Path(config.shards_dir) / dataset.name
+    recover(target)
+    image = ImageSettings(config.image_size, config.resize, config.codec,
+                          config.quality if config.codec == "jpeg" else 0)
+    facts = {"dataset": dataset.name, "shard_version": SHARD_VERSION,
+             "prompt_version": PROMPT_VERSION, "limit": config.limit, "image": asdict(image),
+             "licence": dataset.licence}
+    if not dataset.train_tokenizer:
+        facts["tokenizer_sha256"] = Tokenizer(config.tokenizer).sha256
+    reason = why_stale(target, facts, dataset.find_sources(config.raw_dir))
+    if not reason:
+        return "up to date", ""
+    print(f"{dataset.name}: {reason}", flush=True)
+    sources, status, message = find_or_download(dataset, config.raw_dir)
+    if not sources:
+        return status, message
+    model = (dataset.train_tokenizer() if dataset.train_tokenizer else
+             Path(config.tokenizer).read_bytes())
+    write_dataset(target, dataset, dataset.raw(config.raw_dir), sources, model, facts,
+                  config.workers or os.cpu_count())
+    return "ready", ""
+
+
+def attempt(name, config):
+    """Prepare one item. Returns its status and a message, whatever happens: others follow."""
+    try:
+        if name == "tokenizer":
+            return prepare_tokenizer(config.tokenizer)
+        return prepare_dataset(DATASETS[name], config)
+    except BrokenProcessPool:
+        return "failed", "a worker process died, perhaps of lack of memory; try fewer --workers"
+    except (UserError, OSError) as error:
+        return "failed", str(error)
+    except Exception as error:  # a mistake in a reader: show where, and go on
+        traceback.print_exc()
+        return "failed", f"{type(error).__name__}: {error}"
+
+
+# ----------------------------------------------------------------------------- what is printed
+
+def table_rows(name, status, manifests, seconds):
+    """A dataset's rows of the table: one a split, the time in the first."""
+    if not manifests:
+        return [(name, "", "", "", "", "", "", "", status)]
+    rows = []
+    images = sum(manifest["images"] for manifest in manifests.values())
+    for split in sorted(manifests, key=["train", "validation", "test"].index):
+        manifest = manifests[split]
+        timed = status == "ready" and not rows
+        skipped = ", ".join(f"{count} {why}" for why, count in manifest["skipped"].items())
+        size = sum(file["bytes"] for file in manifest["files"].values()) / 1e6
+        rows.append((name, split, f"{manifest['samples']:,}", f"{manifest['images']:,}",
+                     f"{size:,.1f}", skipped, f"{seconds:.1f}" if timed else "",
+                     f"{images / seconds:,.0f}" if timed and images else "", status))
+    return rows
+
+
+def print_table(rows):
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = [cell.rjust(width) if column in (2, 3, 4, 6, 7) else cell.ljust(width)
+                 for column, (cell, width) in enumerate(zip(row, widths))]
+        print("  ".join(cells).rstrip())
+
+
+def compare_counts(dataset, manifests):
+    """Say where what was found is not what was published."""
+    for split, published in dataset.counts.items():
+        manifest = manifests.get(split)
+        found = manifest["samples"] + sum(manifest["skipped"].values()) if manifest else 0
+        if found != published:
+            print(f"{dataset.name} {split}: {published:,} samples were published, "
+                  f"{f'{found:,}' if found else 'none'} found")
+
+
+def print_list(names, config):
+    """Facts of each dataset and how far it is."""
+    rows = [("dataset", "kind", "access", "MB", "samples", "status", "licence")]
+    for dataset in (DATASETS[name] for name in names if name != "tokenizer"):
+        manifests = read_manifests(Path(config.shards_dir) / dataset.name)
+        counts = ", ".join(f"{split} {count:,}" for split, count in dataset.counts.items())
+        status = ("prepared" if manifests else
+                  "downloaded" if dataset.find_sources(config.raw_dir) else
+                  "to download" if dataset.urls or dataset.hub else "manual")
+        rows.append((dataset.name, dataset.kind, dataset.access, f"{dataset.megabytes:,}", counts,
+                     status, dataset.licence))
+    print_table(rows)
+
+
+def main(config):
+    if min(config.workers, config.limit) < 0 or config.image_size < 1:
+        raise UserError("--workers and --limit are 0 or more, and --image_size is 1 or more")
+    if not 1 <= config.quality <= 100:
+        raise UserError(f"--quality={config.quality}: of jpeg, 1 to 100")
+    names = select(config.only)
+    if config.list:
+        return print_list(names, config)
+    rows = [("dataset", "split", "samples", "images", "MB", "skipped", "seconds", "images/s",
+             "status")]
+    found = {}  # dataset -> its manifests
+    for name in names:
+        start = time.perf_counter()
+        status, message = attempt(name, config)
+        if message:
+            print(f"{name}: {status}: {message}", flush=True)
+        if status in ("ready", "up to date") and name != "tokenizer":
+            found[name] = read_manifests(Path(config.shards_dir) / name)
+        rows += table_rows(name, status, found.get(name), time.perf_counter() - start)
+    print()
+    print_table(rows)
+    for name, manifests in found.items():
+        if not config.limit:
+            compare_counts(DATASETS[name], manifests)
+    if any(row[-1] in ("failed", "missing") for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main, Config)

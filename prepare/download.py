@@ -1,0 +1,99 @@
+"""Downloads: one file by its address, or files of a dataset repository on the Hugging Face hub."""
+
+import hashlib
+import http.client
+import os
+import shutil
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data import UserError
+
+
+def hash_file(path):
+    """A file's sha256, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch(url, path, sha256=""):
+    """
+    Download a file unless it is there already. A download that was cut goes on where it stopped.
+
+    Raises UserError when the server refuses or cannot be reached, when the connection is cut, and
+    when the content has another hash than `sha256`.
+    """
+    path = Path(path)
+    if path.is_file():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        whole = receive(url, partial)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # nothing lies beyond what is here: killed just before the rename
+            partial.unlink()
+            return fetch(url, path, sha256)
+        reasons = {401: "asks for a login", 403: "refuses access", 404: "has no such file"}
+        reason = reasons.get(error.code, f"answers {error.code} {error.reason}")
+        raise UserError(f"{url}: the server {reason}") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"{url}: no connection ({getattr(error, 'reason', error)}); run it again "
+                        f"to go on, or put the file at {path} yourself") from None
+    if not whole:
+        raise UserError(f"{url}: cut after {partial.stat().st_size} bytes; run it again to go on")
+    if sha256:
+        found = hash_file(partial)
+        if found != sha256:
+            partial.unlink()
+            raise UserError(f"{url}: its sha256 is {found}, not {sha256}")
+    partial.replace(path)
+
+
+def receive(url, partial):
+    """Append what `partial` lacks of a file; False if the connection ended before its end."""
+    start = partial.stat().st_size if partial.exists() else 0
+    headers = {"User-Agent": "nanoMedQ"} | ({"Range": f"bytes={start}-"} if start else {})
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=60) as response:
+        if response.status != 206:  # the server sends the whole file, asked or not
+            start = 0
+        length = response.headers.get("Content-Length")
+        total = start + int(length) if length else None
+        with (open(partial, "ab" if start else "wb") as file,
+              tqdm(desc=partial.name, initial=start, total=total, unit="B", unit_scale=True) as bar):
+            while chunk := response.read(1 << 20):
+                file.write(chunk)
+                bar.update(len(chunk))
+            file.flush()
+            os.fsync(file.fileno())
+            return total is None or file.tell() == total
+
+
+def fetch_hub(repository, patterns, folder):
+    """
+    Download a dataset repository's files that match the patterns into a folder, all or none.
+
+    Raises UserError when the hub refuses or cannot be reached.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        snapshot_download(repository, repo_type="dataset", allow_patterns=list(patterns),
+                          local_dir=partial)
+    except errors.GatedRepoError:
+        raise UserError(f"{repository}: ask for access on https://huggingface.co/datasets/"
+                        f"{repository}, then run `hf auth login`") from None
+    except OSError as error:  # every error of the hub's is one
+        first = str(error).splitlines()[0]
+        raise UserError(f"{repository}: not fetched from the hub ({first})") from None
+    shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub's own notes
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in partial.iterdir():
+        path.replace(folder / path.name)
+    partial.rmdir()

@@ -1,0 +1,289 @@
+"""
+The writer of shards, whose format data.py describes.
+
+A dataset is written into <shards_dir>/.<name>.partial and renamed when all of it is on the disk,
+so that a run killed at any moment leaves the dataset as it was, absent, or whole. Images are
+decoded, resized and encoded by worker processes and written in the order of the records: the
+files are the same, byte for byte, whatever the number of workers.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+import zlib
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from data import (IMAGE, SAMPLE, Tokenizer, UserError, format_prompt, load_image,
+                  manifest_checksum, read_manifest, resize_image, sample_checksum)
+from prepare.download import hash_file
+
+FILES = ("tokens.bin", "samples.bin", "images.bin", "images.idx", "records.jsonl")
+RECORDS_AHEAD = 4096  # read but not written yet; bounds memory where many share an image
+IMAGES_AHEAD = 4  # images under way, per worker
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How images are stored: size pixels along each side, see resize_image for resize."""
+    size: int
+    resize: str
+    codec: str
+    quality: int  # of JPEG, 1 to 100; 0 for PNG, which is lossless
+
+
+def encode_image(content, settings):
+    """
+    Decode, resize and encode one image file, in a worker process.
+
+    Returns the encoded bytes and their pixel error, the mean absolute difference in grey levels
+    (0 to 255) that the codec makes, or None if the file cannot be decoded.
+    """
+    try:
+        image = resize_image(load_image(content), settings.size, settings.resize)
+    except Exception:  # each decoder has its own ways to fail on a broken file
+        return None
+    stream = io.BytesIO()
+    if settings.codec == "png":
+        image.save(stream, "PNG")
+    else:  # colour at full resolution: halving it costs stains more than a lower quality does
+        image.save(stream, "JPEG", quality=settings.quality, subsampling="4:4:4")
+    stored = np.asarray(Image.open(stream), dtype=np.int16)
+    return stream.getvalue(), float(np.abs(stored - np.asarray(image)).mean())
+
+
+def end_with_parent():
+    """Start of a worker: without this it would wait for work for ever once its parent is killed."""
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def clean(text):
+    """Strip a text and collapse its whitespace; halves of surrogate pairs are no UTF-8: a "?"."""
+    return " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
+
+
+class HashedFile:
+    """A new file that knows its size and hash, and is on the disk once it is closed."""
+
+    def __init__(self, path):
+        self.file, self.hash, self.bytes = open(path, "xb"), hashlib.sha256(), 0
+
+    def write(self, content):
+        self.file.write(content)
+        self.hash.update(content)
+        self.bytes += len(content)
+
+    def close(self):
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        return {"bytes": self.bytes, "sha256": self.hash.hexdigest()}
+
+
+class SplitWriter:
+    """Writes one split, a record at a time. `encode` submits an image file and gives a future."""
+
+    def __init__(self, folder, tokenizer, encode, images_ahead):
+        folder.mkdir()
+        self.folder, self.tokenizer = folder, tokenizer
+        self.encode, self.images_ahead = encode, images_ahead
+        self.files = {name: HashedFile(folder / name) for name in FILES}
+        self.token_dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32)
+        self.received = self.samples = self.tokens = self.images = self.pixel_error = 0
+        self.skipped = Counter()  # reason -> samples
+        self.image_numbers = {}  # sha256 of a source image -> its place in images.idx, or None
+        self.images_hash = hashlib.sha256()  # over those sha256, in the order of images.idx
+        self.pending = deque()  # (words, prompt, answer, sha256 of the image, its future)
+        self.images_pending = 0
+
+    def add(self, record):
+        """Check and tokenize a record and send its image to be encoded, if it is a new one."""
+        self.received += 1
+        question, answer, context = map(clean, (record.question, record.answer, record.context))
+        prompt = self.tokenizer.encode(format_prompt(question, context))
+        target = self.tokenizer.encode(answer)
+        reason = ("empty question" if not question else "empty answer" if not target else
+                  "image missing" if record.image is None and record.image_name else "")
+        if reason:
+            self.skipped[reason] += 1
+            return
+        assert max(prompt + target) < self.tokenizer.vocab_size, record.id
+        words = {"id": record.id, "question": question, "answer": answer, "type": record.type,
+                 "image": record.image_name}
+        words |= {"context": context} if context else {}
+        words |= {"label": record.label} if record.label else {}
+        key = future = None
+        if record.image is not None:
+            key = hashlib.sha256(record.image).digest()
+            if key not in self.image_numbers:
+                self.image_numbers[key] = None
+                future = self.encode(record.image)
+                self.images_pending += 1
+        self.pending.append((words, prompt, target, key, future))
+        while len(self.pending) > RECORDS_AHEAD or self.images_pending > self.images_ahead:
+            self.write_next()
+
+    def write_next(self):
+        """Write the longest-waiting sample, after its image if it is the first with that one."""
+        words, prompt, answer, key, future = self.pending.popleft()
+        if future:
+            self.images_pending -= 1
+            self.write_image(key, future.result())
+        image = -1 if key is None else self.image_numbers[key]
+        if image is None:
+            self.skipped["image unreadable"] += 1
+            return
+        tokens = np.array(prompt + answer, self.token_dtype)
+        sample = np.array([(self.tokens, len(prompt), len(answer), image, 0)], SAMPLE)
+        sample["checksum"] = sample_checksum(sample[0], tokens)
+        self.files["samples.bin"].write(sample.tobytes())
+        self.files["tokens.bin"].write(tokens.tobytes())
+        line = json.dumps(words, ensure_ascii=False) + "\n"
+        self.files["records.jsonl"].write(line.encode("utf-8", "replace"))
+        self.tokens += len(tokens)
+        self.samples += 1
+
+    def write_image(self, key, encoded):
+        if encoded is None:
+            return
+        content, pixel_error = encoded
+        entry = np.array([(self.files["images.bin"].bytes, len(content), zlib.crc32(content))], IMAGE)
+        self.files["images.bin"].write(content)
+        self.files["images.idx"].write(entry.tobytes())
+        self.image_numbers[key] = self.images
+        self.images_hash.update(key)
+        self.images += 1
+        self.pixel_error += pixel_error
+
+    def close(self, facts):
+        """Write what is pending, then the manifest: these facts and the writer's own."""
+        while self.pending:
+            self.write_next()
+        files = {name: file.close() for name, file in self.files.items()}
+        count = max(self.images, 1)
+        manifest = facts | {
+            "split": self.folder.name, "samples": self.samples, "images": self.images,
+            "skipped": dict(sorted(self.skipped.items())), "token_dtype": self.token_dtype.name,
+            "vocab_size": self.tokenizer.vocab_size,
+            "pixel_error": round(self.pixel_error / count, 4),
+            "mean_image_bytes": round(files["images.bin"]["bytes"] / count),
+            "images_sha256": self.images_hash.hexdigest(), "files": files}
+        manifest["checksum"] = manifest_checksum(manifest)
+        file = HashedFile(self.folder / "manifest.json")
+        file.write((json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+        file.close()
+
+
+# ----------------------------------------------------------------------------- a whole dataset
+
+def recover(target):
+    """Remove what a killed run left beside a dataset's folder; keep the last whole version."""
+    partial, old = (target.with_name(f".{target.name}.{end}") for end in ("partial", "old"))
+    if old.is_dir() and not target.exists():
+        old.rename(target)  # killed between the two renames of write_dataset
+    for folder in (partial, old):
+        if folder.exists():
+            shutil.rmtree(folder)
+    return partial, old
+
+
+def why_stale(target, facts, sources):
+    """
+    Why a dataset must be prepared, in a few words; "" where it is there, with these facts.
+
+    sources: {name: path} of the files it would be read from; empty once they were deleted, which
+    is no reason to prepare it again.
+    """
+    sizes = {name: path.stat().st_size for name, path in sources.items()}
+    manifests = read_manifests(target)
+    if not manifests:
+        return "not prepared yet" if not target.exists() else "a manifest is missing or damaged"
+    for split, manifest in manifests.items():
+        for name, value in facts.items():
+            if manifest.get(name) != value:
+                return f"{name} was {manifest.get(name)}, now {value}"
+        if sizes and sizes != {name: file["bytes"] for name, file in manifest["sources"].items()}:
+            return "its raw files have changed"
+        for name, expected in manifest["files"].items():
+            path = target / split / name
+            if not path.is_file() or path.stat().st_size != expected["bytes"]:
+                return f"{split}/{name} is missing or cut short"
+        tokenizer = target / "tokenizer.model"
+        if not tokenizer.is_file() or Tokenizer(tokenizer).sha256 != manifest["tokenizer_sha256"]:
+            return "tokenizer.model is missing or altered"
+    return ""
+
+
+def read_manifests(target):
+    """{split: manifest} of a dataset, or {} unless all of its splits have a valid one."""
+    folders = sorted(path for path in target.glob("*") if path.is_dir())
+    manifests = {folder.name: read_manifest(folder) for folder in folders}
+    whole = all(manifest and manifest["splits"] == sorted(manifests)
+                for manifest in manifests.values())
+    return manifests if whole else {}
+
+
+def limited(records, limit, splits):
+    """The first `limit` records of each split, as (split, record); ends once all splits have them."""
+    seen = Counter()
+    for split, record in records:
+        seen[split] += 1
+        if seen[split] <= limit or not limit:
+            yield split, record
+        if limit and all(seen[name] >= limit for name in splits):
+            return
+
+
+def write_dataset(target, dataset, raw, sources, tokenizer, facts, workers):
+    """
+    Prepare a dataset into the folder `target`, in place of what is there.
+
+    tokenizer: content of a SentencePiece model; facts: what every manifest is to say. On any error
+    the folder keeps what it held. Raises UserError, OSError, and BrokenProcessPool if a worker
+    died.
+    """
+    partial, old = recover(target)
+    partial.mkdir(parents=True)
+    limit, image = facts["limit"], ImageSettings(**facts["image"])
+    try:
+        model = HashedFile(partial / "tokenizer.model")
+        model.write(tokenizer)
+        model.close()
+        tokenizer = Tokenizer(partial / "tokenizer.model")
+        hashes = {name: {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+                  for name, path in sources.items()}
+        facts = facts | {"tokenizer_sha256": tokenizer.sha256, "sources": hashes}
+        writers = {}
+        spawn = multiprocessing.get_context("spawn")  # a fork would copy the parent's threads' locks
+        with ProcessPoolExecutor(workers, spawn, end_with_parent) as pool:
+            encode = functools.partial(pool.submit, encode_image, settings=image)
+            records = limited(dataset.read(raw), limit, dataset.counts)
+            total = sum(min(limit or count, count) for count in dataset.counts.values())
+            for split, record in tqdm(records, dataset.name, total, unit=" samples"):
+                if split not in writers:
+                    writers[split] = SplitWriter(partial / split, tokenizer, encode,
+                                                 IMAGES_AHEAD * workers)
+                writers[split].add(record)
+            for writer in writers.values():
+                writer.close(facts | {"splits": sorted(writers)})
+        if not writers:
+            raise UserError(f"{raw}: its files hold no sample")
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+    finally:
+        recover(target)

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from data import BOS, EOS, UserError
-from lora import add_lora, load_adapter, save_adapter
+from lora import add_lora, load_adapter, lora_layers, save_adapter
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -338,6 +338,9 @@ CONFIGS = {  # name -> sizes of the parts that are not loaded from a weights fil
 }
 
 
+ADAPTERS = {"vision": "vision_adapter", "language": "adapter"}  # part -> folder in a checkpoint
+
+
 def normalise(images):
     """(I, H, W, 3) uint8 -> (I, 3, H, W) float32 with CLIP's mean and standard deviation."""
     mean = torch.tensor(CLIP_MEAN, device=images.device) * 255
@@ -369,7 +372,8 @@ class VLM(nn.Module):
         self.projector = nn.Linear(vision.config.width, language.config.hidden_size)
         self.language = language
         self.lora = {}  # part -> settings of its LoRA: r, alpha, dropout, targets
-        self.weights = {"vision": "", "language": ""}  # part -> file or folder it was loaded from
+        self.weights = {"vision": "", "language": ""}  # part -> weights file or folder that it equals,
+        # LoRA aside; none: made from scratch or trained in full, so that save() writes it
         self.projector.apply(init_weights)
 
     @classmethod
@@ -468,7 +472,7 @@ class VLM(nn.Module):
 
     def save(self, folder):
         """
-        Write what no weights file holds yet: trained parts, adapters, and parts made from scratch.
+        Write what no weights file holds: adapters, and parts trained in full or made from scratch.
 
         vision.safetensors (timm's layout), projector.safetensors, language/ (the hub's layout),
         vision_adapter/ and adapter/ (PEFT's layout), config.json.
@@ -476,19 +480,24 @@ class VLM(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors_of(self.projector), folder / "projector.safetensors")
-        stored = {"vision": folder / "vision.safetensors", "language": folder / "language"}
-        for part, where in stored.items():
+        weights = dict(self.weights)
+        for part in weights:
             module = getattr(self, part)
             if part in self.lora:
-                adapter = folder / ("adapter" if part == "language" else "vision_adapter")
-                save_adapter(module, adapter, self.weights[part], **self.lora[part])
-            if self.weights[part] and (part in self.lora or not is_trained(module)):
+                save_adapter(module, folder / ADAPTERS[part], weights[part], **self.lora[part])
+            elif is_trained(module):
+                weights[part] = ""
+            if weights[part]:
                 continue
             tensors = {name.replace(".base.", "."): tensor for name, tensor in tensors_of(module).items()
                        if ".lora_" not in name}
+            for name, layer in lora_layers(module).items():
+                if layer.unmerged is not None:
+                    tensors[f"{name}.weight"] = layer.unmerged
             if part == "vision":
-                save_file(tensors, where, metadata={"format": "pt"})
+                save_file(tensors, folder / "vision.safetensors", metadata={"format": "pt"})
             else:
+                where = folder / "language"
                 where.mkdir(exist_ok=True)
                 save_file(tensors, where / "model.safetensors", metadata={"format": "pt"})
                 hub = {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
@@ -496,7 +505,7 @@ class VLM(nn.Module):
                        "eos_token_id": EOS, "tie_word_embeddings": False}
                 (where / "config.json").write_text(json.dumps(hub, indent=2) + "\n")
         (folder / "config.json").write_text(
-            json.dumps({"weights": self.weights, "lora": self.lora}, indent=2) + "\n")
+            json.dumps({"weights": weights, "lora": self.lora}, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder, dtype=torch.float32, device="cpu"):
@@ -505,19 +514,16 @@ class VLM(nn.Module):
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: no model here; run `python train_vlm.py`")
         config = json.loads((folder / "config.json").read_text())
-        stored = {"vision": folder / "vision.safetensors", "language": folder / "language"}
-        where = {part: path if path.exists() else config["weights"][part]
-                 for part, path in stored.items()}
-        vision = ViT.from_pretrained(where["vision"], device=device)
-        language = LLaMA.from_pretrained(where["language"], dtype, device)
+        weights = config["weights"]
+        vision = ViT.from_pretrained(weights["vision"] or folder / "vision.safetensors", device=device)
+        language = LLaMA.from_pretrained(weights["language"] or folder / "language", dtype, device)
         with torch.device("meta"):
             model = cls(vision, language)
         load_exactly(model.projector, [folder / "projector.safetensors"], torch.float32, device)
-        model.weights, model.lora = config["weights"], config["lora"]
+        model.weights, model.lora = weights, config["lora"]
         for part, settings in model.lora.items():
             add_lora(getattr(model, part), **settings)
-            load_adapter(getattr(model, part),
-                         folder / ("adapter" if part == "language" else "vision_adapter"))
+            load_adapter(getattr(model, part), folder / ADAPTERS[part])
         return model
 
     @classmethod

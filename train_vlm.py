@@ -56,7 +56,7 @@ class Config:
     learning_rate: float = 5e-5  # peak
     warmup: float = 0.03  # share of the steps in which it rises from 0
     final_learning_rate: float = 0.0  # where the cosine ends
-    weight_decay: float = 0.01  # of matrices; biases, norms and embeddings of position have none
+    weight_decay: float = 0.01  # of matrices; biases, norms, class token and positions have none
     beta2: float = 0.999  # AdamW's second-moment decay
     clip: float = 1.0  # largest norm of the gradient; 0: no clipping
     seed: int = 0  # of initialisation, order and dropout
@@ -140,10 +140,10 @@ def make_model(config, tokenizer, checkpoint, device, dtype):
 
 
 def make_optimizer(model, config):
-    """AdamW on what trains; only matrices decay."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = [p for p in trained.values() if p.dim() == 2]
-    others = [p for p in trained.values() if p.dim() != 2]
+    """AdamW on what trains; matrices and the patch convolution decay, nothing else."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() in (2, 4)]
+    others = [p for p in trained if p.dim() not in (2, 4)]  # biases, norms, class token, positions
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
               {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, config.beta2), fused=True)

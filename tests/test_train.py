@@ -88,7 +88,7 @@ def test_micro_batches_change_rounding_only(shards, tmp_path):
 def test_learns_by_heart_and_answers(shards, tmp_path, capsys):
     """The whole path: 64 questions learnt until the model answers them with their own words."""
     run = tmp_path / "run"
-    train_vlm.main(flags(shards, run, max_steps=120, batch_size=32, held_out=0, save_every=1000,
+    train_vlm.main(flags(shards, run, max_steps=180, batch_size=32, held_out=0, save_every=1000,
                          log_every=20, learning_rate=2e-3))
     eval_vqa.main(eval_vqa.Config(run=str(run), shards_dir=str(shards), split="train"))
     scores = json.loads((run / "results.json").read_text())["results"]["sample/train"]["scores"]

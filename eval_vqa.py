@@ -17,7 +17,7 @@ import json
 import math
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -133,8 +133,17 @@ def answer(model, tokenizer, shard, config, count, swap, device, autocast):
 
 # ----------------------------------------------------------------------------- tables
 
-def print_table(name, rows, records, answers):
-    """One dataset's scores, then by question type. answers: row name -> predictions."""
+def score_types(records, predictions):
+    """Question type -> scores, the most frequent type first."""
+    types = Counter(record["type"] for record in records)
+    chosen = {kind: [n for n, record in enumerate(records) if record["type"] == kind]
+              for kind, _ in types.most_common()}
+    return {kind: score([records[n] for n in numbers], [predictions[n] for n in numbers])
+            for kind, numbers in chosen.items()}
+
+
+def print_table(name, rows, types):
+    """One dataset's scores, then by question type. rows, types: row name -> scores."""
     first = next(iter(rows.values()))
     print(f"\n{name}: {first['questions']:,} questions, {first['closed_questions']:,} of them closed")
     print(f"{'':16}{'BLEU-1':>10}{'exact':>10}{'closed':>10}")
@@ -142,16 +151,13 @@ def print_table(name, rows, records, answers):
         cells = [scores[key] for key in ("bleu1", "exact_match", "closed_accuracy")]
         print(f"{row:16}" + "".join(f"{cell:10.1f}" if cell is not None else f"{'-':>10}"
                                     for cell in cells))
-    types = Counter(record["type"] for record in records)
-    if len(types) < 2:
+    first = next(iter(types.values()))
+    if len(first) < 2:
         return
     print(f"{'BLEU-1 by type':16}" + "".join(f"{row:>16}" for row in rows) + f"{'questions':>12}")
-    for kind, count in types.most_common(10):
-        chosen = [n for n, record in enumerate(records) if record["type"] == kind]
-        cells = [np.mean([bleu1(predictions[n], records[n]["answer"]) for n in chosen])
-                 for predictions in answers.values()]
-        print(f"{(kind or 'none')[:15]:16}" + "".join(f"{100 * cell:16.1f}" for cell in cells)
-              + f"{count:12,}")
+    for kind in list(first)[:10]:
+        print(f"{(kind or 'none')[:15]:16}" + "".join(f"{types[row][kind]['bleu1']:16.1f}" for row in rows)
+              + f"{first[kind]['questions']:12,}")
 
 
 def newest_run():
@@ -184,7 +190,7 @@ def main(config):
     model = VLM.load(checkpoint, dtype, device).eval()
     print(f"{checkpoint} on {device}, {dtype}")
 
-    results, lines = {}, []
+    results, lines = {}, defaultdict(list)  # lines: row of the table -> its answers
     for shard in shards:
         name = f"{shard.folder.parent.name}/{config.split}"
         count = min(config.limit or len(shard), len(shard))
@@ -200,19 +206,24 @@ def main(config):
         if (train := shard.folder.parent / "train").is_dir():
             answers["question only"] = question_only_answers(Shard(train).read_records(), records)
         rows = {row: score(records, predictions) for row, predictions in answers.items()}
-        print_table(name, rows, records, answers)
-        results[name] = {"scores": rows, "seconds": seconds, "manifest": shard.manifest["checksum"]}
+        types = {row: score_types(records, predictions) for row, predictions in answers.items()}
+        print_table(name, rows, types)
+        results[name] = {"scores": rows, "types": types, "seconds": seconds,
+                         "manifest": shard.manifest["checksum"]}
         for row, predictions in answers.items():
-            lines += [{"id": record["id"], "dataset": name, "image": record["image"],
-                       "question": record["question"], "answer": record["answer"],
-                       "prediction": prediction, "type": record["type"], "system": row}
-                      for record, prediction in zip(records, predictions)]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    (folder / "predictions.jsonl").write_text(text, encoding="utf-8")
+            lines[row] += [{"id": record["id"], "dataset": name, "image": record["image"],
+                            "question": record["question"], "answer": record["answer"],
+                            "prediction": prediction, "type": record["type"]}
+                           for record, prediction in zip(records, predictions)]
+    for row in lines:
+        path = folder / ("predictions.jsonl" if row == "model" else
+                         f"predictions_{row.replace(' ', '_')}.jsonl")
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines[row])
+        path.write_text(text, encoding="utf-8")
     (folder / "results.json").write_text(json.dumps(
-        {"checkpoint": checkpoint.name, "machine": trained["machine"], "flags": trained["flags"],
+        {"checkpoint": checkpoint.name, "flags": asdict(config), "training": trained,
          "results": results}, indent=2) + "\n")
-    print(f"\nanswers in {folder}/predictions.jsonl, scores in {folder}/results.json")
+    print(f"\nanswers in {folder}/predictions*.jsonl, scores in {folder}/results.json")
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ class ViT(nn.Module):
             (width, _, P, _), grid = shapes["patch_embed.proj.weight"], shapes["pos_embed"][1] - 1
         except (KeyError, ValueError):
             raise UserError(f"{file}: no ViT in timm's layout (patch_embed.proj.weight, pos_embed); "
-                            "BiomedCLIP's comes with `python prepare/all.py`") from None
+                            "README.md says under Weights which files fit") from None
         depth = len([key for key in shapes if re.fullmatch(r"blocks\.\d+\.norm1\.weight", key)])
         with torch.device("meta"):
             model = cls(ViTConfig(round(grid ** 0.5) * P, P, width, depth))
@@ -298,8 +298,8 @@ class LLaMA(nn.Module):
         """
         folder = Path(folder)
         if not (folder / "config.json").is_file():
-            raise UserError(f"{folder}/config.json: not there; run `python prepare/all.py` for "
-                            "PMC-LLaMA, or name a folder in the hub's layout")
+            raise UserError(f"{folder}/config.json: not there; README.md says under Weights where "
+                            "such a folder comes from")
         hub = json.loads((folder / "config.json").read_text())
         rope = hub.get("rope_parameters") or hub.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -553,7 +553,7 @@ def tensors_of(module):
 def tensor_shapes(file):
     """Names and shapes of a safetensors file's tensors, without reading them."""
     if not Path(file).is_file():
-        raise UserError(f"{file}: no such weights file")
+        raise UserError(f"{file}: no such weights file; README.md says under Weights where it comes from")
     try:
         with safe_open(file, "pt") as tensors:
             return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}

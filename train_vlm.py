@@ -39,7 +39,7 @@ class Config:
     row_length: int = 3584  # tokens of a packed row
     micro_batch_tokens: int = 8192  # tokens of a forward pass; trades memory for speed, not results
     held_out: int = 512  # samples kept from training for the validation loss
-    workers: int = 4  # threads that read and decode ahead of the trainer
+    workers: int = 0  # threads that read and decode ahead of the trainer; 0: one a core
     model: Literal["paper", "small", "sample"] = "paper"  # sizes of parts that have no weights file
     vision_weights: str = "auto"  # safetensors file; auto: BiomedCLIP for the paper's; none: random
     language_weights: str = "auto"  # hub folder; auto: PMC-LLaMA for the paper's; none: random
@@ -113,13 +113,13 @@ def make_model(config, tokenizer, checkpoint, device, dtype):
     if checkpoint:
         model = VLM.load(checkpoint, language_dtype, device)
     else:
-        default = {"vision_weights": "weights/biomedclip.safetensors",
-                   "language_weights": "weights/pmc_llama_7b"} if config.model == "paper" else {}
-        weights = {key: {"auto": default.get(key, ""), "none": ""}.get(getattr(config, key),
-                                                                      getattr(config, key))
-                   for key in ("vision_weights", "language_weights")}
-        model = VLM.build(config.model, tokenizer.vocab_size, **weights, dtype=language_dtype,
-                          device=device)
+        def weights(flag, of_the_paper):
+            return {"auto": of_the_paper if config.model == "paper" else "", "none": ""}.get(flag, flag)
+
+        model = VLM.build(config.model, tokenizer.vocab_size,
+                          weights(config.vision_weights, "weights/biomedclip.safetensors"),
+                          weights(config.language_weights, "weights/pmc_llama_7b"),
+                          language_dtype, device)
     for part, targets in [("vision", config.lora_vision_targets), ("projector", ""),
                           ("language", config.lora_targets)]:
         module, how = getattr(model, part), getattr(config, part)
@@ -134,6 +134,9 @@ def make_model(config, tokenizer, checkpoint, device, dtype):
         source = model.weights.get(part) or "random"
         print(f"{part:9} {total:13,} parameters, {trained:13,} trained ({how}), from "
               f"{checkpoint or source}")
+        if part in model.weights and not checkpoint and source == "random" and how != "full":
+            print(f"{part:9} is random and stays so under --{part}={how}: did you mean "
+                  f"--{part}=full, or --{part}_weights=...?")
     if not is_trained(model):
         raise UserError("every part is frozen: set --vision, --projector or --language")
     return model
@@ -238,17 +241,17 @@ def main(config):
     torch.manual_seed(config.seed)
     folder, checkpoint = open_run(config)
 
-    first_shards = Path(config.shards_dir) / config.data.split(",")[0].partition(":")[0].strip()
     vision_config = CONFIGS[config.model][0]  # every ViT here reads 224 px in patches of 16 or 32
     mixture = open_mixture(
         config.data, config.shards_dir, "train", image_tokens=vision_config.tokens,
         batch_size=config.batch_size, questions_per_image=config.questions_per_image,
         row_length=config.row_length, seed=config.seed, held_out=config.held_out,
         rows_per_batch=max(1, config.micro_batch_tokens // config.row_length))
-    tokenizer = Tokenizer(first_shards / "tokenizer.model")
+    dataset = mixture.shards[0].folder.parent
+    tokenizer = Tokenizer(dataset / "tokenizer.model")
     if tokenizer.sha256 != mixture.shards[0].manifest["tokenizer_sha256"]:
-        raise UserError(f"{first_shards}/tokenizer.model: not the one its shards were made with; run "
-                        f"`python prepare/all.py --only={first_shards.name}`")
+        raise UserError(f"{dataset}/tokenizer.model: not the one its shards were made with; run "
+                        f"`python prepare/all.py --only={dataset.name}`")
     model = make_model(config, tokenizer, checkpoint, device, dtype)
     if model.vision.config.tokens != mixture.image_tokens:
         raise UserError(f"--vision_weights: {model.vision.config.tokens} tokens an image, while "
@@ -265,9 +268,11 @@ def main(config):
         print(f"rows of {config.row_length} tokens: {mixture.cut:,} prompts cut at the front, "
               f"{mixture.too_long:,} samples left out because their answer does not fit")
     print(f"{folder}: steps {first} to {steps} of {config.batch_size} samples on {device}, {dtype}")
+    if first == steps:
+        return print(f"finished already; now run `python eval_vqa.py --run={folder}`")
 
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(first_shards / "tokenizer.model", folder / "tokenizer.model")
+    shutil.copy(dataset / "tokenizer.model", folder / "tokenizer.model")
     (folder / "config.json").write_text(json.dumps(
         {"flags": asdict(config), "tokenizer_sha256": tokenizer.sha256,
          "machine": describe_machine(device)}, indent=2) + "\n")
@@ -285,7 +290,7 @@ def main(config):
     model.train()
     bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True)
     losses, padded, since, validation = [], [], time.perf_counter(), math.nan
-    for step in mixture.steps(first, steps, config.workers):
+    for step in mixture.steps(first, steps, config.workers or os.cpu_count()):
         rate = learning_rate_at(step.number, steps, config)
         for group in optimizer.param_groups:
             group["lr"] = rate

@@ -1,5 +1,5 @@
 """
-Follow one question from its words to its loss and its answer, naming each function on the way.
+Follow one question from its raw file to its loss and its answer, naming each function on the way.
 
     python extras/follow.py --run=out/path_vqa --data=path_vqa --split=test --number=0
 
@@ -11,13 +11,17 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
 
+import io
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from data import Batch, Mixture, Shard, Tokenizer, format_prompt, run
+from eval_vqa import bleu1
 from model import VLM, normalise
+from prepare.datasets import DATASETS
 
 
 @dataclass(frozen=True)
@@ -26,23 +30,32 @@ class Config:
     data: str = "path_vqa"  # prepared dataset
     split: str = "test"  # one of its splits
     number: int = 0  # sample of the split
-    shards_dir: str = "shards"  # where prepare/all.py put them
+    raw_dir: str = "raw"  # where prepare/all.py read it
+    shards_dir: str = "shards"  # where prepare/all.py put it
 
 
 def main(config):
     shard = Shard(Path(config.shards_dir) / config.data / config.split)
     tokenizer = Tokenizer(Path(config.run) / "tokenizer.model")
-    record, sample = shard.read_records()[config.number], shard.samples[config.number]
-    print(f"records.jsonl    {record['question']!r} -> {record['answer']!r}")
+    words, sample = shard.read_records()[config.number], shard.samples[config.number]
+    dataset = DATASETS[config.data]
+    record = next(record for split, record in dataset.read(dataset.raw(config.raw_dir))
+                  if split == config.split and record.id == words["id"])
+    image = Image.open(io.BytesIO(record.image))
+    print(f"{config.data + '(raw)':16} Record {record.id!r}: {record.question!r} -> {record.answer!r}, "
+          f"{image.format} {image.mode} {image.size}, {len(record.image):,} bytes")
 
     prompt, answer = shard.read_tokens(config.number)
-    text = format_prompt(record["question"], record.get("context", ""))
-    assert tokenizer.encode(text) == prompt.tolist() and tokenizer.encode(record["answer"]) == answer.tolist()
+    text = format_prompt(words["question"], words.get("context", ""))
+    assert tokenizer.encode(text) == prompt.tolist()
+    assert tokenizer.encode(words["answer"]) == answer.tolist()
+    pixels = shard.read_image(sample["image"])
     print(f"format_prompt    {text!r}")
     print(f"Tokenizer.encode {prompt.tolist()} | {answer.tolist()}")
-    print(f"samples.bin      {dict(zip(sample.dtype.names, sample.tolist()))}")
-    pixels = shard.read_image(sample["image"])
-    print(f"read_image       {pixels.shape} {pixels.dtype}, mean {pixels.mean():.1f}")
+    print(f"SplitWriter.add  samples.bin[{config.number}] = {dict(zip(sample.dtype.names, sample.tolist()))}")
+    print(f"encode_image     images.bin, {int(shard.image_index[sample['image']]['length']):,} bytes of "
+          f"{shard.manifest['image']['codec']}")
+    print(f"Shard.read_image {pixels.shape} {pixels.dtype}, mean {pixels.mean():.1f}")
 
     model = VLM.from_run(config.run).eval()
     N = model.vision.config.tokens
@@ -65,7 +78,9 @@ def main(config):
             print(f"  loss of {tokenizer.model.id_to_piece(int(token))!r:12} {loss:.3f} nats")
         print(f"VLM.loss         {model.loss(batch) / step.supervised:.3f} nats a token")
         reply = model.generate([prompt.tolist()], batch.images, [0])[0]
-        print(f"VLM.generate     {reply} -> Tokenizer.decode -> {tokenizer.decode(reply)!r}")
+        print(f"VLM.generate     {reply}")
+        print(f"Tokenizer.decode {tokenizer.decode(reply)!r}")
+        print(f"bleu1            {bleu1(tokenizer.decode(reply), words['answer']):.2f}")
 
 
 if __name__ == "__main__":

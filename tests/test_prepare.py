@@ -1,0 +1,373 @@
+"""From raw files to shards: what is stored, what is skipped, and what survives a kill or a flipped bit."""
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from data import (PROMPT_VERSION, SHARD_VERSION, Record, Shard, Tokenizer, UserError, format_prompt,
+                  load_image, resize_image)
+from prepare.datasets import DATASETS, Dataset, train_sample_tokenizer
+from prepare.shards import read_manifests, write_dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+FACTS = {"dataset": "toy", "shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION,
+         "limit": 0, "licence": "none",
+         "image": {"size": 32, "resize": "squash", "codec": "png", "quality": 0}}
+
+
+def command(*words, **environment):
+    return subprocess.run([sys.executable, "prepare/all.py", *words], cwd=ROOT, text=True,
+                          capture_output=True, env={**os.environ, **environment})
+
+
+def picture(seed, size=(40, 30), form="PNG", mode="RGB"):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(stream, form)
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_sample_tokenizer()
+
+
+def write_toy(folder, records, tokenizer, workers=1, **image):
+    """Write (split, Record)s as a dataset; its one source is a file made here."""
+    toy = Dataset("toy", lambda raw: iter(records), kind="", licence="none", access="open",
+                  megabytes=0, page="", layouts=(), counts={"train": len(records)})
+    source = folder / "toy.json"
+    source.write_text("{}")
+    facts = {**FACTS, "image": {**FACTS["image"], **image}}
+    write_dataset(folder / "toy", toy, folder, {"toy.json": source}, tokenizer, facts, workers)
+    return Shard(folder / "toy" / "train")
+
+
+def toy_records():
+    a, b = picture(0), picture(1, form="JPEG")
+    return [("train", Record("1", "what is  this? ", "A  lung", a, "a.png", type="what")),
+            ("train", Record("2", "is it big?", "yes", b, "b.jpg", label="big")),
+            ("train", Record("3", "is it red?", "no", a, "copy_of_a.png", type="yes/no")),
+            ("train", Record("4", "why?", "because", context="It rained."))]
+
+
+# ----------------------------------------------------------------------------- what is stored
+
+def test_what_is_read_back_is_what_was_given(tokenizer, tmp_path):
+    shard = write_toy(tmp_path, toy_records(), tokenizer)
+    model = Tokenizer(tmp_path / "toy" / "tokenizer.model")
+    assert shard.read_records() == [
+        {"id": "1", "question": "what is this?", "answer": "A lung", "type": "what", "image": "a.png"},
+        {"id": "2", "question": "is it big?", "answer": "yes", "type": "", "image": "b.jpg", "label": "big"},
+        {"id": "3", "question": "is it red?", "answer": "no", "type": "yes/no", "image": "copy_of_a.png"},
+        {"id": "4", "question": "why?", "answer": "because", "type": "", "image": "", "context": "It rained."}]
+    for number, record in enumerate(shard.read_records()):
+        prompt, answer = shard.read_tokens(number)
+        assert model.decode(prompt) == format_prompt(record["question"], record.get("context", ""))
+        assert model.decode(answer) == record["answer"]
+    assert shard.samples["image"].tolist() == [0, 1, 0, -1]  # the same bytes are one image
+    for number, content in enumerate([picture(0), picture(1, form="JPEG")]):
+        wanted = Image.open(io.BytesIO(content)).resize((32, 32), Image.Resampling.BICUBIC)
+        assert np.array_equal(shard.read_image(number), np.asarray(wanted))  # png loses nothing
+    manifest = shard.manifest
+    assert (manifest["samples"], manifest["images"], manifest["skipped"]) == (4, 2, {})
+    assert manifest["pixel_error"] == 0 and manifest["tokenizer_sha256"] == model.sha256
+    assert manifest["sources"]["toy.json"]["bytes"] == 2 and manifest["licence"] == "none"
+
+
+def test_jpeg_alters_pixels_by_what_the_manifest_says(tokenizer, tmp_path):
+    for name in ("exact", "jpeg"):
+        (tmp_path / name).mkdir()
+    exact = write_toy(tmp_path / "exact", toy_records(), tokenizer)
+    jpeg = write_toy(tmp_path / "jpeg", toy_records(), tokenizer, codec="jpeg", quality=90)
+    errors = [np.abs(exact.read_image(n).astype(int) - jpeg.read_image(n)).mean() for n in (0, 1)]
+    assert jpeg.manifest["pixel_error"] == pytest.approx(np.mean(errors), abs=1e-4) and errors[0] > 0.5
+
+
+def test_what_cannot_be_used_is_skipped_and_counted(tokenizer, tmp_path):
+    cut = picture(2, form="JPEG")
+    records = toy_records() + [
+        ("train", Record("5", "what?", "lung", cut[:len(cut) // 2], "cut.jpg")),
+        ("train", Record("6", "and this?", "lung", cut[:len(cut) // 2], "cut.jpg")),
+        ("train", Record("7", "what?", "lung", b"not an image", "text.png")),
+        ("train", Record("8", "what?", "lung", None, "gone.png")),
+        ("train", Record("9", " \n", "lung", picture(0), "a.png")),
+        ("train", Record("10", "what?", " ", picture(0), "a.png"))]
+    shard = write_toy(tmp_path, records, tokenizer)
+    assert shard.manifest["skipped"] == {"empty answer": 1, "empty question": 1, "image missing": 1,
+                                         "image unreadable": 3}
+    assert [record["id"] for record in shard.read_records()] == ["1", "2", "3", "4"]
+    assert (shard.manifest["samples"], shard.manifest["images"]) == (4, 2)
+    assert shard.samples["image"].tolist() == [0, 1, 0, -1]
+
+
+def test_files_do_not_depend_on_the_number_of_workers(tokenizer, tmp_path):
+    records = [("train", Record(str(n), "what is this?", "a lung", picture(n // 2), f"{n // 2}.png"))
+               for n in range(40)]
+    contents = []
+    for workers in (1, 3):
+        folder = tmp_path / str(workers)
+        folder.mkdir()
+        write_toy(folder, records, tokenizer, workers)
+        contents.append({path.name: path.read_bytes() for path in (folder / "toy/train").iterdir()})
+    assert contents[0] == contents[1] and len(contents[0]) == 6
+
+
+# ----------------------------------------------------------------------------- pixels
+
+def saved(image, form, **settings):
+    stream = io.BytesIO()
+    image.save(stream, form, **settings)
+    return np.asarray(load_image(stream.getvalue())).astype(int)
+
+
+def test_every_mode_decodes_to_upright_rgb():
+    y, x = np.mgrid[0:24, 0:16]
+    grey = (x * 10 + y * 4).astype(np.uint8)
+    colour = np.stack([x * 16, y * 10, 255 - x * 8], -1).astype(np.uint8)
+    wanted, repeated = colour.astype(int), np.repeat(grey[..., None], 3, -1).astype(int)
+    rgb, one = Image.fromarray(colour), Image.fromarray(grey)
+    assert np.array_equal(saved(rgb, "PNG"), wanted)
+    assert np.array_equal(saved(one, "PNG"), repeated)
+    two_levels = one.convert("1")
+    assert np.array_equal(saved(two_levels, "PNG")[..., 0] > 0, np.asarray(two_levels))
+    assert np.abs(saved(rgb.convert("CMYK"), "TIFF") - wanted).max() <= 1
+    assert np.abs(saved(rgb.convert("CMYK"), "JPEG", quality=100) - wanted).mean() < 3
+    assert np.abs(saved(rgb.quantize(256), "PNG") - wanted).mean() < 12  # a palette of 256 colours
+    # 16 bits: the least and the greatest value become 0 and 255, whatever they are.
+    deep = Image.fromarray(1000 + grey.astype(np.uint16) * 37)
+    stretched = np.rint((repeated - repeated.min()) * 255 / np.ptp(repeated))
+    assert np.array_equal(saved(deep, "PNG"), stretched)
+    assert np.array_equal(saved(Image.fromarray(grey.astype(np.float32) * -0.5 + 7), "TIFF"), 255 - stretched)
+    assert np.array_equal(saved(Image.fromarray(np.full((4, 4), 900, np.uint16)), "PNG"), np.zeros((4, 4, 3)))
+
+
+def test_transparent_pixels_are_laid_over_black():
+    rgba = np.full((8, 8, 4), (200, 100, 50, 255), np.uint8)
+    rgba[:4, :, 3] = 0
+    rgba[4:6, :, 3] = 128
+    wanted = np.zeros((8, 8, 3), int)
+    wanted[4:6], wanted[6:] = (100, 50, 25), (200, 100, 50)
+    assert np.abs(saved(Image.fromarray(rgba), "PNG") - wanted).max() <= 1
+    grey = saved(Image.fromarray(rgba).convert("LA"), "PNG")
+    assert grey[:4].max() == 0 and grey[6:].min() > 90
+    palette = Image.fromarray(np.repeat(np.arange(8, dtype=np.uint8), 8).reshape(8, 8), "L").convert("P")
+    palette.putpalette([200] * 24)
+    found = saved(palette, "PNG", transparency=3)  # index 3, whatever its colour
+    assert found[3].max() == 0 and found[[0, 1, 2, 4, 5, 6, 7]].min() == 200
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied(orientation):
+    upright = np.zeros((32, 48, 3), np.uint8)
+    upright[:16, :16] = 255  # bright at the top left, whatever way the camera was held
+    undo = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
+            5: lambda a: a.transpose(1, 0, 2), 6: np.rot90,
+            7: lambda a: np.rot90(a, 2).transpose(1, 0, 2), 8: lambda a: np.rot90(a, -1)}
+    stored = Image.fromarray(np.ascontiguousarray(undo[orientation](upright)))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    found = saved(stored, "JPEG", quality=100, exif=exif)
+    assert found.shape == upright.shape and np.abs(found - upright).max() < 10
+
+
+def test_resizing_squashes_crops_or_pads():
+    pixels = np.zeros((100, 200, 3), np.uint8)
+    pixels[:, :50], pixels[:, 150:] = (255, 0, 0), (0, 0, 255)  # red, black, blue
+    image = Image.fromarray(pixels)
+    squash, crop, pad = (np.asarray(resize_image(image, 40, how)) for how in ("squash", "crop", "pad"))
+    assert squash.shape == crop.shape == pad.shape == (40, 40, 3)
+    assert (squash[:, 2] == (255, 0, 0)).all() and (squash[:, 37] == (0, 0, 255)).all()
+    assert not crop[:, 1:-1].any()  # the middle square is black, but for what bicubic rings
+    assert not pad[:9].any() and not pad[31:].any() and (pad[20, 2] == (255, 0, 0)).all()
+
+
+# ----------------------------------------------------------------------------- damage
+
+@pytest.mark.parametrize("name", ["tokens.bin", "samples.bin", "images.bin", "images.idx",
+                                  "records.jsonl", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "absent"])
+def test_a_damaged_file_is_refused_by_name(name, damage, tokenizer, tmp_path):
+    folder = write_toy(tmp_path, toy_records(), tokenizer).folder
+
+    def read_all():
+        shard = Shard(folder)
+        return ([shard.read_tokens(n) for n in range(len(shard))], shard.read_records(),
+                [shard.read_image(n) for n in range(len(shard.image_index))])
+
+    content = (folder / name).read_bytes()
+    read_all()
+    for place in random.Random(0).sample(range(len(content)), 6):
+        if damage == "flipped":
+            (folder / name).write_bytes(
+                content[:place] + bytes([content[place] ^ 4]) + content[place + 1:])
+        elif damage == "cut":
+            (folder / name).write_bytes(content[:place])
+        else:
+            (folder / name).unlink(missing_ok=True)
+        with pytest.raises(UserError, match=f"{name}.*prepare/all.py --only=toy"):
+            read_all()
+
+
+def test_a_dataset_killed_at_any_moment_is_absent_or_whole(tmp_path):
+    words = ["--only=sample", "--limit=300", "--workers=1", f"--shards_dir={tmp_path}/shards"]
+    images, target = tmp_path / "shards/.sample.partial/train/images.bin", tmp_path / "shards/sample"
+    for size in (0, 1_000_000, 2_000_000):  # bytes of images on the disk when the kill comes
+        process = subprocess.Popen([sys.executable, "prepare/all.py", *words], cwd=ROOT,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (images.is_file() and images.stat().st_size >= size):
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not target.exists() and images.is_file()
+    done = command(*words)
+    assert done.returncode == 0 and "ready" in done.stdout, done.stderr
+    assert os.listdir(tmp_path / "shards") == ["sample"]  # nothing is left of the killed runs
+    assert set(read_manifests(target)) == {"train", "test"}
+    before = {path: path.stat().st_mtime_ns for path in target.rglob("*")}
+
+    again = command(*words)  # prepared already: nothing is written
+    assert again.returncode == 0 and "up to date" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in target.rglob("*")} == before
+
+    (target / "test/manifest.json").unlink()  # whole again, and the same bytes
+    assert "a manifest is missing" in command(*words).stdout
+    assert {path for path in target.rglob("*")} == set(before)
+    other = command(*words, "--codec=png")
+    assert "sample: image was" in other.stdout and other.returncode == 0
+    assert Shard(target / "train").manifest["image"]["codec"] == "png"
+
+
+def test_a_failed_dataset_keeps_what_was_there_and_stops_no_other(tokenizer, tmp_path):
+    raw = tmp_path / "raw/pubmed_qa"
+    raw.mkdir(parents=True)
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer)
+    rows = {"7": {"QUESTION": "does it help?", "CONTEXTS": ["We tried.", "It did."], "final_decision": "yes"},
+            "8": {"QUESTION": "does it harm?", "CONTEXTS": ["Nobody asked."], "final_decision": "maybe"}}
+    (raw / "ori_pqal.json").write_text(json.dumps(rows))
+    (raw / "test_ground_truth.json").write_text(json.dumps({"8": "maybe"}))
+    words = ["--only=path_vqa,pubmed_qa", f"--raw_dir={tmp_path}/raw", f"--shards_dir={tmp_path}/shards",
+             f"--tokenizer={tmp_path}/tokenizer.model"]
+    offline = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
+    done = command(*words, **offline)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    missing, = [line for line in done.stdout.splitlines() if line.startswith("path_vqa: missing")]
+    assert "path-vqa" in missing and f"{tmp_path}/raw/path_vqa" in missing
+    shard = Shard(tmp_path / "shards/pubmed_qa/train")
+    record, = shard.read_records()
+    assert (record["question"], record["answer"]) == ("does it help?", "yes")
+    assert record["context"] == "We tried. It did."
+    assert "500 samples were published, 1 found" in done.stdout
+
+    (raw / "ori_pqal.json").write_text('{"7": {"QUESTION"')
+    done = command(*words[1:], "--only=pubmed_qa")
+    assert done.returncode == 1 and "damaged or not JSON" in done.stdout
+    assert Shard(tmp_path / "shards/pubmed_qa/train").read_records() == [record]
+
+
+# ----------------------------------------------------------------------------- readers
+
+def write_parquet(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def test_hub_parquets_are_read_in_order(tmp_path):
+    images = [picture(n, form="JPEG") for n in range(3)]
+    rows = [{"image": {"bytes": image, "path": None}, "question": question, "answer": answer}
+            for image, question, answer in zip(images, ["what is it?", "is it?", "the size?"],
+                                               ["lung", "Yes", "3 cm"])]
+    write_parquet(tmp_path / "path_vqa/data/train-00000-of-00002-x.parquet", rows[:2])
+    write_parquet(tmp_path / "path_vqa/data/train-00001-of-00002-y.parquet",
+                  [*rows[2:], {"image": None, "question": "gone?", "answer": "no"}])
+    write_parquet(tmp_path / "path_vqa/data/test-00000-of-00001-z.parquet", rows[:1])
+    found = list(DATASETS["path_vqa"].read(tmp_path / "path_vqa"))
+    assert [(split, r.id, r.answer, r.type) for split, r in found] == [
+        ("train", "train_000000", "lung", "what"), ("train", "train_000001", "Yes", "yes/no"),
+        ("train", "train_000002", "3 cm", "other"), ("train", "train_000003", "no", "yes/no"),
+        ("test", "test_000000", "lung", "what")]
+    assert [r.image for _, r in found] == [*images, None, images[0]]
+    write_parquet(tmp_path / "path_vqa/data/test-00000-of-00001-z.parquet", [{"question": "a"}])
+    with pytest.raises(UserError, match="test-00000.*: no column 'image' among its columns question"):
+        list(DATASETS["path_vqa"].read(tmp_path / "path_vqa"))
+    (tmp_path / "path_vqa/data/test-00000-of-00001-z.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match="test-00000.*damaged parquet"):
+        list(DATASETS["path_vqa"].read(tmp_path / "path_vqa"))
+
+
+def test_vqa_rad_is_read_from_osf_or_else_from_the_hub(tmp_path):
+    raw, image = tmp_path / "vqa_rad", picture(0)
+    write_parquet(raw / "data/train-00000-of-00001-x.parquet",
+                  [{"image": {"bytes": image, "path": None}, "question": "side?", "answer": "left"}])
+    write_parquet(raw / "data/test-00000-of-00001-y.parquet",
+                  [{"image": {"bytes": image, "path": None}, "question": "big?", "answer": "no"}])
+    vqa_rad = DATASETS["vqa_rad"]
+    assert [split for split, _ in vqa_rad.read(raw)] == ["train", "test"]
+    assert sorted(vqa_rad.find_sources(tmp_path)) == [
+        "data/test-00000-of-00001-y.parquet", "data/train-00000-of-00001-x.parquet"]
+    (raw / "VQA_RAD Image Folder").mkdir()
+    (raw / "VQA_RAD Image Folder/synpic1.jpg").write_bytes(image)
+    (raw / "VQA_RAD Dataset Public.json").write_text(json.dumps([
+        {"qid": 1, "image_name": "synpic1.jpg", "question": "how many?", "answer": 3,
+         "question_type": "COUNT", "phrase_type": "freeform"},
+        {"qid": 2, "image_name": "synpic2.jpg", "question": "how big?", "answer": "3 cm",
+         "question_type": "SIZE", "phrase_type": "test_para"}]))
+    assert list(vqa_rad.find_sources(tmp_path)) == ["VQA_RAD Dataset Public.json"]
+    (_, first), (split, second) = vqa_rad.read(raw)
+    assert (first.id, first.answer, first.image, first.type) == ("1", "3", image, "COUNT")
+    assert (split, second.image, second.image_name) == ("test", None, "synpic2.jpg")
+
+
+# ----------------------------------------------------------------------------- real data
+
+RAW = Path(os.environ.get("NANOMEDQ_RAW", ROOT / "raw"))
+real = pytest.mark.skipif(not (RAW / "path_vqa").is_dir() or not (RAW / "vqa_rad").is_dir(),
+                          reason=f"no real data in {RAW}; set NANOMEDQ_RAW to a folder of it")
+
+
+@pytest.fixture(scope="module")
+def real_shards(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("real")
+    (folder / "tokenizer.model").write_bytes(tokenizer)
+    done = command("--only=path_vqa,vqa_rad,pubmed_qa", f"--raw_dir={RAW}", f"--shards_dir={folder}/shards",
+                   f"--tokenizer={folder}/tokenizer.model")
+    assert done.returncode == 0, done.stdout
+    return folder / "shards"
+
+
+@real
+def test_real_datasets_have_the_published_counts(real_shards):
+    counts = {(name, split): (manifest["samples"], manifest["images"], manifest["skipped"])
+              for name in ("path_vqa", "vqa_rad", "pubmed_qa")
+              for split, manifest in read_manifests(real_shards / name).items() if split != "validation"}
+    assert counts == {
+        ("path_vqa", "train"): (19654, 2599, {}), ("path_vqa", "test"): (6719, 858, {}),
+        ("vqa_rad", "train"): (1797, 313, {}), ("vqa_rad", "test"): (451, 203, {}),
+        ("pubmed_qa", "train"): (500, 0, {}), ("pubmed_qa", "test"): (500, 0, {})}
+
+
+@real
+def test_real_questions_train_and_are_answered(real_shards, tmp_path):
+    for words in (["train_vlm.py", "--model=sample", "--language=full", "--data=vqa_rad,pubmed_qa",
+                   "--questions_per_image=0", "--row_length=1024", "--held_out=32", "--max_steps=2",
+                   f"--shards_dir={real_shards}", f"--run={tmp_path}/run"],
+                  ["eval_vqa.py", "--limit=24", f"--shards_dir={real_shards}", f"--run={tmp_path}/run"]):
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run/results.json").read_text())["results"]
+    assert results.keys() == {"vqa_rad/test", "pubmed_qa/test"}
+    assert results["vqa_rad/test"]["scores"].keys() == {"model", "image shuffled", "question only"}
+    assert results["pubmed_qa/test"]["scores"].keys() == {"model", "question only"}  # it has no images

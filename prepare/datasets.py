@@ -113,7 +113,7 @@ def read_hub_questions(raw, type_of):
 # ----------------------------------------------------------------------------- the sample
 
 def train_sample_tokenizer():
-    """A tokenizer of about 400 pieces with the settings of LLaMA's, as a SentencePiece model."""
+    """A tokenizer of 512 pieces with the settings of LLaMA's, as a SentencePiece model."""
     import sentencepiece
 
     from prepare import sample
@@ -125,7 +125,7 @@ def train_sample_tokenizer():
              for line in (*format_prompt(record.question).split("\n"), record.answer)]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=400,
+        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=512,
         hard_vocab_limit=False, byte_fallback=True, split_digits=True, add_dummy_prefix=True,
         remove_extra_whitespaces=False, normalization_rule_name="identity", unk_id=0, bos_id=1,
         eos_id=2, pad_id=-1, character_coverage=0.99995, num_threads=1, minloglevel=2)

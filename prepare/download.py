@@ -4,6 +4,7 @@ import hashlib
 import http.client
 import os
 import shutil
+import ssl
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -34,13 +35,14 @@ def fetch(url, path, sha256=""):
     try:
         whole = receive(url, partial)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing lies beyond what is here: killed just before the rename
+        if error.code == 416 and partial.exists():  # nothing lies beyond it: killed before the rename
             partial.unlink()
             return fetch(url, path, sha256)
         reasons = {401: "asks for a login", 403: "refuses access", 404: "has no such file"}
         reason = reasons.get(error.code, f"answers {error.code} {error.reason}")
         raise UserError(f"{url}: the server {reason}") from None
-    except (OSError, http.client.HTTPException) as error:
+    except (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError,
+            http.client.HTTPException) as error:
         raise UserError(f"{url}: no connection ({getattr(error, 'reason', error)}); run it again "
                         f"to go on, or put the file at {path} yourself") from None
     if not whole:
@@ -79,21 +81,29 @@ def fetch_hub(repository, patterns, folder):
 
     Raises UserError when the hub refuses or cannot be reached.
     """
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import HfApi, errors, snapshot_download
+    from huggingface_hub.utils import filter_repo_objects
 
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        snapshot_download(repository, repo_type="dataset", allow_patterns=list(patterns),
-                          local_dir=partial)
+        facts = HfApi().dataset_info(repository)  # raises where snapshot_download only warns
+        snapshot_download(repository, repo_type="dataset", revision=facts.sha,
+                          allow_patterns=list(patterns), local_dir=partial)
     except errors.GatedRepoError:
         raise UserError(f"{repository}: ask for access on https://huggingface.co/datasets/"
                         f"{repository}, then run `hf auth login`") from None
-    except OSError as error:  # every error of the hub's is one
-        first = str(error).splitlines()[0]
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"{repository}: the hub has no such dataset, or asks for a login") from None
+    except (OSError, errors.HTTPError) as error:  # the hub's own, and those of its connection
+        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{repository}: not fetched from the hub ({first})") from None
-    shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub's own notes
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in partial.iterdir():
-        path.replace(folder / path.name)
-    partial.rmdir()
+    names = list(filter_repo_objects([file.rfilename for file in facts.siblings],
+                                     allow_patterns=list(patterns)))
+    lacking = [name for name in names if not (partial / name).is_file()]
+    if lacking:
+        raise UserError(f"{repository}: {lacking[0]} did not arrive; run it again to go on")
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (partial / name).replace(folder / name)
+    shutil.rmtree(partial, ignore_errors=True)  # with the hub's own notes

@@ -1,0 +1,218 @@
+"""The drawn sample: repeatable, balanced so that words give nothing away, true of its pixels."""
+
+import hashlib
+from collections import Counter, defaultdict
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import BOS, EOS, Tokenizer, format_prompt, load_image
+from prepare import sample
+from prepare.datasets import DATASETS, train_sample_tokenizer
+
+
+def draw(split, count, seed=0):
+    """The records of a split's first images."""
+    return [record for number in range(count)
+            for record in sample.image_records(split, number, seed)]
+
+
+@pytest.fixture(scope="module")
+def test_records():
+    return draw("test", sample.SPLITS["test"] * 2 * len(sample.KINDS))
+
+
+@pytest.fixture(scope="module")
+def images(test_records):
+    """The test images: pixels (H, W, 3), label, and {type: answer}."""
+    found = {}
+    for record in test_records:
+        if record.image_name not in found:
+            pixels = np.asarray(load_image(record.image)).astype(int)
+            found[record.image_name] = SimpleNamespace(pixels=pixels, label=record.label, answers={})
+        found[record.image_name].answers[record.type] = record.answer
+    return list(found.values())
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(train_sample_tokenizer())
+    return Tokenizer(path)
+
+
+# ----------------------------------------------------------------------------- images
+
+def test_seed_decides_every_byte():
+    first = draw("train", 8)  # one image of each class
+    assert draw("train", 8) == first
+    for record, other in zip(first, draw("train", 8, seed=1), strict=True):
+        assert record.image != other.image
+        assert (record.id, record.question, record.answer) == (
+            other.id, other.question, other.answer)
+
+
+def test_no_two_images_are_alike_within_or_across_splits(images, test_records):
+    test = {record.image for record in test_records}
+    train = {record.image for record in draw("train", len(images))}
+    assert len(test) == len(train) == len(images) and not test & train
+
+
+def test_images_are_lossless_colour_images_of_one_size(images, test_records):
+    assert all(record.image.startswith(b"P6\n224 224\n255\n") for record in test_records)
+    assert all(record.image_name.endswith(".ppm") for record in test_records)
+    assert {image.pixels.shape for image in images} == {(224, 224, 3)}
+
+
+def test_contact_sheet_is_a_png_of_four_rows(tmp_path):
+    sample.contact_sheet(tmp_path / "new" / "sheet.png")
+    with Image.open(tmp_path / "new" / "sheet.png") as sheet:
+        assert sheet.format == "PNG"
+        rows = np.asarray(sheet.convert("L")).reshape(4, -1)
+    assert (rows.std(1) > 10).all() and len({row.tobytes() for row in rows}) == 4
+
+
+# ----------------------------------------------------------------------------- questions
+
+@pytest.fixture
+def all_records(monkeypatch):
+    """Every (split, Record) of the sample, without its image: drawing is what takes time."""
+    monkeypatch.setattr(sample, "encode", lambda rng, image: b"")
+    for name, (_, *facts) in sample.KINDS.items():
+        monkeypatch.setitem(sample.KINDS, name, (lambda rng, value: None, *facts))
+    return list(sample.records())
+
+
+def test_splits_have_the_published_counts_and_every_id_is_its_own(all_records, test_records):
+    assert Counter(split for split, _ in all_records) == DATASETS["sample"].counts
+    assert len({record.id for _, record in all_records}) == len(all_records)
+    assert [record.id for split, record in all_records if split == "test"] == [
+        record.id for record in test_records]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_every_question_sees_each_of_its_answers_equally_often(split, all_records):
+    answers, wordings = defaultdict(Counter), defaultdict(set)
+    for name, record in all_records:
+        if name == split:
+            answers[record.question][record.answer] += 1
+            wordings[record.type, record.label].add(record.question)
+    for question, counts in answers.items():
+        assert len(counts) > 1 and len(set(counts.values())) == 1, (question, counts)
+    assert len({type for type, _ in wordings}) >= 5
+    assert all(len(texts) > 1 for texts in wordings.values())
+    assert {question: set(counts) for question, counts in answers.items()
+            if question.startswith(("on which", "how many"))} == {
+        "on which side of the image is the bleed?": {"left", "right"},
+        "on which side of the image is the effusion?": {"left", "right"},
+        "how many white cells are there?": {"one", "two", "three"},
+        "how many cysts are there?": {"one", "two", "three"}}
+
+
+def test_labels_are_equally_frequent_and_agree_with_the_answers(images):
+    counts = Counter(image.label for image in images)
+    assert len(counts) >= 8 and len(set(counts.values())) == 1
+    kinds, impressions = defaultdict(set), defaultdict(set)
+    for image in images:
+        kind, _, finding = image.label.partition("_")
+        present = not finding.startswith("no_")
+        kinds[kind].add((image.answers["modality"], image.answers["organ"]))
+        impressions[image.answers["impression"]].add(image.label)
+        assert image.answers["finding"] == ("yes" if present else "no")
+        assert ("side" in image.answers) + ("count" in image.answers) == present
+        assert f"{kind}_{'no_' if present else ''}{finding.removeprefix('no_')}" in counts
+    assert len(kinds) >= 4 and len(set.union(*kinds.values())) == len(kinds)
+    assert len(impressions) == len(counts)
+    assert all(len(labels) == 1 for labels in impressions.values())
+
+
+# ----------------------------------------------------------------------------- answers and pixels
+
+def of_kind(images, kind):
+    """(image, its mean over blocks of 4 by 4 pixels, (56, 56, 3)) of one kind."""
+    chosen = [(image, image.pixels.reshape(56, 4, 56, 4, 3).mean((1, 3))) for image in images
+              if image.label.startswith(kind)]
+    assert len(chosen) == 2 * sample.SPLITS["test"]
+    return chosen
+
+
+def count_blobs(mask):
+    """How many patches of more than 9 pixels, joined along their sides, a mask has."""
+    mask, count = np.pad(mask, 1), 0
+    while mask.any():
+        left, ahead = mask.sum(), [divmod(int(mask.argmax()), mask.shape[1])]
+        while ahead:
+            y, x = ahead.pop()
+            if mask[y, x]:
+                mask[y, x] = False
+                ahead += [(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)]
+        count += left - mask.sum() > 9
+    return count
+
+
+def test_blobs_are_counted():
+    mask = np.zeros((12, 12), bool)
+    mask[:4, :4] = mask[4:8, 4:8] = mask[3:12, 11] = mask[10, 2:11] = mask[11, :3] = True
+    mask[0, 6:9] = True
+    assert count_blobs(mask) == 3  # two squares that touch at a corner and a bent line; a speck
+
+
+def test_bleed_is_on_the_side_that_the_answer_says(images):
+    for image, pixels in of_kind(images, "ct"):
+        bright = pixels[14:42, 16:40, 0] > 190  # inside of the skull
+        left, right = bright[:, :12].sum(), bright[:, 12:].sum()
+        side = "left" if left > right + 20 else "right" if right > left + 20 else None
+        assert side == image.answers.get("side"), image.answers
+        assert (left + right > 20) == (image.answers["finding"] == "yes")
+
+
+def test_effusion_is_on_the_side_that_the_answer_says(images):
+    for image, pixels in of_kind(images, "film"):
+        left, right = pixels[25:37, 7:16].mean(), pixels[25:37, 40:49].mean()  # the lungs' bases
+        side = "left" if left > right + 50 else "right" if right > left + 50 else None
+        assert side == image.answers.get("side"), image.answers
+
+
+def test_white_cells_are_as_many_as_the_answer_says(images):
+    for image, pixels in of_kind(images, "smear"):
+        red, green, blue = np.moveaxis(pixels, -1, 0)
+        count = count_blobs((blue - green > 60) & (red < 160))  # nuclei alone are purple
+        assert [None, "one", "two", "three"][count] == image.answers.get("count"), image.answers
+
+
+def test_cysts_are_as_many_as_the_answer_says(images):
+    for image, pixels in of_kind(images, "ultrasound"):
+        dark = np.pad(pixels[..., 0] < 40, 1, constant_values=True)
+        count = count_blobs(dark) - 1  # what surrounds the picture is one more, joined by the rim
+        assert [None, "one", "two", "three"][count] == image.answers.get("count"), image.answers
+
+
+# ----------------------------------------------------------------------------- tokenizer
+
+def test_tokenizer_has_llamas_special_ids_and_is_the_same_when_trained_again(tokenizer):
+    assert (tokenizer.model.bos_id(), tokenizer.model.eos_id()) == (BOS, EOS) == (1, 2)
+    assert tokenizer.vocab_size == 512
+    assert hashlib.sha256(train_sample_tokenizer()).hexdigest() == tokenizer.sha256
+
+
+def test_tokenizer_returns_every_question_and_answer(tokenizer, test_records):
+    texts = {text for record in test_records
+             for text in (record.question, format_prompt(record.question), record.answer)}
+    for text in texts:
+        tokens = tokenizer.encode(text)
+        assert tokenizer.decode(tokens) == text
+        assert len(tokens) < len(text) / 2 or not text.startswith("Question:")
+        assert tokenizer.model.id_to_piece(tokens[0]).startswith("▁")
+        spelt = [tokenizer.model.id_to_piece(token) for token in tokens
+                 if tokenizer.model.is_byte(token)]
+        assert spelt == ["<0x0A>"] * text.count("\n"), text  # a line break is a byte, as in LLaMA's
+
+
+@pytest.mark.parametrize("text", ["naïve café ± 5 µm 中", "12 mg/dl <s> é", "UPPER\n\nlines\tZ", "🩻"])
+def test_tokenizer_spells_any_other_text_in_bytes(text, tokenizer):
+    tokens = tokenizer.encode(text)
+    assert not {tokenizer.model.unk_id(), BOS, EOS} & set(tokens)
+    assert any(tokenizer.model.is_byte(token) for token in tokens)
+    assert tokenizer.decode(tokens) == text.replace("\t", " ")

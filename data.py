@@ -58,6 +58,13 @@ class UserError(Exception):
     """A mistake that the user can mend. The message is one line: what, where, what to run next."""
 
 
+def require_positive(config, *names):
+    """Raise UserError unless each of these flags is 1 or more."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name}={getattr(config, name)}: 1 or more")
+
+
 def run(main, Config):
     """Parse the command line into a Config and call main with it; a UserError exits with code 2."""
     try:
@@ -476,6 +483,7 @@ class Mixture:
         with ThreadPoolExecutor(workers) as pool:  # Pillow and zlib let go of the interpreter lock
             ahead = deque()
             for number in range(first, last):
+                self.epoch_order(number * self.batch_size // self.samples_per_epoch)  # not by each thread
                 ahead.append(pool.submit(self.step, number))
                 if len(ahead) > 2 * workers:
                     yield ahead.popleft().result()

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Shard, Tokenizer, UserError, run
+from data import Shard, Tokenizer, UserError, require_positive, run
 from model import VLM, newest_checkpoint, pick_device
 
 
@@ -168,6 +168,7 @@ def newest_run():
 
 
 def main(config):
+    require_positive(config, "batch_size", "max_new_tokens")
     folder = Path(config.run) if config.run else newest_run()
     checkpoint = newest_checkpoint(folder)
     trained = json.loads((folder / "config.json").read_text())

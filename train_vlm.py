@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from data import Batch, Tokenizer, UserError, open_mixture, run
+from data import Batch, Tokenizer, UserError, open_mixture, require_positive, run
 from lora import add_lora
 from model import CONFIGS, VLM, is_trained, newest_checkpoint, pick_device
 
@@ -236,6 +236,8 @@ def train_step(model, optimizer, step, config, device, autocast):
 
 
 def main(config):
+    require_positive(config, "batch_size", "row_length", "micro_batch_tokens", "lora_r", "log_every",
+                     "evaluate_every", "save_every")
     device, dtype = pick_device(config.device, config.dtype)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     torch.manual_seed(config.seed)
@@ -278,7 +280,10 @@ def main(config):
          "machine": describe_machine(device)}, indent=2) + "\n")
     log = open(folder / "log.jsonl", "a", encoding="utf-8")
     if config.wandb:
-        import wandb
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--wandb=true: run `pip install wandb` first") from None
         wandb.init(project="nanomedq", name=folder.name, config=asdict(config), dir=str(folder))
 
     def write_log(entry):
@@ -289,7 +294,7 @@ def main(config):
 
     model.train()
     bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True)
-    losses, padded, since, validation = [], [], time.perf_counter(), math.nan
+    losses, padded, since, validation = [], [], time.perf_counter(), ""
     for step in mixture.steps(first, steps, config.workers or os.cpu_count()):
         rate = learning_rate_at(step.number, steps, config)
         for group in optimizer.param_groups:
@@ -312,16 +317,17 @@ def main(config):
                      "gradient_norm": norm, "samples_per_second": round(speed, 2),
                      "padded": round(sum(padded) / len(padded), 4)}
             write_log(entry)
-            bar.set_postfix_str(f"loss {entry['loss']:.3f}, held out {validation:.3f}, "
-                                f"{speed:.1f} samples/s, {entry['padded']:.0%} padding")
+            bar.set_postfix_str(f"loss {entry['loss']:.3f}{validation}, {speed:.1f} samples/s, "
+                                f"{entry['padded']:.0%} padding")
             losses, padded, since = [], [], time.perf_counter()
         if config.held_out and (done % config.evaluate_every == 0 or done == steps):
-            validation = held_out_loss(model, mixture, device, autocast)
-            write_log({"step": done, "held_out_loss": validation})
+            held_out = held_out_loss(model, mixture, device, autocast)
+            write_log({"step": done, "held_out_loss": held_out})
+            validation = f", held out {held_out:.3f}"
         if done % config.save_every == 0 or done == steps:
             save_checkpoint(model, optimizer, done, folder)
     bar.close()
-    print(f"held-out loss {validation:.4f}; now run `python eval_vqa.py --run={folder}`")
+    print(f"{folder}: finished{validation}; now run `python eval_vqa.py --run={folder}`")
 
 
 if __name__ == "__main__":

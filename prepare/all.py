@@ -2,7 +2,7 @@
 Prepare datasets: download what is missing, and write it as shards, which data.py describes.
 
     python prepare/all.py --only=sample            the drawn sample, without a network
-    python prepare/all.py --only=tokenizer,path_vqa
+    python prepare/all.py --only=path_vqa          one dataset, and LLaMA's tokenizer
     python prepare/all.py --list=true              what there is, and what of it is prepared
 
 A dataset that is prepared, with the same settings, is left alone: run it again after anything.
@@ -37,7 +37,7 @@ class Config:
     only: str = ""  # datasets, or "tokenizer", with commas between; all if none are named
     raw_dir: str = "raw"  # downloads, a folder a dataset
     shards_dir: str = "shards"  # where prepared datasets go
-    tokenizer: str = "weights/llama_tokenizer/tokenizer.model"  # SentencePiece model
+    tokenizer: str = "weights/llama_tokenizer/tokenizer.model"  # SentencePiece model; LLaMA's by default
     workers: int = 0  # processes that decode images; 0: one a core
     limit: int = 0  # take only the first so many samples of each split; 0: all
     image_size: int = 224  # pixels, height and width of a stored image
@@ -48,7 +48,7 @@ class Config:
 
 
 def select(only):
-    """The names asked for, each once, in the order in which they are prepared."""
+    """The names asked for, in the order in which they are prepared; first the tokenizer they need."""
     known = ["tokenizer", *DATASETS]
     asked = [name.strip() for name in only.split(",") if name.strip()] or known
     for name in asked:
@@ -56,15 +56,18 @@ def select(only):
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise UserError(f"--only: no dataset {name!r}; did you mean {near}? "
                             f"There are {', '.join(known)}")
+    if any(not DATASETS[name].train_tokenizer for name in asked if name != "tokenizer"):
+        asked.append("tokenizer")
     return [name for name in known if name in asked]
 
 
 def prepare_tokenizer(path):
-    """Download LLaMA's tokenizer. Returns status and message; a file that is there is kept."""
+    """Download LLaMA's tokenizer, unless a file is there. Returns status and message."""
     path = Path(path)
     if path.is_file():
-        same = hash_file(path) == TOKENIZER_SHA256
-        return "up to date", "" if same else f"{path} is not LLaMA's tokenizer; it was kept"
+        return "up to date", "" if hash_file(path) == TOKENIZER_SHA256 else f"{path} is not LLaMA's"
+    if path != Path(Config.tokenizer):
+        raise UserError(f"{path}: no tokenizer here; without --tokenizer, LLaMA's is downloaded")
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     fetch(f"{endpoint}/{TOKENIZER}/resolve/main/tokenizer.model", path, TOKENIZER_SHA256)
     return "ready", f"{path}, from {endpoint}/{TOKENIZER}"

@@ -275,6 +275,8 @@ def test_a_failed_dataset_keeps_what_was_there_and_stops_no_other(tokenizer, tmp
     (raw / "ori_pqal.json").write_text('{"7": {"QUESTION"')
     done = command(*words[1:], "--only=pubmed_qa")
     assert done.returncode == 1 and "damaged or not JSON" in done.stdout
+    done = command(*words[1:3], "--only=pubmed_qa", f"--tokenizer={tmp_path}/typo.model")
+    assert done.returncode == 1 and f"{tmp_path}/typo.model: no tokenizer here" in done.stdout
     assert Shard(tmp_path / "shards/pubmed_qa/train").read_records() == [record]
 
 

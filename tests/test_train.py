@@ -1,6 +1,7 @@
 """train_vlm.py and eval_vqa.py from the command line to the files they leave, on the sample."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,10 @@ def test_learns_by_heart_and_answers(shards, tmp_path, capsys):
         assert 100 * hits / 64 == pytest.approx(scores[row]["exact_match"])
     assert "image shuffled" in capsys.readouterr().out
     assert VLM.from_run(run).vision.config.width == 128
+    done = command("extras/follow.py", f"--run={run}", "--data=sample", "--split=train",
+                   f"--shards_dir={shards}")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"VLM.loss +0\.\d+ nats.*Tokenizer.decode '.+'\nbleu1 +[01]\.\d\d\n", done.stdout, re.S)
 
 
 def test_non_finite_loss_stops_before_it_is_saved(shards, tmp_path):
@@ -139,6 +144,7 @@ def test_another_tokenizer_is_refused(shards, tmp_path):
 @pytest.mark.parametrize("words, expected", [
     (["train_vlm.py", "--batchsize=3"], "did you mean --batch_size?"),
     (["train_vlm.py", "--batch_size=many"], "--batch_size"),
+    (["train_vlm.py", "--batch_size=0"], "--batch_size=0: 1 or more"),
     (["train_vlm.py", "--data=nowhere", "--model=sample"], "prepare/all.py --only=nowhere"),
     (["train_vlm.py", "--data=sample:much"], "'much' is no weight"),
     (["eval_vqa.py", "--run=out/no_such_run"], "python train_vlm.py --run=out/no_such_run"),

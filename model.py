@@ -298,8 +298,8 @@ class LLaMA(nn.Module):
         """
         folder = Path(folder)
         if not (folder / "config.json").is_file():
-            raise UserError(f"{folder}/config.json: not there; README.md says under Weights where "
-                            "such a folder comes from")
+            raise UserError(f"{folder}/config.json: not there; `python prepare/all.py "
+                            "--only=pmc_llama_7b` brings the paper's")
         hub = json.loads((folder / "config.json").read_text())
         rope = hub.get("rope_parameters") or hub.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -553,7 +553,8 @@ def tensors_of(module):
 def tensor_shapes(file):
     """Names and shapes of a safetensors file's tensors, without reading them."""
     if not Path(file).is_file():
-        raise UserError(f"{file}: no such weights file; README.md says under Weights where it comes from")
+        raise UserError(f"{file}: no such weights file; `python prepare/all.py --only=biomedclip,"
+                        "pmc_llama_7b` brings the paper's")
     try:
         with safe_open(file, "pt") as tensors:
             return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}

@@ -14,8 +14,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
 
 import json
+import multiprocessing
 import resource
-import subprocess
 import time
 from dataclasses import asdict, dataclass
 
@@ -32,7 +32,6 @@ class Config:
     tokenizer: str = "weights/llama_tokenizer/tokenizer.model"  # LLaMA's
     shards: int = 3  # files of the language model
     new_tokens: int = 8  # tokens to answer with
-    write: bool = False  # internal: write the files in a process of its own, then stop
 
 
 def write_checkpoints(folder, shards):
@@ -65,21 +64,20 @@ def peak_gigabytes():
 
 
 def main(config):
-    folder = Path(config.folder)
-    if config.write:
-        return write_checkpoints(folder, config.shards)
-    if not (folder / "biomedclip.safetensors").is_file():  # elsewhere, to leave the peak below clean
-        subprocess.run([sys.executable, __file__, f"--folder={folder}", "--write=true",
-                        f"--shards={config.shards}"], check=True)
-    tokenizer = Tokenizer(config.tokenizer)
-    before = peak_gigabytes()
+    folder, tokenizer = Path(config.folder), Tokenizer(config.tokenizer)
+    if not (folder / "biomedclip.safetensors").is_file():  # it is the last to be written
+        # In a process of its own: its memory must not count into the peak below.
+        writer = multiprocessing.get_context("spawn").Process(
+            target=write_checkpoints, args=(folder, config.shards))
+        writer.start()
+        writer.join()
     begin = time.perf_counter()
     model = VLM.build("paper", tokenizer.vocab_size, folder / "biomedclip.safetensors", folder,
                       dtype=torch.bfloat16).eval()
     seconds = time.perf_counter() - begin
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
     print(f"loaded {weights:.2f} GB of weights in {seconds:.1f} s; peak memory {peak_gigabytes():.2f} GB, "
-          f"{before:.2f} of it Python and torch: {(peak_gigabytes() - before) / weights:.3f}x the weights")
+          f"Python and torch included: {peak_gigabytes() / weights:.3f}x the weights")
     prompt = tokenizer.encode(format_prompt("what does the image show?"))
     image = torch.randint(0, 256, (1, 224, 224, 3), dtype=torch.uint8)
     begin = time.perf_counter()

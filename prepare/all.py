@@ -1,5 +1,6 @@
 """
-Prepare datasets: download what is missing, and write it as shards, which data.py describes.
+Prepare datasets and weights: download what is missing, and write it as shards, which data.py
+describes, and as safetensors.
 
     python prepare/all.py --only=sample            the drawn sample, without a network
     python prepare/all.py --only=path_vqa          one dataset, and LLaMA's tokenizer
@@ -27,6 +28,7 @@ from data import PROMPT_VERSION, SHARD_VERSION, Tokenizer, UserError, run
 from prepare.datasets import DATASETS
 from prepare.download import fetch, fetch_hub, hash_file
 from prepare.shards import ImageSettings, read_manifests, recover, why_stale, write_dataset
+from prepare.weights import WEIGHTS
 
 TOKENIZER = "huggyllama/llama-7b"  # hub repository; its tokenizer.model is Meta's, unchanged
 TOKENIZER_SHA256 = "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"
@@ -34,9 +36,10 @@ TOKENIZER_SHA256 = "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818
 
 @dataclass(frozen=True)
 class Config:
-    only: str = ""  # datasets, or "tokenizer", with commas between; all if none are named
-    raw_dir: str = "raw"  # downloads, a folder a dataset
+    only: str = ""  # datasets, weights or "tokenizer", with commas between; all if none are named
+    raw_dir: str = "raw"  # downloads, a folder a dataset or set of weights
     shards_dir: str = "shards"  # where prepared datasets go
+    weights_dir: str = "weights"  # where prepared weights go
     tokenizer: str = "weights/llama_tokenizer/tokenizer.model"  # SentencePiece model; LLaMA's by default
     workers: int = 0  # processes that decode images; 0: one a core
     limit: int = 0  # take only the first so many samples of each split; 0: all
@@ -49,14 +52,14 @@ class Config:
 
 def select(only):
     """The names asked for, in the order in which they are prepared; first the tokenizer they need."""
-    known = ["tokenizer", *DATASETS]
+    known = ["tokenizer", *DATASETS, *WEIGHTS]
     asked = [name.strip() for name in only.split(",") if name.strip()] or known
     for name in asked:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise UserError(f"--only: no dataset {name!r}; did you mean {near}? "
+            raise UserError(f"--only: there is no {name!r}; did you mean {near}? "
                             f"There are {', '.join(known)}")
-    if any(not DATASETS[name].train_tokenizer for name in asked if name != "tokenizer"):
+    if any(not DATASETS[name].train_tokenizer for name in asked if name in DATASETS):
         asked.append("tokenizer")
     return [name for name in known if name in asked]
 
@@ -73,24 +76,36 @@ def prepare_tokenizer(path):
     return "ready", f"{path}, from {endpoint}/{TOKENIZER}"
 
 
-def find_or_download(dataset, raw_dir):
-    """A dataset's sources, or {} and the status and message that say why there are none."""
-    sources, raw = dataset.find_sources(raw_dir), dataset.raw(raw_dir)
-    if sources:
-        return sources, "", ""
-    looked = f"no {' or '.join(' + '.join(layout) for layout in dataset.layouts)} in {raw}"
-    by_hand = f"download it from {dataset.page} into {raw} and run this again"
-    if not dataset.urls and not dataset.hub:
-        return {}, "manual", f"{looked}; {by_hand} (access: {dataset.access})"
+def find_or_download(source, raw_dir):
+    """The files of a dataset or of weights, or {} and the status and message that say why there are none."""
+    files, raw = source.find(raw_dir), source.raw(raw_dir)
+    if files:
+        return files, "", ""
+    looked = f"no {' or '.join(' + '.join(layout) for layout in source.layouts)} in {raw}"
+    by_hand = f"download it from {source.page} into {raw} and run this again"
+    if not source.urls and not source.hub:
+        return {}, "manual", f"{looked}; {by_hand} (access: {source.access})"
     try:
-        for url in dataset.urls:
+        for url in source.urls:
             fetch(url, raw / url.rsplit("/", 1)[1])
-        if dataset.hub:
-            fetch_hub(dataset.hub, dataset.hub_files, raw)
+        if source.hub:
+            fetch_hub(source.hub, source.hub_files, raw, source.hub_type)
     except UserError as error:
         return {}, "missing", f"{looked}, and {error}; or {by_hand}"
-    sources = dataset.find_sources(raw_dir)
-    return sources, "missing", f"{looked}, even after the download; {by_hand}"
+    return source.find(raw_dir), "missing", f"{looked}, even after the download; {by_hand}"
+
+
+def prepare_weights(weights, config):
+    """Convert one set of weights unless it is there. Returns its status and a message."""
+    target = Path(config.weights_dir) / weights.target
+    if target.exists():
+        return "up to date", ""
+    files, status, message = find_or_download(weights, config.raw_dir)
+    if not files:
+        return status, message
+    target.parent.mkdir(parents=True, exist_ok=True)
+    weights.write(weights, weights.raw(config.raw_dir), target)
+    return "ready", str(target)
 
 
 def prepare_dataset(dataset, config):
@@ -104,7 +119,7 @@ def prepare_dataset(dataset, config):
              "licence": dataset.licence}
     if not dataset.train_tokenizer:
         facts["tokenizer_sha256"] = Tokenizer(config.tokenizer).sha256
-    reason = why_stale(target, facts, dataset.find_sources(config.raw_dir))
+    reason = why_stale(target, facts, dataset.find(config.raw_dir))
     if not reason:
         return "up to date", ""
     print(f"{dataset.name}: {reason}", flush=True)
@@ -123,6 +138,8 @@ def attempt(name, config):
     try:
         if name == "tokenizer":
             return prepare_tokenizer(config.tokenizer)
+        if name in WEIGHTS:
+            return prepare_weights(WEIGHTS[name], config)
         return prepare_dataset(DATASETS[name], config)
     except BrokenProcessPool:
         return "failed", "a worker process died, perhaps of lack of memory; try fewer --workers"
@@ -171,13 +188,18 @@ def compare_counts(dataset, manifests):
 
 
 def print_list(names, config):
-    """Facts of each dataset and how far it is."""
+    """Facts of each dataset and set of weights, and how far it is."""
     rows = [("dataset", "kind", "access", "MB", "samples", "status", "licence")]
-    for dataset in (DATASETS[name] for name in names if name != "tokenizer"):
+    for weights in (WEIGHTS[name] for name in names if name in WEIGHTS):
+        status = ("prepared" if (Path(config.weights_dir) / weights.target).exists() else
+                  "downloaded" if weights.find(config.raw_dir) else "to download")
+        rows.append((weights.name, "weights", weights.access, f"{weights.megabytes:,}", "", status,
+                     weights.licence))
+    for dataset in (DATASETS[name] for name in names if name in DATASETS):
         manifests = read_manifests(Path(config.shards_dir) / dataset.name)
         counts = ", ".join(f"{split} {count:,}" for split, count in dataset.counts.items())
         status = ("prepared" if manifests else
-                  "downloaded" if dataset.find_sources(config.raw_dir) else
+                  "downloaded" if dataset.find(config.raw_dir) else
                   "to download" if dataset.urls or dataset.hub else "manual")
         rows.append((dataset.name, dataset.kind, dataset.access, f"{dataset.megabytes:,}", counts,
                      status, dataset.licence))
@@ -200,7 +222,7 @@ def main(config):
         status, message = attempt(name, config)
         if message:
             print(f"{name}: {status}: {message}", flush=True)
-        if status in ("ready", "up to date") and name != "tokenizer":
+        if status in ("ready", "up to date") and name in DATASETS:
             found[name] = read_manifests(Path(config.shards_dir) / name)
         rows += table_rows(name, status, found.get(name), time.perf_counter() - start)
     print()

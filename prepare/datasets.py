@@ -17,50 +17,29 @@ A reader cleans nothing and skips nothing: prepare/shards.py does both, and coun
 import io
 import itertools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
 from data import Record, UserError, format_prompt
+from prepare.download import Source
 
 DATASETS = {}  # name -> Dataset, in the order in which they are prepared
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """What is known about a dataset before its files are opened."""
-    name: str
+@dataclass(frozen=True, kw_only=True)
+class Dataset(Source):
+    """What is known about a dataset, and how it is read."""
     read: Callable  # raw folder -> iterator of (split, Record)
     kind: str
-    licence: str
-    access: str  # "open", or what its owner asks for
-    megabytes: int  # to download
-    page: str  # where a person finds it
-    layouts: tuple  # alternatives, each the patterns that its raw folder must match; first one wins
     counts: dict  # split -> published number of samples
-    urls: tuple = ()  # files to fetch into the raw folder
-    hub: str = ""  # or a dataset repository on the Hugging Face hub, and which of its files
-    hub_files: tuple = field(default=())
-    folder: Path | None = None  # its raw folder, if that is not <raw_dir>/<name>
     train_tokenizer: Callable | None = None  # makes its own SentencePiece model, as bytes
-
-    def raw(self, raw_dir):
-        return self.folder or Path(raw_dir) / self.name
-
-    def find_sources(self, raw_dir):
-        """{relative name: path} of the first layout that is all there; empty if none is."""
-        raw = self.raw(raw_dir)
-        for layout in self.layouts:
-            found = [sorted(raw.glob(pattern)) for pattern in layout]
-            if all(found):
-                return {path.relative_to(raw).as_posix(): path for path in sum(found, [])}
-        return {}
 
 
 def dataset(**facts):
     """Enter the decorated reader in DATASETS, under its own name, with these facts."""
     def register(read):
-        DATASETS[read.__name__] = Dataset(read.__name__, read, **facts)
+        DATASETS[read.__name__] = Dataset(name=read.__name__, read=read, **facts)
         return read
     return register
 

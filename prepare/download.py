@@ -1,4 +1,4 @@
-"""Downloads: one file by its address, or files of a dataset repository on the Hugging Face hub."""
+"""Where files come from: a folder that has them already, an address, or the Hugging Face hub."""
 
 import hashlib
 import http.client
@@ -7,11 +7,40 @@ import shutil
 import ssl
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A dataset or a set of weights before its files are opened."""
+    name: str
+    licence: str
+    access: str  # "open", or what its owner asks for
+    megabytes: int  # to download
+    page: str  # where a person finds it
+    layouts: tuple  # alternatives, each the patterns that its raw folder must match; first one wins
+    urls: tuple = ()  # files to fetch into the raw folder
+    hub: str = ""  # or a repository on the Hugging Face hub, and which of its files
+    hub_type: str = "dataset"  # or "model"
+    hub_files: tuple = ()
+    folder: Path | None = None  # its raw folder, if that is not <raw_dir>/<name>
+
+    def raw(self, raw_dir):
+        return self.folder or Path(raw_dir) / self.name
+
+    def find(self, raw_dir):
+        """{relative name: path} of the first layout that is all there; empty if none is."""
+        raw = self.raw(raw_dir)
+        for layout in self.layouts:
+            found = [sorted(raw.glob(pattern)) for pattern in layout]
+            if all(found):
+                return {path.relative_to(raw).as_posix(): path for path in sum(found, [])}
+        return {}
 
 
 def hash_file(path):
@@ -75,9 +104,9 @@ def receive(url, partial):
             return total is None or file.tell() == total
 
 
-def fetch_hub(repository, patterns, folder):
+def fetch_hub(repository, patterns, folder, repo_type="dataset"):
     """
-    Download a dataset repository's files that match the patterns into a folder, all or none.
+    Download a hub repository's files that match the patterns into a folder, all or none.
 
     Raises UserError when the hub refuses or cannot be reached.
     """
@@ -87,14 +116,15 @@ def fetch_hub(repository, patterns, folder):
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        facts = HfApi().dataset_info(repository)  # raises where snapshot_download only warns
-        snapshot_download(repository, repo_type="dataset", revision=facts.sha,
+        # Raises where snapshot_download, given a folder of files, would only warn.
+        facts = HfApi().repo_info(repository, repo_type=repo_type)
+        snapshot_download(repository, repo_type=repo_type, revision=facts.sha,
                           allow_patterns=list(patterns), local_dir=partial)
     except errors.GatedRepoError:
-        raise UserError(f"{repository}: ask for access on https://huggingface.co/datasets/"
-                        f"{repository}, then run `hf auth login`") from None
+        page = f"https://huggingface.co/{'datasets/' * (repo_type == 'dataset')}{repository}"
+        raise UserError(f"{repository}: ask for access on {page}, then run `hf auth login`") from None
     except errors.RepositoryNotFoundError:
-        raise UserError(f"{repository}: the hub has no such dataset, or asks for a login") from None
+        raise UserError(f"{repository}: the hub has no such {repo_type}, or asks for a login") from None
     except (OSError, errors.HTTPError) as error:  # the hub's own, and those of its connection
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{repository}: not fetched from the hub ({first})") from None

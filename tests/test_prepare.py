@@ -46,7 +46,7 @@ def tokenizer():
 
 def write_toy(folder, records, tokenizer, workers=1, **image):
     """Write (split, Record)s as a dataset; its one source is a file made here."""
-    toy = Dataset("toy", lambda raw: iter(records), kind="", licence="none", access="open",
+    toy = Dataset(name="toy", read=lambda raw: iter(records), kind="", licence="none", access="open",
                   megabytes=0, page="", layouts=(), counts={"train": len(records)})
     source = folder / "toy.json"
     source.write_text("{}")
@@ -318,7 +318,7 @@ def test_vqa_rad_is_read_from_osf_or_else_from_the_hub(tmp_path):
                   [{"image": {"bytes": image, "path": None}, "question": "big?", "answer": "no"}])
     vqa_rad = DATASETS["vqa_rad"]
     assert [split for split, _ in vqa_rad.read(raw)] == ["train", "test"]
-    assert sorted(vqa_rad.find_sources(tmp_path)) == [
+    assert sorted(vqa_rad.find(tmp_path)) == [
         "data/test-00000-of-00001-y.parquet", "data/train-00000-of-00001-x.parquet"]
     (raw / "VQA_RAD Image Folder").mkdir()
     (raw / "VQA_RAD Image Folder/synpic1.jpg").write_bytes(image)
@@ -327,7 +327,7 @@ def test_vqa_rad_is_read_from_osf_or_else_from_the_hub(tmp_path):
          "question_type": "COUNT", "phrase_type": "freeform"},
         {"qid": 2, "image_name": "synpic2.jpg", "question": "how big?", "answer": "3 cm",
          "question_type": "SIZE", "phrase_type": "test_para"}]))
-    assert list(vqa_rad.find_sources(tmp_path)) == ["VQA_RAD Dataset Public.json"]
+    assert list(vqa_rad.find(tmp_path)) == ["VQA_RAD Dataset Public.json"]
     (_, first), (split, second) = vqa_rad.read(raw)
     assert (first.id, first.answer, first.image, first.type) == ("1", "3", image, "COUNT")
     assert (split, second.image, second.image_name) == ("test", None, "synpic2.jpg")

@@ -158,7 +158,8 @@ class Tokenizer:
         return self.model.encode(re.sub(r"[^\S\n]+", " ", text).strip())
 
     def decode(self, tokens):
-        return self.model.decode([int(token) for token in tokens]).strip()
+        """The text of token ids; those past the vocabulary, such as PMC-LLaMA 13B's pad, have none."""
+        return self.model.decode([int(token) for token in tokens if token < self.vocab_size]).strip()
 
 
 # ----------------------------------------------------------------------------- pixels
@@ -351,7 +352,7 @@ class Mixture:
             groups = np.where(samples["image"] >= 0, samples["image"],
                               images + np.arange(len(samples)))
             keys = random_keys(seed, 2 * index, 0, images + len(samples))[groups]
-            count = round(held_out * len(samples) / self.starts[-1])
+            count = min(round(held_out * len(samples) / self.starts[-1]), len(samples))
             kept_back = keys <= np.partition(keys, count - 1)[count - 1] if count else keys < 0
             self.train.append(np.flatnonzero((room >= 1) & ~kept_back))
             self.held_out.append(np.flatnonzero((room >= 1) & kept_back))

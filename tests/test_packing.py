@@ -261,6 +261,8 @@ def test_held_out_samples_share_no_image_with_training(corpus):
         [name for step in mixture.held_out_steps() for name in step.samples]
         for mixture in (mix(corpus, held_out=16), mix(corpus, held_out=16, seed=1)))
     assert kept == again and set(kept) != set(other)
+    with pytest.raises(UserError, match="no sample to train on"):
+        mix(corpus, held_out=1000)
 
 
 # ----------------------------------------------------------------------------- short rows

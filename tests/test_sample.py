@@ -210,6 +210,11 @@ def test_tokenizer_returns_every_question_and_answer(tokenizer, test_records):
         assert spelt == ["<0x0A>"] * text.count("\n"), text  # a line break is a byte, as in LLaMA's
 
 
+def test_tokens_past_the_vocabulary_have_no_text(tokenizer):
+    tokens = tokenizer.encode("left")
+    assert tokenizer.decode([*tokens, tokenizer.vocab_size]) == "left"
+
+
 @pytest.mark.parametrize("text", ["naïve café ± 5 µm 中", "12 mg/dl <s> é", "UPPER\n\nlines\tZ", "🩻"])
 def test_tokenizer_spells_any_other_text_in_bytes(text, tokenizer):
     tokens = tokenizer.encode(text)

@@ -112,15 +112,18 @@ def parse_flags(Config, arguments):
 
 @dataclass
 class Record:
-    """One question about one image, or about none, as prepare/ reads it from a dataset."""
+    """
+    One question about one image, or about none, as prepare/ reads it from a dataset; for
+    classification an image and its labels, without a question.
+    """
     id: str
-    question: str
-    answer: str
+    question: str = ""
+    answer: str = ""
     image: bytes | None = None  # the encoded file; None for a text-only sample
     image_name: str = ""
     context: str = ""  # text that the question is about, such as an abstract
     type: str = ""  # question type, for the tables
-    label: str = ""  # the image's class, where a dataset has one
+    labels: tuple | None = None  # names of the image's classes, where a dataset has them
 
 
 def format_prompt(question, context=""):
@@ -511,6 +514,8 @@ def open_mixture(names, shards_dir, split, **settings):
         except ValueError:
             raise UserError(f"--data: {weight!r} is no weight; write name:2 or name") from None
         shards.append(Shard(Path(shards_dir) / name / split))
+        if shards[-1].manifest["kind"] == "classification":
+            raise UserError(f"--data: {name} has labels but no questions to train on")
     tokenizers = {shard.manifest["tokenizer_sha256"] for shard in shards}
     if len(tokenizers) > 1:
         raise UserError(f"--data: {names} were prepared with different tokenizers; prepare them "

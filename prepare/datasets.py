@@ -14,9 +14,15 @@ A dataset is one decorated function, from its raw folder to (split, Record) pair
 A reader cleans nothing and skips nothing: prepare/shards.py does both, and counts what it skips.
 """
 
+import contextlib
+import csv
+import gzip
 import io
 import itertools
 import json
+import tarfile
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -24,6 +30,7 @@ from typing import Callable
 from data import Record, UserError, format_prompt
 from prepare.download import Source
 
+LARGEST_MEMBER = 1 << 28  # bytes of one file in an archive: a larger one is no image
 DATASETS = {}  # name -> Dataset, in the order in which they are prepared
 
 
@@ -31,8 +38,9 @@ DATASETS = {}  # name -> Dataset, in the order in which they are prepared
 class Dataset(Source):
     """What is known about a dataset, and how it is read."""
     read: Callable  # raw folder -> iterator of (split, Record)
-    kind: str
+    kind: str  # image questions, text questions, captions, reports or classification
     counts: dict  # split -> published number of samples
+    classes: tuple = ()  # names of the labels, in the order of a classifier's outputs
     train_tokenizer: Callable | None = None  # makes its own SentencePiece model, as bytes
 
 
@@ -51,6 +59,61 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: damaged or not JSON ({error}); fetch it again") from None
+
+
+def read_csv(path, columns, delimiter=","):
+    """Yield a table's rows as dicts; the file may be gzipped. Refuses one that lacks a column."""
+    path = Path(path)
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file, delimiter=delimiter)
+            for column in columns:
+                if column not in (rows.fieldnames or ()):
+                    raise UserError(f"{path}: no column {column!r} among its columns "
+                                    f"{', '.join(rows.fieldnames or ())}")
+            yield from rows
+    except (UnicodeDecodeError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: damaged table ({error}); fetch it again") from None
+
+
+@contextlib.contextmanager
+def open_zip(path):
+    """A zip archive, to be read in place with read_member."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path}: damaged zip ({error}); fetch it again") from None
+
+
+def read_member(archive, name):
+    """A member's bytes; None where there is none; b"" where it is damaged or past all reason large."""
+    try:
+        member = archive.getinfo(name)
+        return archive.read(member) if member.file_size <= LARGEST_MEMBER else b""
+    except KeyError:
+        return None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError):
+        return b""
+
+
+def read_tar(path):
+    """Yield (name, bytes) of the plain files in a tar archive, gzipped or not, in its order."""
+    try:
+        with tarfile.open(path, "r|*") as archive:
+            for member in archive:
+                if member.isreg():  # links and devices are passed over; nothing is ever unpacked
+                    small = member.size <= LARGEST_MEMBER
+                    yield member.name, archive.extractfile(member).read() if small else b""
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: damaged archive ({error}); fetch it again") from None
+
+
+def multiple_choice(question, options, right):
+    """A question with its lettered options, and the letter and text of the right one (a number)."""
+    lettered = [f"{letter}. {option}" for letter, option in zip("ABCDEFGHIJ", options, strict=False)]
+    return f"{question} {' '.join(lettered)}", lettered[right]
 
 
 def read_image(path):
@@ -113,7 +176,9 @@ def train_sample_tokenizer():
 
 @dataset(kind="image questions", licence="MIT", access="part of this repository", megabytes=0,
          page="prepare/sample.py", folder=Path(__file__).parent, layouts=(("sample.py",),),
-         counts={"train": 5400, "test": 1080}, train_tokenizer=train_sample_tokenizer)
+         counts={"train": 5400, "test": 1080}, train_tokenizer=train_sample_tokenizer,
+         classes=("ct_no_bleed", "ct_bleed", "smear_no_white_cell", "smear_white_cell",
+                  "film_no_effusion", "film_effusion", "ultrasound_no_cyst", "ultrasound_cyst"))
 def sample(raw):
     """Drawn pictures with exact answers; it brings a tokenizer of its own."""
     from prepare import sample as drawn

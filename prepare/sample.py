@@ -233,7 +233,7 @@ def image_records(split, number, seed=0):
     for type, answer in answers.items():
         question = WORDINGS[type][case % len(WORDINGS[type])].format(**words)
         yield Record(f"{image_name}_{type}", question, answer, image, f"{image_name}.ppm",
-                     type=type, label=label)
+                     type=type, labels=(label,))
 
 
 def records(seed=0):

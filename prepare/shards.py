@@ -97,9 +97,10 @@ class HashedFile:
 class SplitWriter:
     """Writes one split, a record at a time. `encode` submits an image file and gives a future."""
 
-    def __init__(self, folder, tokenizer, encode, images_ahead):
+    def __init__(self, folder, dataset, tokenizer, encode, images_ahead):
         folder.mkdir()
         self.folder, self.tokenizer = folder, tokenizer
+        self.kind, self.classes = dataset.kind, dataset.classes
         self.encode, self.images_ahead = encode, images_ahead
         self.files = {name: HashedFile(folder / name) for name in FILES}
         self.token_dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32)
@@ -114,18 +115,21 @@ class SplitWriter:
         """Check and tokenize a record and send its image to be encoded, if it is a new one."""
         self.received += 1
         question, answer, context = map(clean, (record.question, record.answer, record.context))
-        prompt = self.tokenizer.encode(format_prompt(question, context))
-        target = self.tokenizer.encode(answer)
-        reason = ("empty question" if not question else "empty answer" if not target else
-                  "image missing" if record.image is None and record.image_name else "")
+        asked = self.kind != "classification"
+        prompt = self.tokenizer.encode(format_prompt(question, context)) if asked else []
+        target = self.tokenizer.encode(answer) if asked else []
+        reason = ("empty question" if asked and not question else
+                  "empty answer" if asked and not target else
+                  "image missing" if record.image is None and record.image_name else
+                  "unknown label" if set(record.labels or ()) - set(self.classes) else "")
         if reason:
             self.skipped[reason] += 1
             return
-        assert max(prompt + target) < self.tokenizer.vocab_size, record.id
+        assert max(prompt + target, default=0) < self.tokenizer.vocab_size, record.id
         words = {"id": record.id, "question": question, "answer": answer, "type": record.type,
                  "image": record.image_name}
         words |= {"context": context} if context else {}
-        words |= {"label": record.label} if record.label else {}
+        words |= {"labels": list(record.labels)} if record.labels is not None else {}
         key = future = None
         if record.image is not None:
             key = hashlib.sha256(record.image).digest()
@@ -176,7 +180,8 @@ class SplitWriter:
         files = {name: file.close() for name, file in self.files.items()}
         count = max(self.images, 1)
         manifest = facts | {
-            "split": self.folder.name, "samples": self.samples, "images": self.images,
+            "split": self.folder.name, "kind": self.kind, "classes": list(self.classes),
+            "samples": self.samples, "images": self.images,
             "skipped": dict(sorted(self.skipped.items())), "token_dtype": self.token_dtype.name,
             "vocab_size": self.tokenizer.vocab_size,
             "pixel_error": round(self.pixel_error / count, 4),
@@ -275,7 +280,7 @@ def write_dataset(target, dataset, raw, sources, tokenizer, facts, workers):
             total = sum(min(limit or count, count) for count in dataset.counts.values())
             for split, record in tqdm(records, dataset.name, total, unit=" samples"):
                 if split not in writers:
-                    writers[split] = SplitWriter(partial / split, tokenizer, encode,
+                    writers[split] = SplitWriter(partial / split, dataset, tokenizer, encode,
                                                  IMAGES_AHEAD * workers)
                 writers[split].add(record)
             for writer in writers.values():

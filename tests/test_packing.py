@@ -24,7 +24,7 @@ VOCABULARY = 300
 N = VIT.tokens  # 5
 
 
-def write_shard(folder, samples, images=(), tokenizer="one"):
+def write_shard(folder, samples, images=(), tokenizer="one", kind="image questions"):
     """A shard as prepare/ writes it. samples: (prompt, answer, image number or -1)."""
     files = dict.fromkeys(["tokens.bin", "samples.bin", "images.bin", "images.idx"], b"")
     for prompt, answer, image in samples:
@@ -44,7 +44,7 @@ def write_shard(folder, samples, images=(), tokenizer="one"):
     folder.mkdir(parents=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    manifest = {"shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION,
+    manifest = {"shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION, "kind": kind,
                 "token_dtype": "uint16", "tokenizer_sha256": tokenizer,
                 "files": {name: {"bytes": len(file), "sha256": hashlib.sha256(file).hexdigest()}
                           for name, file in files.items()}}
@@ -324,10 +324,11 @@ def test_order_of_3_350_000_samples_is_a_permutation():
 def test_datasets_are_opened_by_name_and_weight(tmp_path):
     for name, tokenizer in [("one", "x"), ("two", "x"), ("three", "y")]:
         write_shard(tmp_path / name / "train", [([10], [20], -1)] * 4, tokenizer=tokenizer)
+    write_shard(tmp_path / "labels" / "train", [([], [], -1)], kind="classification")
     mixture = open_mixture("one, two:0.5", tmp_path, "train", image_tokens=N)
     assert mixture.counts == [4, 2]
     for names, message in [("one,three", "one,three were prepared with different tokenizers"),
                            ("one,four", "four/train: not prepared; .*prepare/all.py --only=four`"),
-                           ("one:twice", "'twice' is no weight")]:
+                           ("one:twice", "'twice' is no weight"), ("labels", "labels has labels but")]:
         with pytest.raises(UserError, match=message):
             open_mixture(names, tmp_path, "train", image_tokens=N)

@@ -44,10 +44,10 @@ def tokenizer():
     return train_sample_tokenizer()
 
 
-def write_toy(folder, records, tokenizer, workers=1, **image):
+def write_toy(folder, records, tokenizer, workers=1, kind="image questions", **image):
     """Write (split, Record)s as a dataset; its one source is a file made here."""
-    toy = Dataset(name="toy", read=lambda raw: iter(records), kind="", licence="none", access="open",
-                  megabytes=0, page="", layouts=(), counts={"train": len(records)})
+    toy = Dataset(name="toy", read=lambda raw: iter(records), kind=kind, licence="none", access="open",
+                  megabytes=0, page="", layouts=(), counts={"train": len(records)}, classes=("big", "small"))
     source = folder / "toy.json"
     source.write_text("{}")
     facts = {**FACTS, "image": {**FACTS["image"], **image}}
@@ -58,7 +58,7 @@ def write_toy(folder, records, tokenizer, workers=1, **image):
 def toy_records():
     a, b = picture(0), picture(1, form="JPEG")
     return [("train", Record("1", "what is  this? ", "A  lung", a, "a.png", type="what")),
-            ("train", Record("2", "is it big?", "yes", b, "b.jpg", label="big")),
+            ("train", Record("2", "is it big?", "yes", b, "b.jpg", labels=("big",))),
             ("train", Record("3", "is it red?", "no", a, "copy_of_a.png", type="yes/no")),
             ("train", Record("4", "why?", "because", context="It rained."))]
 
@@ -70,7 +70,7 @@ def test_what_is_read_back_is_what_was_given(tokenizer, tmp_path):
     model = Tokenizer(tmp_path / "toy" / "tokenizer.model")
     assert shard.read_records() == [
         {"id": "1", "question": "what is this?", "answer": "A lung", "type": "what", "image": "a.png"},
-        {"id": "2", "question": "is it big?", "answer": "yes", "type": "", "image": "b.jpg", "label": "big"},
+        {"id": "2", "question": "is it big?", "answer": "yes", "type": "", "image": "b.jpg", "labels": ["big"]},
         {"id": "3", "question": "is it red?", "answer": "no", "type": "yes/no", "image": "copy_of_a.png"},
         {"id": "4", "question": "why?", "answer": "because", "type": "", "image": "", "context": "It rained."}]
     for number, record in enumerate(shard.read_records()):
@@ -111,6 +111,15 @@ def test_what_cannot_be_used_is_skipped_and_counted(tokenizer, tmp_path):
     assert [record["id"] for record in shard.read_records()] == ["1", "2", "3", "4"]
     assert (shard.manifest["samples"], shard.manifest["images"]) == (4, 2)
     assert shard.samples["image"].tolist() == [0, 1, 0, -1]
+
+
+def test_images_with_labels_need_no_question(tokenizer, tmp_path):
+    records = [("train", Record(str(n), image=picture(n), image_name=f"{n}.png", labels=labels))
+               for n, labels in enumerate([("big",), (), ("big", "small"), ("bigg",)])]
+    shard = write_toy(tmp_path, records, tokenizer, kind="classification")
+    assert [record["labels"] for record in shard.read_records()] == [["big"], [], ["big", "small"]]
+    assert shard.manifest["classes"] == ["big", "small"] and shard.manifest["skipped"] == {"unknown label": 1}
+    assert shard.samples["image"].tolist() == [0, 1, 2] and not shard.samples["prompt"].any()
 
 
 def test_files_do_not_depend_on_the_number_of_workers(tokenizer, tmp_path):

@@ -31,7 +31,7 @@ def images(test_records):
     for record in test_records:
         if record.image_name not in found:
             pixels = np.asarray(load_image(record.image)).astype(int)
-            found[record.image_name] = SimpleNamespace(pixels=pixels, label=record.label, answers={})
+            found[record.image_name] = SimpleNamespace(pixels=pixels, label=record.labels[0], answers={})
         found[record.image_name].answers[record.type] = record.answer
     return list(found.values())
 
@@ -98,7 +98,7 @@ def test_every_question_sees_each_of_its_answers_equally_often(split, all_record
     for name, record in all_records:
         if name == split:
             answers[record.question][record.answer] += 1
-            wordings[record.type, record.label].add(record.question)
+            wordings[record.type, record.labels].add(record.question)
     for question, counts in answers.items():
         assert len(counts) > 1 and len(set(counts.values())) == 1, (question, counts)
     assert len({type for type, _ in wordings}) >= 5

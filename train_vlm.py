@@ -259,7 +259,7 @@ def main(config):
         raise UserError(f"--vision_weights: {model.vision.config.tokens} tokens an image, while "
                         f"--model={config.model} has {mixture.image_tokens}; choose the one that fits")
     optimizer = make_optimizer(model, config)
-    steps = config.max_steps or int(config.epochs * mixture.samples_per_epoch / config.batch_size)
+    steps = config.max_steps or max(1, int(config.epochs * mixture.samples_per_epoch / config.batch_size))
     first = 0
     if checkpoint:
         load_optimizer(optimizer, model, checkpoint)
@@ -320,12 +320,14 @@ def main(config):
             bar.set_postfix_str(f"loss {entry['loss']:.3f}{validation}, {speed:.1f} samples/s, "
                                 f"{entry['padded']:.0%} padding")
             losses, padded, since = [], [], time.perf_counter()
+        pause = time.perf_counter()
         if config.held_out and (done % config.evaluate_every == 0 or done == steps):
             held_out = held_out_loss(model, mixture, device, autocast)
             write_log({"step": done, "held_out_loss": held_out})
             validation = f", held out {held_out:.3f}"
         if done % config.save_every == 0 or done == steps:
             save_checkpoint(model, optimizer, done, folder)
+        since += time.perf_counter() - pause  # samples/s are those of training alone
     bar.close()
     print(f"{folder}: finished{validation}; now run `python eval_vqa.py --run={folder}`")
 

@@ -53,7 +53,8 @@ class Config:
 def select(only):
     """The names asked for, in the order in which they are prepared; first the tokenizer they need."""
     known = ["tokenizer", *DATASETS, *WEIGHTS]
-    asked = [name.strip() for name in only.split(",") if name.strip()] or known
+    asked = [name.strip() for name in only.split(",") if name.strip()] or [
+        name for name in known if name not in DATASETS or not DATASETS[name].only_by_name]
     for name in asked:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
@@ -165,7 +166,8 @@ def table_rows(name, status, manifests, seconds):
         size = sum(file["bytes"] for file in manifest["files"].values()) / 1e6
         rows.append((name, split, f"{manifest['samples']:,}", f"{manifest['images']:,}",
                      f"{size:,.1f}", skipped, f"{seconds:.1f}" if timed else "",
-                     f"{images / seconds:,.0f}" if timed and images else "", status))
+                     f"{images / seconds:,.0f}" if timed and images else "",
+                     status if manifest["samples"] else "empty"))
     return rows
 
 

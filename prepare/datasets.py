@@ -1,7 +1,7 @@
 """
-The datasets: where each comes from, what was published about it, and how its files are read.
+What a dataset is, and how the raw files of datasets are read.
 
-A dataset is one decorated function, from its raw folder to (split, Record) pairs:
+The datasets themselves are in questions.py, reports.py, figures.py and classify.py. A dataset is one decorated function, from its raw folder to (split, Record) pairs:
 
     @dataset(kind="image questions", licence="CC-BY-4.0", access="open", megabytes=120,
              page="https://example.org/toy", urls=("https://example.org/toy.json",),
@@ -14,11 +14,8 @@ A dataset is one decorated function, from its raw folder to (split, Record) pair
 A reader cleans nothing and skips nothing: prepare/shards.py does both, and counts what it skips.
 """
 
-import contextlib
 import csv
 import gzip
-import io
-import itertools
 import json
 import tarfile
 import zipfile
@@ -27,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
-from data import Record, UserError, format_prompt
+from data import UserError
 from prepare.download import Source
 
 LARGEST_MEMBER = 1 << 28  # bytes of one file in an archive: a larger one is no image
@@ -42,6 +39,7 @@ class Dataset(Source):
     counts: dict  # split -> published number of samples
     classes: tuple = ()  # names of the labels, in the order of a classifier's outputs
     train_tokenizer: Callable | None = None  # makes its own SentencePiece model, as bytes
+    only_by_name: bool = False  # another version of a dataset: left out unless --only names it
 
 
 def dataset(**facts):
@@ -77,13 +75,11 @@ def read_csv(path, columns, delimiter=","):
         raise UserError(f"{path}: damaged table ({error}); fetch it again") from None
 
 
-@contextlib.contextmanager
 def open_zip(path):
     """A zip archive, to be read in place with read_member."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
-    except zipfile.BadZipFile as error:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, UnicodeDecodeError, NotImplementedError) as error:
         raise UserError(f"{path}: damaged zip ({error}); fetch it again") from None
 
 
@@ -94,7 +90,7 @@ def read_member(archive, name):
         return archive.read(member) if member.file_size <= LARGEST_MEMBER else b""
     except KeyError:
         return None
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError):
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, UnicodeDecodeError, RuntimeError):
         return b""
 
 
@@ -111,9 +107,27 @@ def read_tar(path):
 
 
 def multiple_choice(question, options, right):
-    """A question with its lettered options, and the letter and text of the right one (a number)."""
-    lettered = [f"{letter}. {option}" for letter, option in zip("ABCDEFGHIJ", options, strict=False)]
+    """
+    A question with its lettered options, and the letter and text of the right one, given by its place.
+
+    An empty question stays so, and one without a right option gets an empty answer: either is
+    counted as what it is when it is skipped.
+    """
+    letters = "ABCDEFGHIJ"
+    if not question.strip() or not 0 <= right < len(options) <= len(letters) or not options[right]:
+        return question, ""
+    lettered = [f"{letter}. {option}" for letter, option in zip(letters, options)]
     return f"{question} {' '.join(lettered)}", lettered[right]
+
+
+def read_json_lines(path):
+    """Yield the values of a file that holds one JSON value a line."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield json.loads(line)
+            except ValueError:
+                raise UserError(f"{path}: line {number} is damaged or not JSON; fetch it again") from None
 
 
 def read_image(path):
@@ -134,110 +148,6 @@ def read_parquet(path, columns):
                                     f"{', '.join(file.schema_arrow.names)}")
             for batch in file.iter_batches(batch_size=32, columns=list(columns)):
                 yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: damaged parquet ({str(error).splitlines()[0]}); "
                         "fetch it again") from None
-
-
-def read_hub_questions(raw, type_of):
-    """(split, Record)s of the hub's VQA parquets: data/<split>-*.parquet, one image a row."""
-    for split in ("train", "validation", "test"):
-        rows = itertools.chain.from_iterable(
-            read_parquet(path, ("image", "question", "answer"))
-            for path in sorted((raw / "data").glob(f"{split}-*.parquet")))
-        for number, row in enumerate(rows):
-            question, answer = row["question"] or "", row["answer"] or ""
-            name, image = f"{split}_{number:06d}", row["image"] or {}
-            yield split, Record(name, question, answer, image.get("bytes"),
-                                image.get("path") or name, type=type_of(question, answer))
-
-
-# ----------------------------------------------------------------------------- the sample
-
-def train_sample_tokenizer():
-    """A tokenizer of 512 pieces with the settings of LLaMA's, as a SentencePiece model."""
-    import sentencepiece
-
-    from prepare import sample
-
-    # Wordings and answers recur every 6 images of a class: the first 1,000 records hold them all.
-    records = [record for _, record in itertools.islice(sample.records(), 1000)]
-    # Line by line, so that a line break stays a byte, as in LLaMA's vocabulary.
-    lines = [line for record in records
-             for line in (*format_prompt(record.question).split("\n"), record.answer)]
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=512,
-        hard_vocab_limit=False, byte_fallback=True, split_digits=True, add_dummy_prefix=True,
-        remove_extra_whitespaces=False, normalization_rule_name="identity", unk_id=0, bos_id=1,
-        eos_id=2, pad_id=-1, character_coverage=0.99995, num_threads=1, minloglevel=2)
-    return model.getvalue()
-
-
-@dataset(kind="image questions", licence="MIT", access="part of this repository", megabytes=0,
-         page="prepare/sample.py", folder=Path(__file__).parent, layouts=(("sample.py",),),
-         counts={"train": 5400, "test": 1080}, train_tokenizer=train_sample_tokenizer,
-         classes=("ct_no_bleed", "ct_bleed", "smear_no_white_cell", "smear_white_cell",
-                  "film_no_effusion", "film_effusion", "ultrasound_no_cyst", "ultrasound_cyst"))
-def sample(raw):
-    """Drawn pictures with exact answers; it brings a tokenizer of its own."""
-    from prepare import sample as drawn
-
-    yield from drawn.records()
-
-
-# ----------------------------------------------------------------------------- pretraining
-
-@dataset(kind="image questions", licence="MIT (hub card; textbook publishers hold the images)",
-         access="open", megabytes=785, page="https://huggingface.co/datasets/flaviagiammarino/path-vqa",
-         hub="flaviagiammarino/path-vqa", hub_files=("data/*.parquet",),
-         layouts=(("data/*.parquet",),), counts={"train": 19654, "validation": 6259, "test": 6719})
-def path_vqa(raw):
-    """PathVQA (He et al. 2020), the hub's cleaned copy: pathology textbook figures."""
-    words = ("what", "where", "how", "why", "when", "who", "whose", "which")
-
-    def type_of(question, answer):
-        if answer.strip().lower() in ("yes", "no"):
-            return "yes/no"
-        first = question.lower().split()[:1]
-        return first[0] if first and first[0] in words else "other"
-
-    yield from read_hub_questions(raw, type_of)
-
-
-@dataset(kind="image questions", licence="CC0-1.0", access="open", megabytes=35,
-         page="https://osf.io/89kps or https://huggingface.co/datasets/flaviagiammarino/vqa-rad",
-         hub="flaviagiammarino/vqa-rad", hub_files=("data/*.parquet",),
-         layouts=(("VQA_RAD Dataset Public.json",),
-                  ("data/train-*.parquet", "data/test-*.parquet")),
-         counts={"train": 1797, "test": 451})
-def vqa_rad(raw):
-    """
-    VQA-RAD (Lau et al. 2018), as published on OSF, or the hub's copy where that is not there.
-
-    The hub's copy has no question types and four training rows fewer: it dropped duplicates.
-    """
-    questions = raw / "VQA_RAD Dataset Public.json"
-    if not questions.is_file():
-        yield from read_hub_questions(raw, lambda question, answer: "")
-        return
-    for row in read_json(questions):
-        split = "test" if row["phrase_type"].startswith("test_") else "train"
-        image = read_image(raw / "VQA_RAD Image Folder" / row["image_name"])
-        yield split, Record(str(row["qid"]), row["question"], str(row["answer"]), image,
-                            row["image_name"], type=row["question_type"])
-
-
-@dataset(kind="text questions", licence="MIT", access="open", megabytes=3,
-         page="https://github.com/pubmedqa/pubmedqa", counts={"train": 500, "test": 500},
-         urls=("https://raw.githubusercontent.com/pubmedqa/pubmedqa/master/data/ori_pqal.json",
-               "https://raw.githubusercontent.com/pubmedqa/pubmedqa/master/data/"
-               "test_ground_truth.json"),
-         layouts=(("ori_pqal.json", "test_ground_truth.json"),))
-def pubmed_qa(raw):
-    """PubMedQA (Jin et al. 2019), the 1,000 expert-labelled questions; answers yes, no, maybe."""
-    held_out = read_json(raw / "test_ground_truth.json")
-    for identifier, row in read_json(raw / "ori_pqal.json").items():
-        yield ("test" if identifier in held_out else "train",
-               Record(identifier, row["QUESTION"], row["final_decision"],
-                      context=" ".join(row["CONTEXTS"]), type="yes/no/maybe"))

@@ -28,10 +28,10 @@ class Source:
     hub: str = ""  # or a repository on the Hugging Face hub, and which of its files
     hub_type: str = "dataset"  # or "model"
     hub_files: tuple = ()
-    folder: Path | None = None  # its raw folder, if that is not <raw_dir>/<name>
+    folder: Path | str = ""  # its raw folder, if that is not <raw_dir>/<name>
 
     def raw(self, raw_dir):
-        return self.folder or Path(raw_dir) / self.name
+        return Path(raw_dir) / (self.folder or self.name)
 
     def find(self, raw_dir):
         """{relative name: path} of the first layout that is all there; empty if none is."""

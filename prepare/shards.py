@@ -249,7 +249,7 @@ def limited(records, limit, splits):
         seen[split] += 1
         if seen[split] <= limit or not limit:
             yield split, record
-        if limit and all(seen[name] >= limit for name in splits):
+        if limit and splits and all(seen[name] >= limit for name in splits):
             return
 
 

@@ -18,7 +18,8 @@ from PIL import Image
 
 from data import (PROMPT_VERSION, SHARD_VERSION, Record, Shard, Tokenizer, UserError, format_prompt,
                   load_image, resize_image)
-from prepare.datasets import DATASETS, Dataset, train_sample_tokenizer
+from prepare.datasets import DATASETS, Dataset
+from prepare.questions import train_sample_tokenizer
 from prepare.shards import read_manifests, write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,7 +10,8 @@ from PIL import Image
 
 from data import BOS, EOS, Tokenizer, format_prompt, load_image
 from prepare import sample
-from prepare.datasets import DATASETS, train_sample_tokenizer
+from prepare.datasets import DATASETS
+from prepare.questions import train_sample_tokenizer
 
 
 def draw(split, count, seed=0):

@@ -1,0 +1,194 @@
+"""The large image sets: figures with their captions, and multiple choice over many modalities."""
+
+import itertools
+import json
+
+from data import Record, UserError
+from prepare.datasets import (dataset, multiple_choice, open_zip, read_csv, read_json_lines,
+                              read_member, read_parquet)
+
+CAPTION_QUESTION = "what does this figure show?"
+
+
+# ----------------------------------------------------------------------------- raw files
+
+def require(where, row, columns):
+    """Refuse a row of a file, `where`, that lacks a column."""
+    found = row if isinstance(row, dict) else {}
+    for column in columns:
+        if column not in found:
+            raise UserError(f"{where}: no column {column!r} among its columns {', '.join(found)}")
+
+
+def find_folder(archive, *folders):
+    """The first of these folders ("name/") in which a zip archive has a member."""
+    for folder in folders:
+        if any(member.filename.startswith(folder) for member in archive.infolist()):
+            return folder
+    raise UserError(f"{archive.filename}: no folder {' or '.join(folders)} in it")
+
+
+def place(value, values):
+    """Where a value stands in a list; -1 where it does not."""
+    return values.index(value) if value in values else -1
+
+
+def read_arrow(path, columns):
+    """Yield the rows of a stream of arrow batches as dicts; the file is mapped, never loaded whole."""
+    import pyarrow
+    import pyarrow.ipc
+
+    try:
+        with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
+            require(path, dict.fromkeys(stream.schema.names), columns)
+            for batch in stream:
+                batch.validate(full=True)  # a wrong offset would end the process, not raise
+                batch = batch.select(list(columns))
+                for start in range(0, len(batch), 32):  # as dicts, the images are copies in memory
+                    yield from batch.slice(start, 32).to_pylist()
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: damaged arrow file ({str(error).splitlines()[0]}); "
+                        "fetch it again") from None
+
+
+# ----------------------------------------------------------------------------- captions
+
+def read_hub_captions(raw):
+    """(split, Record)s of the hub's caption parquets: data/<split>-*.parquet, one image a row."""
+    for split in ("train", "validation", "test"):
+        rows = itertools.chain.from_iterable(
+            read_parquet(path, ("image", "image_id", "caption"))
+            for path in sorted((raw / "data").glob(f"{split}-*.parquet")))
+        for number, row in enumerate(rows):
+            name, image = row["image_id"] or f"{split}_{number:06d}", row["image"] or {}
+            yield split, Record(name, CAPTION_QUESTION, row["caption"] or "", image.get("bytes"),
+                                image.get("path") or name)
+
+
+@dataset(kind="captions", licence="CC-BY, CC-BY-NC or others, figure by figure (hub card: MIT)",
+         access="open", megabytes=13400, page="https://huggingface.co/datasets/eltorio/ROCO-radiology",
+         hub="eltorio/ROCO-radiology", hub_files=("data/*.parquet",),
+         layouts=(("data/train-*.parquet", "data/validation-*.parquet", "data/test-*.parquet"),),
+         counts={"train": 65423, "validation": 8175, "test": 8176})
+def roco(raw):
+    """ROCO (Pelka et al. 2018), its radiology figures, as the hub has them: 33 were lost."""
+    yield from read_hub_captions(raw)
+
+
+@dataset(only_by_name=True, kind="captions", licence="CC-BY-NC-SA-4.0", access="open", megabytes=18600,
+         page="https://huggingface.co/datasets/eltorio/ROCOv2-radiology",
+         hub="eltorio/ROCOv2-radiology", hub_files=("data/*.parquet",),
+         layouts=(("data/train-*.parquet", "data/validation-*.parquet", "data/test-*.parquet"),),
+         counts={"train": 59962, "validation": 9904, "test": 9927})
+def roco_v2(raw):
+    """ROCOv2 (Rückert et al. 2024), figures from articles under CC-BY and CC-BY-NC only."""
+    yield from read_hub_captions(raw)
+
+
+@dataset(kind="captions", licence="each article's own, none of them non-commercial", access="open",
+         megabytes=23155, page="https://huggingface.co/datasets/axiong/pmc_oa",
+         hub="axiong/pmc_oa", hub_files=("pmc_oa.jsonl", "images.zip"),
+         layouts=(("pmc_oa.jsonl", "images.zip"),), counts={"train": 1646592})
+def pmc_oa(raw):
+    """PMC-OA (Lin et al. 2023), figures cut into their parts, each with its part of the caption."""
+    table = raw / "pmc_oa.jsonl"
+    with open_zip(raw / "images.zip") as archive:
+        folder = find_folder(archive, "caption_T060_filtered_top4_sep_v0_subfigures/")
+        for number, row in enumerate(read_json_lines(table), start=1):
+            require(f"{table}: line {number}", row, ("image", "caption"))
+            member = f"{folder}{row['image']}"
+            yield "train", Record(str(row["image"]), CAPTION_QUESTION, str(row["caption"] or ""),
+                                  read_member(archive, member), member)
+
+
+# ----------------------------------------------------------------------------- multiple choice
+
+@dataset(kind="image questions", licence="each source's own", access="open", megabytes=10700,
+         page="https://huggingface.co/datasets/foreverbeliever/OmniMedVQA",
+         hub="foreverbeliever/OmniMedVQA", hub_files=("OmniMedVQA.zip",),
+         layouts=(("OmniMedVQA.zip",),), counts={"train": 88996})
+def omni_med_vqa(raw):
+    """OmniMedVQA (Hu et al. 2024): the 42 sources that come with images; a benchmark, not split."""
+    with open_zip(raw / "OmniMedVQA.zip") as archive:
+        tables = "QA_information/Open-access/"
+        root = find_folder(archive, f"OmniMedVQA/{tables}", tables).removesuffix(tables)
+        for source in sorted(name for name in archive.namelist()
+                             if name.startswith(root + tables) and name.endswith(".json")):
+            where = f"{archive.filename}: {source}"
+            try:
+                rows = json.loads(read_member(archive, source))
+            except ValueError:
+                raise UserError(f"{where}: damaged or not JSON; fetch it again") from None
+            for row in rows:
+                require(where, row, ("question_id", "question_type", "question", "gt_answer",
+                                     "image_path", "option_A"))
+                options = [row.get(f"option_{letter}") for letter in "ABCD"]
+                options = [str(option).strip() for option in options if option not in (None, "")]
+                right = place(str(row["gt_answer"]).strip(), options)
+                question, answer = multiple_choice(str(row["question"] or ""), options, right)
+                member = f"{root}{row['image_path']}"
+                yield "train", Record(str(row["question_id"]), question, answer,
+                                      read_member(archive, member), member,
+                                      type=row["question_type"] or "")
+
+
+def read_pmc_vqa(raw, tables, images, label):
+    """(split, Record)s of PMC-VQA's tables {split: name}; the column `label` has the right letter."""
+    letters = ("A", "B", "C", "D")
+    columns = ("Figure_path", "Question", *(f"Choice {letter}" for letter in letters), label)
+    with open_zip(raw / images) as archive:
+        folder = find_folder(archive, "figures/", "images/")
+        for split, name in tables.items():
+            for number, row in enumerate(read_csv(raw / name, columns)):
+                options = [(row[f"Choice {letter}"] or "").strip().removeprefix(f"{letter}:").strip()
+                           for letter in letters]  # " A:Focal uptake "
+                right = place((row[label] or "").strip(), letters)
+                question, answer = multiple_choice(row["Question"] or "", options, right)
+                member = f"{folder}{row['Figure_path']}"
+                yield split, Record(f"{split}_{number:06d}", question, answer,
+                                    read_member(archive, member), member)
+
+
+@dataset(kind="image questions", licence="CC-BY-SA", access="open", megabytes=18940,
+         page="https://huggingface.co/datasets/RadGenome/PMC-VQA", hub="RadGenome/PMC-VQA",
+         hub_files=("train.csv", "test_clean.csv", "images.zip"),
+         layouts=(("train.csv", "test_clean.csv", "images.zip"),),
+         counts={"train": 176948, "test": 2000})
+def pmc_vqa(raw):
+    """PMC-VQA (Zhang et al. 2023), version 1: whole figures; test is what its authors checked."""
+    yield from read_pmc_vqa(raw, {"train": "train.csv", "test": "test_clean.csv"}, "images.zip",
+                            "Answer_label")
+
+
+@dataset(only_by_name=True, kind="image questions", licence="CC-BY-SA", access="open", megabytes=2280,
+         page="https://huggingface.co/datasets/RadGenome/PMC-VQA", hub="RadGenome/PMC-VQA",
+         hub_files=("train_2.csv", "test_2.csv", "images_2.zip"),
+         layouts=(("train_2.csv", "test_2.csv", "images_2.zip"),),
+         counts={"train": 152603, "test": 33430})
+def pmc_vqa_v2(raw):
+    """PMC-VQA (Zhang et al. 2023), version 2: figures of a single part."""
+    yield from read_pmc_vqa(raw, {"train": "train_2.csv", "test": "test_2.csv"}, "images_2.zip",
+                            "Answer")
+
+
+@dataset(kind="image questions", licence="CC-BY-SA-4.0 (images: each source's own)", access="open",
+         megabytes=3574, page="https://huggingface.co/datasets/jnirschl/uBench",
+         hub="jnirschl/uBench", hub_files=("perception/0.1.0/*.arrow",), counts={},
+         layouts=(tuple(f"perception/0.1.0/ubench-test-{n:05d}-of-00007.arrow" for n in range(7)),))
+def ubench(raw):
+    """Micro-Bench (Lozano et al. 2024), microscopy, up to 6 questions an image; a benchmark, not split."""
+    for path in sorted((raw / "perception/0.1.0").glob("ubench-test-*.arrow")):
+        for row in read_arrow(path, ("image_id", "image", "questions")):
+            image = row["image"] or {}
+            for key, asked in (row["questions"] or {}).items():
+                if asked is None:
+                    continue
+                require(path, asked, ("question", "options", "answer"))
+                if asked["question"] is None:
+                    continue
+                options = asked["options"] or []
+                question, answer = multiple_choice(asked["question"], options,
+                                                   place(asked["answer"], options))
+                yield "train", Record(f"{row['image_id']}_{key}", question, answer,
+                                     image.get("bytes"), image.get("path") or str(row["image_id"]),
+                                     type=key)

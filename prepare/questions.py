@@ -1,0 +1,281 @@
+"""The datasets of questions: the drawn sample, questions about images, questions about text alone."""
+
+import contextlib
+import functools
+import io
+import itertools
+import zipfile
+from pathlib import Path
+
+from data import Record, UserError, format_prompt
+from prepare.datasets import (dataset, multiple_choice, open_zip, read_image, read_json, read_json_lines,
+                              read_member, read_parquet)
+
+TEST_ANSWERS = "VQAMed2019_Test_Questions_w_Ref_Answers.txt"
+
+
+# ----------------------------------------------------------------------------- raw files
+
+def read_hub_questions(raw, type_of):
+    """(split, Record)s of the hub's VQA parquets: data/<split>-*.parquet, one image a row."""
+    for split in ("train", "validation", "test"):
+        rows = itertools.chain.from_iterable(
+            read_parquet(path, ("image", "question", "answer"))
+            for path in sorted((raw / "data").glob(f"{split}-*.parquet")))
+        for number, row in enumerate(rows):
+            question, answer = row["question"] or "", row["answer"] or ""
+            name, image = f"{split}_{number:06d}", row["image"] or {}
+            yield split, Record(name, question, answer, image.get("bytes"),
+                                image.get("path") or name, type=type_of(question, answer))
+
+
+@contextlib.contextmanager
+def open_folder(folder):
+    """
+    A function from a file's name to its bytes, in a folder or else in the zip of that name.
+
+    Asked file by file, so that a folder that was unpacked only in part does no harm.
+    """
+    packed = folder.with_name(f"{folder.name}.zip")
+    with open_zip(packed) if packed.is_file() else contextlib.nullcontext() as archive:
+        def read(name):
+            content = read_image(folder / name)
+            if content is None and archive:
+                content = read_member(archive, f"{folder.name}/{name}")
+            return content
+
+        yield functools.lru_cache(maxsize=1)(read)  # an image's questions mostly follow one another
+
+
+def read_rows(folder, read, name, columns):
+    """The rows of a table without a header in an opened folder, its columns parted by "|"."""
+    content = read(name)
+    if not content:
+        raise UserError(f"{folder}: no {name} in it or its zip, or a damaged one; fetch it again")
+    try:
+        lines = content.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{folder}/{name}: not UTF-8 ({error}); fetch it again") from None
+    rows = [line.strip().split("|", columns - 1) for line in lines if line.strip()]
+    for number, row in enumerate(rows, start=1):
+        if len(row) != columns:
+            raise UserError(f"{folder}/{name}: row {number} has {len(row)} columns, not {columns}")
+    return rows
+
+
+# ----------------------------------------------------------------------------- the sample
+
+def train_sample_tokenizer():
+    """A tokenizer of 512 pieces with the settings of LLaMA's, as a SentencePiece model."""
+    import sentencepiece
+
+    from prepare import sample
+
+    # Wordings and answers recur every 6 images of a class: the first 1,000 records hold them all.
+    records = [record for _, record in itertools.islice(sample.records(), 1000)]
+    # Line by line, so that a line break stays a byte, as in LLaMA's vocabulary.
+    lines = [line for record in records
+             for line in (*format_prompt(record.question).split("\n"), record.answer)]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=512,
+        hard_vocab_limit=False, byte_fallback=True, split_digits=True, add_dummy_prefix=True,
+        remove_extra_whitespaces=False, normalization_rule_name="identity", unk_id=0, bos_id=1,
+        eos_id=2, pad_id=-1, character_coverage=0.99995, num_threads=1, minloglevel=2)
+    return model.getvalue()
+
+
+@dataset(kind="image questions", licence="MIT", access="part of this repository", megabytes=0,
+         page="prepare/sample.py", folder=Path(__file__).parent, layouts=(("sample.py",),),
+         counts={"train": 5400, "test": 1080}, train_tokenizer=train_sample_tokenizer,
+         classes=("ct_no_bleed", "ct_bleed", "smear_no_white_cell", "smear_white_cell",
+                  "film_no_effusion", "film_effusion", "ultrasound_no_cyst", "ultrasound_cyst"))
+def sample(raw):
+    """Drawn pictures with exact answers; it brings a tokenizer of its own."""
+    from prepare import sample as drawn
+
+    yield from drawn.records()
+
+
+# ----------------------------------------------------------------------------- about images
+
+@dataset(kind="image questions", licence="MIT (hub card; textbook publishers hold the images)",
+         access="open", megabytes=785, page="https://huggingface.co/datasets/flaviagiammarino/path-vqa",
+         hub="flaviagiammarino/path-vqa", hub_files=("data/*.parquet",),
+         layouts=(("data/*.parquet",),), counts={"train": 19654, "validation": 6259, "test": 6719})
+def path_vqa(raw):
+    """PathVQA (He et al. 2020), the hub's cleaned copy: pathology textbook figures."""
+    words = ("what", "where", "how", "why", "when", "who", "whose", "which")
+
+    def type_of(question, answer):
+        if answer.strip().lower() in ("yes", "no"):
+            return "yes/no"
+        first = question.lower().split()[:1]
+        return first[0] if first and first[0] in words else "other"
+
+    yield from read_hub_questions(raw, type_of)
+
+
+@dataset(kind="image questions", licence="CC0-1.0", access="open", megabytes=35,
+         page="https://osf.io/89kps or https://huggingface.co/datasets/flaviagiammarino/vqa-rad",
+         hub="flaviagiammarino/vqa-rad", hub_files=("data/*.parquet",),
+         layouts=(("VQA_RAD Dataset Public.json",),
+                  ("data/train-*.parquet", "data/test-*.parquet")),
+         counts={"train": 1797, "test": 451})
+def vqa_rad(raw):
+    """
+    VQA-RAD (Lau et al. 2018), as published on OSF, or the hub's copy where that is not there.
+
+    The hub's copy has no question types and four training rows fewer: it dropped duplicates.
+    """
+    questions = raw / "VQA_RAD Dataset Public.json"
+    if not questions.is_file():
+        yield from read_hub_questions(raw, lambda question, answer: "")
+        return
+    for row in read_json(questions):
+        split = "test" if row["phrase_type"].startswith("test_") else "train"
+        image = read_image(raw / "VQA_RAD Image Folder" / row["image_name"])
+        yield split, Record(str(row["qid"]), row["question"], str(row["answer"]), image,
+                            row["image_name"], type=row["question_type"])
+
+
+@dataset(kind="image questions", licence="CC-BY-4.0", access="open", megabytes=216,
+         page="https://huggingface.co/datasets/BoKelvin/SLAKE or https://www.med-vqa.com/slake",
+         hub="BoKelvin/SLAKE", hub_files=("train.json", "validat*.json", "test.json", "imgs.zip"),
+         layouts=(("train.json", "validat*.json", "test.json", "imgs.zip"),
+                  ("train.json", "validat*.json", "test.json", "imgs/*/source.jpg"),
+                  ("train.json", "validat*.json", "test.json")),
+         counts={"train": 4919, "validation": 1053, "test": 1061})
+def slake(raw):
+    """
+    SLAKE (Liu et al. 2021): radiology images, with some questions that ask for general knowledge.
+
+    English rows only: the Chinese ones split the images differently, test images into train.
+    """
+    renamed = (raw / "validation.json").is_file()  # it was validate.json at first
+    files = {"train": "train", "validation": "validation" if renamed else "validate", "test": "test"}
+    with open_folder(raw / "imgs") as read:
+        for split, name in files.items():
+            for row in read_json(raw / f"{name}.json"):
+                if row["q_lang"] == "en":
+                    yield split, Record(str(row["qid"]), row["question"], str(row["answer"]),
+                                        read(row["img_name"]), row["img_name"],
+                                        type=row["content_type"])
+
+
+@dataset(kind="image questions", licence="CC-BY-4.0", access="open", megabytes=186,
+         page="https://zenodo.org/records/10499039",
+         urls=("https://zenodo.org/records/10499039/files/ImageClef-2019-VQA-Med-Training.zip",
+               "https://zenodo.org/records/10499039/files/ImageClef-2019-VQA-Med-Validation.zip",
+               "https://zenodo.org/records/10499039/files/VQAMed2019Test.zip"),
+         layouts=(("ImageClef-2019-VQA-Med-Training.zip", "ImageClef-2019-VQA-Med-Validation.zip",
+                   "VQAMed2019Test.zip"),
+                  ("ImageClef-2019-VQA-Med-Training/All_QA_Pairs_train.txt",
+                   "ImageClef-2019-VQA-Med-Validation/All_QA_Pairs_val.txt",
+                   f"VQAMed2019Test/{TEST_ANSWERS}"),
+                  (f"VQAMed2019Test/{TEST_ANSWERS}",), (TEST_ANSWERS,)),
+         counts={"train": 12792, "validation": 2000, "test": 500})
+def vqa_med_2019(raw):
+    """
+    VQA-Med 2019 (Ben Abacha et al. 2019): modality, plane, organ and abnormality in radiology.
+
+    Test answers stay as published, for whoever scores them: a "#" parts alternatives, and what
+    stands in parentheses may be left out. The test set is read without the others, too.
+    """
+    for split, part, name in (("train", "train", "ImageClef-2019-VQA-Med-Training"),
+                              ("validation", "val", "ImageClef-2019-VQA-Med-Validation")):
+        folder = raw / name
+        if not any(raw.glob(f"{name}*")):
+            continue
+        with open_folder(folder) as read:
+            types = {(image, question): category.lower()
+                     for number, category in enumerate(("Modality", "Plane", "Organ", "Abnormality"), 1)
+                     for image, question, _ in read_rows(
+                         folder, read, f"QAPairsByCategory/C{number}_{category}_{part}.txt", 3)}
+            rows = read_rows(folder, read, f"All_QA_Pairs_{part}.txt", 3)
+            for number, (image, question, answer) in enumerate(rows):
+                yield split, Record(f"{split}_{number:06d}", question, answer,
+                                    read(f"{part.title()}_images/{image}.jpg"), f"{image}.jpg",
+                                    type=types.get((image, question), ""))
+    yield from read_vqa_med_test(raw if (raw / TEST_ANSWERS).is_file() else raw / "VQAMed2019Test")
+
+
+def read_vqa_med_test(folder):
+    """("test", Record)s of VQA-Med 2019, whose test images lie in a zip inside the folder or zip."""
+    images = "VQAMed2019_Test_Images"
+    with open_folder(folder) as read:
+        rows, packed = read_rows(folder, read, TEST_ANSWERS, 4), read(f"{images}.zip")
+        try:
+            archive = None if packed is None else zipfile.ZipFile(io.BytesIO(packed))
+        except zipfile.BadZipFile as error:
+            raise UserError(f"{folder}/{images}.zip: damaged zip ({error}); fetch it again") from None
+        for number, (name, category, question, answer) in enumerate(rows):
+            image = read(f"{images}/{name}.jpg")
+            if image is None and archive:
+                image = read_member(archive, f"{images}/{name}.jpg")
+            yield "test", Record(f"test_{number:06d}", question, answer, image, f"{name}.jpg",
+                                 type=category)
+
+
+# ----------------------------------------------------------------------------- about text alone
+
+@dataset(kind="text questions", licence="CC-BY-4.0 (hub card; MIT in the authors' repository)",
+         access="open", megabytes=18,
+         page="https://huggingface.co/datasets/GBaker/MedQA-USMLE-4-options",
+         hub="GBaker/MedQA-USMLE-4-options", hub_files=("phrases_no_exclude_*.jsonl",),
+         layouts=(("phrases_no_exclude_train.jsonl", "phrases_no_exclude_test.jsonl"),),
+         counts={"train": 10178, "test": 1273})
+def med_qa(raw):
+    """MedQA (Jin et al. 2020): questions of the United States licensing exam, four options each."""
+    for split in ("train", "test"):
+        for number, row in enumerate(read_json_lines(raw / f"phrases_no_exclude_{split}.jsonl")):
+            letters = sorted(row["options"])
+            options = [row["options"][letter] for letter in letters]
+            question, answer = multiple_choice(row["question"], options,
+                                               letters.index(row["answer_idx"]))
+            yield split, Record(f"{split}_{number:06d}", question, answer, type=row["meta_info"])
+
+
+@dataset(kind="text questions", licence="Apache-2.0 (hub card; MIT in the authors' repository)",
+         access="open", megabytes=88,
+         page="https://huggingface.co/datasets/openlifescienceai/medmcqa",
+         hub="openlifescienceai/medmcqa", hub_files=("data/*.parquet",),
+         layouts=(("data/train-*.parquet", "data/validation-*.parquet", "data/test-*.parquet"),),
+         counts={"train": 182822, "validation": 4183, "test": 6150})
+def med_mcqa(raw):
+    """MedMCQA (Pal et al. 2022): Indian medical entrance exams; the test answers are not public."""
+    columns = ("id", "question", "opa", "opb", "opc", "opd", "cop", "subject_name")
+    for split in ("train", "validation", "test"):
+        for path in sorted((raw / "data").glob(f"{split}-*.parquet")):
+            for row in read_parquet(path, columns):
+                options = [row[name] or "" for name in ("opa", "opb", "opc", "opd")]
+                right = -1 if row["cop"] is None else row["cop"]  # -1 too: counted as an empty answer
+                question, answer = multiple_choice(row["question"] or "", options, right)
+                yield split, Record(row["id"], question, answer, type=row["subject_name"] or "")
+
+
+@dataset(kind="text questions", licence="MIT", access="open", megabytes=3,
+         page="https://github.com/pubmedqa/pubmedqa", counts={"train": 500, "test": 500},
+         urls=("https://raw.githubusercontent.com/pubmedqa/pubmedqa/master/data/ori_pqal.json",
+               "https://raw.githubusercontent.com/pubmedqa/pubmedqa/master/data/"
+               "test_ground_truth.json"),
+         layouts=(("ori_pqal.json", "test_ground_truth.json"),))
+def pubmed_qa(raw):
+    """PubMedQA (Jin et al. 2019), the 1,000 expert-labelled questions; answers yes, no, maybe."""
+    held_out = read_json(raw / "test_ground_truth.json")
+    for identifier, row in read_json(raw / "ori_pqal.json").items():
+        yield ("test" if identifier in held_out else "train",
+               Record(identifier, row["QUESTION"], row["final_decision"],
+                      context=" ".join(row["CONTEXTS"]), type="yes/no/maybe"))
+
+
+@dataset(kind="text questions", licence="MIT", access="open", megabytes=233,
+         page="https://huggingface.co/datasets/qiaojin/PubMedQA",
+         hub="qiaojin/PubMedQA", hub_files=("pqa_artificial/*.parquet",),
+         layouts=(("pqa_artificial/*.parquet",),), counts={"train": 211269})
+def pubmed_qa_artificial(raw):
+    """PubMedQA (Jin et al. 2019), the questions made out of article titles; answers yes, no."""
+    for path in sorted((raw / "pqa_artificial").glob("*.parquet")):
+        for row in read_parquet(path, ("pubid", "question", "context", "final_decision")):
+            yield "train", Record(str(row["pubid"]), row["question"], row["final_decision"] or "",
+                                  context=" ".join(row["context"]["contexts"]), type="yes/no")

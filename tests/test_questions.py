@@ -1,0 +1,407 @@
+"""The question sets of prepare/questions.py, from tiny copies of their published files."""
+
+import io
+import json
+import os
+import shutil
+import zipfile
+from collections import Counter
+from fnmatch import fnmatch
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from data import PROMPT_VERSION, SHARD_VERSION, Record, UserError
+from prepare.datasets import DATASETS
+from prepare.questions import train_sample_tokenizer
+from prepare.shards import read_manifests, write_dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+RAW = Path(os.environ.get("NANOMEDQ_RAW", ROOT / "raw"))
+
+
+def picture(seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (30, 40, 3), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def read(name, raw):
+    return list(DATASETS[name].read(raw))
+
+
+def write_zip(path, files):
+    """Members are stored, not deflated, so that a test can alter one in place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+
+
+def write_files(folder, files):
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_parquet(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def refused(name, raw, *words):
+    """Reading must end with a UserError of one line that has all of these words."""
+    with pytest.raises(UserError) as error:
+        read(name, raw)
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+# ----------------------------------------------------------------------------- SLAKE
+
+def slake_row(number, image, question, answer, kind, language="en"):
+    return {"img_id": image, "img_name": f"xmlab{image}/source.jpg", "question": question,
+            "answer": answer, "q_lang": language, "location": "Lung", "modality": "CT",
+            "answer_type": "OPEN", "base_type": "vqa", "content_type": kind,
+            "triple": ["vhead", "_", "_"], "qid": number}
+
+
+SLAKE = {
+    "train.json": [slake_row(0, 1, "What modality is used?", "MRI", "Modality"),
+                   slake_row(1, 1, "How many kidneys are there?", 2, "Quantity"),
+                   slake_row(1622, 2, "What is the largest organ?", "", "Size"),
+                   slake_row(5000, 3, "这是什么器官?", "肺", "Organ", "zh")],
+    "validation.json": [slake_row(9, 4, "Is the lung healthy?", "No", "Abnormality")],
+    "test.json": [slake_row(6000, 1, "图像是什么模态?", "MRI", "Modality", "zh"),
+                  slake_row(12, 3, "Which organs are shown?", "Liver, Spleen", "Organ")]}
+SLAKE_IMAGES = {f"imgs/xmlab{number}/source.jpg": picture(number) for number in (1, 2, 3)}  # no 4
+
+
+def slake_records(images):
+    return [
+        ("train", Record("0", "What modality is used?", "MRI", images.get("imgs/xmlab1/source.jpg"),
+                         "xmlab1/source.jpg", type="Modality")),
+        ("train", Record("1", "How many kidneys are there?", "2", images.get("imgs/xmlab1/source.jpg"),
+                         "xmlab1/source.jpg", type="Quantity")),
+        ("train", Record("1622", "What is the largest organ?", "", images.get("imgs/xmlab2/source.jpg"),
+                         "xmlab2/source.jpg", type="Size")),
+        ("validation", Record("9", "Is the lung healthy?", "No", None, "xmlab4/source.jpg",
+                              type="Abnormality")),
+        ("test", Record("12", "Which organs are shown?", "Liver, Spleen",
+                        images.get("imgs/xmlab3/source.jpg"), "xmlab3/source.jpg", type="Organ"))]
+
+
+@pytest.fixture
+def slake(tmp_path):
+    """A folder with the questions, still without images."""
+    raw = tmp_path / "slake"
+    write_files(raw, {name: json.dumps(rows, ensure_ascii=False) for name, rows in SLAKE.items()})
+    return raw
+
+
+def test_slake_is_read_in_english_from_its_zip_or_its_folder(slake):
+    questions = sorted(SLAKE)
+    assert read("slake", slake) == slake_records({})
+    assert sorted(DATASETS["slake"].find(slake.parent)) == questions
+    extras = {"__MACOSX/imgs/xmlab1/._source.jpg": b"", "imgs/xmlab1/mask.png": picture(9)}
+    write_zip(slake / "imgs.zip", SLAKE_IMAGES | extras)
+    assert read("slake", slake) == slake_records(SLAKE_IMAGES)
+    assert sorted(DATASETS["slake"].find(slake.parent)) == ["imgs.zip", *questions]
+    write_files(slake, {"imgs/xmlab3/source.jpg": SLAKE_IMAGES["imgs/xmlab3/source.jpg"]})
+    assert read("slake", slake) == slake_records(SLAKE_IMAGES)  # unpacked in part
+    (slake / "imgs.zip").unlink()
+    write_files(slake, SLAKE_IMAGES)
+    (slake / "validation.json").rename(slake / "validate.json")  # the older name
+    assert read("slake", slake) == slake_records(SLAKE_IMAGES)
+    assert sorted(DATASETS["slake"].find(slake.parent)) == [*SLAKE_IMAGES, "test.json", "train.json",
+                                                            "validate.json"]
+
+
+def test_slake_refuses_damaged_files_by_name(slake):
+    write_zip(slake / "imgs.zip", SLAKE_IMAGES)
+    whole = (slake / "imgs.zip").read_bytes()
+    altered = whole.replace(SLAKE_IMAGES["imgs/xmlab2/source.jpg"], b"\0" * len(picture(2)))
+    (slake / "imgs.zip").write_bytes(altered)
+    assert [record.image for _, record in read("slake", slake)][:3] == [picture(1), picture(1), b""]
+    (slake / "imgs.zip").write_bytes(whole[:len(whole) // 2])
+    refused("slake", slake, f"{slake}/imgs.zip: damaged zip", "fetch it again")
+    (slake / "imgs.zip").unlink()
+    (slake / "test.json").write_bytes(json.dumps(SLAKE["test.json"], ensure_ascii=False).encode("gbk"))
+    refused("slake", slake, f"{slake}/test.json: damaged or not JSON")
+
+
+# ----------------------------------------------------------------------------- VQA-Med 2019
+
+TRAINING, VALIDATION = "ImageClef-2019-VQA-Med-Training", "ImageClef-2019-VQA-Med-Validation"
+ANSWERS = "VQAMed2019_Test_Questions_w_Ref_Answers.txt"
+PARTS = {
+    TRAINING: {
+        "All_QA_Pairs_train.txt": "synpic1|what modality is shown?|xr - plain film\n"
+                                  "synpic1|what plane is this?|pa\n"
+                                  "synpic2|what organ system is this?|lung, mediastinum, pleura\n"
+                                  "synpic2|is this normal?|\n"
+                                  "synpic3|what is abnormal?|abscess\n"
+                                  "synpic3|what is new?|an answer | with a bar\n\n",
+        "QAPairsByCategory/C1_Modality_train.txt": "synpic1|what modality is shown?|xr - plain film\n",
+        "QAPairsByCategory/C2_Plane_train.txt": "synpic1|what plane is this?|pa\n",
+        "QAPairsByCategory/C3_Organ_train.txt": "synpic2|what organ system is this?|"
+                                                "lung, mediastinum, pleura\n",
+        "QAPairsByCategory/C4_Abnormality_train.txt": "synpic2|is this normal?|\n"
+                                                      "synpic3|what is abnormal?|abscess\n",
+        "train_ImageIDs.txt": "synpic1\nsynpic2\nsynpic3\n",
+        "Train_images/synpic1.jpg": picture(1), "Train_images/synpic2.jpg": picture(2)},
+    VALIDATION: {
+        "All_QA_Pairs_val.txt": "synpic4|what plane is this?|axial\r\n",
+        "QAPairsByCategory/C1_Modality_val.txt": "synpic5|is this a ct?|yes\r\n",
+        "QAPairsByCategory/C2_Plane_val.txt": "synpic4|what plane is this?|axial\r\n",
+        "QAPairsByCategory/C3_Organ_val.txt": "synpic5|what organ is this?|breast\r\n",
+        "QAPairsByCategory/C4_Abnormality_val.txt": "synpic5|what is wrong?|a cyst\r\n",
+        "val_ImageIDs.txt": "synpic4\n", "Val_images/synpic4.jpg": picture(4)},
+    "VQAMed2019Test": {
+        "README-VQA-Med-2019-TestSet.txt": "Test Set\n",
+        "VQAMed2019_Test_Questions.txt": "synpic6|what modality is shown?\n"
+                                         "synpic7|what organ is this?\n",
+        ANSWERS: "synpic6|modality|what modality is shown?|ct w/contrast (iv)\n"
+                 "synpic7|organ|what organ is this?|face, sinuses, and neck#skull and contents\n"}}
+TEST_IMAGES = {"VQAMed2019_Test_Images/synpic6.jpg": picture(6)}  # that of synpic7 is missing
+MODALITY, PLANE = "what modality is shown?", "what plane is this?"
+VQA_MED_TRAINING = [
+    ("train", Record("train_000000", MODALITY, "xr - plain film", picture(1), "synpic1.jpg",
+                     type="modality")),
+    ("train", Record("train_000001", PLANE, "pa", picture(1), "synpic1.jpg", type="plane")),
+    ("train", Record("train_000002", "what organ system is this?", "lung, mediastinum, pleura",
+                     picture(2), "synpic2.jpg", type="organ")),
+    ("train", Record("train_000003", "is this normal?", "", picture(2), "synpic2.jpg",
+                     type="abnormality")),
+    ("train", Record("train_000004", "what is abnormal?", "abscess", None, "synpic3.jpg",
+                     type="abnormality")),
+    ("train", Record("train_000005", "what is new?", "an answer | with a bar", None, "synpic3.jpg")),
+    ("validation", Record("validation_000000", PLANE, "axial", picture(4), "synpic4.jpg", type="plane"))]
+
+
+def vqa_med_test(image):
+    return [("test", Record("test_000000", MODALITY, "ct w/contrast (iv)", image, "synpic6.jpg",
+                            type="modality")),
+            ("test", Record("test_000001", "what organ is this?",
+                            "face, sinuses, and neck#skull and contents", None, "synpic7.jpg",
+                            type="organ"))]
+
+
+@pytest.fixture
+def vqa_med(tmp_path):
+    """A folder with the three zips, as published; the test images are zipped twice."""
+    raw = tmp_path / "vqa_med_2019"
+    write_zip(tmp_path / "images.zip", TEST_IMAGES)
+    for folder, files in PARTS.items():
+        if folder == "VQAMed2019Test":
+            files = files | {"VQAMed2019_Test_Images.zip": (tmp_path / "images.zip").read_bytes()}
+        write_zip(raw / f"{folder}.zip",
+                  {f"{folder}/{name}": content for name, content in files.items()})
+    return raw
+
+
+def unpack(raw, folder):
+    with zipfile.ZipFile(raw / f"{folder}.zip") as archive:
+        archive.extractall(raw)
+    (raw / f"{folder}.zip").unlink()
+
+
+def test_vqa_med_2019_is_read_from_its_zips_or_its_folders(vqa_med):
+    dataset = DATASETS["vqa_med_2019"]
+    everything = VQA_MED_TRAINING + vqa_med_test(picture(6))
+    assert read("vqa_med_2019", vqa_med) == everything
+    assert sorted(dataset.find(vqa_med.parent)) == [f"{name}.zip" for name in PARTS]
+    assert {url.rsplit("/", 1)[1] for url in dataset.urls} == {f"{name}.zip" for name in PARTS}
+    for folder in PARTS:
+        unpack(vqa_med, folder)
+        assert read("vqa_med_2019", vqa_med) == everything
+    assert sorted(dataset.find(vqa_med.parent)) == [
+        f"{TRAINING}/All_QA_Pairs_train.txt", f"{VALIDATION}/All_QA_Pairs_val.txt",
+        f"VQAMed2019Test/{ANSWERS}"]
+    test = vqa_med / "VQAMed2019Test"
+    (test / "VQAMed2019_Test_Images.zip").unlink()
+    assert read("vqa_med_2019", vqa_med) == VQA_MED_TRAINING + vqa_med_test(None)
+    write_files(test, TEST_IMAGES)
+    assert read("vqa_med_2019", vqa_med) == everything
+
+
+def test_the_test_set_of_vqa_med_2019_is_read_on_its_own(vqa_med):
+    for part in (TRAINING, VALIDATION):
+        (vqa_med / f"{part}.zip").unlink()
+    unpack(vqa_med, "VQAMed2019Test")
+    assert read("vqa_med_2019", vqa_med) == vqa_med_test(picture(6))
+    assert list(DATASETS["vqa_med_2019"].find(vqa_med.parent)) == [f"VQAMed2019Test/{ANSWERS}"]
+    (vqa_med / "VQAMed2019Test" / ANSWERS).rename(vqa_med / ANSWERS)
+    shutil.rmtree(vqa_med / "VQAMed2019Test")
+    assert read("vqa_med_2019", vqa_med) == vqa_med_test(None)
+    assert list(DATASETS["vqa_med_2019"].find(vqa_med.parent)) == [ANSWERS]
+
+
+def test_vqa_med_2019_refuses_damaged_files_by_name(vqa_med):
+    packed, test = vqa_med / f"{TRAINING}.zip", vqa_med / "VQAMed2019Test"
+    whole = packed.read_bytes()
+    packed.write_bytes(whole[:-40])
+    refused("vqa_med_2019", vqa_med, f"{packed}: damaged zip")
+    packed.write_bytes(whole.replace(b"plane is this?|pa\nsynpic2",  # its checksum is then wrong
+                                     b"plane is this?|ap\nsynpic2"))
+    refused("vqa_med_2019", vqa_med, str(vqa_med / TRAINING), "no All_QA_Pairs_train.txt", "damaged")
+    packed.write_bytes(whole.replace(b"C4_Abnormality", b"C4_abnormality"))
+    refused("vqa_med_2019", vqa_med, str(vqa_med / TRAINING),
+            "no QAPairsByCategory/C4_Abnormality_train.txt")
+    packed.write_bytes(whole)
+    unpack(vqa_med, TRAINING)
+    write_files(vqa_med / TRAINING, {"All_QA_Pairs_train.txt": "synpic1|what?|mri\nsynpic1|why?\n"})
+    refused("vqa_med_2019", vqa_med, "All_QA_Pairs_train.txt: row 2 has 2 columns, not 3")
+    write_files(vqa_med / TRAINING, {"All_QA_Pairs_train.txt": b"synpic1|what?|m\xe9lanome\n"})
+    refused("vqa_med_2019", vqa_med, f"{vqa_med / TRAINING}/All_QA_Pairs_train.txt: not UTF-8")
+    shutil.rmtree(vqa_med / TRAINING)
+    unpack(vqa_med, "VQAMed2019Test")
+    (test / "VQAMed2019_Test_Images.zip").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    refused("vqa_med_2019", vqa_med, f"{test}/VQAMed2019_Test_Images.zip: damaged zip")
+
+
+# ----------------------------------------------------------------------------- text alone
+
+def med_qa_row(letter):
+    return {"question": "A man coughs. Which drug helps?", "answer": "Codeine", "answer_idx": letter,
+            "options": {"A": "Aspirin", "B": "Codeine", "C": "Iron", "D": "Water"},
+            "meta_info": "step2&3", "metamap_phrases": ["man", "cough"]}
+
+
+def test_med_qa_is_read(tmp_path):
+    swapped = med_qa_row("D") | {"options": {"D": "Codeine", "C": "Éther", "B": "Iron", "A": "Water"},
+                                 "meta_info": "step1"}
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in (med_qa_row("B"), swapped)]
+    write_files(tmp_path / "med_qa", {"phrases_no_exclude_train.jsonl": "".join(lines),
+                                      "phrases_no_exclude_test.jsonl": lines[1].strip()})
+    asked = "A man coughs. Which drug helps? A. Aspirin B. Codeine C. Iron D. Water"
+    other = "A man coughs. Which drug helps? A. Water B. Iron C. Éther D. Codeine"
+    assert read("med_qa", tmp_path / "med_qa") == [
+        ("train", Record("train_000000", asked, "B. Codeine", type="step2&3")),
+        ("train", Record("train_000001", other, "D. Codeine", type="step1")),
+        ("test", Record("test_000000", other, "D. Codeine", type="step1"))]
+    path = tmp_path / "med_qa/phrases_no_exclude_train.jsonl"
+    path.write_bytes("".join(lines).encode("latin-1"))
+    refused("med_qa", tmp_path / "med_qa", f"{path}: line 2 is damaged or not JSON")
+    path.write_text("".join(lines)[:-20], encoding="utf-8")
+    refused("med_qa", tmp_path / "med_qa", f"{path}: line 2 is damaged or not JSON")
+
+
+def med_mcqa_row(identifier, right, subject="Anatomy"):
+    return {"id": identifier, "question": "Which bone is longest?", "opa": "Femur", "opb": "Tibia",
+            "opc": "Ulna", "opd": "Stapes", "cop": right, "choice_type": "multi", "exp": None,
+            "subject_name": subject, "topic_name": None}
+
+
+def test_med_mcqa_is_read_and_has_secret_answers(tmp_path):
+    raw = tmp_path / "med_mcqa"
+    data, test = raw / "data", raw / "data/test-00000-of-00001.parquet"
+    write_parquet(data / "train-00000-of-00002.parquet", [med_mcqa_row("a", 0), med_mcqa_row("b", 3)])
+    write_parquet(data / "train-00001-of-00002.parquet", [med_mcqa_row("c", 2, None)])
+    write_parquet(data / "validation-00000-of-00001.parquet", [med_mcqa_row("d", 1, "Surgery")])
+    write_parquet(test, [med_mcqa_row("e", -1), med_mcqa_row("f", None)])
+    asked = "Which bone is longest? A. Femur B. Tibia C. Ulna D. Stapes"
+    assert read("med_mcqa", raw) == [
+        ("train", Record("a", asked, "A. Femur", type="Anatomy")),
+        ("train", Record("b", asked, "D. Stapes", type="Anatomy")),
+        ("train", Record("c", asked, "C. Ulna")),
+        ("validation", Record("d", asked, "B. Tibia", type="Surgery")),
+        ("test", Record("e", "Which bone is longest?", "", type="Anatomy")),
+        ("test", Record("f", "Which bone is longest?", "", type="Anatomy"))]
+    write_parquet(test, [{"id": "e", "question": "Which bone?", "answer": "Femur"}])
+    refused("med_mcqa", raw, f"{test}: no column 'opa' among its columns id, question, answer")
+    test.write_bytes(b"PAR1 and no more")
+    refused("med_mcqa", raw, f"{test}: damaged parquet")
+
+
+def test_pubmed_qa_artificial_is_read(tmp_path):
+    raw = tmp_path / "pubmed_qa_artificial"
+    path = raw / "pqa_artificial/train-00000-of-00001.parquet"
+    rows = [{"pubid": number, "question": question, "long_answer": "It does.",
+             "final_decision": decision,
+             "context": {"contexts": contexts, "labels": ["AIM"], "meshes": ["Humans"]}}
+            for number, question, contexts, decision in [
+                (25429730, "Does it help?", ["We tried.", "It did."], "yes"),
+                (25433161, "Does it harm?", [], "no"), (7, "Is it new?", ["No."], None)]]
+    write_parquet(path, rows)
+    assert read("pubmed_qa_artificial", raw) == [
+        ("train", Record("25429730", "Does it help?", "yes", context="We tried. It did.",
+                         type="yes/no")),
+        ("train", Record("25433161", "Does it harm?", "no", type="yes/no")),
+        ("train", Record("7", "Is it new?", "", context="No.", type="yes/no"))]
+    write_parquet(path, [{"pubid": 7, "question": "Is it new?", "final_decision": "no"}])
+    refused("pubmed_qa_artificial", raw, f"{path}: no column 'context'")
+    path.write_bytes(path.read_bytes()[:-3])
+    refused("pubmed_qa_artificial", raw, f"{path}: damaged parquet")
+
+
+# ----------------------------------------------------------------------------- facts and shards
+
+@pytest.mark.parametrize("name, listing, wanted", [
+    ("slake", "KG.zip README.md imgs.zip mask.txt test.json train.json validation.json",
+     "imgs.zip test.json train.json validation.json"),
+    ("med_qa", "README.md phrases_no_exclude_test.jsonl phrases_no_exclude_train.jsonl",
+     "phrases_no_exclude_test.jsonl phrases_no_exclude_train.jsonl"),
+    ("med_mcqa", "README.md data/test-00000-of-00001.parquet data/train-00000-of-00001.parquet "
+                 "data/validation-00000-of-00001.parquet",
+     "data/test-00000-of-00001.parquet data/train-00000-of-00001.parquet "
+     "data/validation-00000-of-00001.parquet"),
+    ("pubmed_qa_artificial", "README.md pqa_artificial/train-1.parquet pqa_labeled/train-1.parquet",
+     "pqa_artificial/train-1.parquet")])
+def test_what_is_fetched_from_the_hub_is_what_is_read(name, listing, wanted, tmp_path):
+    dataset = DATASETS[name]
+    fetched = [file for file in listing.split()
+               if any(fnmatch(file, pattern) for pattern in dataset.hub_files)]
+    write_files(tmp_path / name, dict.fromkeys(fetched, ""))
+    assert sorted(dataset.find(tmp_path)) == fetched == wanted.split()
+
+
+def test_what_cannot_be_used_is_counted(slake, tmp_path):
+    facts = {"dataset": "slake", "shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION,
+             "limit": 0, "licence": "none",
+             "image": {"size": 32, "resize": "squash", "codec": "png", "quality": 0}}
+    dataset, target, skipped = DATASETS["slake"], tmp_path / "shards/slake", []
+    for _ in range(2):  # without and with the images
+        write_dataset(target, dataset, slake, dataset.find(tmp_path), train_sample_tokenizer(), facts, 1)
+        skipped.append({split: (manifest["samples"], manifest["skipped"])
+                        for split, manifest in read_manifests(target).items()})
+        write_zip(slake / "imgs.zip", SLAKE_IMAGES)
+    assert skipped == [{"train": (0, {"empty answer": 1, "image missing": 2}),
+                        "validation": (0, {"image missing": 1}), "test": (0, {"image missing": 1})},
+                       {"train": (2, {"empty answer": 1}), "validation": (0, {"image missing": 1}),
+                        "test": (1, {})}]
+
+
+# ----------------------------------------------------------------------------- real data
+
+def real(name, pattern):
+    return pytest.mark.skipif(not any((RAW / name).glob(pattern)),
+                              reason=f"no {name} in {RAW}; set NANOMEDQ_RAW to a folder that has it")
+
+
+@real("slake", "train.json")
+def test_real_slake_has_the_published_counts():
+    records = read("slake", RAW / "slake")
+    assert Counter(split for split, _ in records) == DATASETS["slake"].counts
+    assert [record.id for _, record in records if not record.answer] == ["1622"]
+    images = {split: {record.image_name for owner, record in records if owner == split}
+              for split in ("train", "validation", "test")}
+    assert {split: len(names) for split, names in images.items()} == {
+        "train": 450, "validation": 96, "test": 96}
+    assert len(set.union(*images.values())) == 642  # no image is in two splits
+
+
+@real("vqa_med_2019", "**/" + ANSWERS)
+def test_real_vqa_med_2019_has_the_published_test_set():
+    records = [record for split, record in read("vqa_med_2019", RAW / "vqa_med_2019") if split == "test"]
+    assert Counter(record.type for record in records) == dict.fromkeys(
+        ("modality", "plane", "organ", "abnormality"), 125)
+    assert len({record.image_name for record in records}) == 500
+    assert sum("#" in record.answer for record in records) == 12
+    assert all(record.question and record.answer for record in records)

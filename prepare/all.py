@@ -185,7 +185,7 @@ def compare_counts(dataset, manifests):
         manifest = manifests.get(split)
         found = manifest["samples"] + sum(manifest["skipped"].values()) if manifest else 0
         if found != published:
-            print(f"{dataset.name} {split}: {published:,} samples were published, "
+            print(f"{dataset.name} {split}: {published:,} samples were expected, "
                   f"{f'{found:,}' if found else 'none'} found")
 
 
@@ -203,7 +203,8 @@ def print_list(names, config):
         status = ("prepared" if manifests else
                   "downloaded" if dataset.find(config.raw_dir) else
                   "to download" if dataset.urls or dataset.hub else "manual")
-        rows.append((dataset.name, dataset.kind, dataset.access, f"{dataset.megabytes:,}", counts,
+        rows.append((dataset.name, dataset.kind, dataset.access,
+                     f"{dataset.megabytes:,}" if dataset.megabytes else "", counts,
                      status, dataset.licence))
     print_table(rows)
 
@@ -213,9 +214,9 @@ def main(config):
         raise UserError("--workers and --limit are 0 or more, and --image_size is 1 or more")
     if not 1 <= config.quality <= 100:
         raise UserError(f"--quality={config.quality}: of jpeg, 1 to 100")
-    names = select(config.only)
     if config.list:
-        return print_list(names, config)
+        return print_list(select(config.only) if config.only else [*DATASETS, *WEIGHTS], config)
+    names = select(config.only)
     rows = [("dataset", "split", "samples", "images", "MB", "skipped", "seconds", "images/s",
              "status")]
     found = {}  # dataset -> its manifests

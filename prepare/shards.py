@@ -280,6 +280,7 @@ def write_dataset(target, dataset, raw, sources, tokenizer, facts, workers):
             total = sum(min(limit or count, count) for count in dataset.counts.values())
             for split, record in tqdm(records, dataset.name, total, unit=" samples"):
                 if split not in writers:
+                    assert split in ("train", "validation", "test"), split  # it becomes a folder
                     writers[split] = SplitWriter(partial / split, dataset, tokenizer, encode,
                                                  IMAGES_AHEAD * workers)
                 writers[split].add(record)

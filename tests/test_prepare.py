@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from PIL import Image
 
 from data import (PROMPT_VERSION, SHARD_VERSION, Record, Shard, Tokenizer, UserError, format_prompt,
                   load_image, resize_image)
-from prepare.datasets import DATASETS, Dataset
+from prepare.datasets import DATASETS, Dataset, read_tar
 from prepare.questions import train_sample_tokenizer
 from prepare.shards import read_manifests, write_dataset
 
@@ -280,7 +281,7 @@ def test_a_failed_dataset_keeps_what_was_there_and_stops_no_other(tokenizer, tmp
     record, = shard.read_records()
     assert (record["question"], record["answer"]) == ("does it help?", "yes")
     assert record["context"] == "We tried. It did."
-    assert "500 samples were published, 1 found" in done.stdout
+    assert "500 samples were expected, 1 found" in done.stdout
 
     (raw / "ori_pqal.json").write_text('{"7": {"QUESTION"')
     done = command(*words[1:], "--only=pubmed_qa")
@@ -341,6 +342,22 @@ def test_vqa_rad_is_read_from_osf_or_else_from_the_hub(tmp_path):
     (_, first), (split, second) = vqa_rad.read(raw)
     assert (first.id, first.answer, first.image, first.type) == ("1", "3", image, "COUNT")
     assert (split, second.image, second.image_name) == ("test", None, "synpic2.jpg")
+
+
+def test_a_gzipped_tar_is_whole_or_refused(tmp_path):
+    path, contents = tmp_path / "a.tgz", {f"folder/{n}.png": picture(n) for n in range(12)}
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    assert dict(read_tar(path)) == contents
+    whole, draw = path.read_bytes(), random.Random(0)
+    for place in draw.sample(range(10, len(whole)), 60):  # behind the header, which holds a time stamp
+        for damaged in (whole[:place], whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1:]):
+            path.write_bytes(damaged)
+            with pytest.raises(UserError, match="a.tgz: damaged archive"):
+                dict(read_tar(path))
 
 
 # ----------------------------------------------------------------------------- real data

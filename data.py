@@ -139,7 +139,7 @@ class Tokenizer:
         if not Path(path).is_file():
             raise UserError(f"{path}: no tokenizer here; run `python prepare/all.py "
                             "--only=tokenizer` or name yours with --tokenizer")
-        content = Path(path).read_bytes()
+        self.path, content = Path(path), Path(path).read_bytes()
         self.sha256 = hashlib.sha256(content).hexdigest()
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=content)

@@ -106,6 +106,26 @@ def open_run(config):
     return folder, newest_checkpoint(folder)
 
 
+def open_data(config):
+    """The Mixture of the training splits, and the tokenizer that they were made with."""
+    mixture = open_mixture(
+        config.data, config.shards_dir, "train", image_tokens=CONFIGS[config.model][0].tokens,
+        batch_size=config.batch_size, questions_per_image=config.questions_per_image,
+        row_length=config.row_length, seed=config.seed, held_out=config.held_out,
+        rows_per_batch=max(1, config.micro_batch_tokens // config.row_length))
+    for shard, train, held in zip(mixture.shards, mixture.train, mixture.held_out):
+        print(f"{shard.folder}: {len(train):,} samples to train on, {len(held):,} held out")
+    if mixture.cut or mixture.too_long:
+        print(f"rows of {config.row_length} tokens: {mixture.cut:,} prompts cut at the front, "
+              f"{mixture.too_long:,} samples left out because their answer does not fit")
+    dataset = mixture.shards[0].folder.parent
+    tokenizer = Tokenizer(dataset / "tokenizer.model")
+    if tokenizer.sha256 != mixture.shards[0].manifest["tokenizer_sha256"]:
+        raise UserError(f"{tokenizer.path}: not the one its shards were made with; run "
+                        f"`python prepare/all.py --only={dataset.name}`")
+    return mixture, tokenizer
+
+
 def make_model(config, tokenizer, checkpoint, device, dtype):
     """The VLM with the flagged parts trainable, from a checkpoint or from the weights files."""
     # Trained weights stay in float32; autocast rounds them in use, never where they are summed up.
@@ -201,6 +221,25 @@ def held_out_loss(model, mixture, device, autocast):
     return total / max(supervised, 1)
 
 
+def open_log(config, folder):
+    """A function that appends an entry to log.jsonl and, with --wandb=true, to Weights & Biases."""
+    log = open(folder / "log.jsonl", "a", encoding="utf-8")
+    if config.wandb:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--wandb=true: run `pip install wandb` first") from None
+        wandb.init(project="nanomedq", name=folder.name, config=asdict(config), dir=str(folder))
+
+    def write_log(entry):
+        log.write(json.dumps(entry) + "\n")
+        log.flush()
+        if config.wandb:
+            wandb.log(entry, step=entry["step"])
+
+    return write_log
+
+
 def describe_machine(device):
     """Versions, hardware and commit, so that a run says what made it."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
@@ -243,17 +282,7 @@ def main(config):
     torch.manual_seed(config.seed)
     folder, checkpoint = open_run(config)
 
-    vision_config = CONFIGS[config.model][0]  # every ViT here reads 224 px in patches of 16 or 32
-    mixture = open_mixture(
-        config.data, config.shards_dir, "train", image_tokens=vision_config.tokens,
-        batch_size=config.batch_size, questions_per_image=config.questions_per_image,
-        row_length=config.row_length, seed=config.seed, held_out=config.held_out,
-        rows_per_batch=max(1, config.micro_batch_tokens // config.row_length))
-    dataset = mixture.shards[0].folder.parent
-    tokenizer = Tokenizer(dataset / "tokenizer.model")
-    if tokenizer.sha256 != mixture.shards[0].manifest["tokenizer_sha256"]:
-        raise UserError(f"{dataset}/tokenizer.model: not the one its shards were made with; run "
-                        f"`python prepare/all.py --only={dataset.name}`")
+    mixture, tokenizer = open_data(config)
     model = make_model(config, tokenizer, checkpoint, device, dtype)
     if model.vision.config.tokens != mixture.image_tokens:
         raise UserError(f"--vision_weights: {model.vision.config.tokens} tokens an image, while "
@@ -264,33 +293,16 @@ def main(config):
     if checkpoint:
         load_optimizer(optimizer, model, checkpoint)
         first = int(checkpoint.name[5:])
-    for shard, train, held in zip(mixture.shards, mixture.train, mixture.held_out):
-        print(f"{shard.folder}: {len(train):,} samples to train on, {len(held):,} held out")
-    if mixture.cut or mixture.too_long:
-        print(f"rows of {config.row_length} tokens: {mixture.cut:,} prompts cut at the front, "
-              f"{mixture.too_long:,} samples left out because their answer does not fit")
     print(f"{folder}: steps {first} to {steps} of {config.batch_size} samples on {device}, {dtype}")
     if first == steps:
         return print(f"finished already; now run `python eval_vqa.py --run={folder}`")
 
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(dataset / "tokenizer.model", folder / "tokenizer.model")
+    shutil.copy(tokenizer.path, folder / "tokenizer.model")
     (folder / "config.json").write_text(json.dumps(
         {"flags": asdict(config), "tokenizer_sha256": tokenizer.sha256,
          "machine": describe_machine(device)}, indent=2) + "\n")
-    log = open(folder / "log.jsonl", "a", encoding="utf-8")
-    if config.wandb:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("--wandb=true: run `pip install wandb` first") from None
-        wandb.init(project="nanomedq", name=folder.name, config=asdict(config), dir=str(folder))
-
-    def write_log(entry):
-        log.write(json.dumps(entry) + "\n")
-        log.flush()
-        if config.wandb:
-            wandb.log(entry, step=entry["step"])
+    write_log = open_log(config, folder)
 
     model.train()
     bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True)

@@ -112,7 +112,7 @@ def answer(model, tokenizer, shard, config, count, swap, device, autocast):
     """The model's answers to a shard's first `count` questions, as text. swap: image -> image shown."""
     torch.manual_seed(config.seed)
     image_of = shard.samples["image"][:count].astype(int)
-    order = np.argsort(image_of, kind="stable")  # questions about an image share its encoding
+    order = np.argsort(image_of, kind="stable")  # questions about an image share its tokens
     answers = [""] * count
     for begin in tqdm(range(0, count, config.batch_size), unit="batch", leave=False,
                       desc=f"{shard.folder.parent.name} {'shuffled' if swap is not None else ''}"):

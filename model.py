@@ -431,31 +431,32 @@ class VLM(nn.Module):
         -1 for none. Returns B lists of token ids, each up to its <eos>, which is left out.
         """
         B, N, device = len(prompts), self.vision.config.tokens, self.projector.weight.device
-        prefix = [1 + N if image >= 0 else 1 for image in image_of]
-        lengths = [p + len(prompt) for p, prompt in zip(prefix, prompts)]
-        T = max(lengths)
-        tokens = torch.zeros(B, T, dtype=torch.long)
-        tokens[:, 0] = BOS
-        for b, prompt in enumerate(prompts):  # padding stands on the right, where nothing looks at it
-            tokens[b, prefix[b]:lengths[b]] = torch.as_tensor(prompt)
         with_image = [b for b in range(B) if image_of[b] >= 0]
-        if with_image:
-            encoded = self.encode_images(images)[[image_of[b] for b in with_image]]  # (I, N, C)
-        else:
-            encoded = torch.zeros(0, N, 0)
-        at = torch.tensor([b * T + 1 for b in with_image], device=device)
-        x = self.splice(tokens.to(device), encoded, at)
+        starts = torch.tensor([1 + N if image >= 0 else 0 for image in image_of], device=device)
+        rows = [prompt if image >= 0 else [BOS, *prompt] for prompt, image in zip(prompts, image_of)]
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        T = max(len(row) for row in rows)
+        tokens = torch.zeros(B, T, dtype=torch.long)
+        for b, row in enumerate(rows):  # padding stands on the right, where nothing looks at it
+            tokens[b, :len(row)] = torch.as_tensor(row)
+        x = self.language.embed(tokens.to(device))  # (B, T, C)
 
-        slots = torch.arange(T + max_new_tokens, device=device)
-        cache = None
-        length = torch.tensor(lengths, device=device)
-        positions = torch.arange(T, device=device).expand(B, T)
+        slots = torch.arange(int(starts.max()) + T + max_new_tokens, device=device)
+        cache = self.language.new_cache(B, len(slots), x.dtype)
+        if with_image:  # <bos> and image are run once an image, for all questions about it
+            prefix = self.language.embed(torch.full((len(images), 1), BOS, device=device))
+            prefix = torch.cat([prefix, self.encode_images(images).to(x.dtype)], dim=1)  # (I, 1+N, C)
+            shared = self.language.new_cache(len(images), 1 + N, x.dtype)
+            self.language.transform(prefix, slots[:1 + N].expand(len(images), -1),
+                                    slots[:1 + N] <= slots[:1 + N, None], shared)
+            for own, of_image in zip(sum(cache, ()), sum(shared, ())):
+                own[with_image, :, :1 + N] = of_image[[image_of[b] for b in with_image]]
+        positions = starts[:, None] + torch.arange(T, device=device)  # (B, T)
         answers, done = [], torch.zeros(B, dtype=torch.bool, device=device)
         for new in range(max_new_tokens):
-            cache = cache or self.language.new_cache(B, len(slots), x.dtype)
             mask = slots <= positions[:, None, :, None]  # (B, 1, T, S), T = 1 after the first round
             x = self.language.transform(x, positions, mask, cache)
-            last = x[torch.arange(B), length - 1] if new == 0 else x[:, 0]  # (B, C)
+            last = x[torch.arange(B), lengths - 1] if new == 0 else x[:, 0]  # (B, C)
             logits = self.language.lm_head(last).float()  # (B, V)
             if temperature > 0:
                 token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)[:, 0]
@@ -465,7 +466,7 @@ class VLM(nn.Module):
             answers.append(token.masked_fill(done, EOS))
             if done.all():
                 break
-            positions = (length + new)[:, None]  # (B, 1): overwrites the padding of short rows
+            positions = (starts + lengths + new)[:, None]  # (B, 1): overwrites short rows' padding
             x = self.language.embed(answers[-1][:, None])
         rows = torch.stack(answers, dim=1).tolist() if answers else [[]] * B
         return [row[:row.index(EOS)] if EOS in row else row for row in rows]

@@ -290,6 +290,13 @@ class Shard:
             raise UserError(f"{self.folder}/images.bin: image {number} is damaged; {self.again}")
         return np.asarray(Image.open(io.BytesIO(content)))
 
+    def require_image_size(self, size):
+        """Raise UserError where the shard's images are not of this size, in pixels."""
+        found = self.manifest["image"]["size"]
+        if len(self.image_index) and found != size:
+            raise UserError(f"{self.folder}: images of {found} pixels, but the model reads {size}; "
+                            f"{self.again[:-1]} --image_size={size}`")
+
     def read_records(self):
         """The words of every sample, as a list of dicts in the order of samples.bin."""
         return [json.loads(line) for line in self.read_verified("records.jsonl").splitlines()]

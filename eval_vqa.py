@@ -189,6 +189,8 @@ def main(config):
     device, dtype = pick_device(config.device, config.dtype)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     model = VLM.load(checkpoint, dtype, device).eval()
+    for shard in shards:
+        shard.require_image_size(model.vision.config.image_size)
     print(f"{checkpoint} on {device}, {dtype}")
 
     results, lines = {}, defaultdict(list)  # lines: row of the table -> its answers

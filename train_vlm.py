@@ -287,6 +287,8 @@ def main(config):
     if model.vision.config.tokens != mixture.image_tokens:
         raise UserError(f"--vision_weights: {model.vision.config.tokens} tokens an image, while "
                         f"--model={config.model} has {mixture.image_tokens}; choose the one that fits")
+    for shard in mixture.shards:
+        shard.require_image_size(model.vision.config.image_size)
     optimizer = make_optimizer(model, config)
     steps = config.max_steps or max(1, int(config.epochs * mixture.samples_per_epoch / config.batch_size))
     first = 0

@@ -156,6 +156,18 @@ def test_a_mistake_gets_one_line_and_code_2(words, expected):
     assert expected in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
+def test_images_of_another_size_are_refused(shards, tmp_path):
+    train_vlm.main(flags(shards, tmp_path / "run", max_steps=1))
+    done = command("prepare/all.py", "--only=sample", "--limit=40", "--image_size=64",
+                   f"--shards_dir={tmp_path}/small")
+    assert done.returncode == 0, done.stderr
+    message = "images of 64 pixels, but the model reads 224; run `.*--only=sample --image_size=224`"
+    with pytest.raises(UserError, match=message):
+        train_vlm.main(flags(tmp_path / "small", tmp_path / "other", max_steps=1))
+    with pytest.raises(UserError, match=message):
+        eval_vqa.main(eval_vqa.Config(run=str(tmp_path / "run"), shards_dir=str(tmp_path / "small")))
+
+
 def test_missing_weights_name_the_command(shards, tmp_path):
     with pytest.raises(UserError, match="weights/biomedclip.safetensors.*"):
         train_vlm.main(flags(shards, tmp_path, model="paper", device="cpu"))

@@ -136,10 +136,11 @@ class Tokenizer:
     """A SentencePiece model whose <bos> is 1 and <eos> is 2, as in every LLaMA."""
 
     def __init__(self, path):
-        if not Path(path).is_file():
+        self.path = Path(path)
+        if not self.path.is_file():
             raise UserError(f"{path}: no tokenizer here; run `python prepare/all.py "
                             "--only=tokenizer` or name yours with --tokenizer")
-        self.path, content = Path(path), Path(path).read_bytes()
+        content = self.path.read_bytes()
         self.sha256 = hashlib.sha256(content).hexdigest()
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=content)
@@ -289,6 +290,15 @@ class Shard:
         if zlib.crc32(content) != entry["checksum"]:
             raise UserError(f"{self.folder}/images.bin: image {number} is damaged; {self.again}")
         return np.asarray(Image.open(io.BytesIO(content)))
+
+    def require_questions(self):
+        """Raise UserError where there is nothing to ask: labels alone, or nothing that could be used."""
+        name = self.folder.parent.name
+        if self.manifest["kind"] == "classification":
+            raise UserError(f"--data: {name} has labels but no questions")
+        if not len(self):
+            raise UserError(f"{self.folder}: no question of it could be used; its manifest.json counts "
+                            "why each was skipped")
 
     def require_image_size(self, size):
         """Raise UserError where the shard's images are not of this size, in pixels."""
@@ -521,8 +531,7 @@ def open_mixture(names, shards_dir, split, **settings):
         except ValueError:
             raise UserError(f"--data: {weight!r} is no weight; write name:2 or name") from None
         shards.append(Shard(Path(shards_dir) / name / split))
-        if shards[-1].manifest["kind"] == "classification":
-            raise UserError(f"--data: {name} has labels but no questions to train on")
+        shards[-1].require_questions()
     tokenizers = {shard.manifest["tokenizer_sha256"] for shard in shards}
     if len(tokenizers) > 1:
         raise UserError(f"--data: {names} were prepared with different tokenizers; prepare them "

@@ -151,13 +151,13 @@ def print_table(name, rows, types):
         cells = [scores[key] for key in ("bleu1", "exact_match", "closed_accuracy")]
         print(f"{row:16}" + "".join(f"{cell:10.1f}" if cell is not None else f"{'-':>10}"
                                     for cell in cells))
-    first = next(iter(types.values()))
-    if len(first) < 2:
+    kinds = next(iter(types.values()))
+    if len(kinds) < 2:
         return
     print(f"{'BLEU-1 by type':16}" + "".join(f"{row:>16}" for row in rows) + f"{'questions':>12}")
-    for kind in list(first)[:10]:
+    for kind in list(kinds)[:10]:
         print(f"{(kind or 'none')[:15]:16}" + "".join(f"{types[row][kind]['bleu1']:16.1f}" for row in rows)
-              + f"{first[kind]['questions']:12,}")
+              + f"{kinds[kind]['questions']:12,}")
 
 
 def newest_run():
@@ -178,11 +178,12 @@ def main(config):
                for name in names.split(",")]
     if not config.data:
         folders = [path for path in folders if path.is_dir()]
-    shards = [Shard(path) for path in folders]
+    shards = [shard for shard in map(Shard, folders) if config.data or len(shard)]
     if not shards:
         raise UserError(f"{config.shards_dir}: no {config.split} split of {names}; run "
                         f"`python prepare/all.py --only={names}`")
     for shard in shards:
+        shard.require_questions()
         if shard.manifest["tokenizer_sha256"] != tokenizer.sha256:
             raise UserError(f"{shard.folder}: made with another tokenizer than {folder}; run `python "
                             f"prepare/all.py --tokenizer={folder}/tokenizer.model`")

@@ -192,20 +192,16 @@ def compare_counts(dataset, manifests):
 def print_list(names, config):
     """Facts of each dataset and set of weights, and how far it is."""
     rows = [("dataset", "kind", "access", "MB", "samples", "status", "licence")]
-    for weights in (WEIGHTS[name] for name in names if name in WEIGHTS):
-        status = ("prepared" if (Path(config.weights_dir) / weights.target).exists() else
-                  "downloaded" if weights.find(config.raw_dir) else "to download")
-        rows.append((weights.name, "weights", weights.access, f"{weights.megabytes:,}", "", status,
-                     weights.licence))
-    for dataset in (DATASETS[name] for name in names if name in DATASETS):
-        manifests = read_manifests(Path(config.shards_dir) / dataset.name)
-        counts = ", ".join(f"{split} {count:,}" for split, count in dataset.counts.items())
-        status = ("prepared" if manifests else
-                  "downloaded" if dataset.find(config.raw_dir) else
-                  "to download" if dataset.urls or dataset.hub else "manual")
-        rows.append((dataset.name, dataset.kind, dataset.access,
-                     f"{dataset.megabytes:,}" if dataset.megabytes else "", counts,
-                     status, dataset.licence))
+    for source in (DATASETS.get(name) or WEIGHTS[name] for name in names if name != "tokenizer"):
+        if source.name in DATASETS:
+            kind, prepared = source.kind, read_manifests(Path(config.shards_dir) / source.name)
+            counts = ", ".join(f"{split} {count:,}" for split, count in source.counts.items())
+        else:
+            kind, prepared, counts = "weights", (Path(config.weights_dir) / source.target).exists(), ""
+        status = ("prepared" if prepared else "downloaded" if source.find(config.raw_dir) else
+                  "to download" if source.urls or source.hub else "manual")
+        rows.append((source.name, kind, source.access,
+                     f"{source.megabytes:,}" if source.megabytes else "", counts, status, source.licence))
     print_table(rows)
 
 

@@ -1,7 +1,8 @@
 """
 What a dataset is, and how the raw files of datasets are read.
 
-The datasets themselves are in questions.py, reports.py, figures.py and classify.py. A dataset is one decorated function, from its raw folder to (split, Record) pairs:
+The datasets themselves are in questions.py, reports.py, figures.py and classify.py. A dataset is
+one decorated function, from its raw folder to (split, Record) pairs:
 
     @dataset(kind="image questions", licence="CC-BY-4.0", access="open", megabytes=120,
              page="https://example.org/toy", urls=("https://example.org/toy.json",),
@@ -52,6 +53,13 @@ def dataset(**facts):
 
 # ----------------------------------------------------------------------------- raw files
 
+def require_columns(where, found, columns):
+    """Refuse a table that lacks a column; `where` names it, `found` are the names that it has."""
+    for column in columns:
+        if column not in found:
+            raise UserError(f"{where}: no column {column!r} among its columns {', '.join(found)}")
+
+
 def read_json(path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -66,10 +74,7 @@ def read_csv(path, columns, delimiter=","):
     try:
         with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file, delimiter=delimiter)
-            for column in columns:
-                if column not in (rows.fieldnames or ()):
-                    raise UserError(f"{path}: no column {column!r} among its columns "
-                                    f"{', '.join(rows.fieldnames or ())}")
+            require_columns(path, rows.fieldnames or (), columns)
             yield from rows
     except (UnicodeDecodeError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: damaged table ({error}); fetch it again") from None
@@ -144,10 +149,7 @@ def read_parquet(path, columns):
 
     try:
         with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-            for column in columns:
-                if column not in file.schema_arrow.names:
-                    raise UserError(f"{path}: no column {column!r} among its columns "
-                                    f"{', '.join(file.schema_arrow.names)}")
+            require_columns(path, file.schema_arrow.names, columns)
             for batch in file.iter_batches(batch_size=32, columns=list(columns)):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:

@@ -5,19 +5,16 @@ import json
 
 from data import Record, UserError
 from prepare.datasets import (dataset, multiple_choice, open_zip, read_csv, read_json_lines,
-                              read_member, read_parquet)
+                              read_member, read_parquet, require_columns)
 
 CAPTION_QUESTION = "what does this figure show?"
 
 
 # ----------------------------------------------------------------------------- raw files
 
-def require(where, row, columns):
-    """Refuse a row of a file, `where`, that lacks a column."""
-    found = row if isinstance(row, dict) else {}
-    for column in columns:
-        if column not in found:
-            raise UserError(f"{where}: no column {column!r} among its columns {', '.join(found)}")
+def require_keys(where, row, keys):
+    """Refuse a row of JSON that is no object or lacks a key."""
+    require_columns(where, row if isinstance(row, dict) else (), keys)
 
 
 def find_folder(archive, *folders):
@@ -40,7 +37,7 @@ def read_arrow(path, columns):
 
     try:
         with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
-            require(path, dict.fromkeys(stream.schema.names), columns)
+            require_columns(path, stream.schema.names, columns)
             for batch in stream:
                 batch.validate(full=True)  # a wrong offset would end the process, not raise
                 batch = batch.select(list(columns))
@@ -95,7 +92,7 @@ def pmc_oa(raw):
     with open_zip(raw / "images.zip") as archive:
         folder = find_folder(archive, "caption_T060_filtered_top4_sep_v0_subfigures/")
         for number, row in enumerate(read_json_lines(table), start=1):
-            require(f"{table}: line {number}", row, ("image", "caption"))
+            require_keys(f"{table}: line {number}", row, ("image", "caption"))
             member = f"{folder}{row['image']}"
             yield "train", Record(str(row["image"]), CAPTION_QUESTION, str(row["caption"] or ""),
                                   read_member(archive, member), member)
@@ -120,8 +117,8 @@ def omni_med_vqa(raw):
             except ValueError:
                 raise UserError(f"{where}: damaged or not JSON; fetch it again") from None
             for row in rows:
-                require(where, row, ("question_id", "question_type", "question", "gt_answer",
-                                     "image_path", "option_A"))
+                require_keys(where, row, ("question_id", "question_type", "question", "gt_answer",
+                                          "image_path", "option_A"))
                 options = [row.get(f"option_{letter}") for letter in "ABCD"]
                 options = [str(option).strip() for option in options if option not in (None, "")]
                 right = place(str(row["gt_answer"]).strip(), options)
@@ -183,7 +180,7 @@ def ubench(raw):
             for key, asked in (row["questions"] or {}).items():
                 if asked is None:
                     continue
-                require(path, asked, ("question", "options", "answer"))
+                require_keys(path, asked, ("question", "options", "answer"))
                 if asked["question"] is None:
                     continue
                 options = asked["options"] or []

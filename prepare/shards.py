@@ -104,7 +104,7 @@ class SplitWriter:
         self.encode, self.images_ahead = encode, images_ahead
         self.files = {name: HashedFile(folder / name) for name in FILES}
         self.token_dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32)
-        self.received = self.samples = self.tokens = self.images = self.pixel_error = 0
+        self.samples = self.tokens = self.images = self.pixel_error = 0
         self.skipped = Counter()  # reason -> samples
         self.image_numbers = {}  # sha256 of a source image -> its place in images.idx, or None
         self.images_hash = hashlib.sha256()  # over those sha256, in the order of images.idx
@@ -113,14 +113,13 @@ class SplitWriter:
 
     def add(self, record):
         """Check and tokenize a record and send its image to be encoded, if it is a new one."""
-        self.received += 1
         question, answer, context = map(clean, (record.question, record.answer, record.context))
         asked = self.kind != "classification"
         prompt = self.tokenizer.encode(format_prompt(question, context)) if asked else []
         target = self.tokenizer.encode(answer) if asked else []
         reason = ("empty question" if asked and not question else
                   "empty answer" if asked and not target else
-                  "image missing" if record.image is None and record.image_name else
+                  "image missing" if record.image is None and (record.image_name or not asked) else
                   "unknown label" if set(record.labels or ()) - set(self.classes) else "")
         if reason:
             self.skipped[reason] += 1

@@ -36,7 +36,7 @@ def convert(weights, source, target, keep=r".*"):
         state = torch.load(source, weights_only=True, mmap=zipfile.is_zipfile(source))
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(f"{source}: damaged, or it holds more than tensors "
-                        f"({str(error).strip().splitlines()[0]}); fetch it again") from None
+                        f"({str(error).strip().partition(chr(10))[0]}); fetch it again") from None
     tensors = {name: tensor.contiguous() for name, tensor in state.items() if re.fullmatch(keep, name)}
     if not tensors:
         raise UserError(f"{source}: no tensor named like {keep} among {', '.join(list(state)[:3])}, ...")

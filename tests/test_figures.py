@@ -1,33 +1,24 @@
 """The readers of prepare/figures.py: every record of small copies of the original files, and damage."""
 
 import contextlib
-import io
 import json
 import random
 import tracemalloc
 import zipfile
 
-import numpy as np
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
-from PIL import Image
 
 from data import Record, UserError
 from prepare.datasets import DATASETS
 from prepare.figures import CAPTION_QUESTION
 from prepare.shards import SplitWriter
+from test_prepare import picture
 
 NAMES = ("roco", "roco_v2", "pmc_oa", "omni_med_vqa", "pmc_vqa", "pmc_vqa_v2", "ubench")
 PMC_OA = "caption_T060_filtered_top4_sep_v0_subfigures/"
-
-
-def picture(seed, form="JPEG"):
-    pixels = np.random.default_rng(seed).integers(0, 256, (20, 30, 3), np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, form)
-    return stream.getvalue()
 
 
 def read(name, raw):
@@ -306,7 +297,7 @@ def ubench_row(number, image, path=None, **questions):
 
 
 def test_ubench_is_read_batch_by_batch(tmp_path):
-    raw, images = tmp_path / "ubench", [picture(n, "PNG") for n in range(9)]
+    raw, images = tmp_path / "ubench", [picture(n) for n in range(9)]
     folder, none = raw / "perception/0.1.0", "none of the above"
     rows = [
         ubench_row(0, images[0], "cell 0.png", domain=(["biology", none], "biology"),

@@ -34,10 +34,10 @@ def command(*words, **environment):
                           capture_output=True, env={**os.environ, **environment})
 
 
-def picture(seed, size=(40, 30), form="PNG", mode="RGB"):
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+def picture(seed, form="PNG"):
+    pixels = np.random.default_rng(seed).integers(0, 256, (30, 40, 3), np.uint8)
     stream = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(stream, form)
+    Image.fromarray(pixels).save(stream, form)
     return stream.getvalue()
 
 
@@ -118,10 +118,17 @@ def test_what_cannot_be_used_is_skipped_and_counted(tokenizer, tmp_path):
 def test_images_with_labels_need_no_question(tokenizer, tmp_path):
     records = [("train", Record(str(n), image=picture(n), image_name=f"{n}.png", labels=labels))
                for n, labels in enumerate([("big",), (), ("big", "small"), ("bigg",)])]
+    records.append(("train", Record("4", labels=("small",))))
     shard = write_toy(tmp_path, records, tokenizer, kind="classification")
     assert [record["labels"] for record in shard.read_records()] == [["big"], [], ["big", "small"]]
-    assert shard.manifest["classes"] == ["big", "small"] and shard.manifest["skipped"] == {"unknown label": 1}
+    assert shard.manifest["classes"] == ["big", "small"] and shard.manifest["skipped"] == {"image missing": 1, "unknown label": 1}
     assert shard.samples["image"].tolist() == [0, 1, 2] and not shard.samples["prompt"].any()
+    with pytest.raises(UserError, match="toy has labels but no questions"):
+        shard.require_questions()
+    (tmp_path / "none").mkdir()
+    shard = write_toy(tmp_path / "none", [("train", Record("1", "what?", "lung", None, "a.png"))], tokenizer)
+    with pytest.raises(UserError, match="toy/train: no question of it could be used"):
+        shard.require_questions()
 
 
 def test_files_do_not_depend_on_the_number_of_workers(tokenizer, tmp_path):

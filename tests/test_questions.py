@@ -1,6 +1,5 @@
 """The question sets of prepare/questions.py, from tiny copies of their published files."""
 
-import io
 import json
 import os
 import shutil
@@ -9,26 +8,18 @@ from collections import Counter
 from fnmatch import fnmatch
 from pathlib import Path
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from PIL import Image
 
 from data import PROMPT_VERSION, SHARD_VERSION, Record, UserError
 from prepare.datasets import DATASETS
 from prepare.questions import train_sample_tokenizer
 from prepare.shards import read_manifests, write_dataset
+from test_prepare import picture, write_parquet
 
 ROOT = Path(__file__).resolve().parent.parent
 RAW = Path(os.environ.get("NANOMEDQ_RAW", ROOT / "raw"))
-
-
-def picture(seed):
-    pixels = np.random.default_rng(seed).integers(0, 256, (30, 40, 3), np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "JPEG")
-    return stream.getvalue()
 
 
 def read(name, raw):
@@ -48,11 +39,6 @@ def write_files(folder, files):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def write_parquet(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
 def refused(name, raw, *words):

@@ -5,14 +5,18 @@ The model: a vision transformer, one linear projection and a LLaMA, written out 
                                                                                       v
     <bos> image ... image | prompt answer   -> embeddings, image tokens spliced in -> LLaMA -> loss
 
+Two more image encoders have BiomedCLIP's ViT compared with them, as classifiers: PubMedCLIP's, the
+same ViT with the few differences of CLIP's own, and PMC-CLIP's, a ResNet-50.
+
 Each part's parameters carry the names of the checkpoint that it is initialised from: timm's for the
-ViT (BiomedCLIP's visual.trunk.*), the Hugging Face hub's for LLaMA (PMC-LLaMA). Loading is therefore
-a plain copy, and what we save is read by those libraries.
+ViT (BiomedCLIP's visual.trunk.*), OpenAI CLIP's for the ResNet, the Hugging Face hub's for LLaMA
+(PMC-LLaMA). Loading is therefore a plain copy, and what we save is read by those libraries.
 
 Letters: R rows, T tokens in a row, C width, nh heads, nkv key-value heads, hs head size,
 I images, H, W their height and width, N tokens of an image (class token + patches), P patch size,
 V vocabulary, M supervised positions, B prompts, S slots of the key-value cache.
 The paper's sizes: ViT-B/16 C=768 nh=12 N=197; LLaMA-7B C=4096 nh=nkv=32 hs=128 V=32000.
+The others': ViT-B/32 C=768 nh=12 N=50; ResNet-50 C=2048 nh=32 N=50, its outputs of width 768.
 """
 
 import json
@@ -41,11 +45,16 @@ class ViTConfig:
     patch_size: int = 16  # pixels
     width: int = 768
     depth: int = 12
+    clip: bool = False  # as OpenAI's CLIP has it, and PubMedCLIP from there
 
     @property
     def tokens(self):
         """Tokens of an image: one per patch and the class token."""
         return (self.image_size // self.patch_size) ** 2 + 1
+
+    @property
+    def eps(self):
+        return 1e-5 if self.clip else 1e-6
 
     @property
     def heads(self):
@@ -56,7 +65,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, config):
         super().__init__()
         P = config.patch_size
-        self.proj = nn.Conv2d(3, config.width, kernel_size=P, stride=P)
+        self.proj = nn.Conv2d(3, config.width, kernel_size=P, stride=P, bias=not config.clip)
 
     def forward(self, images):
         return self.proj(images).flatten(2).transpose(1, 2)  # (I, 3, H, W) -> (I, N-1, C)
@@ -77,22 +86,27 @@ class ViTAttention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(I, N, C))
 
 
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
 class ViTMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.fc1 = nn.Linear(config.width, 4 * config.width)
         self.fc2 = nn.Linear(4 * config.width, config.width)
+        self.gelu = quick_gelu if config.clip else F.gelu  # the exact one, not its tanh approximation
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))  # the exact GELU, not its tanh approximation
+        return self.fc2(self.gelu(self.fc1(x)))
 
 
 class ViTBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.width, eps=1e-6)
+        self.norm1 = nn.LayerNorm(config.width, config.eps)
         self.attn = ViTAttention(config)
-        self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(config.width, config.eps)
         self.mlp = ViTMLP(config)
 
     def forward(self, x):
@@ -101,7 +115,12 @@ class ViTBlock(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision transformer (arXiv 2010.11929) in timm's layout, without a head."""
+    """
+    Vision transformer (arXiv 2010.11929) in timm's layout, without a head.
+
+    With config.clip it is CLIP's (arXiv 2103.00020): another norm before the blocks, quick GELU,
+    another eps, and no bias where patches are embedded.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -109,25 +128,27 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(torch.empty(1, config.tokens, config.width).normal_(std=0.02))
+        self.norm_pre = nn.LayerNorm(config.width, config.eps) if config.clip else nn.Identity()
         self.blocks = nn.ModuleList(ViTBlock(config) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.norm = nn.LayerNorm(config.width, config.eps)
         self.apply(init_weights)
 
     def forward(self, images):
         """(I, 3, H, W) normalised pixels -> (I, N, C) tokens after the final norm, class token first."""
         x = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (I, N, C)
-        x = x + self.pos_embed
+        x = self.norm_pre(x + self.pos_embed)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
+        return self.norm(x)  # CLIP norms its class token alone; here patches come to the same scale
 
     @classmethod
     def from_pretrained(cls, file, dtype=torch.float32, device="cpu"):
         """
         Build and load from a safetensors file: timm's keys as they are, or under BiomedCLIP's
-        `visual.trunk.`, whose projection head and text tower are dropped. Sizes are read from
-        the shapes. Raises UserError when a tensor is missing, unknown or of another shape.
+        `visual.trunk.`, whose projection head and text tower are dropped. Sizes are read from the
+        shapes, and CLIP's variant is known by norm_pre. Raises UserError when a tensor is missing,
+        unknown or of another shape.
         """
         shapes = {}
         for key, shape in tensor_shapes(file).items():
@@ -139,9 +160,127 @@ class ViT(nn.Module):
                             "README.md says under Weights which files fit") from None
         depth = len([key for key in shapes if re.fullmatch(r"blocks\.\d+\.norm1\.weight", key)])
         with torch.device("meta"):
-            model = cls(ViTConfig(round(grid ** 0.5) * P, P, width, depth))
+            model = cls(ViTConfig(round(grid ** 0.5) * P, P, width, depth, "norm_pre.weight" in shapes))
         return load_exactly(model, [file], dtype, device, prefix="visual.trunk.",
                             dropped=r"visual\.head\.proj\.weight|text\..*|logit_scale")
+
+
+# ----------------------------------------------------------------------------- residual network
+
+@dataclass
+class ResNetConfig:
+    """PMC-CLIP's ResNet-50 (arXiv 2303.07240)."""
+    image_size: int = 224  # pixels
+    stem: int = 64  # channels after the stem; a stage's last has 4, 8, 16 and 32 times as many
+    layers: tuple = (3, 4, 6, 3)  # blocks of each stage
+    width: int = 768  # of an output
+
+    @property
+    def tokens(self):
+        """Outputs for an image: one per place of the last map and their attention-pooled mean."""
+        return (self.image_size // 32) ** 2 + 1
+
+
+class Bottleneck(nn.Module):
+    """Residual block whose stride is an average pool, which does not alias."""
+
+    def __init__(self, inputs, width, stride):
+        super().__init__()
+        self.stride = stride
+        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.downsample = nn.Identity() if inputs == 4 * width else nn.Sequential(
+            nn.Conv2d(inputs, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width))
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(F.avg_pool2d(y, self.stride)))  # (I, 4 width, H/stride, W/stride)
+        return F.relu(y + self.downsample(F.avg_pool2d(x, self.stride)))
+
+
+def stage(blocks, inputs, width, stride):
+    return nn.Sequential(Bottleneck(inputs, width, stride),
+                         *(Bottleneck(4 * width, width, 1) for _ in range(blocks - 1)))
+
+
+class AttentionPool(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C = 32 * config.stem
+        self.positional_embedding = nn.Parameter(torch.randn(config.tokens, C) / C ** 0.5)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(C, C) for _ in range(3))
+        self.c_proj = nn.Linear(C, config.width)
+
+    def forward(self, x):
+        x = x.flatten(2).transpose(1, 2)  # (I, C, H, W) -> (I, N-1, C)
+        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding  # (I, N, C)
+        # Heads of 64 channels, 32 in all, as PMC-CLIP was trained. No shape tells: with 8 heads, as in
+        # loaders often copied, the same file loads and gives other features.
+        q, k, v = (proj(x).unflatten(-1, (-1, 64)).transpose(1, 2)  # each (I, nh, N, 64)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.c_proj(y.transpose(1, 2).flatten(2))  # (I, N, width)
+
+
+class ResNet(nn.Module):
+    """CLIP's ResNet (arXiv 2103.00020): three convolutions first, an attention pool last."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        C, (one, two, three, four) = config.stem, config.layers
+        self.conv1 = nn.Conv2d(3, C // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(C // 2)
+        self.conv2 = nn.Conv2d(C // 2, C // 2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(C // 2)
+        self.conv3 = nn.Conv2d(C // 2, C, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(C)
+        self.layer1 = stage(one, C, C, stride=1)
+        self.layer2 = stage(two, 4 * C, 2 * C, stride=2)
+        self.layer3 = stage(three, 8 * C, 4 * C, stride=2)
+        self.layer4 = stage(four, 16 * C, 8 * C, stride=2)
+        self.attnpool = AttentionPool(config)
+
+    def forward(self, images):
+        """
+        (I, 3, H, W) normalised pixels -> (I, N, width) outputs. The first is PMC-CLIP's feature of
+        the image; it leaves out the others, which the places of the last map get by the same pool.
+        """
+        x = F.relu(self.bn1(self.conv1(images)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)  # (I, stem, H/4, W/4)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (I, C, H/32, W/32)
+        return self.attnpool(x)
+
+    @classmethod
+    def from_pretrained(cls, file, dtype=torch.float32, device="cpu"):
+        """
+        Build and load from a safetensors file under CLIP's keys, as ViT.from_pretrained does; in
+        eval mode, where batch norms use the statistics of the file.
+        """
+        shapes = tensor_shapes(file)
+        try:
+            stem, width = shapes["conv3.weight"][0], shapes["attnpool.c_proj.weight"][0]
+            grid = shapes["attnpool.positional_embedding"][0] - 1
+        except (KeyError, IndexError):
+            raise UserError(f"{file}: no ResNet in CLIP's layout (conv3.weight, attnpool.*); README.md "
+                            "says under Weights which files fit") from None
+        layers = [len([key for key in shapes if re.fullmatch(rf"layer{n}\.\d+\.bn1\.weight", key)])
+                  for n in (1, 2, 3, 4)]
+        with torch.device("meta"):
+            model = cls(ResNetConfig(round(grid ** 0.5) * 32, stem, tuple(layers), width))
+        return load_exactly(model, [file], dtype, device).eval()
+
+
+def load_encoder(file, dtype=torch.float32, device="cpu"):
+    """The image encoder that a safetensors file holds: a ViT or a ResNet. UserError if neither."""
+    kind = ResNet if "attnpool.c_proj.weight" in tensor_shapes(file) else ViT
+    return kind.from_pretrained(file, dtype, device)
 
 
 # ----------------------------------------------------------------------------- LLaMA
@@ -342,7 +481,10 @@ ADAPTERS = {"vision": "vision_adapter", "language": "adapter"}  # part -> folder
 
 
 def normalise(images):
-    """(I, H, W, 3) uint8 -> (I, 3, H, W) float32 with CLIP's mean and standard deviation."""
+    """
+    (I, H, W, 3) uint8 -> (I, 3, H, W) float32 with CLIP's mean and standard deviation, which all of
+    BiomedCLIP, PubMedCLIP and PMC-CLIP were trained with.
+    """
     mean = torch.tensor(CLIP_MEAN, device=images.device) * 255
     std = torch.tensor(CLIP_STD, device=images.device) * 255
     return ((images.float() - mean) / std).permute(0, 3, 1, 2)
@@ -570,7 +712,8 @@ def load_exactly(model, files, dtype, device, prefix="", dropped=r"(?!)"):
     prefix is taken off the files' keys; keys that fully match `dropped` are left out. Raises
     UserError with the first offenders when a key is unknown, missing, repeated or misshapen.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     found, problems = {}, []
     for file in files:
         for key, shape in tensor_shapes(file).items():
@@ -592,7 +735,8 @@ def load_exactly(model, files, dtype, device, prefix="", dropped=r"(?!)"):
     for name, (file, key) in found.items():
         # Opened anew for each tensor: pages of an open map would count as memory until its end.
         with safe_open(file, "pt") as tensors:
-            loaded[name] = tensors.get_tensor(key).to(device, dtype, copy=True)
+            kind = dtype if state[name].is_floating_point() else state[name].dtype  # counts stay whole
+            loaded[name] = tensors.get_tensor(key).to(device, kind, copy=True)
     model.load_state_dict(loaded, assign=True)
     return model
 

@@ -1,8 +1,9 @@
 """
 Pretrained weights: published as pickles, kept here as safetensors, which hold numbers and no code.
 
-A pickle is read with weights_only=True, which can build tensors and nothing else, and through a
-memory map. Values are copied bit for bit; each file's metadata says what it was made from.
+A pickle is read with weights_only=True, which can build tensors and numbers and nothing else, and
+through a memory map. Values are kept (float16 of an image encoder as float32, which is exact), names
+become those of model.py; each file's metadata says what it was made from.
 """
 
 import json
@@ -25,32 +26,88 @@ class Weights(Source):
     target: str  # file or folder below weights/
     write: Callable  # (Weights, raw folder, target) -> None
     hub_type: str = "model"
+    only_by_name: bool = False  # not of the paper's model, and large: left out unless --only names it
 
 
-def convert(weights, source, target, keep=r".*"):
-    """Write the tensors of a pickle whose names match `keep` as safetensors; returns the names."""
+# CLIP's ViT: names on the hub and in OpenAI's layout -> timm's. The hub's keys may lack vision_model.
+TO_TIMM = (
+    (r"^(vision_model|visual)\.", ""), (r"^(embeddings\.)?class_embedding$", "cls_token"),
+    (r"^(embeddings\.position_embedding\.weight|positional_embedding)$", "pos_embed"),
+    (r"^(embeddings\.patch_embedding|conv1)\.", "patch_embed.proj."),
+    (r"^(pre_layrnorm|ln_pre)\.", "norm_pre."), (r"^(post_layernorm|ln_post)\.", "norm."),
+    (r"^(encoder\.layers|transformer\.resblocks)\.", "blocks."),
+    (r"\.(layer_norm|ln_)([12])\.", r".norm\2."), (r"\.(self_)?attn\.out_proj\.", ".attn.proj."),
+    (r"\.self_attn\.([qkv])_proj\.", r".attn.\1."), (r"\.attn\.in_proj_", ".attn.qkv."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."), (r"\.mlp\.c_proj\.", ".mlp.fc2."))
+
+ENCODERS = {  # raw file -> keys dropped, as no part of the image encoder, and how the others are renamed
+    "open_clip_pytorch_model.bin": (r"visual\.head\.proj\.weight|text\..*|logit_scale", ()),
+    "pytorch_model.bin": (r"(text_model|text_projection|visual_projection)\..*|logit_scale|"
+                          r"(vision_model\.)?embeddings\.position_ids", TO_TIMM),
+    "PubMedCLIP_ViT32.pth": (r"(?!visual\.).*|visual\.proj", TO_TIMM),
+    "image_encoder(resnet50).pth": (r"(?!)", ()),
+    "checkpoint.pt": (r"module\.(?!visual\.).*", ((r"^module\.visual\.", ""),))}
+
+
+def read_pickle(source):
+    """The tensors of a pickle by name; of a training's checkpoint, those under state_dict."""
+    import numpy as np
     import torch  # takes a second, which a run over prepared datasets need not wait
-    from safetensors.torch import save_file
 
+    # PMC-CLIP's learning rate is a number of numpy's, under the name that numpy 1 had for its maker.
+    make = np.float64().__reduce__()[0]
+    numbers = [make, (make, "numpy.core.multiarray.scalar"), np.dtype, type(np.dtype("float64"))]
     try:  # only a zip can be mapped; torch.save made no zips before version 1.6
-        state = torch.load(source, weights_only=True, mmap=zipfile.is_zipfile(source))
+        with torch.serialization.safe_globals(numbers):
+            state = torch.load(source, "cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(f"{source}: damaged, or it holds more than tensors "
                         f"({str(error).strip().partition(chr(10))[0]}); fetch it again") from None
-    tensors = {name: tensor.contiguous() for name, tensor in state.items() if re.fullmatch(keep, name)}
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    tensors = {name: tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
     if not tensors:
-        raise UserError(f"{source}: no tensor named like {keep} among {', '.join(list(state)[:3])}, ...")
+        raise UserError(f"{source}: no tensors by name in it; is it the right file?")
+    return tensors
+
+
+def write_tensors(weights, source, tensors, target):
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, target, metadata={"format": "pt", "source": weights.page,
                                          "source_sha256": hash_file(source)})
     with open(target, "rb") as file:
         os.fsync(file.fileno())
-    return list(tensors)
 
 
-def write_biomedclip(weights, raw, target):
-    """The visual tower alone, under its own names."""
+def write_encoder(weights, raw, target):
+    """An image encoder alone, of the first layout that is there; refused if model.py cannot load it."""
+    import torch
+    from model import load_encoder
+
+    source = next(raw / file for file, in weights.layouts if (raw / file).is_file())
+    dropped, renames = ENCODERS[source.name]
+    tensors = {}
+    for key, tensor in read_pickle(source).items():
+        if re.fullmatch(dropped, key):
+            continue
+        name = key
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        if name in tensors:
+            raise UserError(f"{source}: {key} comes twice, under another name")
+        tensors[name] = tensor.float() if tensor.dtype == torch.float16 else tensor
+    for name in [name for name in tensors if ".attn.q." in name]:  # timm joins queries, keys and values
+        parts = [tensors.pop(name.replace(".q.", f".{part}."), None) for part in "qkv"]
+        tensors[name.replace(".q.", ".qkv.")] = torch.cat([part for part in parts if part is not None])
+    for name in tensors.keys() & {"cls_token", "pos_embed"}:  # and has a first dimension of one image
+        tensors[name] = tensors[name].reshape(1, -1, tensors[name].shape[-1])
     partial = target.with_name(f".{target.name}.partial")
-    convert(weights, raw / "open_clip_pytorch_model.bin", partial, r"visual\.trunk\..*")
+    write_tensors(weights, source, tensors, partial)
+    try:
+        load_encoder(partial)
+    except UserError as error:
+        raise UserError(f"{source}: {str(error).removeprefix(f'{partial}: ')}") from None
     partial.replace(target)
 
 
@@ -62,7 +119,9 @@ def write_llama(weights, raw, target):
     weight_map = {}
     for source in sorted(raw.glob("pytorch_model*.bin")):
         name = source.name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
-        weight_map |= dict.fromkeys(convert(weights, source, partial / name), name)
+        tensors = read_pickle(source)
+        write_tensors(weights, source, tensors, partial / name)
+        weight_map |= dict.fromkeys(tensors, name)
     (partial / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": weight_map}))
     shutil.copy(raw / "config.json", partial / "config.json")
@@ -74,9 +133,26 @@ WEIGHTS = {weights.name: weights for weights in (
             page="https://huggingface.co/microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
             hub="microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
             hub_files=("open_clip_pytorch_model.bin",), layouts=(("open_clip_pytorch_model.bin",),),
-            target="biomedclip.safetensors", write=write_biomedclip),
+            target="biomedclip.safetensors", write=write_encoder),
     Weights(name="pmc_llama_7b", licence="LLaMA's", access="open", megabytes=26954,
             page="https://huggingface.co/chaoyi-wu/PMC_LLAMA_7B", hub="chaoyi-wu/PMC_LLAMA_7B",
             hub_files=("config.json", "pytorch_model*.bin"),
             layouts=(("config.json", "pytorch_model*.bin"),),
-            target="pmc_llama_7b", write=write_llama))}
+            target="pmc_llama_7b", write=write_llama),
+    Weights(name="pubmedclip", licence="MIT", access="open", megabytes=605,
+            page="https://huggingface.co/flaviagiammarino/pubmed-clip-vit-base-patch32",
+            hub="flaviagiammarino/pubmed-clip-vit-base-patch32", hub_files=("pytorch_model.bin",),
+            # or its authors' own, to be brought by hand from https://huggingface.co/sarahESL/PubMedCLIP
+            layouts=(("pytorch_model.bin",), ("PubMedCLIP_ViT32.pth",)),
+            target="pubmedclip.safetensors", write=write_encoder),
+    Weights(name="pmc_clip", licence="OpenRAIL", access="open", megabytes=151,
+            page="https://huggingface.co/datasets/axiong/pmc_oa", hub="axiong/pmc_oa",
+            hub_type="dataset", hub_files=("image_encoder(resnet50).pth",),
+            layouts=(("image_encoder(resnet50).pth",), ("checkpoint.pt",)),  # alone, or all of training
+            target="pmc_clip.safetensors", write=write_encoder),
+    Weights(name="pmc_llama_13b", licence="OpenRAIL", access="open",
+            megabytes=0,  # not known: 26,032 if float16, twice as many if float32
+            page="https://huggingface.co/axiong/PMC_LLaMA_13B", hub="axiong/PMC_LLaMA_13B",
+            hub_files=("config.json", "pytorch_model*.bin"),
+            layouts=(("config.json", "pytorch_model*.bin"),), only_by_name=True,
+            target="pmc_llama_13b", write=write_llama))}

@@ -1,18 +1,32 @@
 """Where files come from: a folder that has them already, an address, or the Hugging Face hub."""
 
+import email.utils
+import errno
 import hashlib
 import http.client
 import os
 import shutil
 import ssl
+import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from time import sleep
+from urllib.parse import quote
 
 from tqdm import tqdm
 
 from data import UserError
+
+ATTEMPTS = 6  # in a row that bring no byte more; then a download gives up
+SILENT = 2  # of a server that has never said a word: it is out of reach, and so may all others be
+PAUSE = 2.0  # seconds before the second attempt, doubled before each further one
+TIMEOUT = 60  # seconds without a word from the server
+LONGEST_WAIT = 300  # seconds; a server that asks for more is not waited for
+PASSING = (408, 429, 500, 502, 503, 504)  # statuses that the next attempt may not meet again
+CONNECTION_ERRORS = (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError,
+                     http.client.HTTPException)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +42,7 @@ class Source:
     hub: str = ""  # or a repository on the Hugging Face hub, and which of its files
     hub_type: str = "dataset"  # or "model"
     hub_files: tuple = ()
+    revision: str = ""  # of the hub repository; the newest where none is named
     folder: Path | str = ""  # its raw folder, if that is not <raw_dir>/<name>
 
     def raw(self, raw_dir):
@@ -49,91 +64,226 @@ def hash_file(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fetch(url, path, sha256=""):
+def size_of(path):
+    return path.stat().st_size if path.exists() else 0
+
+
+def require_space(name, folder, needed):
+    """Raise UserError unless the disk of a folder has so many bytes free."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(f"{name}: needs {needed / 1e6:,.1f} MB more, and {free / 1e6:,.1f} MB are free "
+                        f"in {folder}; make space there and run it again")
+
+
+def one_line(error):
+    lines = str(getattr(error, "reason", None) or error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def seconds_asked(headers):
+    """How long a Retry-After header asks to wait, in seconds or until a date; 0 if it does not."""
+    value = headers.get("Retry-After", "").strip()
+    if value.isdecimal():
+        return float(value)
+    date = email.utils.parsedate_tz(value)
+    return max(0, email.utils.mktime_tz(date) - time.time()) if date else 0
+
+
+def keep_trying(name, attempt, errors, arrived=lambda: 0):
+    """
+    What attempt() returns, called again after ever longer pauses while it raises one of `errors`.
+
+    arrived() is how many bytes are there: whenever more have come, the count of attempts starts
+    anew. Raises the error of the last attempt, or one whose status would be the same the next time,
+    and UserError when the server asks for too long a wait.
+    """
+    failures, most, spoke = 0, arrived(), False
+    while True:
+        try:
+            return attempt()
+        except errors as error:
+            failures, most = 1 if arrived() > most else failures + 1, max(most, arrived())
+            answer = getattr(error, "response", error)  # of huggingface_hub's errors, and of urllib's
+            status = getattr(answer, "status_code", getattr(answer, "code", None))
+            spoke = spoke or status or most > 0
+            if failures == (ATTEMPTS if spoke else SILENT) or status and status not in PASSING:
+                raise
+            asked = seconds_asked(answer.headers) if status else 0
+            reason = f"the server answers {status}" if status else one_line(error)
+            if asked > LONGEST_WAIT:
+                raise UserError(f"{name}: {reason} and asks to wait {asked:,.0f} s; "
+                                "run it again after that") from None
+            wait = max(asked, PAUSE * 2 ** (failures - 1))
+            print(f"{name}: {reason}; trying again in {wait:,.0f} s", flush=True)
+        sleep(wait)
+
+
+def fetch(url, path, sha256="", token=""):
     """
     Download a file unless it is there already. A download that was cut goes on where it stopped.
 
-    Raises UserError when the server refuses or cannot be reached, when the connection is cut, and
-    when the content has another hash than `sha256`.
+    `token` is a login for the server of the url. Raises UserError when the server refuses or cannot
+    be reached, when the connection fails again and again, when the disk lacks the space, and when
+    the content has another hash than `sha256`.
     """
     path = Path(path)
     if path.is_file():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
+    version = path.with_name(f".{path.name}.version")
+    by_hand = f"put the file at {path} yourself"
     try:
-        whole = receive(url, partial)
+        keep_trying(url, lambda: receive(url, partial, version, token), CONNECTION_ERRORS,
+                    lambda: size_of(partial))
     except urllib.error.HTTPError as error:
-        if error.code == 416 and partial.exists():  # nothing lies beyond it: killed before the rename
+        if error.code == 416 and partial.exists():  # the server's file is shorter: it has changed
             partial.unlink()
-            return fetch(url, path, sha256)
-        reasons = {401: "asks for a login", 403: "refuses access", 404: "has no such file"}
-        reason = reasons.get(error.code, f"answers {error.code} {error.reason}")
-        raise UserError(f"{url}: the server {reason}") from None
-    except (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError,
-            http.client.HTTPException) as error:
-        raise UserError(f"{url}: no connection ({getattr(error, 'reason', error)}); run it again "
-                        f"to go on, or put the file at {path} yourself") from None
-    if not whole:
-        raise UserError(f"{url}: cut after {partial.stat().st_size} bytes; run it again to go on")
+            return fetch(url, path, sha256, token)
+        reasons = {401: "asks for a login", 403: "refuses access", 404: "has no such file",
+                   "GatedRepo": "asks you to request access on the page of the repository and to run "
+                                "`hf auth login`"}
+        reason = (reasons.get(error.headers.get("X-Error-Code")) or reasons.get(error.code)
+                  or f"answers {error.code} {error.reason}")
+        again = "run it again later, or " if error.code in PASSING else ""
+        raise UserError(f"{url}: the server {reason}; {again}{by_hand}") from None
+    except CONNECTION_ERRORS as error:
+        raise UserError(f"{url}: the connection fails ({one_line(error)}); run it again to go on, or "
+                        f"{by_hand}") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{url}: no space is left in {path.parent}; make space there and run it again: "
+                        "it goes on where it stopped") from None
     if sha256:
         found = hash_file(partial)
         if found != sha256:
             partial.unlink()
-            raise UserError(f"{url}: its sha256 is {found}, not {sha256}")
+            raise UserError(f"{url}: its sha256 is {found}, not {sha256}; run it again to start anew, "
+                            f"or {by_hand}")
     partial.replace(path)
+    version.unlink(missing_ok=True)
 
 
-def receive(url, partial):
-    """Append what `partial` lacks of a file; False if the connection ended before its end."""
-    start = partial.stat().st_size if partial.exists() else 0
-    headers = {"User-Agent": "nanoMedQ"} | ({"Range": f"bytes={start}-"} if start else {})
+class Redirect(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect, but shows a login to no other server."""
+
+    def redirect_request(self, request, *details):
+        target = super().redirect_request(request, *details)
+        if (target.type, target.host) != (request.type, request.host):
+            target.remove_header("Authorization")
+        return target
+
+
+def receive(url, partial, version, token):
+    """
+    Append what `partial` lacks of a file.
+
+    The file `version` keeps what the server calls the version, and its size. Raises ConnectionError
+    when the connection ends before the file, and when the version is another one: after that, the
+    next call starts from nothing.
+    """
+    there = size_of(partial)
+    known = version.read_text() if version.exists() else ""
+    if there and known.endswith(f" {there}"):  # whole: the run was killed before the rename
+        return
+    headers = ({"User-Agent": "nanoMedQ"} | ({"Range": f"bytes={there}-"} if there else {})
+               | ({"Authorization": f"Bearer {token}"} if token else {}))
     request = urllib.request.Request(url, headers=headers)
-    with urllib.request.urlopen(request, timeout=60) as response:
-        if response.status != 206:  # the server sends the whole file, asked or not
-            start = 0
+    with urllib.request.build_opener(Redirect).open(request, timeout=TIMEOUT) as response:
+        start = there if response.status == 206 else 0  # 200: the whole file, asked or not
         length = response.headers.get("Content-Length")
-        total = start + int(length) if length else None
+        total = response.headers.get("Content-Range", "").rpartition("/")[2]  # a 206 may end before it
+        total = int(total) if total.isdecimal() else start + int(length) if length else None
+        found = f"{response.headers.get('ETag') or response.headers.get('Last-Modified')} {total}"
+        if start and found != known:
+            partial.unlink()
+            raise ConnectionError("the file on the server has changed")
+        require_space(url, partial.parent, (total or 0) - there)
         with (open(partial, "ab" if start else "wb") as file,
               tqdm(desc=partial.name, initial=start, total=total, unit="B", unit_scale=True) as bar):
+            version.write_text(found)  # not before older content is gone from `partial`
             while chunk := response.read(1 << 20):
                 file.write(chunk)
                 bar.update(len(chunk))
             file.flush()
             os.fsync(file.fileno())
-            return total is None or file.tell() == total
+            if total is not None and file.tell() != total:
+                raise ConnectionError(f"cut after {file.tell()} of {total} bytes")
 
 
-def fetch_hub(repository, patterns, folder, repo_type="dataset"):
+def hub_place(repository, repo_type):
+    """A repository's path on the hub."""
+    return f"{'datasets/' * (repo_type == 'dataset')}{repository}"
+
+
+def list_hub(repository, repo_type, revision):
     """
-    Download a hub repository's files that match the patterns into a folder, all or none.
+    What the hub knows of a repository, its commit and files among it; None if it lacks the revision.
 
     Raises UserError when the hub refuses or cannot be reached.
     """
-    from huggingface_hub import HfApi, errors, snapshot_download
+    from huggingface_hub import HfApi, errors
+
+    try:
+        return keep_trying(repository, lambda: HfApi().repo_info(
+            repository, repo_type=repo_type, revision=revision or None, files_metadata=True,
+            timeout=TIMEOUT), errors.HTTPError)
+    except errors.RevisionNotFoundError:
+        return None
+    except errors.GatedRepoError:
+        raise UserError(f"{repository}: ask for access on https://huggingface.co/"
+                        f"{hub_place(repository, repo_type)}, then run `hf auth login`") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"{repository}: the hub has no such {repo_type}, or asks for a login: "
+                        "run `hf auth login`") from None
+    except (OSError, ValueError, errors.HTTPError) as error:
+        raise UserError(f"{repository}: not fetched from the hub ({one_line(error)}); "
+                        "run it again later") from None
+
+
+def hub_revision(folder):
+    """"<repository>@<commit>" of the files that fetch_hub put into a folder; "" if it put none there."""
+    path = Path(folder) / "hub_revision.txt"
+    return path.read_text().strip() if path.exists() else ""
+
+
+def fetch_hub(repository, patterns, folder, repo_type="dataset", revision=""):
+    """
+    Download a hub repository's files that match the patterns into a folder, all or none.
+
+    `revision` is a commit, tag or branch. Without it, files that are there, or in a download that
+    was cut, are completed with those of their own commit, if the hub still has that: no two commits
+    mix. Raises UserError when the hub refuses, cannot be reached or lacks the revision, and as
+    fetch does.
+    """
+    from huggingface_hub import constants, get_token
     from huggingface_hub.utils import filter_repo_objects
 
-    folder = Path(folder)
+    place = hub_place(repository, repo_type)
+    folder = Path(folder).resolve()  # a link to another disk: download to that disk
     partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        # Raises where snapshot_download, given a folder of files, would only warn.
-        facts = HfApi().repo_info(repository, repo_type=repo_type)
-        snapshot_download(repository, repo_type=repo_type, revision=facts.sha,
-                          allow_patterns=list(patterns), local_dir=partial)
-    except errors.GatedRepoError:
-        page = f"https://huggingface.co/{'datasets/' * (repo_type == 'dataset')}{repository}"
-        raise UserError(f"{repository}: ask for access on {page}, then run `hf auth login`") from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(f"{repository}: the hub has no such {repo_type}, or asks for a login") from None
-    except (OSError, errors.HTTPError) as error:  # the hub's own, and those of its connection
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{repository}: not fetched from the hub ({first})") from None
-    names = list(filter_repo_objects([file.rfilename for file in facts.siblings],
-                                     allow_patterns=list(patterns)))
-    lacking = [name for name in names if not (partial / name).is_file()]
-    if lacking:
-        raise UserError(f"{repository}: {lacking[0]} did not arrive; run it again to go on")
-    for name in names:
+    begun, _, commit = (hub_revision(partial) or hub_revision(folder)).partition("@")
+    wanted = [revision] if revision else [commit, ""] if begun == repository else [""]
+    facts = next(filter(None, (list_hub(repository, repo_type, name) for name in wanted)), None)
+    if not facts:
+        raise UserError(f"{repository}: the hub has no revision {revision or 'main'} of it; see "
+                        f"https://huggingface.co/{place}/commits")
+    record = f"{repository}@{facts.sha}"
+    if partial.exists() and hub_revision(partial) != record:
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    (partial / "hub_revision.txt").write_text(record + "\n")
+    files = list(filter_repo_objects(facts.siblings, allow_patterns=list(patterns),
+                                     key=lambda file: file.rfilename))
+    there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+    require_space(repository, partial, sum(file.size or 0 for file in files) - there)
+    # Not with huggingface_hub's own download: once cut, that deletes what it has of a file.
+    for file in files:
+        fetch(f"{constants.ENDPOINT}/{place}/resolve/{facts.sha}/{quote(file.rfilename)}",
+              partial / file.rfilename, file.lfs.sha256 if file.lfs else "", get_token() or "")
+    for name in [*(file.rfilename for file in files), "hub_revision.txt"]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (partial / name).replace(folder / name)
-    shutil.rmtree(partial, ignore_errors=True)  # with the hub's own notes
+    shutil.rmtree(partial, ignore_errors=True)

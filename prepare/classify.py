@@ -11,14 +11,16 @@ import contextlib
 import hashlib
 import re
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 
+import numpy as np
 from PIL import Image
 
-from data import Record, UserError
+from data import Record, UserError, load_image
 from prepare.datasets import (DATASETS, dataset, open_zip, read_csv, read_image, read_json,
-                              read_member, read_tar)
-from prepare.download import hash_file
+                              read_member, read_tar, refuse_damage)
+from prepare.leaks import FINGERPRINT, alike, fingerprint
 
 HELD_OUT = {"train": 0.9, "validation": 0.1}  # of a training part that has no validation split
 
@@ -56,15 +58,30 @@ def split_by_group(groups, labels, shares, seed=0):
     return [chosen[str(group)] for group in groups]
 
 
+def group_alike(paths):
+    """For each image file a number that it shares with those it is alike, and with those they are."""
+    def look(path):
+        try:
+            return np.frombuffer(fingerprint(load_image(path.read_bytes())), FINGERPRINT)["look"]
+        except Exception:  # each decoder has its own ways to fail on a broken file
+            return np.zeros((1, 32), np.uint8)  # like no other
+
+    with ThreadPoolExecutor() as pool:  # Pillow lets go of the interpreter lock
+        looks = np.concatenate([np.zeros((0, 32), np.uint8), *pool.map(look, paths)])
+    group = np.arange(len(paths))
+    for one, other in alike(looks, looks):
+        group[group == group[other]] = group[one]
+    return group.tolist()
+
+
 def read_lines(path):
     """The lines of a list, without those that are empty."""
-    try:
+    with refuse_damage(path, "list"):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; fetch it again") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: damaged list ({error}); fetch it again") from None
-    return [line.strip() for line in lines if line.strip()]
+    lines = [line.strip() for line in lines if line.strip()]
+    if not lines:
+        raise UserError(f"{path}: empty; fetch it again")
+    return lines
 
 
 # ----------------------------------------------------------------------------- chest films
@@ -85,12 +102,13 @@ def cxr8(raw):
     Split: the official lists, the patients of train_val_list.txt divided into train and validation.
     """
     table = (sorted(raw.glob("Data_Entry_2017*.csv")) or [raw / "Data_Entry_2017.csv"])[-1]
-    findings = {row["Image Index"]: (row["Finding Labels"] or "").split("|")
+    findings = {row["Image Index"]: row["Finding Labels"].split("|")
                 for row in read_csv(table, ("Image Index", "Finding Labels"))}
     training, test = read_lines(raw / "train_val_list.txt"), read_lines(raw / "test_list.txt")
-    for name in training + test:
-        if name not in findings:
-            raise UserError(f"{table}: no row for {name}, which is on the lists; fetch it again")
+    for path, names in (("train_val_list.txt", training), ("test_list.txt", test)):
+        for name in names:
+            if name not in findings:
+                raise UserError(f"{raw / path}: {name[:80]!r} has no row in {table}; fetch them again")
     labels = {name: tuple(label for label in findings[name] if label != "No Finding")
               for name in training + test}
     patients = [name.split("_")[0] for name in training]
@@ -228,13 +246,12 @@ def busi(raw):
     """
     BUSI, breast ultrasound (Al-Dhabyani et al. 2020).
 
-    Split: made here, 70 : 10 : 20 within each class. No patient is named, but files that are the
-    same stay together, one of them published as benign and as malignant.
+    Split: made here, 70 : 10 : 20 within each class. No patient is named, but images that are alike
+    stay together: 319 of 780 are like another, eight groups of them published under two classes.
     """
     paths = [path for path in sorted((raw / "Dataset_BUSI_with_GT").glob("*/*.png"))
              if "_mask" not in path.stem]
-    splits = split_by_group([hash_file(path) for path in paths],
-                            [(path.parent.name,) for path in paths],
+    splits = split_by_group(group_alike(paths), [(path.parent.name,) for path in paths],
                             {"train": 0.7, "validation": 0.1, "test": 0.2})
     for path, split in zip(paths, splits):
         yield split, Record(path.stem, image=read_image(path), labels=(path.parent.name,),
@@ -255,7 +272,7 @@ def read_cbis_ddsm(raw):
     for split, rows in tables.items():
         for kind in ("mass", "calc"):
             table = raw / f"csv/{kind}_case_description_{split}_set.csv"
-            rows += [{column: (row[column] or "").strip() for column in columns}  # paths end in newlines
+            rows += [{column: row[column].strip() for column in columns}  # paths end in newlines
                      for row in read_csv(table, columns)]
     tested = {row["patient_id"] for row in tables["test"]}
     training = [row for row in tables["train"] if row["patient_id"] not in tested]
@@ -337,16 +354,10 @@ def cbis_ddsm_whole(raw):
          classes=("normal", "serrated", "adenocarcinoma", "adenoma"))
 def chaoyang(raw):
     """Chaoyang, patches of colon slides (Zhu et al. 2021); split: official, train divided by slide."""
-    folder, classes = raw / "chaoyang-data", DATASETS["chaoyang"].classes
-    rows = {}  # split -> [(name, labels)]
-    for split in ("train", "test"):
-        path = folder / f"{split}.json"
-        try:
-            listed = [(row["name"], row["label"]) for row in read_json(path)]
-        except (KeyError, TypeError):
-            raise UserError(f"{path}: not a list of names and labels; fetch it again") from None
-        rows[split] = [(name, (classes[label] if label in range(len(classes)) else str(label),))
-                       for name, label in listed]
+    folder, names = raw / "chaoyang-data", dict(zip("0123", DATASETS["chaoyang"].classes))
+    rows = {split: [(row["name"], (names.get(row["label"], row["label"]),))
+                    for row in read_json(folder / f"{split}.json", [("name", "label")])]
+            for split in ("train", "test")}
     splits = split_by_group([name.split("-IMG")[0] for name, _ in rows["train"]],
                             [labels for _, labels in rows["train"]], HELD_OUT)
     splits += ["test"] * len(rows["test"])

@@ -8,19 +8,23 @@ one decorated function, from its raw folder to (split, Record) pairs:
              page="https://example.org/toy", urls=("https://example.org/toy.json",),
              layouts=(("toy.json",),), counts={"train": 1800, "test": 450})
     def toy(raw):
-        for row in read_json(raw / "toy.json"):
+        for row in read_json(raw / "toy.json", [("split", "id", "question", "answer", "file")]):
             yield row["split"], Record(row["id"], row["question"], row["answer"],
                                        read_image(raw / row["file"]), row["file"])
 
 A reader cleans nothing and skips nothing: prepare/shards.py does both, and counts what it skips.
+It says what form it expects of a file (see `expect`); one that has another is refused by name.
 """
 
+import contextlib
 import csv
 import gzip
+import itertools
 import json
+import os
+import re
 import tarfile
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -29,6 +33,9 @@ from data import UserError
 from prepare.download import Source
 
 LARGEST_MEMBER = 1 << 28  # bytes of one file in an archive: a larger one is no image
+LARGEST_LINE = 1 << 20  # characters of a table's line; bytes of what a tar says of a member
+HUB_IMAGE = {"bytes": bytes, "path": str}  # the form of an image in the hub's files
+NO_NAME = "no name"  # an image's, in place of "", which would say that none is asked about
 DATASETS = {}  # name -> Dataset, in the order in which they are prepared
 
 
@@ -39,6 +46,9 @@ class Dataset(Source):
     kind: str  # image questions, text questions, captions, reports or classification
     counts: dict  # split -> published number of samples
     classes: tuple = ()  # names of the labels, in the order of a classifier's outputs
+    shared_ids: str = ""  # a collection whose ids its image names, or those of its texts, are
+    one_pattern: bool = False  # its images are drawn so alike that their looks do not tell them apart
+    known_leaks: tuple = ()  # (part of an image's name, the dataset whose test split has such images)
     train_tokenizer: Callable | None = None  # makes its own SentencePiece model, as bytes
     only_by_name: bool = False  # another version of a dataset: left out unless --only names it
 
@@ -57,60 +67,131 @@ def require_columns(where, found, columns):
     """Refuse a table that lacks a column; `where` names it, `found` are the names that it has."""
     for column in columns:
         if column not in found:
-            raise UserError(f"{where}: no column {column!r} among its columns {', '.join(found)}")
+            names = " ".join(", ".join(found).split())  # on one line, whatever they are
+            raise UserError(f"{where}: no column {column!r} among its columns {names:.500}")
 
 
-def read_json(path):
+def expect(where, value, form):
+    """
+    A value of JSON or of a parquet, in the form that is expected; raises UserError at any other.
+
+    form: str, bytes, or dict for an object with any names; [form] for a list; {name: form} for an
+    object that has these names, others being left out; (name, ...) where all of them are texts.
+    A number is a text, too. Null is what is empty, or no bytes at all: such a sample is not
+    refused but skipped, and counted as lacking what it lacks.
+    """
+    if isinstance(form, tuple):
+        form = dict.fromkeys(form, str)
+    kind = type(form) if isinstance(form, (list, dict)) else form
+    if value is None or value != value:  # NaN, which pandas writes for null
+        if kind is bytes:
+            return None
+        value = dict.fromkeys(form) if isinstance(form, dict) else kind()
+    if kind is str and isinstance(value, (int, float)):
+        value = str(value)
+    if not isinstance(value, kind):
+        raise UserError(f"{where}: {type(value).__name__} found where {kind.__name__} was expected")
+    if isinstance(form, dict):
+        require_columns(where, value, form)
+        return {name: expect(f"{where}: {name}", value[name], form[name]) for name in form}
+    if isinstance(form, list):
+        return [expect(f"{where}: item {number}", item, form[0]) for number, item in enumerate(value, 1)]
+    return value
+
+
+@contextlib.contextmanager
+def refuse_damage(path, what):
+    """A UserError that names the file, in place of whatever its parser raises."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: damaged or not JSON ({error}); fetch it again") from None
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; fetch it again") from None
+    except Exception as error:  # each parser has its own ways to fail on a broken file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: damaged {what} ({reason}); fetch it again") from None
+
+
+def parse_json(where, content, form):
+    """The value in a JSON text, which has the form that `expect` describes and is not empty."""
+    with refuse_damage(where, "or not JSON"):
+        value = json.loads(content)
+    if not value:
+        raise UserError(f"{where}: empty; fetch it again")
+    return expect(where, value, form)
+
+
+def read_json(path, form):
+    with refuse_damage(path, "file"):
+        content = Path(path).read_bytes()
+    return parse_json(path, content, form)
 
 
 def read_csv(path, columns, delimiter=","):
     """Yield a table's rows as dicts; the file may be gzipped. Refuses one that lacks a column."""
+    def lines(file):
+        while line := file.readline(LARGEST_LINE):  # a bomb's only line would fill the memory
+            if len(line) == LARGEST_LINE:
+                raise csv.Error(f"a line of more than {LARGEST_LINE} characters")
+            yield line
+
     path = Path(path)
     opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, delimiter=delimiter)
-            require_columns(path, rows.fieldnames or (), columns)
-            yield from rows
-    except (UnicodeDecodeError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}: damaged table ({error}); fetch it again") from None
+    with refuse_damage(path, "table"), opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(lines(file), delimiter=delimiter, restval="")
+        require_columns(path, rows.fieldnames or (), columns)
+        yield from rows
 
 
-def open_zip(path):
-    """A zip archive, to be read in place with read_member."""
-    try:
-        return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, UnicodeDecodeError, NotImplementedError) as error:
-        raise UserError(f"{path}: damaged zip ({error}); fetch it again") from None
+def open_zip(path, file=None):
+    """A zip archive, to be read in place with read_member; `file` is its content, if it is open."""
+    with refuse_damage(path, "zip"):
+        return zipfile.ZipFile(file or path)
 
 
 def read_member(archive, name):
     """A member's bytes; None where there is none; b"" where it is damaged or past all reason large."""
     try:
         member = archive.getinfo(name)
-        return archive.read(member) if member.file_size <= LARGEST_MEMBER else b""
     except KeyError:
         return None
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, UnicodeDecodeError, RuntimeError):
+    if (member.file_size > LARGEST_MEMBER  # or packed in a way that zipfile inflates without a bound
+            or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)):
         return b""
+    try:
+        with archive.open(member) as file:
+            return file.read(member.file_size)  # no more than it claims to have
+    except Exception:  # see refuse_damage
+        return b""
+
+
+class TarHeader(tarfile.TarInfo):
+    """What a tar says of a member: tarfile reads a name into memory whole, however long it is."""
+
+    @classmethod
+    def frombuf(cls, *arguments):
+        header = super().frombuf(*arguments)
+        if header.type in b"xgXLK" and header.size > LARGEST_LINE:  # of attributes and long names
+            raise tarfile.ReadError(f"a header of {header.size} bytes")
+        return header
 
 
 def read_tar(path):
     """Yield (name, bytes) of the plain files in a gzipped tar archive, in its order."""
-    try:
-        with gzip.open(path) as file, tarfile.open(fileobj=file, mode="r|") as archive:
+    with refuse_damage(path, "archive"), gzip.open(path) as file:
+        with tarfile.open(fileobj=file, mode="r|", tarinfo=TarHeader) as archive:
             for member in archive:
                 if member.isreg():  # links and devices are passed over; nothing is ever unpacked
                     small = member.size <= LARGEST_MEMBER
                     yield member.name, archive.extractfile(member).read() if small else b""
-            while file.read(1 << 20):  # the checksum stands at the end
-                pass
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: damaged archive ({error}); fetch it again") from None
+        while file.read(1 << 20):  # the checksum stands at the end
+            pass
+
+
+def place(value, values):
+    """Where a value stands in a list; -1 where it does not."""
+    return values.index(value) if value in values else -1
 
 
 def multiple_choice(question, options, right):
@@ -127,31 +208,46 @@ def multiple_choice(question, options, right):
     return f"{question} {' '.join(lettered)}", lettered[right]
 
 
-def read_json_lines(path):
-    """Yield the values of a file that holds one JSON value a line."""
-    with open(path, "rb") as file:
+def read_json_lines(path, form):
+    """Yield the values of a file that holds one JSON value a line, each in the form expected."""
+    with refuse_damage(path, "file"), open(path, "rb") as file:
+        empty = True
         for number, line in enumerate(file, start=1):
-            try:
-                yield json.loads(line)
-            except ValueError:
-                raise UserError(f"{path}: line {number} is damaged or not JSON; fetch it again") from None
+            if line.strip():
+                yield parse_json(f"{path}: line {number}", line, form)
+                empty = False
+        if empty:
+            raise UserError(f"{path}: empty; fetch it again")
 
 
 def read_image(path):
     """An image file's bytes, or None, which counts as "image missing", where there is no file."""
-    return path.read_bytes() if path.is_file() else None
+    return path.read_bytes() if os.path.isfile(path) else None  # a name may be none that a disk takes
 
 
-def read_parquet(path, columns):
+def read_parquet(path, form):
     """Yield a parquet file's rows as dicts, a few at a time: a row may hold a whole image."""
-    import pyarrow
     import pyarrow.parquet
 
-    try:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-            require_columns(path, file.schema_arrow.names, columns)
-            for batch in file.iter_batches(batch_size=32, columns=list(columns)):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: damaged parquet ({str(error).splitlines()[0]}); "
-                        "fetch it again") from None
+    with (refuse_damage(path, "parquet"),
+          pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file):
+        require_columns(path, file.schema_arrow.names, form)
+        batches = file.iter_batches(batch_size=32, columns=list(form))
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        for number, row in enumerate(rows, start=1):
+            yield expect(f"{path}: row {number}", row, form)
+
+
+def read_parquets(folder, split, form):
+    """Yield the rows of the hub's <split>-*.parquet, whose names say how many they are: all or none."""
+    paths = sorted(folder.glob(f"{split}-*.parquet"))
+    count = re.search(r"-of-(\d{5})", paths[-1].name) if paths else None
+    wanted = [f"{split}-{number:05d}{count[0]}" for number in range(int(count[1]))] if count else []
+    for name in wanted:
+        if not any(path.name.startswith(name) for path in paths):
+            raise UserError(f"{folder}: no {name}*.parquet among its {len(paths)} files; fetch it again")
+    if count and len(paths) != len(wanted):
+        raise UserError(f"{folder}: {len(paths)} files {split}-*.parquet, not {len(wanted)}, as they "
+                        "say; remove those of another download")
+    for path in paths:
+        yield from read_parquet(path, form)

@@ -1,21 +1,14 @@
 """The large image sets: figures with their captions, and multiple choice over many modalities."""
 
-import itertools
-import json
-
 from data import Record, UserError
-from prepare.datasets import (dataset, multiple_choice, open_zip, read_csv, read_json_lines,
-                              read_member, read_parquet, require_columns)
+from prepare.datasets import (HUB_IMAGE, NO_NAME, dataset, expect, multiple_choice, open_zip, parse_json,
+                              place, read_csv, read_json_lines, read_member, read_parquets,
+                              refuse_damage, require_columns)
 
 CAPTION_QUESTION = "what does this figure show?"
 
 
 # ----------------------------------------------------------------------------- raw files
-
-def require_keys(where, row, keys):
-    """Refuse a row of JSON that is no object or lacks a key."""
-    require_columns(where, row if isinstance(row, dict) else (), keys)
-
 
 def find_folder(archive, *folders):
     """The first of these folders ("name/") in which a zip archive has a member."""
@@ -25,41 +18,32 @@ def find_folder(archive, *folders):
     raise UserError(f"{archive.filename}: no folder {' or '.join(folders)} in it")
 
 
-def place(value, values):
-    """Where a value stands in a list; -1 where it does not."""
-    return values.index(value) if value in values else -1
-
-
-def read_arrow(path, columns):
+def read_arrow(path, form):
     """Yield the rows of a stream of arrow batches as dicts; the file is mapped, never loaded whole."""
     import pyarrow
     import pyarrow.ipc
 
-    try:
-        with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
-            require_columns(path, stream.schema.names, columns)
-            for batch in stream:
-                batch.validate(full=True)  # a wrong offset would end the process, not raise
-                batch = batch.select(list(columns))
-                for start in range(0, len(batch), 32):  # as dicts, the images are copies in memory
-                    yield from batch.slice(start, 32).to_pylist()
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: damaged arrow file ({str(error).splitlines()[0]}); "
-                        "fetch it again") from None
+    with (refuse_damage(path, "arrow file"), pyarrow.memory_map(str(path)) as file,
+          pyarrow.ipc.open_stream(file) as stream):
+        require_columns(path, stream.schema.names, form)
+        for batch in stream:
+            batch.validate(full=True)  # a wrong offset would end the process, not raise
+            batch = batch.select(list(form))
+            for start in range(0, len(batch), 32):  # as dicts, the images are copies in memory
+                for row in batch.slice(start, 32).to_pylist():
+                    yield expect(path, row, form)
 
 
 # ----------------------------------------------------------------------------- captions
 
 def read_hub_captions(raw):
     """(split, Record)s of the hub's caption parquets: data/<split>-*.parquet, one image a row."""
+    form = {"image": HUB_IMAGE, "image_id": str, "caption": str}
     for split in ("train", "validation", "test"):
-        rows = itertools.chain.from_iterable(
-            read_parquet(path, ("image", "image_id", "caption"))
-            for path in sorted((raw / "data").glob(f"{split}-*.parquet")))
-        for number, row in enumerate(rows):
-            name, image = row["image_id"] or f"{split}_{number:06d}", row["image"] or {}
-            yield split, Record(name, CAPTION_QUESTION, row["caption"] or "", image.get("bytes"),
-                                image.get("path") or name)
+        for number, row in enumerate(read_parquets(raw / "data", split, form)):
+            name, image = row["image_id"] or f"{split}_{number:06d}", row["image"]
+            yield split, Record(name, CAPTION_QUESTION, row["caption"], image["bytes"],
+                                image["path"] or name)
 
 
 @dataset(kind="captions", licence="CC-BY, CC-BY-NC or others, figure by figure (hub card: MIT)",
@@ -88,13 +72,11 @@ def roco_v2(raw):
          layouts=(("pmc_oa.jsonl", "images.zip"),), counts={"train": 1646592})
 def pmc_oa(raw):
     """PMC-OA (Lin et al. 2023), figures cut into their parts, each with its part of the caption."""
-    table = raw / "pmc_oa.jsonl"
     with open_zip(raw / "images.zip") as archive:
         folder = find_folder(archive, "caption_T060_filtered_top4_sep_v0_subfigures/")
-        for number, row in enumerate(read_json_lines(table), start=1):
-            require_keys(f"{table}: line {number}", row, ("image", "caption"))
+        for row in read_json_lines(raw / "pmc_oa.jsonl", ("image", "caption")):
             member = f"{folder}{row['image']}"
-            yield "train", Record(str(row["image"]), CAPTION_QUESTION, str(row["caption"] or ""),
+            yield "train", Record(row["image"], CAPTION_QUESTION, row["caption"],
                                   read_member(archive, member), member)
 
 
@@ -103,30 +85,29 @@ def pmc_oa(raw):
 @dataset(kind="image questions", licence="each source's own", access="open", megabytes=10700,
          page="https://huggingface.co/datasets/foreverbeliever/OmniMedVQA",
          hub="foreverbeliever/OmniMedVQA", hub_files=("OmniMedVQA.zip",),
-         layouts=(("OmniMedVQA.zip",),), counts={"train": 88996})
+         layouts=(("OmniMedVQA.zip",),), counts={"train": 88996},
+         known_leaks=(("/OCT & X-Ray 2017/", "mendeley_cxray"), ("/CoronaHack/", "mendeley_cxray"),
+                      ("/COVIDx CXR-4/", "cxr8")))
 def omni_med_vqa(raw):
     """OmniMedVQA (Hu et al. 2024): the 42 sources that come with images; a benchmark, not split."""
+    optional = dict.fromkeys(("option_B", "option_C", "option_D"))
+    columns = ("question_id", "question_type", "question", "gt_answer", "image_path", "option_A",
+               *optional)
     with open_zip(raw / "OmniMedVQA.zip") as archive:
         tables = "QA_information/Open-access/"
         root = find_folder(archive, f"OmniMedVQA/{tables}", tables).removesuffix(tables)
         for source in sorted(name for name in archive.namelist()
                              if name.startswith(root + tables) and name.endswith(".json")):
-            where = f"{archive.filename}: {source}"
-            try:
-                rows = json.loads(read_member(archive, source))
-            except ValueError:
-                raise UserError(f"{where}: damaged or not JSON; fetch it again") from None
-            for row in rows:
-                require_keys(where, row, ("question_id", "question_type", "question", "gt_answer",
-                                          "image_path", "option_A"))
-                options = [row.get(f"option_{letter}") for letter in "ABCD"]
-                options = [str(option).strip() for option in options if option not in (None, "")]
-                right = place(str(row["gt_answer"]).strip(), options)
-                question, answer = multiple_choice(str(row["question"] or ""), options, right)
-                member = f"{root}{row['image_path']}"
-                yield "train", Record(str(row["question_id"]), question, answer,
-                                      read_member(archive, member), member,
-                                      type=row["question_type"] or "")
+            where = f"{archive.filename}: {source!r}"
+            for number, row in enumerate(parse_json(where, read_member(archive, source), [dict]), 1):
+                row = expect(f"{where}: item {number}", optional | row, columns)
+                options = [row[f"option_{letter}"].strip() for letter in "ABCD"]
+                options = [option for option in options if option]
+                right = place(row["gt_answer"].strip(), options)
+                question, answer = multiple_choice(row["question"], options, right)
+                member = f"{root}{row['image_path'] or NO_NAME}"
+                yield "train", Record(row["question_id"], question, answer,
+                                      read_member(archive, member), member, type=row["question_type"])
 
 
 def read_pmc_vqa(raw, tables, images, label):
@@ -137,10 +118,10 @@ def read_pmc_vqa(raw, tables, images, label):
         folder = find_folder(archive, "figures/", "images/")
         for split, name in tables.items():
             for number, row in enumerate(read_csv(raw / name, columns)):
-                options = [(row[f"Choice {letter}"] or "").strip().removeprefix(f"{letter}:").strip()
+                options = [row[f"Choice {letter}"].strip().removeprefix(f"{letter}:").strip()
                            for letter in letters]  # " A:Focal uptake "
-                right = place((row[label] or "").strip(), letters)
-                question, answer = multiple_choice(row["Question"] or "", options, right)
+                right = place(row[label].strip(), letters)
+                question, answer = multiple_choice(row["Question"], options, right)
                 member = f"{folder}{row['Figure_path']}"
                 yield split, Record(f"{split}_{number:06d}", question, answer,
                                     read_member(archive, member), member)
@@ -171,21 +152,18 @@ def pmc_vqa_v2(raw):
 @dataset(kind="image questions", licence="CC-BY-SA-4.0 (images: each source's own)", access="open",
          megabytes=3574, page="https://huggingface.co/datasets/jnirschl/uBench",
          hub="jnirschl/uBench", hub_files=("perception/0.1.0/*.arrow",), counts={},
+         revision="3f2c5b590bc7a208d5b60f3527ce4c76a331aa2b",
          layouts=(tuple(f"perception/0.1.0/ubench-test-{n:05d}-of-00007.arrow" for n in range(7)),))
 def ubench(raw):
     """Micro-Bench (Lozano et al. 2024), microscopy, up to 6 questions an image; a benchmark, not split."""
     for path in sorted((raw / "perception/0.1.0").glob("ubench-test-*.arrow")):
-        for row in read_arrow(path, ("image_id", "image", "questions")):
-            image = row["image"] or {}
-            for key, asked in (row["questions"] or {}).items():
-                if asked is None:
-                    continue
-                require_keys(path, asked, ("question", "options", "answer"))
-                if asked["question"] is None:
-                    continue
-                options = asked["options"] or []
-                question, answer = multiple_choice(asked["question"], options,
-                                                   place(asked["answer"], options))
-                yield "train", Record(f"{row['image_id']}_{key}", question, answer,
-                                     image.get("bytes"), image.get("path") or str(row["image_id"]),
-                                     type=key)
+        for row in read_arrow(path, {"image_id": str, "image": HUB_IMAGE, "questions": dict}):
+            name, image = row["image_id"], row["image"]
+            for key, asked in row["questions"].items():
+                asked = expect(f"{path}: {key!r}", asked,
+                               {"question": str, "options": [str], "answer": str})
+                if asked["question"]:  # each image has all keys, if not a question for each
+                    question, answer = multiple_choice(asked["question"], asked["options"],
+                                                       place(asked["answer"], asked["options"]))
+                    yield "train", Record(f"{name}_{key}", question, answer, image["bytes"],
+                                          image["path"] or name or NO_NAME, type=key)

@@ -4,12 +4,11 @@ import contextlib
 import functools
 import io
 import itertools
-import zipfile
 from pathlib import Path
 
 from data import Record, UserError, format_prompt
-from prepare.datasets import (dataset, multiple_choice, open_zip, read_image, read_json, read_json_lines,
-                              read_member, read_parquet)
+from prepare.datasets import (HUB_IMAGE, NO_NAME, dataset, expect, multiple_choice, open_zip, place,
+                              read_image, read_json, read_json_lines, read_member, read_parquets)
 
 TEST_ANSWERS = "VQAMed2019_Test_Questions_w_Ref_Answers.txt"
 
@@ -18,15 +17,13 @@ TEST_ANSWERS = "VQAMed2019_Test_Questions_w_Ref_Answers.txt"
 
 def read_hub_questions(raw, type_of):
     """(split, Record)s of the hub's VQA parquets: data/<split>-*.parquet, one image a row."""
+    form = {"image": HUB_IMAGE, "question": str, "answer": str}
     for split in ("train", "validation", "test"):
-        rows = itertools.chain.from_iterable(
-            read_parquet(path, ("image", "question", "answer"))
-            for path in sorted((raw / "data").glob(f"{split}-*.parquet")))
-        for number, row in enumerate(rows):
-            question, answer = row["question"] or "", row["answer"] or ""
-            name, image = f"{split}_{number:06d}", row["image"] or {}
-            yield split, Record(name, question, answer, image.get("bytes"),
-                                image.get("path") or name, type=type_of(question, answer))
+        for number, row in enumerate(read_parquets(raw / "data", split, form)):
+            question, answer = row["question"], row["answer"]
+            name, image = f"{split}_{number:06d}", row["image"]
+            yield split, Record(name, question, answer, image["bytes"], image["path"] or name,
+                                type=type_of(question, answer))
 
 
 @contextlib.contextmanager
@@ -87,7 +84,7 @@ def train_sample_tokenizer():
 
 @dataset(kind="image questions", licence="MIT", access="part of this repository", megabytes=0,
          page="prepare/sample.py", folder=Path(__file__).parent, layouts=(("sample.py",),),
-         counts={"train": 5400, "test": 1080}, train_tokenizer=train_sample_tokenizer,
+         counts={"train": 5400, "test": 1080}, train_tokenizer=train_sample_tokenizer, one_pattern=True,
          classes=("ct_no_bleed", "ct_bleed", "smear_no_white_cell", "smear_white_cell",
                   "film_no_effusion", "film_effusion", "ultrasound_no_cyst", "ultrasound_cyst"))
 def sample(raw):
@@ -121,7 +118,7 @@ def path_vqa(raw):
          hub="flaviagiammarino/vqa-rad", hub_files=("data/*.parquet",),
          layouts=(("VQA_RAD Dataset Public.json",),
                   ("data/train-*.parquet", "data/test-*.parquet")),
-         counts={"train": 1797, "test": 451})
+         counts={"train": 1797, "test": 451}, shared_ids="MedPix")
 def vqa_rad(raw):
     """
     VQA-RAD (Lau et al. 2018), as published on OSF, or the hub's copy where that is not there.
@@ -132,11 +129,13 @@ def vqa_rad(raw):
     if not questions.is_file():
         yield from read_hub_questions(raw, lambda question, answer: "")
         return
-    for row in read_json(questions):
+    columns = ("qid", "question", "answer", "image_name", "question_type", "phrase_type")
+    for row in read_json(questions, [columns]):
         split = "test" if row["phrase_type"].startswith("test_") else "train"
-        image = read_image(raw / "VQA_RAD Image Folder" / row["image_name"])
-        yield split, Record(str(row["qid"]), row["question"], str(row["answer"]), image,
-                            row["image_name"], type=row["question_type"])
+        name = row["image_name"] or NO_NAME
+        yield split, Record(row["qid"], row["question"], row["answer"],
+                            read_image(raw / "VQA_RAD Image Folder" / name), name,
+                            type=row["question_type"])
 
 
 @dataset(kind="image questions", licence="CC-BY-4.0", access="open", megabytes=216,
@@ -154,12 +153,13 @@ def slake(raw):
     """
     renamed = (raw / "validation.json").is_file()  # it was validate.json at first
     files = {"train": "train", "validation": "validation" if renamed else "validate", "test": "test"}
+    columns = ("qid", "question", "answer", "img_name", "content_type", "q_lang")
     with open_folder(raw / "imgs") as read:
-        for split, name in files.items():
-            for row in read_json(raw / f"{name}.json"):
+        for split, file in files.items():
+            for row in read_json(raw / f"{file}.json", [columns]):
                 if row["q_lang"] == "en":
-                    yield split, Record(str(row["qid"]), row["question"], str(row["answer"]),
-                                        read(row["img_name"]), row["img_name"],
+                    name = row["img_name"] or NO_NAME
+                    yield split, Record(row["qid"], row["question"], row["answer"], read(name), name,
                                         type=row["content_type"])
 
 
@@ -174,7 +174,7 @@ def slake(raw):
                    "ImageClef-2019-VQA-Med-Validation/All_QA_Pairs_val.txt",
                    f"VQAMed2019Test/{TEST_ANSWERS}"),
                   (f"VQAMed2019Test/{TEST_ANSWERS}",), (TEST_ANSWERS,)),
-         counts={"train": 12792, "validation": 2000, "test": 500})
+         counts={"train": 12792, "validation": 2000, "test": 500}, shared_ids="MedPix")
 def vqa_med_2019(raw):
     """
     VQA-Med 2019 (Ben Abacha et al. 2019): modality, plane, organ and abnormality in radiology.
@@ -205,10 +205,7 @@ def read_vqa_med_test(folder):
     images = "VQAMed2019_Test_Images"
     with open_folder(folder) as read:
         rows, packed = read_rows(folder, read, TEST_ANSWERS, 4), read(f"{images}.zip")
-        try:
-            archive = None if packed is None else zipfile.ZipFile(io.BytesIO(packed))
-        except zipfile.BadZipFile as error:
-            raise UserError(f"{folder}/{images}.zip: damaged zip ({error}); fetch it again") from None
+        archive = None if packed is None else open_zip(f"{folder}/{images}.zip", io.BytesIO(packed))
         for number, (name, category, question, answer) in enumerate(rows):
             image = read(f"{images}/{name}.jpg")
             if image is None and archive:
@@ -227,12 +224,12 @@ def read_vqa_med_test(folder):
          counts={"train": 10178, "test": 1273})
 def med_qa(raw):
     """MedQA (Jin et al. 2020): questions of the United States licensing exam, four options each."""
+    letters = ("A", "B", "C", "D")
+    form = {"question": str, "options": letters, "answer_idx": str, "meta_info": str}
     for split in ("train", "test"):
-        for number, row in enumerate(read_json_lines(raw / f"phrases_no_exclude_{split}.jsonl")):
-            letters = sorted(row["options"])
-            options = [row["options"][letter] for letter in letters]
-            question, answer = multiple_choice(row["question"], options,
-                                               letters.index(row["answer_idx"]))
+        for number, row in enumerate(read_json_lines(raw / f"phrases_no_exclude_{split}.jsonl", form)):
+            question, answer = multiple_choice(row["question"], list(row["options"].values()),
+                                               place(row["answer_idx"], letters))
             yield split, Record(f"{split}_{number:06d}", question, answer, type=row["meta_info"])
 
 
@@ -246,24 +243,26 @@ def med_mcqa(raw):
     """MedMCQA (Pal et al. 2022): Indian medical entrance exams; the test answers are not public."""
     columns = ("id", "question", "opa", "opb", "opc", "opd", "cop", "subject_name")
     for split in ("train", "validation", "test"):
-        for path in sorted((raw / "data").glob(f"{split}-*.parquet")):
-            for row in read_parquet(path, columns):
-                options = [row[name] or "" for name in ("opa", "opb", "opc", "opd")]
-                right = -1 if row["cop"] is None else row["cop"]  # -1 too: counted as an empty answer
-                question, answer = multiple_choice(row["question"] or "", options, right)
-                yield split, Record(row["id"], question, answer, type=row["subject_name"] or "")
+        for row in read_parquets(raw / "data", split, dict.fromkeys(columns, str)):
+            options = [row[name] for name in ("opa", "opb", "opc", "opd")]
+            right = place(row["cop"], ("0", "1", "2", "3"))  # -1 or none: an empty answer
+            question, answer = multiple_choice(row["question"], options, right)
+            yield split, Record(row["id"], question, answer, type=row["subject_name"])
 
 
 @dataset(kind="text questions", licence="MIT", access="open", megabytes=3,
          page="https://github.com/pubmedqa/pubmedqa", counts={"train": 500, "test": 500},
+         shared_ids="PubMed",
          urls=("https://raw.githubusercontent.com/pubmedqa/pubmedqa/master/data/ori_pqal.json",
                "https://raw.githubusercontent.com/pubmedqa/pubmedqa/master/data/"
                "test_ground_truth.json"),
          layouts=(("ori_pqal.json", "test_ground_truth.json"),))
 def pubmed_qa(raw):
     """PubMedQA (Jin et al. 2019), the 1,000 expert-labelled questions; answers yes, no, maybe."""
-    held_out = read_json(raw / "test_ground_truth.json")
-    for identifier, row in read_json(raw / "ori_pqal.json").items():
+    held_out, path = read_json(raw / "test_ground_truth.json", dict), raw / "ori_pqal.json"
+    form = {"QUESTION": str, "CONTEXTS": [str], "final_decision": str}
+    for identifier, row in read_json(path, dict).items():
+        row = expect(f"{path}: {identifier!r}", row, form)
         yield ("test" if identifier in held_out else "train",
                Record(identifier, row["QUESTION"], row["final_decision"],
                       context=" ".join(row["CONTEXTS"]), type="yes/no/maybe"))
@@ -272,10 +271,10 @@ def pubmed_qa(raw):
 @dataset(kind="text questions", licence="MIT", access="open", megabytes=233,
          page="https://huggingface.co/datasets/qiaojin/PubMedQA",
          hub="qiaojin/PubMedQA", hub_files=("pqa_artificial/*.parquet",),
-         layouts=(("pqa_artificial/*.parquet",),), counts={"train": 211269})
+         layouts=(("pqa_artificial/*.parquet",),), counts={"train": 211269}, shared_ids="PubMed")
 def pubmed_qa_artificial(raw):
     """PubMedQA (Jin et al. 2019), the questions made out of article titles; answers yes, no."""
-    for path in sorted((raw / "pqa_artificial").glob("*.parquet")):
-        for row in read_parquet(path, ("pubid", "question", "context", "final_decision")):
-            yield "train", Record(str(row["pubid"]), row["question"], row["final_decision"] or "",
-                                  context=" ".join(row["context"]["contexts"]), type="yes/no")
+    form = {"pubid": str, "question": str, "context": {"contexts": [str]}, "final_decision": str}
+    for row in read_parquets(raw / "pqa_artificial", "train", form):
+        yield "train", Record(row["pubid"], row["question"], row["final_decision"],
+                              context=" ".join(row["context"]["contexts"]), type="yes/no")

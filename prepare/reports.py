@@ -171,7 +171,7 @@ def mimic_cxr(raw):
             answer, type = join_sections(report_sections(report.decode("utf-8", "replace")))
             for image in images:
                 if image["split"] not in splits:
-                    raise UserError(f"{table}: {image['split']!r} is none of {', '.join(splits)}")
+                    raise UserError(f"{table}: {image['split']!r:.80} is none of {', '.join(splits)}")
                 name, view = f"{folder}/{image['dicom_id']}.jpg", views.get(image["dicom_id"])
                 yield splits[image["split"]], Record(
                     f"s{study}/{image['dicom_id']}", REPORT_QUESTIONS[type], answer,

@@ -154,7 +154,7 @@ def test_cxr8_refuses_what_has_changed(tmp_path):
     table.write_text(content.replace("Finding Labels", "Findings"))
     refused("cxr8", tmp_path, str(table), "no column 'Finding Labels'")
     table.write_text(content[:content.index("00000007_001")])
-    refused("cxr8", tmp_path, str(table), "no row for 00000007_001.png")
+    refused("cxr8", tmp_path, "train_val_list.txt: '00000007_001.png' has no row in", str(table))
     table.write_text(content)
     (tmp_path / "test_list.txt").write_bytes(b"\xff\xfe\x00")
     refused("cxr8", tmp_path, "test_list.txt", "damaged list")
@@ -408,17 +408,24 @@ def test_cbis_ddsm_refuses_a_changed_table(name, tmp_path):
 
 # ----------------------------------------------------------------------------- colon
 
+def chaoyang_fixture(raw):
+    patches = {"train": [(f"{slide}_4-IMG005x{patch:03d}", label) for slide in range(353040, 353050)
+                         for patch, label in ((14, 0), (15, 2))],
+               "test": [("535940-IMG009x024", 3), ("535940-IMG009x025", 9), ("535941-IMG001x001", 1)]}
+    rows = {part: [{"name": f"{part}/{name}-{label}.JPG", "label": label} for name, label in listed]
+            for part, listed in patches.items()}
+    for part, listed in rows.items():
+        put(raw / f"chaoyang-data/{part}.json", json.dumps(listed))
+        for row in listed:
+            put(raw / "chaoyang-data" / row["name"], row["name"])
+    return rows
+
+
 def test_chaoyang(tmp_path):
     folder, classes = tmp_path / "chaoyang-data", DATASETS["chaoyang"].classes
-    rows = {"train": [(f"{slide}_4-IMG005x{patch:03d}", label) for slide in range(353040, 353050)
-                      for patch, label in ((14, 0), (15, 2))],
-            "test": [("535940-IMG009x024", 3), ("535940-IMG009x025", 9), ("535941-IMG001x001", 1)]}
     wanted = []
-    for part, patches in rows.items():
-        listed = [{"name": f"{part}/{name}-{label}.JPG", "label": label} for name, label in patches]
-        put(folder / f"{part}.json", json.dumps(listed))
+    for part, listed in chaoyang_fixture(tmp_path).items():
         for row in listed:
-            put(folder / row["name"], row["name"])
             split = "validation" if "353046_4" in row["name"] else part
             label = classes[row["label"]] if row["label"] < 4 else "9"
             wanted.append((split, Record(Path(row["name"]).stem, image=row["name"].encode(),
@@ -428,7 +435,7 @@ def test_chaoyang(tmp_path):
     wanted[-1][1].image = None
     assert read("chaoyang", tmp_path) == wanted
     put(folder / "test.json", '[{"name": "test/a.JPG", "class": 1}]')
-    refused("chaoyang", tmp_path, "test.json", "not a list of names and labels")
+    refused("chaoyang", tmp_path, "test.json: item 1: no column 'label' among its columns name, class")
     put(folder / "test.json", '[{"name": "test/a')
     refused("chaoyang", tmp_path, "test.json", "damaged or not JSON")
 

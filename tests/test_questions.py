@@ -83,12 +83,15 @@ def slake_records(images):
                         images.get("imgs/xmlab3/source.jpg"), "xmlab3/source.jpg", type="Organ"))]
 
 
+def write_slake(raw):
+    """The questions, still without images."""
+    write_files(raw, {name: json.dumps(rows, ensure_ascii=False) for name, rows in SLAKE.items()})
+
+
 @pytest.fixture
 def slake(tmp_path):
-    """A folder with the questions, still without images."""
-    raw = tmp_path / "slake"
-    write_files(raw, {name: json.dumps(rows, ensure_ascii=False) for name, rows in SLAKE.items()})
-    return raw
+    write_slake(tmp_path / "slake")
+    return tmp_path / "slake"
 
 
 def test_slake_is_read_in_english_from_its_zip_or_its_folder(slake):
@@ -179,17 +182,20 @@ def vqa_med_test(image):
                             type="organ"))]
 
 
-@pytest.fixture
-def vqa_med(tmp_path):
-    """A folder with the three zips, as published; the test images are zipped twice."""
-    raw = tmp_path / "vqa_med_2019"
-    write_zip(tmp_path / "images.zip", TEST_IMAGES)
+def write_vqa_med(raw):
+    """The three zips, as published; the test images are zipped twice."""
+    write_zip(raw.parent / "images.zip", TEST_IMAGES)
     for folder, files in PARTS.items():
         if folder == "VQAMed2019Test":
-            files = files | {"VQAMed2019_Test_Images.zip": (tmp_path / "images.zip").read_bytes()}
+            files = files | {"VQAMed2019_Test_Images.zip": (raw.parent / "images.zip").read_bytes()}
         write_zip(raw / f"{folder}.zip",
                   {f"{folder}/{name}": content for name, content in files.items()})
-    return raw
+
+
+@pytest.fixture
+def vqa_med(tmp_path):
+    write_vqa_med(tmp_path / "vqa_med_2019")
+    return tmp_path / "vqa_med_2019"
 
 
 def unpack(raw, folder):
@@ -260,12 +266,17 @@ def med_qa_row(letter):
             "meta_info": "step2&3", "metamap_phrases": ["man", "cough"]}
 
 
-def test_med_qa_is_read(tmp_path):
+def write_med_qa(raw):
     swapped = med_qa_row("D") | {"options": {"D": "Codeine", "C": "Éther", "B": "Iron", "A": "Water"},
                                  "meta_info": "step1"}
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in (med_qa_row("B"), swapped)]
-    write_files(tmp_path / "med_qa", {"phrases_no_exclude_train.jsonl": "".join(lines),
-                                      "phrases_no_exclude_test.jsonl": lines[1].strip()})
+    write_files(raw, {"phrases_no_exclude_train.jsonl": "".join(lines),
+                      "phrases_no_exclude_test.jsonl": lines[1].strip()})
+    return lines
+
+
+def test_med_qa_is_read(tmp_path):
+    lines = write_med_qa(tmp_path / "med_qa")
     asked = "A man coughs. Which drug helps? A. Aspirin B. Codeine C. Iron D. Water"
     other = "A man coughs. Which drug helps? A. Water B. Iron C. Éther D. Codeine"
     assert read("med_qa", tmp_path / "med_qa") == [
@@ -274,9 +285,9 @@ def test_med_qa_is_read(tmp_path):
         ("test", Record("test_000000", other, "D. Codeine", type="step1"))]
     path = tmp_path / "med_qa/phrases_no_exclude_train.jsonl"
     path.write_bytes("".join(lines).encode("latin-1"))
-    refused("med_qa", tmp_path / "med_qa", f"{path}: line 2 is damaged or not JSON")
+    refused("med_qa", tmp_path / "med_qa", f"{path}: line 2: damaged or not JSON")
     path.write_text("".join(lines)[:-20], encoding="utf-8")
-    refused("med_qa", tmp_path / "med_qa", f"{path}: line 2 is damaged or not JSON")
+    refused("med_qa", tmp_path / "med_qa", f"{path}: line 2: damaged or not JSON")
 
 
 def med_mcqa_row(identifier, right, subject="Anatomy"):
@@ -285,13 +296,19 @@ def med_mcqa_row(identifier, right, subject="Anatomy"):
             "subject_name": subject, "topic_name": None}
 
 
+def write_med_mcqa(raw):
+    for name, rows in (
+            ("train-00000-of-00002", [med_mcqa_row("a", 0), med_mcqa_row("b", 3)]),
+            ("train-00001-of-00002", [med_mcqa_row("c", 2, None)]),
+            ("validation-00000-of-00001", [med_mcqa_row("d", 1, "Surgery")]),
+            ("test-00000-of-00001", [med_mcqa_row("e", -1), med_mcqa_row("f", None)])):
+        write_parquet(raw / f"data/{name}.parquet", rows)
+
+
 def test_med_mcqa_is_read_and_has_secret_answers(tmp_path):
     raw = tmp_path / "med_mcqa"
-    data, test = raw / "data", raw / "data/test-00000-of-00001.parquet"
-    write_parquet(data / "train-00000-of-00002.parquet", [med_mcqa_row("a", 0), med_mcqa_row("b", 3)])
-    write_parquet(data / "train-00001-of-00002.parquet", [med_mcqa_row("c", 2, None)])
-    write_parquet(data / "validation-00000-of-00001.parquet", [med_mcqa_row("d", 1, "Surgery")])
-    write_parquet(test, [med_mcqa_row("e", -1), med_mcqa_row("f", None)])
+    write_med_mcqa(raw)
+    test = raw / "data/test-00000-of-00001.parquet"
     asked = "Which bone is longest? A. Femur B. Tibia C. Ulna D. Stapes"
     assert read("med_mcqa", raw) == [
         ("train", Record("a", asked, "A. Femur", type="Anatomy")),
@@ -306,16 +323,19 @@ def test_med_mcqa_is_read_and_has_secret_answers(tmp_path):
     refused("med_mcqa", raw, f"{test}: damaged parquet")
 
 
+def write_pubmed_qa_artificial(raw):
+    write_parquet(raw / "pqa_artificial/train-00000-of-00001.parquet", [
+        {"pubid": number, "question": question, "long_answer": "It does.", "final_decision": decision,
+         "context": {"contexts": contexts, "labels": ["AIM"], "meshes": ["Humans"]}}
+        for number, question, contexts, decision in [
+            (25429730, "Does it help?", ["We tried.", "It did."], "yes"),
+            (25433161, "Does it harm?", [], "no"), (7, "Is it new?", ["No."], None)]])
+
+
 def test_pubmed_qa_artificial_is_read(tmp_path):
     raw = tmp_path / "pubmed_qa_artificial"
     path = raw / "pqa_artificial/train-00000-of-00001.parquet"
-    rows = [{"pubid": number, "question": question, "long_answer": "It does.",
-             "final_decision": decision,
-             "context": {"contexts": contexts, "labels": ["AIM"], "meshes": ["Humans"]}}
-            for number, question, contexts, decision in [
-                (25429730, "Does it help?", ["We tried.", "It did."], "yes"),
-                (25433161, "Does it harm?", [], "no"), (7, "Is it new?", ["No."], None)]]
-    write_parquet(path, rows)
+    write_pubmed_qa_artificial(raw)
     assert read("pubmed_qa_artificial", raw) == [
         ("train", Record("25429730", "Does it help?", "yes", context="We tried. It did.",
                          type="yes/no")),

@@ -297,9 +297,9 @@ def test_mimic_cxr_is_read_in_full(tmp_path):
 
 def test_a_report_is_read_once_a_study(tmp_path, monkeypatch):
     write_mimic_cxr(tmp_path / "mimic_cxr", MIMIC_STUDIES)
-    names, read = [], zipfile.ZipFile.read
-    monkeypatch.setattr(zipfile.ZipFile, "read",
-                        lambda archive, member: names.append(member) or read(archive, member))
+    names, opened = [], zipfile.ZipFile.open
+    monkeypatch.setattr(zipfile.ZipFile, "open",
+                        lambda archive, member: names.append(member) or opened(archive, member))
     assert len(list(DATASETS["mimic_cxr"].read(tmp_path / "mimic_cxr"))) == 9 and len(names) == 5
 
 

@@ -7,8 +7,10 @@ A shard is one split of one dataset, a folder of files that are mapped, never lo
     samples.bin     one SAMPLE record a sample: where its tokens are, which image it asks about
     images.bin      the encoded images, end to end, each stored once however many ask about it
     images.idx      one IMAGE record an image
+    fingerprints.bin  one record an image, by which prepare/leaks.py finds it again elsewhere
     records.jsonl   the words: id, question, answer, type, image name, one line a sample
     manifest.json   written last: counts, settings, licence, and the size and hash of each file
+    leaks.json      beside a training split: the samples whose image a test split has, too
 
 The loader packs the samples of a step into rows of T tokens. A group is one image with up to
 `questions_per_image` questions about it, or one text-only sample:
@@ -46,7 +48,8 @@ from PIL import Image, ImageOps
 
 BOS, EOS = 1, 2  # LLaMA's ids; PMC-LLaMA's config.json says 0 and 1, which its tokenizer contradicts
 PROMPT_VERSION = 1  # raised when format_prompt changes, so that older shards are refused
-SHARD_VERSION = 1
+SHARD_VERSION = 2
+FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP", "JPEG2000", "PPM")  # others may run programs
 SAMPLE = np.dtype([("offset", "<u8"), ("prompt", "<u4"), ("answer", "<u4"),
                    ("image", "<i4"), ("checksum", "<u4")])  # lengths in tokens; image -1: none
 IMAGE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("checksum", "<u4")])  # bytes
@@ -168,22 +171,28 @@ class Tokenizer:
 
 # ----------------------------------------------------------------------------- pixels
 
-def load_image(content):
+def load_image(content, at_least=0):
     """
     Decode an image file's bytes to an upright 8-bit RGB PIL image, whatever its mode.
 
-    16-bit, integer and float pixels are stretched from their minimum and maximum to 0..255,
-    since a cast would keep only the low bits. Transparent pixels are laid over black. Raises
-    what Pillow raises on a broken file.
+    at_least: pixels along each side that suffice; a larger JPEG may be decoded at 1/2, 1/4 or 1/8
+    of its size, which is several times as fast. 16-bit, integer and float pixels are stretched
+    from their minimum and maximum to 0..255, since a cast would keep only the low bits.
+    Transparent pixels are laid over black. Raises what Pillow raises on a broken file, and
+    ValueError on more pixels than fit into 2 GiB of memory whatever the format.
     """
-    image = Image.open(io.BytesIO(content))
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself refuses twice as many
+        raise ValueError(f"an image of {image.width} x {image.height} pixels")
+    if at_least:
+        image.draft(None, (at_least, at_least))  # JPEG alone; others are decoded whole
     image.load()  # decode now: a truncated file must fail here
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
-        pixels = np.asarray(image, dtype=np.float64)
-        low, high = pixels.min(), pixels.max()
-        pixels = (pixels - low) * (255 / max(high - low, 1e-12))
-        image = Image.fromarray(pixels.round().astype(np.uint8))
+        pixels = np.array(image, dtype=np.float32)  # in place: it may have 179 million of them
+        pixels -= pixels.min()
+        pixels *= 255 / max(pixels.max(), 1e-12)
+        image = Image.fromarray(pixels.round(out=pixels).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
@@ -214,10 +223,10 @@ def manifest_checksum(manifest):
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def read_manifest(folder):
-    """The manifest of a shard, or None where it is absent, cut short or altered."""
+def read_manifest(folder, name="manifest.json"):
+    """The manifest of a shard, or its leaks.json; None where it is absent, cut short or altered."""
     try:
-        manifest = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
         return manifest if manifest["checksum"] == manifest_checksum(manifest) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -253,7 +262,7 @@ class Shard:
             path = self.folder / name
             if not path.is_file() or path.stat().st_size != expected["bytes"]:
                 raise UserError(f"{path}: missing, or not its {expected['bytes']} bytes; {again}")
-        self.again = again
+        self.again, self.mend = again, f"delete {self.folder.parent} and {again}"
         self.samples = np.frombuffer(self.read_verified("samples.bin"), SAMPLE)
         self.image_index = np.frombuffer(self.read_verified("images.idx"), IMAGE)
         self.tokens = self.map("tokens.bin", self.manifest["token_dtype"])
@@ -269,7 +278,7 @@ class Shard:
     def read_verified(self, name):
         content = (self.folder / name).read_bytes()
         if hashlib.sha256(content).hexdigest() != self.manifest["files"][name]["sha256"]:
-            raise UserError(f"{self.folder / name}: damaged; {self.again}")
+            raise UserError(f"{self.folder / name}: damaged; {self.mend}")
         return content
 
     def read_tokens(self, number):
@@ -279,7 +288,7 @@ class Shard:
         middle = begin + int(sample["prompt"])
         tokens = self.tokens[begin:middle + int(sample["answer"])]
         if sample_checksum(sample, tokens) != sample["checksum"]:
-            raise UserError(f"{self.folder}/tokens.bin: sample {number} is damaged; {self.again}")
+            raise UserError(f"{self.folder}/tokens.bin: sample {number} is damaged; {self.mend}")
         return tokens[:middle - begin], tokens[middle - begin:]
 
     def read_image(self, number):
@@ -288,8 +297,25 @@ class Shard:
         begin = int(entry["offset"])
         content = self.pixels[begin:begin + int(entry["length"])].tobytes()
         if zlib.crc32(content) != entry["checksum"]:
-            raise UserError(f"{self.folder}/images.bin: image {number} is damaged; {self.again}")
+            raise UserError(f"{self.folder}/images.bin: image {number} is damaged; {self.mend}")
         return np.asarray(Image.open(io.BytesIO(content)))
+
+    def read_leaks(self):
+        """
+        What is to be done about the samples whose image a test split has, too, "drop" or "keep",
+        and their numbers.
+
+        Raises UserError where the shard was not compared with each test split beside it.
+        """
+        leaks = read_manifest(self.folder, "leaks.json")
+        if leaks is None or leaks["train"] != self.manifest["checksum"]:
+            raise UserError(f"{self.folder}: not compared with the test splits; {self.again}")
+        for folder in sorted(self.folder.parent.parent.glob("[!.]*/test")):
+            name, manifest = f"{folder.parent.name}/test", read_manifest(folder)
+            if manifest and manifest["checksum"] != leaks["tests"].get(name):
+                raise UserError(f"{self.folder}: not compared with {name}; {self.again}")
+        found = [numbers for test in leaks["found"].values() for numbers in test.values()]
+        return leaks["leaks"], np.unique(np.array(sum(found, []), dtype=np.int64))
 
     def require_questions(self):
         """Raise UserError where there is nothing to ask: labels alone, or nothing that could be used."""
@@ -349,12 +375,13 @@ class Mixture:
     shards: list of Shard; weights: how often each is seen in an epoch (2: twice; 0.5: half of it,
     the other half in the next epoch). questions_per_image: how many questions of a step may share
     one copy of their image; 1 is plain sampling, 0 sets no limit. held_out: about how many samples
-    to keep for validation, whole images at a time. Samples whose answer does not fit into a row
-    are left out and counted in `too_long`; those whose prompt is cut are counted in `cut`.
+    to keep for validation, whole images at a time. left_out: for each shard the numbers of samples
+    to leave out. So are those whose answer does not fit into a row, counted in `too_long`; those
+    whose prompt is cut are counted in `cut`.
     """
 
     def __init__(self, shards, image_tokens, batch_size=64, weights=None, questions_per_image=1,
-                 row_length=1024, rows_per_batch=1, seed=0, held_out=0):
+                 row_length=1024, rows_per_batch=1, seed=0, held_out=0, left_out=None):
         self.shards, self.image_tokens, self.seed = shards, image_tokens, seed
         self.batch_size, self.questions_per_image = batch_size, questions_per_image
         self.row_length, self.rows_per_batch = row_length, rows_per_batch
@@ -365,6 +392,9 @@ class Mixture:
             samples = shard.samples
             prefix = np.where(samples["image"] >= 0, 1 + image_tokens, 1)
             room = row_length - prefix - samples["answer"].astype(np.int64)
+            usable = room >= 1
+            if left_out:
+                usable[left_out[index]] = False
             self.too_long += int((room < 1).sum())
             self.cut += int(((room >= 1) & (samples["prompt"] > room)).sum())
             # A text-only sample is a group of its own: numbered after the images.
@@ -372,10 +402,10 @@ class Mixture:
             groups = np.where(samples["image"] >= 0, samples["image"],
                               images + np.arange(len(samples)))
             keys = random_keys(seed, 2 * index, 0, images + len(samples))[groups]
-            count = min(round(held_out * len(samples) / self.starts[-1]), len(samples))
-            kept_back = keys <= np.partition(keys, count - 1)[count - 1] if count else keys < 0
-            self.train.append(np.flatnonzero((room >= 1) & ~kept_back))
-            self.held_out.append(np.flatnonzero((room >= 1) & kept_back))
+            count = min(round(held_out * len(samples) / self.starts[-1]), int(usable.sum()))
+            kept_back = keys <= np.partition(keys[usable], count - 1)[count - 1] if count else keys < 0
+            self.train.append(np.flatnonzero(usable & ~kept_back))
+            self.held_out.append(np.flatnonzero(usable & kept_back))
             self.group_ids.append(groups)
         self.counts = [round(weight * len(train))
                        for weight, train in zip(weights or [1] * len(shards), self.train)]
@@ -523,7 +553,7 @@ def open_mixture(names, shards_dir, split, **settings):
 
     Raises UserError when a dataset is not prepared or the datasets' tokenizers differ.
     """
-    shards, weights = [], []
+    shards, weights, left_out = [], [], []
     for entry in names.split(","):
         name, _, weight = entry.strip().partition(":")
         try:
@@ -532,8 +562,10 @@ def open_mixture(names, shards_dir, split, **settings):
             raise UserError(f"--data: {weight!r} is no weight; write name:2 or name") from None
         shards.append(Shard(Path(shards_dir) / name / split))
         shards[-1].require_questions()
+        leaks, numbers = shards[-1].read_leaks()
+        left_out.append(numbers if leaks == "drop" else [])
     tokenizers = {shard.manifest["tokenizer_sha256"] for shard in shards}
     if len(tokenizers) > 1:
         raise UserError(f"--data: {names} were prepared with different tokenizers; prepare them "
                         "with one: `python prepare/all.py --tokenizer=...`")
-    return Mixture(shards, weights=weights, **settings)
+    return Mixture(shards, weights=weights, left_out=left_out, **settings)

@@ -114,7 +114,10 @@ def open_data(config):
         row_length=config.row_length, seed=config.seed, held_out=config.held_out,
         rows_per_batch=max(1, config.micro_batch_tokens // config.row_length))
     for shard, train, held in zip(mixture.shards, mixture.train, mixture.held_out):
-        print(f"{shard.folder}: {len(train):,} samples to train on, {len(held):,} held out")
+        leaks, numbers = shard.read_leaks()
+        told = f", {len(numbers):,} {'left out' if leaks == 'drop' else 'kept'} whose image a test split has"
+        print(f"{shard.folder}: {len(train):,} samples to train on, {len(held):,} held out"
+              f"{told if len(numbers) else ''}")
     if mixture.cut or mixture.too_long:
         print(f"rows of {config.row_length} tokens: {mixture.cut:,} prompts cut at the front, "
               f"{mixture.too_long:,} samples left out because their answer does not fit")
@@ -303,6 +306,7 @@ def main(config):
     shutil.copy(tokenizer.path, folder / "tokenizer.model")
     (folder / "config.json").write_text(json.dumps(
         {"flags": asdict(config), "tokenizer_sha256": tokenizer.sha256,
+         "leaks": {str(shard.folder): shard.read_leaks()[0] for shard in mixture.shards},
          "machine": describe_machine(device)}, indent=2) + "\n")
     write_log = open_log(config, folder)
 

@@ -27,6 +27,7 @@ from typing import Literal
 from data import PROMPT_VERSION, SHARD_VERSION, Tokenizer, UserError, run
 from prepare.datasets import DATASETS
 from prepare.download import fetch, fetch_hub, hash_file
+from prepare.leaks import REASONS, guard, report_rows
 from prepare.shards import ImageSettings, read_manifests, recover, why_stale, write_dataset
 from prepare.weights import WEIGHTS
 
@@ -47,6 +48,7 @@ class Config:
     resize: Literal["squash", "crop", "pad"] = "squash"  # how an image becomes square
     codec: Literal["jpeg", "png"] = "jpeg"  # of stored images; png is lossless and twice as large
     quality: int = 97  # of jpeg, 1 to 100; 97 alters a pixel by 1.1 of 255 grey levels on average
+    leaks: Literal["drop", "keep"] = "drop"  # train on images that a test split has, too? keep: as published
     list: bool = False  # show the datasets and stop
 
 
@@ -54,7 +56,7 @@ def select(only):
     """The names asked for, in the order in which they are prepared; first the tokenizer they need."""
     known = ["tokenizer", *DATASETS, *WEIGHTS]
     asked = [name.strip() for name in only.split(",") if name.strip()] or [
-        name for name in known if name not in DATASETS or not DATASETS[name].only_by_name]
+        name for name in known if name == "tokenizer" or not (DATASETS | WEIGHTS)[name].only_by_name]
     for name in asked:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
@@ -90,7 +92,7 @@ def find_or_download(source, raw_dir):
         for url in source.urls:
             fetch(url, raw / url.rsplit("/", 1)[1])
         if source.hub:
-            fetch_hub(source.hub, source.hub_files, raw, source.hub_type)
+            fetch_hub(source.hub, source.hub_files, raw, source.hub_type, source.revision)
     except UserError as error:
         return {}, "missing", f"{looked}, and {error}; or {by_hand}"
     return source.find(raw_dir), "missing", f"{looked}, even after the download; {by_hand}"
@@ -189,6 +191,20 @@ def compare_counts(dataset, manifests):
                   f"{f'{found:,}' if found else 'none'} found")
 
 
+def print_leaks(config):
+    """Compare training and test splits, and say what they have in common."""
+    report = guard(config.shards_dir, config.leaks)
+    rows = report_rows(report)
+    if rows:
+        print()
+        print_table([("training samples of", "whose image is in", *REASONS), *rows])
+    for train, leaks in report.items():
+        numbers = {n for found in leaks["found"].values() for reason in found.values() for n in reason}
+        if numbers:
+            print(f"{train}: {len(numbers):,} samples "
+                  f"{'kept all the same' if config.leaks == 'keep' else 'will be left out of training'}")
+
+
 def print_list(names, config):
     """Facts of each dataset and set of weights, and how far it is."""
     rows = [("dataset", "kind", "access", "MB", "samples", "status", "licence")]
@@ -229,8 +245,12 @@ def main(config):
     for name, manifests in found.items():
         if not config.limit:
             compare_counts(DATASETS[name], manifests)
-    if any(row[-1] in ("failed", "missing") for row in rows):
-        sys.exit(1)
+    print_leaks(config)
+    statuses = {}
+    for name, *_, status in rows[1:]:
+        statuses.setdefault(name, set()).add(status)
+    if any(found <= {"failed", "missing", "empty"} for found in statuses.values()):
+        sys.exit(1)  # of a whole dataset nothing can be used
 
 
 if __name__ == "__main__":

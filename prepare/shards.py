@@ -26,9 +26,10 @@ from tqdm import tqdm
 
 from data import (IMAGE, SAMPLE, Tokenizer, UserError, format_prompt, load_image,
                   manifest_checksum, read_manifest, resize_image, sample_checksum)
-from prepare.download import hash_file
+from prepare.download import hash_file, hub_revision
+from prepare.leaks import fingerprint
 
-FILES = ("tokens.bin", "samples.bin", "images.bin", "images.idx", "records.jsonl")
+FILES = ("tokens.bin", "samples.bin", "images.bin", "images.idx", "fingerprints.bin", "records.jsonl")
 RECORDS_AHEAD = 4096  # read but not written yet; bounds memory where many share an image
 IMAGES_AHEAD = 4  # images under way, per worker
 
@@ -46,11 +47,14 @@ def encode_image(content, settings):
     """
     Decode, resize and encode one image file, in a worker process.
 
-    Returns the encoded bytes and their pixel error, the mean absolute difference in grey levels
-    (0 to 255) that the codec makes, or None if the file cannot be decoded.
+    Returns the encoded bytes, their pixel error, which is the mean absolute difference in grey
+    levels (0 to 255) that the codec makes, and the image's fingerprint; None if it cannot be decoded.
     """
     try:
-        image = resize_image(load_image(content), settings.size, settings.resize)
+        # Decoding at no less than twice the size alters a pixel less than the codec does.
+        source = load_image(content, at_least=2 * settings.size)
+        image = resize_image(source, settings.size, settings.resize)
+        mark = fingerprint(source)
     except Exception:  # each decoder has its own ways to fail on a broken file
         return None
     stream = io.BytesIO()
@@ -59,7 +63,7 @@ def encode_image(content, settings):
     else:  # colour at full resolution: halving it costs stains more than a lower quality does
         image.save(stream, "JPEG", quality=settings.quality, subsampling="4:4:4")
     stored = np.asarray(Image.open(stream), dtype=np.int16)
-    return stream.getvalue(), float(np.abs(stored - np.asarray(image)).mean())
+    return stream.getvalue(), float(np.abs(stored - np.asarray(image)).mean()), mark
 
 
 def end_with_parent():
@@ -163,10 +167,11 @@ class SplitWriter:
     def write_image(self, key, encoded):
         if encoded is None:
             return
-        content, pixel_error = encoded
+        content, pixel_error, mark = encoded
         entry = np.array([(self.files["images.bin"].bytes, len(content), zlib.crc32(content))], IMAGE)
         self.files["images.bin"].write(content)
         self.files["images.idx"].write(entry.tobytes())
+        self.files["fingerprints.bin"].write(mark)
         self.image_numbers[key] = self.images
         self.images_hash.update(key)
         self.images += 1
@@ -270,7 +275,8 @@ def write_dataset(target, dataset, raw, sources, tokenizer, facts, workers):
         tokenizer = Tokenizer(partial / "tokenizer.model")
         hashes = {name: {"bytes": path.stat().st_size, "sha256": hash_file(path)}
                   for name, path in sources.items()}
-        facts = facts | {"tokenizer_sha256": tokenizer.sha256, "sources": hashes}
+        facts = facts | {"tokenizer_sha256": tokenizer.sha256, "sources": hashes,
+                         "hub_revision": hub_revision(raw)}
         writers = {}
         spawn = multiprocessing.get_context("spawn")  # a fork would copy the parent's threads' locks
         with ProcessPoolExecutor(workers, spawn, end_with_parent) as pool:
@@ -279,7 +285,8 @@ def write_dataset(target, dataset, raw, sources, tokenizer, facts, workers):
             total = sum(min(limit or count, count) for count in dataset.counts.values())
             for split, record in tqdm(records, dataset.name, total, unit=" samples"):
                 if split not in writers:
-                    assert split in ("train", "validation", "test"), split  # it becomes a folder
+                    if split not in ("train", "validation", "test"):  # it becomes a folder
+                        raise UserError(f"{raw}: split {split!r:.80} is none of train, validation, test")
                     writers[split] = SplitWriter(partial / split, dataset, tokenizer, encode,
                                                  IMAGES_AHEAD * workers)
                 writers[split].add(record)
@@ -287,6 +294,10 @@ def write_dataset(target, dataset, raw, sources, tokenizer, facts, workers):
                 writer.close(facts | {"splits": sorted(writers)})
         if not writers:
             raise UserError(f"{raw}: its files hold no sample")
+        skipped = sum((writer.skipped for writer in writers.values()), Counter())
+        if target.exists() and not any(writer.samples for writer in writers.values()):
+            raise UserError(f"{raw}: no sample of it could be used ({dict(skipped)}), so what was "
+                            "prepared before stays")
         if target.exists():
             target.rename(old)
         partial.rename(target)

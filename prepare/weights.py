@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Callable
 
 from data import UserError
-from prepare.download import Source, hash_file
+from prepare.download import Source, hash_file, hub_revision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +74,9 @@ def write_tensors(weights, source, tensors, target):
     from safetensors.torch import save_file
 
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, target, metadata={"format": "pt", "source": weights.page,
-                                         "source_sha256": hash_file(source)})
+    save_file(tensors, target, metadata={
+        "format": "pt", "source": hub_revision(source.parent) or weights.page,
+        "source_sha256": hash_file(source)})
     with open(target, "rb") as file:
         os.fsync(file.fileno())
 

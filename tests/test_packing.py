@@ -18,6 +18,7 @@ from data import (BOS, EOS, IMAGE, PROMPT_VERSION, SAMPLE, SHARD_VERSION, Batch,
                   Shard, UserError, manifest_checksum, open_mixture, sample_checksum)
 from lora import add_lora
 from model import LLaMA, VLM, ViT
+from prepare.leaks import fingerprint, guard
 from test_model import LLAMA, TOLERANCE, VIT, randomise, relative_error
 
 VOCABULARY = 300
@@ -26,7 +27,8 @@ N = VIT.tokens  # 5
 
 def write_shard(folder, samples, images=(), tokenizer="one", kind="image questions"):
     """A shard as prepare/ writes it. samples: (prompt, answer, image number or -1)."""
-    files = dict.fromkeys(["tokens.bin", "samples.bin", "images.bin", "images.idx"], b"")
+    files = dict.fromkeys(["tokens.bin", "samples.bin", "images.bin", "images.idx",
+                          "fingerprints.bin"], b"")
     for prompt, answer, image in samples:
         tokens = np.array([*prompt, *answer], np.uint16)
         sample = np.zeros((), SAMPLE)
@@ -41,6 +43,7 @@ def write_shard(folder, samples, images=(), tokenizer="one", kind="image questio
         entry = (len(files["images.bin"]), len(stream.getvalue()), zlib.crc32(stream.getvalue()))
         files["images.idx"] += np.array(entry, IMAGE).tobytes()
         files["images.bin"] += stream.getvalue()
+        files["fingerprints.bin"] += fingerprint(Image.fromarray(image))
     folder.mkdir(parents=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
@@ -325,6 +328,7 @@ def test_datasets_are_opened_by_name_and_weight(tmp_path):
     for name, tokenizer in [("one", "x"), ("two", "x"), ("three", "y")]:
         write_shard(tmp_path / name / "train", [([10], [20], -1)] * 4, tokenizer=tokenizer)
     write_shard(tmp_path / "labels" / "train", [([], [], -1)], kind="classification")
+    guard(tmp_path, "drop")
     mixture = open_mixture("one, two:0.5", tmp_path, "train", image_tokens=N)
     assert mixture.counts == [4, 2]
     for names, message in [("one,three", "one,three were prepared with different tokenizers"),

@@ -126,9 +126,13 @@ def test_images_with_labels_need_no_question(tokenizer, tmp_path):
     with pytest.raises(UserError, match="toy has labels but no questions"):
         shard.require_questions()
     (tmp_path / "none").mkdir()
-    shard = write_toy(tmp_path / "none", [("train", Record("1", "what?", "lung", None, "a.png"))], tokenizer)
+    unusable = [("train", Record("1", "what?", "lung", None, "a.png"))]
+    shard = write_toy(tmp_path / "none", unusable, tokenizer)
     with pytest.raises(UserError, match="toy/train: no question of it could be used"):
         shard.require_questions()
+    with pytest.raises(UserError, match="'image missing': 1.*what was prepared before stays"):
+        write_toy(tmp_path, unusable, tokenizer)
+    assert len(Shard(tmp_path / "toy/train")) == 3
 
 
 def test_files_do_not_depend_on_the_number_of_workers(tokenizer, tmp_path):
@@ -140,7 +144,7 @@ def test_files_do_not_depend_on_the_number_of_workers(tokenizer, tmp_path):
         folder.mkdir()
         write_toy(folder, records, tokenizer, workers)
         contents.append({path.name: path.read_bytes() for path in (folder / "toy/train").iterdir()})
-    assert contents[0] == contents[1] and len(contents[0]) == 6
+    assert contents[0] == contents[1] and len(contents[0]) == 7
 
 
 # ----------------------------------------------------------------------------- pixels
@@ -267,6 +271,15 @@ def test_a_dataset_killed_at_any_moment_is_absent_or_whole(tmp_path):
     other = command(*words, "--codec=png")
     assert "sample: image was" in other.stdout and other.returncode == 0
     assert Shard(target / "train").manifest["image"]["codec"] == "png"
+
+
+def test_a_full_disk_fails_in_one_line_and_leaves_nothing(tmp_path):
+    words = f"prepare/all.py --only=sample --limit=300 --shards_dir={tmp_path}/shards"
+    done = subprocess.run(["bash", "-c", f"ulimit -f 500; {sys.executable} {words}"], cwd=ROOT,  # kB a file
+                          text=True, capture_output=True)
+    line, = [line for line in done.stdout.splitlines() if line.startswith("sample: failed")]
+    assert done.returncode == 1 and "File too large" in line and "Traceback" not in done.stderr
+    assert os.listdir(tmp_path / "shards") == []
 
 
 def test_a_failed_dataset_keeps_what_was_there_and_stops_no_other(tokenizer, tmp_path):

@@ -1,0 +1,67 @@
+"""
+The pretraining mix as a Markdown table: what was published, what is prepared, and the paper's sum.
+
+    python extras/mix.py
+
+A published count is that of the training split of the version that a plain `python prepare/all.py`
+prepares; what is not prepared here stays blank.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
+
+from dataclasses import dataclass
+
+from data import Shard, UserError, read_manifest, run
+from prepare.datasets import DATASETS
+
+PAPER = {"image and text": 2_940_000, "text alone": 410_000}  # arXiv 2606.12953, as it rounds them
+
+
+@dataclass(frozen=True)
+class Config:
+    shards_dir: str = "shards"  # where prepare/all.py put them
+
+
+def prepared_counts(folder):
+    """Samples, skipped ones and those that the leak guard found in a training split; or None."""
+    manifest = read_manifest(folder)
+    if manifest is None or manifest["limit"]:
+        return None
+    try:
+        return manifest["samples"], sum(manifest["skipped"].values()), len(Shard(folder).read_leaks()[1])
+    except UserError:  # of another version, or not compared yet
+        return None
+
+
+def table(shards_dir):
+    """The table's lines."""
+    def cell(count):
+        return "" if count is None else f"{count:,}"
+
+    lines = ["| dataset | published, train | prepared | skipped | images also in a test |", "|---|--:|--:|--:|--:|"]
+    for title, paper in PAPER.items():
+        members = [dataset for dataset in DATASETS.values()
+                   if dataset.kind != "classification" and not dataset.only_by_name
+                   and dataset.name != "sample" and (dataset.kind == "text questions") == (title == "text alone")]
+        total = 0
+        for dataset in members:
+            published = dataset.counts.get("train")
+            total += published or 0
+            counts = prepared_counts(Path(shards_dir) / dataset.name / "train") or (None,) * 3
+            lines.append(f"| {dataset.name} | {cell(published) or 'unknown'} | "
+                         f"{' | '.join(map(cell, counts))} |")
+        lines.append(f"| **{title}**: sum | {total:,} | | | |")
+        lines.append(f"| the paper's | {paper:,} | | | |")
+        lines.append(f"| gap | {paper - total:,} | | | |")
+    return lines
+
+
+def main(config):
+    print("\n".join(table(config.shards_dir)))
+
+
+if __name__ == "__main__":
+    run(main, Config)

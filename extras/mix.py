@@ -41,11 +41,13 @@ def table(shards_dir):
     def cell(count):
         return "" if count is None else f"{count:,}"
 
-    lines = ["| dataset | published, train | prepared | skipped | images also in a test |", "|---|--:|--:|--:|--:|"]
+    lines = ["| dataset | published, train | prepared | skipped | images also in a test |",
+             "|---|--:|--:|--:|--:|"]
     for title, paper in PAPER.items():
         members = [dataset for dataset in DATASETS.values()
                    if dataset.kind != "classification" and not dataset.only_by_name
-                   and dataset.name != "sample" and (dataset.kind == "text questions") == (title == "text alone")]
+                   and dataset.name != "sample"
+                   and (dataset.kind == "text questions") == (title == "text alone")]
         total = 0
         for dataset in members:
             published = dataset.counts.get("train")

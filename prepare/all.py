@@ -18,6 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: `d
 
 import difflib
 import os
+import re
 import time
 import traceback
 from concurrent.futures.process import BrokenProcessPool
@@ -174,10 +175,13 @@ def table_rows(name, status, manifests, seconds):
 
 
 def print_table(rows):
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    """Print rows of texts in columns, those of numbers aligned on the right; the first is the header."""
+    columns = list(zip(*rows))
+    widths = [max(map(len, column)) for column in columns]
+    numbers = [all(re.fullmatch(r"[\d,.]*", cell) for cell in column[1:]) for column in columns]
     for row in rows:
-        cells = [cell.rjust(width) if column in (2, 3, 4, 6, 7) else cell.ljust(width)
-                 for column, (cell, width) in enumerate(zip(row, widths))]
+        cells = [cell.rjust(width) if number else cell.ljust(width)
+                 for cell, width, number in zip(row, widths, numbers)]
         print("  ".join(cells).rstrip())
 
 

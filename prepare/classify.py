@@ -305,14 +305,24 @@ def pixels_of(path):
 
 CBIS_DDSM = {"kind": "classification", "licence": "CC-BY-3.0", "access": "open", "megabytes": 6000,
              "page": "https://www.kaggle.com/datasets/awsaf49/cbis-ddsm-breast-cancer-image-dataset",
-             "classes": ("benign", "malignant"),
+             "folder": "cbis_ddsm",
              "layouts": (("csv/mass_case_description_train_set.csv",
                           "csv/mass_case_description_test_set.csv",
                           "csv/calc_case_description_train_set.csv",
                           "csv/calc_case_description_test_set.csv", "jpeg/*/*.jpg"),)}
 
 
-@dataset(**CBIS_DDSM, counts={"train": 2503, "validation": 278, "test": 704})
+def crop_record(raw, row, label):
+    """The Record of an abnormality's crop."""
+    path = row["cropped image file path"]
+    # Crops and masks are mixed up here and there; but a mask is as large as the whole film.
+    images = series_images(raw, path, row["ROI mask file path"])
+    crop = min(images, key=pixels_of) if len(images) > 1 else None
+    return film_record(raw, path.split("/")[0], crop, path, (label,))
+
+
+@dataset(**CBIS_DDSM, counts={"train": 2503, "validation": 278, "test": 704},
+         classes=("benign", "malignant"))
 def cbis_ddsm(raw):
     """
     CBIS-DDSM (Lee et al. 2017), the crop of each abnormality; split: see read_cbis_ddsm.
@@ -320,14 +330,19 @@ def cbis_ddsm(raw):
     Benign without callback is benign.
     """
     for split, row, label in read_cbis_ddsm(raw):
-        path = row["cropped image file path"]
-        # Crops and masks are mixed up here and there; but a mask is as large as the whole film.
-        images = series_images(raw, path, row["ROI mask file path"])
-        crop = min(images, key=pixels_of) if len(images) > 1 else None
-        yield split, film_record(raw, path.split("/")[0], crop, path, (label,))
+        yield split, crop_record(raw, row, label)
 
 
-@dataset(**CBIS_DDSM, only_by_name=True, folder="cbis_ddsm", counts={"train": 2119, "validation": 237, "test": 641})
+@dataset(**CBIS_DDSM, only_by_name=True, counts={"train": 2503, "validation": 278, "test": 704},
+         classes=("benign", "benign_without_callback", "malignant"))
+def cbis_ddsm_three(raw):
+    """CBIS-DDSM's crops in the same split, benign without callback being a class of its own."""
+    for split, row, _ in read_cbis_ddsm(raw):
+        yield split, crop_record(raw, row, row["pathology"].lower())
+
+
+@dataset(**CBIS_DDSM, only_by_name=True, counts={"train": 2119, "validation": 237, "test": 641},
+         classes=("benign", "malignant"))
 def cbis_ddsm_whole(raw):
     """
     CBIS-DDSM (Lee et al. 2017), whole films; split: see read_cbis_ddsm.

@@ -125,7 +125,8 @@ WRITERS = {
     "med_fmc_chest": write_medfmc("5E2653D72460{}", ",".join("01" * 9 + "0")),
     "med_fmc_colon": write_medfmc("2019-06-11 00_58_{}-lv1-8-6-6-1p0001", "1"),
     "med_fmc_endo": write_medfmc("13333_2021.{}_0002_54971718", "0 1 0 0"),
-    "busi": write_busi, "cbis_ddsm": classify.cbis_fixture, "cbis_ddsm_whole": classify.cbis_fixture,
+    "busi": write_busi, "cbis_ddsm": classify.cbis_fixture, "cbis_ddsm_three": classify.cbis_fixture,
+    "cbis_ddsm_whole": classify.cbis_fixture,
     "chaoyang": classify.chaoyang_fixture}
 
 

@@ -7,6 +7,7 @@ import random
 import tarfile
 import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from prepare.datasets import DATASETS
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("cxr8", "mendeley_cxray", "med_fmc_chest", "med_fmc_colon", "med_fmc_endo", "busi", "cbis_ddsm",
-         "cbis_ddsm_whole", "chaoyang")
+         "cbis_ddsm_three", "cbis_ddsm_whole", "chaoyang")
 
 
 def put(path, content):
@@ -383,6 +384,10 @@ def test_cbis_ddsm(tmp_path):
             image=None if missing else film(8, patient),
             image_name=f"{series}.2" if missing else name, labels=(label,))))
     assert read("cbis_ddsm", raw) == wanted
+    three = {("mass", "benign"): "benign_without_callback", ("calc", "UNPROVEN"): "unproven"}
+    assert read("cbis_ddsm_three", raw) == [
+        (split, replace(record, labels=(three.get((record.id[:4].lower(), record.labels[0]), record.labels[0]),)))
+        for split, record in wanted]
     assert len(DATASETS["cbis_ddsm"].find(tmp_path)) == 4 + len(list(raw.glob("jpeg/*/*.jpg")))
 
 
@@ -400,7 +405,7 @@ def test_cbis_ddsm_whole(tmp_path):
     assert (lost.id, lost.image_name) == ("P_00006_LEFT_CC", "jpeg/1.3.0.6.1.1")
 
 
-@pytest.mark.parametrize("name", ["cbis_ddsm", "cbis_ddsm_whole"])
+@pytest.mark.parametrize("name", ["cbis_ddsm", "cbis_ddsm_three", "cbis_ddsm_whole"])
 def test_cbis_ddsm_refuses_a_changed_table(name, tmp_path):
     cbis_fixture(tmp_path, ("pathology", "diagnosis"))
     refused(name, tmp_path, "mass_case_description_train_set.csv", "no column 'pathology'")

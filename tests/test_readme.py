@@ -1,11 +1,19 @@
 """What README.md says can be run, and the core imports no more than it promises."""
 
 import ast
+import json
 import re
+import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+
+import prepare.classify
+import prepare.questions
+from data import Record
+from prepare.datasets import DATASETS
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE = [name for name in ("model.py", "lora.py", "data.py", "train_vlm.py", "train_cls.py", "eval_vqa.py")
@@ -50,3 +58,35 @@ def test_core_imports_its_packages_alone(name):
             imported.add(node.module.split(".")[0])
     allowed = PACKAGES | OPTIONAL | {"model", "lora", "data"} | set(sys.stdlib_module_names)
     assert imported <= allowed and len(imported) > 3
+
+
+def test_mix_is_the_table_that_the_script_prints(tmp_path):
+    """Published counts and sums; what is prepared depends on the machine."""
+    done = subprocess.run([sys.executable, "extras/mix.py", f"--shards_dir={tmp_path}"], cwd=ROOT,
+                          text=True, capture_output=True, check=True)
+    lines = [line.split("|")[1:3] for line in done.stdout.splitlines()]
+    readme = (ROOT / "README.md").read_text().splitlines()
+    begin = readme.index(done.stdout.splitlines()[0])
+    assert [line.split("|")[1:3] for line in readme[begin:begin + len(lines)]] == lines and len(lines) > 20
+
+
+def test_own_data_goes_in_by_the_blocks_of_the_readme(tmp_path, monkeypatch):
+    section = (ROOT / "README.md").read_text().split("### Your own data")[1].split("### ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.S)
+    assert len(blocks) == 2 and max(block.count("\n") for block in blocks) <= 20
+    monkeypatch.setattr(prepare.datasets, "DATASETS", DATASETS.copy())
+    for block, module in zip(blocks, (prepare.questions, prepare.classify)):
+        exec(block, vars(module).copy())
+    scans, wrists = (prepare.datasets.DATASETS[name] for name in ("my_scans", "our_wrists"))
+    for number in range(40):
+        (tmp_path / f"{number}.png").write_bytes(b"image %d" % number)
+    (tmp_path / "questions.json").write_text(json.dumps([
+        {"split": "test", "id": 7, "question": "is it broken?", "answer": "yes", "file": "3.png"}]))
+    (tmp_path / "labels.csv").write_text("file,patient,label\n" + "".join(
+        f"{n}.png,{n // 2},{'no_fracture' if n % 4 < 2 else 'fracture'}\n" for n in range(40)))
+    assert list(scans.read(tmp_path)) == [
+        ("test", Record("7", "is it broken?", "yes", b"image 3", "3.png"))]
+    found = list(wrists.read(tmp_path))
+    assert {record.image for _, record in found} == {b"image %d" % n for n in range(40)}
+    assert Counter(split for split, _ in found) == {"train": 28, "validation": 4, "test": 8}
+    assert len({split for split, _ in found[:2]}) == 1 and {r.labels[0] for _, r in found} == set(wrists.classes)

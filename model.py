@@ -20,7 +20,10 @@ The others': ViT-B/32 C=768 nh=12 N=50; ResNet-50 C=2048 nh=32 N=50, its outputs
 """
 
 import json
+import platform
 import re
+import subprocess
+import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -163,6 +166,24 @@ class ViT(nn.Module):
             model = cls(ViTConfig(round(grid ** 0.5) * P, P, width, depth, "norm_pre.weight" in shapes))
         return load_exactly(model, [file], dtype, device, prefix="visual.trunk.",
                             dropped=r"visual\.head\.proj\.weight|text\..*|logit_scale")
+
+    @classmethod
+    def from_run(cls, run, device="cpu"):
+        """The encoder alone of a train_vlm.py run, its LoRA, where it has one, merged into its weights."""
+        folder = newest_checkpoint(run)
+        config = json.loads((folder / "config.json").read_text())
+        model = cls.from_pretrained(config["weights"]["vision"] or folder / "vision.safetensors",
+                                    device=device)
+        if "vision" not in config["lora"]:
+            return model
+        plain = cls(model.config).to(device)
+        add_lora(model, **config["lora"]["vision"])
+        load_adapter(model, folder / ADAPTERS["vision"])
+        for layer in lora_layers(model).values():
+            layer.merge()
+        plain.load_state_dict({name.replace(".base.", "."): tensor for name, tensor in
+                               model.state_dict().items() if ".lora_" not in name})
+        return plain
 
 
 # ----------------------------------------------------------------------------- residual network
@@ -747,6 +768,16 @@ def newest_checkpoint(run):
     if not found:
         raise UserError(f"{run}: no checkpoint here; run `python train_vlm.py --run={run}`")
     return found[-1]
+
+
+def describe_machine(device):
+    """Versions, hardware and commit, so that a run says what made it."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                            cwd=Path(__file__).parent)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
+    return {"commit": commit.stdout.strip(), "torch": torch.__version__, "device": f"{device} {name}",
+            "threads": torch.get_num_threads(), "python": platform.python_version(),
+            "command": " ".join(sys.argv)}
 
 
 def pick_device(device, dtype):

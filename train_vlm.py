@@ -12,10 +12,7 @@ bit for bit: the samples of a step, and any random number it draws, depend on se
 import json
 import math
 import os
-import platform
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -27,7 +24,7 @@ from tqdm import tqdm
 
 from data import Batch, Tokenizer, UserError, open_mixture, require_positive, run
 from lora import add_lora
-from model import CONFIGS, VLM, is_trained, newest_checkpoint, pick_device
+from model import CONFIGS, VLM, describe_machine, is_trained, newest_checkpoint, pick_device
 
 
 @dataclass(frozen=True)
@@ -241,16 +238,6 @@ def open_log(config, folder):
             wandb.log(entry, step=entry["step"])
 
     return write_log
-
-
-def describe_machine(device):
-    """Versions, hardware and commit, so that a run says what made it."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                            cwd=Path(__file__).parent)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
-    return {"commit": commit.stdout.strip(), "torch": torch.__version__, "device": f"{device} {name}",
-            "threads": torch.get_num_threads(), "python": platform.python_version(),
-            "command": " ".join(sys.argv)}
 
 
 def train_step(model, optimizer, step, config, device, autocast):

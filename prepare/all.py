@@ -54,7 +54,7 @@ class Config:
 
 
 def select(only):
-    """The names asked for, in the order in which they are prepared; first the tokenizer they need."""
+    """The names asked for, in the order in which they are prepared; first the tokenizer, if one needs it."""
     known = ["tokenizer", *DATASETS, *WEIGHTS]
     asked = [name.strip() for name in only.split(",") if name.strip()] or [
         name for name in known if name == "tokenizer" or not (DATASETS | WEIGHTS)[name].only_by_name]
@@ -63,7 +63,8 @@ def select(only):
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise UserError(f"--only: there is no {name!r}; did you mean {near}? "
                             f"There are {', '.join(known)}")
-    if any(not DATASETS[name].train_tokenizer for name in asked if name in DATASETS):
+    datasets = [DATASETS[name] for name in asked if name in DATASETS]
+    if any(dataset.asks and not dataset.train_tokenizer for dataset in datasets):
         asked.append("tokenizer")
     return [name for name in known if name in asked]
 
@@ -121,7 +122,7 @@ def prepare_dataset(dataset, config):
     facts = {"dataset": dataset.name, "shard_version": SHARD_VERSION,
              "prompt_version": PROMPT_VERSION, "limit": config.limit, "image": asdict(image),
              "licence": dataset.licence}
-    if not dataset.train_tokenizer:
+    if dataset.asks and not dataset.train_tokenizer:
         facts["tokenizer_sha256"] = Tokenizer(config.tokenizer).sha256
     reason = why_stale(target, facts, dataset.find(config.raw_dir))
     if not reason:
@@ -131,7 +132,7 @@ def prepare_dataset(dataset, config):
     if not sources:
         return status, message
     model = (dataset.train_tokenizer() if dataset.train_tokenizer else
-             Path(config.tokenizer).read_bytes())
+             Path(config.tokenizer).read_bytes() if dataset.asks else b"")
     write_dataset(target, dataset, dataset.raw(config.raw_dir), sources, model, facts,
                   config.workers or os.cpu_count())
     return "ready", ""

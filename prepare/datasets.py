@@ -52,6 +52,11 @@ class Dataset(Source):
     train_tokenizer: Callable | None = None  # makes its own SentencePiece model, as bytes
     only_by_name: bool = False  # another version of a dataset: left out unless --only names it
 
+    @property
+    def asks(self):
+        """Whether it has words to be tokenized; a dataset for classification has none."""
+        return self.kind != "classification"
+
 
 def dataset(**facts):
     """Enter the decorated reader in DATASETS, under its own name, with these facts."""

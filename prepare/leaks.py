@@ -127,8 +127,9 @@ def guard(shards_dir, leaks):
     """
     Compare every prepared training split with every prepared test split; write their leaks.json.
 
-    leaks: "drop", or "keep" to train on the published mix; it is written down either way. Returns
-    {training split: its leaks.json as a dict}. Raises UserError where a shard is damaged.
+    leaks: "drop", or "keep" to train on the published mix; it is written down either way. "" leaves
+    it as it was, or else drops. Returns {training split: its leaks.json as a dict}. Raises
+    UserError where a shard is damaged.
     """
     manifests = {f"{folder.name}/{split}": read_manifest(folder / split)
                  for folder in sorted(Path(shards_dir).glob("[!.]*")) for split in ("train", "test")}
@@ -139,9 +140,10 @@ def guard(shards_dir, leaks):
     report = {}
     for train in checksums.keys() - tests.keys():
         folder, dataset = Path(shards_dir) / train, DATASETS.get(train.split("/")[0])
-        facts = {"leaks": leaks, "train": checksums[train], "alike": ALIKE, "tests": tests,
-                 "known_leaks": [list(pair) for pair in dataset.known_leaks] if dataset else []}
         report[train] = read_manifest(folder, "leaks.json") or {}
+        facts = {"leaks": leaks or report[train].get("leaks", "drop"), "train": checksums[train],
+                 "alike": ALIKE, "tests": tests,
+                 "known_leaks": [list(pair) for pair in dataset.known_leaks] if dataset else []}
         if facts == {name: report[train].get(name) for name in facts}:
             continue
         old = report[train] if report[train].get("train") == checksums[train] else {"tests": {}}

@@ -104,10 +104,11 @@ class SplitWriter:
     def __init__(self, folder, dataset, tokenizer, encode, images_ahead):
         folder.mkdir()
         self.folder, self.tokenizer = folder, tokenizer
-        self.kind, self.classes = dataset.kind, dataset.classes
+        self.kind, self.asks, self.classes = dataset.kind, dataset.asks, dataset.classes
         self.encode, self.images_ahead = encode, images_ahead
         self.files = {name: HashedFile(folder / name) for name in FILES}
-        self.token_dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32)
+        self.vocab_size = tokenizer.vocab_size if dataset.asks else 0
+        self.token_dtype = np.dtype(np.uint16 if self.vocab_size <= 65536 else np.uint32)
         self.samples = self.tokens = self.images = self.pixel_error = 0
         self.skipped = Counter()  # reason -> samples
         self.image_numbers = {}  # sha256 of a source image -> its place in images.idx, or None
@@ -118,17 +119,16 @@ class SplitWriter:
     def add(self, record):
         """Check and tokenize a record and send its image to be encoded, if it is a new one."""
         question, answer, context = map(clean, (record.question, record.answer, record.context))
-        asked = self.kind != "classification"
-        prompt = self.tokenizer.encode(format_prompt(question, context)) if asked else []
-        target = self.tokenizer.encode(answer) if asked else []
-        reason = ("empty question" if asked and not question else
-                  "empty answer" if asked and not target else
-                  "image missing" if record.image is None and (record.image_name or not asked) else
+        prompt = self.tokenizer.encode(format_prompt(question, context)) if self.asks else []
+        target = self.tokenizer.encode(answer) if self.asks else []
+        reason = ("empty question" if self.asks and not question else
+                  "empty answer" if self.asks and not target else
+                  "image missing" if record.image is None and (record.image_name or not self.asks) else
                   "unknown label" if set(record.labels or ()) - set(self.classes) else "")
         if reason:
             self.skipped[reason] += 1
             return
-        assert max(prompt + target, default=0) < self.tokenizer.vocab_size, record.id
+        assert max(prompt + target, default=-1) < self.vocab_size, record.id
         words = {"id": record.id, "question": question, "answer": answer, "type": record.type,
                  "image": record.image_name}
         words |= {"context": context} if context else {}
@@ -187,7 +187,7 @@ class SplitWriter:
             "split": self.folder.name, "kind": self.kind, "classes": list(self.classes),
             "samples": self.samples, "images": self.images,
             "skipped": dict(sorted(self.skipped.items())), "token_dtype": self.token_dtype.name,
-            "vocab_size": self.tokenizer.vocab_size,
+            "vocab_size": self.vocab_size,
             "pixel_error": round(self.pixel_error / count, 4),
             "mean_image_bytes": round(files["images.bin"]["bytes"] / count),
             "images_sha256": self.images_hash.hexdigest(), "files": files}
@@ -232,7 +232,8 @@ def why_stale(target, facts, sources):
             if not path.is_file() or path.stat().st_size != expected["bytes"]:
                 return f"{split}/{name} is missing or cut short"
         tokenizer = target / "tokenizer.model"
-        if not tokenizer.is_file() or Tokenizer(tokenizer).sha256 != manifest["tokenizer_sha256"]:
+        wanted = manifest["tokenizer_sha256"]
+        if wanted and (not tokenizer.is_file() or Tokenizer(tokenizer).sha256 != wanted):
             return "tokenizer.model is missing or altered"
     return ""
 
@@ -261,22 +262,23 @@ def write_dataset(target, dataset, raw, sources, tokenizer, facts, workers):
     """
     Prepare a dataset into the folder `target`, in place of what is there.
 
-    tokenizer: content of a SentencePiece model; facts: what every manifest is to say. On any error
-    the folder keeps what it held. Raises UserError, OSError, and BrokenProcessPool if a worker
-    died.
+    tokenizer: content of a SentencePiece model, of which a dataset that asks nothing has no need;
+    facts: what every manifest is to say. On any error the folder keeps what it held. Raises
+    UserError, OSError, and BrokenProcessPool if a worker died.
     """
     partial, old = recover(target)
     partial.mkdir(parents=True)
     limit, image = facts["limit"], ImageSettings(**facts["image"])
     try:
-        model = HashedFile(partial / "tokenizer.model")
-        model.write(tokenizer)
-        model.close()
-        tokenizer = Tokenizer(partial / "tokenizer.model")
+        if dataset.asks:
+            model = HashedFile(partial / "tokenizer.model")
+            model.write(tokenizer)
+            model.close()
+        tokenizer = Tokenizer(partial / "tokenizer.model") if dataset.asks else None
         hashes = {name: {"bytes": path.stat().st_size, "sha256": hash_file(path)}
                   for name, path in sources.items()}
-        facts = facts | {"tokenizer_sha256": tokenizer.sha256, "sources": hashes,
-                         "hub_revision": hub_revision(raw)}
+        facts = facts | {"tokenizer_sha256": tokenizer.sha256 if tokenizer else "",
+                         "sources": hashes, "hub_revision": hub_revision(raw)}
         writers = {}
         spawn = multiprocessing.get_context("spawn")  # a fork would copy the parent's threads' locks
         with ProcessPoolExecutor(workers, spawn, end_with_parent) as pool:

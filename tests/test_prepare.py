@@ -1,5 +1,6 @@
 """From raw files to shards: what is stored, what is skipped, and what survives a kill or a flipped bit."""
 
+import hashlib
 import io
 import json
 import os
@@ -18,7 +19,7 @@ import pytest
 from PIL import Image
 
 from data import (PROMPT_VERSION, SHARD_VERSION, Record, Shard, Tokenizer, UserError, format_prompt,
-                  load_image, resize_image)
+                  load_image, manifest_checksum, resize_image)
 from prepare.datasets import DATASETS, Dataset, read_tar
 from prepare.questions import train_sample_tokenizer
 from prepare.shards import read_manifests, write_dataset
@@ -119,7 +120,9 @@ def test_images_with_labels_need_no_question(tokenizer, tmp_path):
     records = [("train", Record(str(n), image=picture(n), image_name=f"{n}.png", labels=labels))
                for n, labels in enumerate([("big",), (), ("big", "small"), ("bigg",)])]
     records.append(("train", Record("4", labels=("small",))))
-    shard = write_toy(tmp_path, records, tokenizer, kind="classification")
+    shard = write_toy(tmp_path, records, b"", kind="classification")
+    assert (shard.manifest["tokenizer_sha256"], shard.manifest["vocab_size"], len(shard.tokens)) == ("", 0, 0)
+    assert os.listdir(tmp_path / "toy") == ["train"]
     assert [record["labels"] for record in shard.read_records()] == [["big"], [], ["big", "small"]]
     assert shard.manifest["classes"] == ["big", "small"] and shard.manifest["skipped"] == {"image missing": 1, "unknown label": 1}
     assert shard.samples["image"].tolist() == [0, 1, 2] and not shard.samples["prompt"].any()
@@ -309,6 +312,35 @@ def test_a_failed_dataset_keeps_what_was_there_and_stops_no_other(tokenizer, tmp
     done = command(*words[1:3], "--only=pubmed_qa", f"--tokenizer={tmp_path}/typo.model")
     assert done.returncode == 1 and f"{tmp_path}/typo.model: no tokenizer here" in done.stdout
     assert Shard(tmp_path / "shards/pubmed_qa/train").read_records() == [record]
+
+
+def test_a_dataset_without_questions_wants_no_tokenizer(tokenizer, tmp_path):
+    for number, name in enumerate(["normal", "benign", "malignant"] * 5):
+        path = tmp_path / f"raw/busi/Dataset_BUSI_with_GT/{name}/{name} ({number}).png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(number))
+    words = ["--only=busi", f"--raw_dir={tmp_path}/raw", f"--shards_dir={tmp_path}/shards",
+             f"--tokenizer={tmp_path}/none.model"]
+    done = command(*words)
+    assert done.returncode == 0 and "tokenizer" not in done.stdout + done.stderr and "ready" in done.stdout
+    target = tmp_path / "shards/busi"
+    assert sorted(os.listdir(target)) == ["test", "train", "validation"]
+    shard = Shard(target / "train")
+    assert len(shard) == 11 and shard.manifest["tokenizer_sha256"] == ""
+    assert "up to date" in command(*words).stdout
+    words[0] = "--only=busi,pubmed_qa"  # which has questions
+    assert "none.model: no tokenizer here" in command(*words).stdout
+
+    (target / "tokenizer.model").write_bytes(tokenizer)  # as it was when every dataset had one
+    for split in ("train", "validation", "test"):
+        path = target / split / "manifest.json"
+        manifest = json.loads(path.read_text()) | {"tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest()}
+        path.write_text(json.dumps(manifest | {"checksum": manifest_checksum(manifest)}))
+    words[0] = "--only=busi"
+    assert "up to date" in command(*words).stdout
+    (target / "tokenizer.model").unlink()
+    assert "tokenizer.model is missing or altered" in command(*words).stdout  # so prepared anew, without
+    assert "up to date" in command(*words).stdout and "tokenizer.model" not in os.listdir(target)
 
 
 # ----------------------------------------------------------------------------- readers

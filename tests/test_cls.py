@@ -1,0 +1,369 @@
+"""Classification from shards to a table: eight datasets, own folders, resumption, refusals."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import train_cls
+from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard, UserError
+from lora import add_lora
+from model import CONFIGS, ResNet, ResNetConfig, ViT, ViTConfig
+from prepare.datasets import DATASETS, Dataset
+from prepare.leaks import guard
+from prepare.questions import train_sample_tokenizer
+from prepare.shards import write_dataset
+from test_bad_input import WRITERS
+from test_model import TOLERANCE, randomise, relative_error
+from train_cls import EIGHT, Classifier, Config, copy_of, main, open_dataset, read_results
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def picture(seed, shade):
+    """A noisy image of one shade of grey: the shade is what a class can be told by."""
+    noise = np.random.default_rng(seed).integers(-40, 40, (16, 16, 3))
+    stream = io.BytesIO()
+    Image.fromarray((shade + noise).clip(0, 255).astype(np.uint8)).resize((32, 32)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def toy_records(classes, each={"train": 8, "validation": 4, "test": 4}, multi_label=False):
+    """(split, Record)s with so many images of each class."""
+    rows, seed = [], 0
+    for split, count in each.items():
+        for number in range(count):
+            for place, name in enumerate(classes):
+                seed += 1
+                labels = (name,) if not multi_label or number % 2 else tuple({name, classes[0]})
+                rows.append((split, Record(f"{split}{seed}", image=picture(seed, 40 + 170 * place // len(classes)),
+                                           image_name=f"{seed}.png", labels=labels)))
+    return rows
+
+
+def write(shards, name, records, classes, size=224):
+    """A prepared classification dataset."""
+    dataset = Dataset(name=name, read=lambda raw: iter(records), kind="classification", licence="none",
+                      access="open", megabytes=0, page="", layouts=(), counts={}, classes=tuple(classes))
+    facts = {"dataset": name, "shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION, "limit": 0,
+             "licence": "none", "image": {"size": size, "resize": "squash", "codec": "png", "quality": 0}}
+    write_dataset(shards / name, dataset, shards, {}, train_sample_tokenizer(), facts, 1)
+    guard(shards, "drop")
+    return shards
+
+
+def settings(tmp_path, **flags):
+    """The Config of a short run of a tiny encoder."""
+    return Config(**{"dataset": "toy", "encoder": "scratch", "model": "sample", "epochs": 2, "batch_size": 8,
+                     "learning_rate": 1e-3, "shards_dir": str(tmp_path), "weights_dir": str(tmp_path),
+                     "out": str(tmp_path / "cls"), "device": "cpu", **flags})
+
+
+@pytest.fixture
+def toy(tmp_path):
+    return write(tmp_path, "toy", toy_records(("dark", "light")), ("dark", "light"))
+
+
+# ----------------------------------------------------------------------------- what is learnt
+
+def test_a_run_learns_what_there_is_to_see_and_leaves_a_model(toy, capsys):
+    config = settings(toy, epochs=6, seeds=2)
+    main(config)
+    results = read_results(config)
+    assert results.keys() == {("toy", "scratch", 0), ("toy", "scratch", 1)}
+    for entry in results.values():
+        assert entry["test"]["macro_f1"] == 1 and entry["test"]["confusion"] == [[4, 0], [0, 4]]
+    printed = capsys.readouterr().out
+    assert "toy, scratch, seed 1: 8 test images" in printed and "macro-F1 1.000 (1.000 to 1.000)" in printed
+    assert "1.000 ± 0.000" in printed  # the table, after several seeds
+    folder = toy / "cls/toy/scratch/seed_0"
+    assert sorted(os.listdir(folder)) == ["config.json", "log.jsonl", "model", "test.csv"]
+    rows = list(csv.DictReader(open(folder / "test.csv")))
+    assert len(rows) == 8 and all(float(row[row["labels"]]) > 0.5 for row in rows)
+    main(config)  # finished: nothing is made twice
+    assert "finished already" in capsys.readouterr().out and read_results(config) == results
+
+
+def test_the_head_reads_the_class_token_beside_the_mean_of_the_patches():
+    for encoder in (ViT(ViTConfig(32, 16, 64, 1)), ViT(ViTConfig(32, 16, 64, 1, clip=True)),
+                    ResNet(ResNetConfig(64, 8, (1, 1, 1, 1), 96)).eval()):
+        model = randomise(Classifier(encoder, 3), 0)
+        size, width = encoder.config.image_size, encoder.config.width
+        images = torch.randn(2, 3, size, size)
+        tokens = encoder(images)
+        assert model.head.weight.shape == (3, 2 * width) and tokens.shape == (2, encoder.config.tokens, width)
+        wanted = (tokens[:, 0] @ model.head.weight[:, :width].T + tokens[:, 1:].mean(1)
+                  @ model.head.weight[:, width:].T + model.head.bias)
+        assert relative_error(model(images), wanted) < TOLERANCE
+
+
+def test_a_frozen_encoder_stays_and_only_the_head_learns(toy):
+    main(settings(toy, frozen=True, epochs=3, learning_rate=1e-2))
+    torch.manual_seed(0)
+    with torch.device("cpu"):
+        first = ViT(CONFIGS["sample"][0])
+    saved = load_file(toy / "cls/toy/scratch/seed_0/model/encoder.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in first.state_dict().items())
+
+
+def test_batch_norms_keep_their_statistics(toy, monkeypatch):
+    model = ResNet(ResNetConfig(224, 8, (1, 1, 1, 1), 64))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+    save_file(model.state_dict(), toy / "pmc_clip.safetensors")
+    main(settings(toy, encoder="pmc_clip", epochs=1))
+    saved = load_file(toy / "cls/toy/pmc_clip/seed_0/model/encoder.safetensors")
+    moved = {name: not torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items()}
+    assert moved["conv1.weight"] and moved["bn1.weight"]
+    assert not any(value for name, value in moved.items() if "running" in name or "num_batches" in name)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_openmedq_s_encoder_is_that_of_the_run(lora, tmp_path):
+    config = ViTConfig(32, 16, 64, 2)
+    vision, folder = randomise(ViT(config), 1), tmp_path / "run/step_000002"
+    save_file(vision.state_dict(), tmp_path / "vision.safetensors")
+    images = torch.randn(2, 3, 32, 32)
+    settings_of = {"targets": "qkv", "r": 2, "alpha": 4, "dropout": 0.0}
+    folder.mkdir(parents=True)
+    if lora:
+        from lora import save_adapter
+        add_lora(vision, **settings_of)
+        randomise(vision, 2)
+        base = {name.replace(".base.", "."): tensor for name, tensor in vision.state_dict().items()
+                if "lora" not in name}
+        save_file(base, tmp_path / "vision.safetensors")
+        save_adapter(vision, folder / "vision_adapter", "", **settings_of)
+    (folder / "config.json").write_text(json.dumps({
+        "weights": {"vision": str(tmp_path / "vision.safetensors"), "language": ""},
+        "lora": {"vision": settings_of} if lora else {}}))
+    found = ViT.from_run(tmp_path / "run")
+    assert type(found.blocks[0].attn.qkv) is torch.nn.Linear
+    assert relative_error(found(images), vision(images)) < TOLERANCE
+
+
+# ----------------------------------------------------------------------------- datasets
+
+@pytest.mark.parametrize("name", EIGHT)
+def test_each_of_the_eight_runs_from_its_raw_files_to_its_test(name, tmp_path):
+    dataset, raw = DATASETS[name], tmp_path / "raw" / name
+    raw.mkdir(parents=True)
+    WRITERS[name](raw)
+    several = name in ("cxr8", "med_fmc_chest", "med_fmc_endo")
+    records = list(dataset.read(raw))  # a handful; the rest is made up, so that each class is everywhere
+    assert records
+    records += toy_records(dataset.classes, {"train": 2, "validation": 1, "test": 1}, several)
+    write(tmp_path, name, records, dataset.classes)
+    config = settings(tmp_path, dataset=name, epochs=1)
+    main(config)
+    entry = read_results(config)[name, "scratch", 0]
+    assert list(entry["test"]["classes"]) == list(dataset.classes)
+    assert ("confusion" in entry["test"]) != several and ("positive_f1" in entry["test"]) == several
+    assert entry["test"]["images"] >= len(dataset.classes) and 0 <= entry["test"]["macro_f1"] <= 1
+
+
+def test_questions_about_an_image_are_one_image_of_it(tmp_path):
+    rows = toy_records(("dark", "light"), {"train": 20, "test": 4})
+    rows = [(split, replace(record, question=f"{n}?", answer="yes"))
+            for split, record in rows for n in range(3)]
+    write(tmp_path, "toy", rows, ("dark", "light"))
+    splits, manifest = open_dataset("toy", settings(tmp_path), 224)
+    assert {name: len(split.names) for name, split in splits.items()} == {
+        "train": 36, "test": 8, "validation": 4}  # no validation split: a tenth of train
+    assert not set(splits["train"].names) & set(splits["validation"].names)
+    shard = Shard(tmp_path / "toy/test")
+    assert np.array_equal(splits["test"].pixels[3], shard.read_image(3))
+    assert splits["test"].labels.tolist() == [[True, False], [False, True]] * 4
+
+
+def test_training_images_of_a_test_split_are_left_out(tmp_path):
+    rows = toy_records(("dark", "light"))
+    rows.append(("train", replace(rows[-1][1], id="leak", image_name="leak.png")))
+    write(tmp_path, "toy", rows, ("dark", "light"))
+    splits, _ = open_dataset("toy", settings(tmp_path), 224)
+    assert len(splits["train"].names) == 16 and "leak.png" not in splits["train"].names
+    guard(tmp_path, "keep")
+    assert "leak.png" in open_dataset("toy", settings(tmp_path), 224)[0]["train"].names
+
+
+# ----------------------------------------------------------------------------- stopped and resumed
+
+@pytest.mark.parametrize("killed_in", [1, 3, 4])
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(killed_in, toy, monkeypatch):
+    flags = {"epochs": 5, "save_every": 2, "learning_rate": 3e-4}
+    main(settings(toy, **flags))
+    undisturbed = toy / "cls/toy/scratch/seed_0"
+    original, out = train_cls.train_epoch, str(toy / "again")
+
+    def stop(model, optimizer, split, epoch, *rest):
+        if epoch == killed_in:
+            raise KeyboardInterrupt
+        return original(model, optimizer, split, epoch, *rest)
+
+    monkeypatch.setattr(train_cls, "train_epoch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        main(settings(toy, out=out, **flags))
+    monkeypatch.setattr(train_cls, "train_epoch", original)
+    stopped = toy / "again/toy/scratch/seed_0"
+    assert (stopped / "state.pt").is_file() == (killed_in > 1)
+    if killed_in > 1:
+        with pytest.raises(UserError, match="--learning_rate=0.1: the run in .* has 0.0003; choose another"):
+            main(settings(toy, out=out, **{**flags, "learning_rate": 0.1}))
+    main(settings(toy, out=out, **flags))
+    for name in ("model/encoder.safetensors", "model/head.safetensors", "model/config.json", "test.csv",
+                 "log.jsonl"):
+        assert (stopped / name).read_bytes() == (undisturbed / name).read_bytes(), name
+    one, other = (read_results(settings(toy, out=folder))["toy", "scratch", 0]
+                  for folder in (out, str(toy / "cls")))
+    assert one["test"] == other["test"] and one["best_epoch"] == other["best_epoch"]
+
+
+def test_the_best_epoch_on_validation_is_tested_and_patience_stops(toy, monkeypatch):
+    scores = iter([0.2, 0.9, 0.5, 0.4, 0.3, 0.1])
+    weights = []
+    original = train_cls.train_epoch
+
+    def remember(model, *rest):
+        loss = original(model, *rest)
+        weights.append(copy_of(model))
+        return loss
+
+    monkeypatch.setattr(train_cls, "train_epoch", remember)
+    monkeypatch.setattr(train_cls, "macro_f1", lambda *rest: next(scores, 0.0))
+    monkeypatch.setattr(train_cls, "score", lambda *rest: {"macro_f1": 0})
+    monkeypatch.setattr(train_cls, "print_run", lambda entry: None)
+    main(settings(toy, epochs=6, patience=3))
+    entry = read_results(settings(toy))["toy", "scratch", 0]
+    assert (entry["best_epoch"], entry["validation"], len(weights)) == (2, 0.9, 5)
+    saved = load_file(toy / "cls/toy/scratch/seed_0/model/head.safetensors")
+    assert torch.equal(saved["weight"], weights[1]["head.weight"])
+    assert not torch.equal(saved["weight"], weights[4]["head.weight"])
+
+
+def test_thresholds_come_from_validation_alone(tmp_path, monkeypatch):
+    write(tmp_path, "toy", toy_records(("a", "b", "c"), multi_label=True), ("a", "b", "c"))
+    splits, seen = {}, []
+    original_open, original_tune = train_cls.open_dataset, train_cls.tune_thresholds
+    monkeypatch.setattr(train_cls, "open_dataset", lambda *rest: splits.setdefault("", original_open(*rest)))
+    monkeypatch.setattr(train_cls, "tune_thresholds", lambda found, actual: seen.append(actual)
+                        or original_tune(found, actual))
+    main(settings(tmp_path, epochs=1))
+    validation = splits[""][0]["validation"].labels
+    assert len(seen) == 2 and all(actual is validation for actual in seen)
+    facts = json.loads((tmp_path / "cls/toy/scratch/seed_0/model/config.json").read_text())
+    entry = read_results(settings(tmp_path))["toy", "scratch", 0]
+    assert facts["thresholds"] == entry["test"]["thresholds"] and len(facts["thresholds"]) == 3
+
+
+# ----------------------------------------------------------------------------- own images
+
+def command(*words):
+    return subprocess.run([sys.executable, "train_cls.py", *words], cwd=ROOT, text=True, capture_output=True)
+
+
+@pytest.mark.parametrize("kind", ["folder", "csv"])
+def test_own_images_are_trained_on_and_new_ones_predicted(kind, tmp_path):
+    source, new = tmp_path / "my wrists", tmp_path / "new"
+    lines = ["path,labels"]
+    for number in range(60):
+        name, shade = (("whole", 60), ("broken", 190))[number % 2]
+        path = source / name / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(number, shade))
+        lines.append(f"{name}/{number}.png,{name}" + ("|old" if number % 3 == 0 else ""))
+    for name, shade in (("a/light.png", 190), ("dark.PNG", 60)):
+        (new / name).parent.mkdir(parents=True, exist_ok=True)
+        (new / name).write_bytes(picture(99, shade))
+    (new / "notes.txt").write_text("no image")
+    (source / "labels.csv").write_text("\n".join(lines) + "\n")
+    dataset = str(source if kind == "folder" else source / "labels.csv")
+    words = [f"--dataset={dataset}", "--encoder=scratch", "--model=sample", "--epochs=5", "--learning_rate=1e-3",
+             f"--shards_dir={tmp_path}/shards", f"--out={tmp_path}/cls", "--device=cpu"]
+    done = command(*words)
+    assert done.returncode == 0, done.stderr
+    results, = read_results(Config(out=str(tmp_path / "cls"))).values()
+    assert results["test"]["macro_f1"] > (0.9 if kind == "folder" else 0.4)
+    assert list(results["test"]["classes"]) == ["broken", "whole"] if kind == "folder" else ["broken", "old", "whole"]
+    done = command(*words, f"--predict={new}")
+    assert done.returncode == 0 and "notes.txt: not an image" in done.stdout, done.stderr
+    table, = (tmp_path / "cls").glob("*/scratch/seed_0/predicted_new.csv")
+    rows = {row["image"]: row for row in csv.DictReader(open(table))}
+    assert rows.keys() == {"a/light.png", "dark.PNG"}
+    assert "broken" in rows["a/light.png"]["predicted"] and "whole" in rows["dark.PNG"]["predicted"]
+    assert float(rows["dark.PNG"]["whole"]) > 0.5 > float(rows["a/light.png"]["whole"])
+
+
+# ----------------------------------------------------------------------------- refusals
+
+def refused(config):
+    with pytest.raises(UserError) as error:
+        main(config)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_what_cannot_be_learnt_or_tested_is_refused_in_one_line(tmp_path):
+    def message(records, classes=("dark", "light"), **flags):
+        name = f"toy{len(os.listdir(tmp_path))}"
+        write(tmp_path, name, records, classes)
+        return refused(settings(tmp_path, dataset=name, **flags))
+
+    rows = toy_records(("dark", "light"))
+    assert "train: no image of class 'other'" in message(rows, ("dark", "light", "other"))
+    assert "test: all of its 4 images have the same label" in message(
+        [row for row in rows if row[0] != "test" or row[1].labels == ("dark",)])
+    assert "has no labels; those with labels" in message(rows, ())
+    assert "images of 32 pixels, but the model reads 224" in refused(settings(
+        write(tmp_path, "small", rows, ("dark", "light"), size=32), dataset="small"))
+    unseen = rows + [("test", replace(rows[-1][1], labels=("grey",)))]  # not trained on: no such class
+    write(tmp_path, "unseen", unseen, ("dark", "light"))
+    assert Shard(tmp_path / "unseen/test").manifest["skipped"] == {"unknown label": 1}
+
+
+def test_what_is_not_there_is_named_with_what_brings_it(toy):
+    assert "nothing/train: not prepared; run `python prepare/all.py --only=nothing`" in refused(
+        settings(toy, dataset="nothing"))
+    assert "biomedclip.safetensors: not there; run `python prepare/all.py --only=biomedclip`" in refused(
+        settings(toy, encoder="biomedclip"))
+    assert "name the train_vlm.py run" in refused(settings(toy, encoder="openmedq"))
+    assert "no checkpoint here" in refused(settings(toy, encoder="openmedq", run=str(toy / "none")))
+    assert "no trained model" in refused(settings(toy, predict=str(toy)))
+    assert "no run yet" in refused(settings(toy, report=True))
+    assert "--epochs=0: 1 or more" in refused(settings(toy, epochs=0))
+    save_file({"x": torch.zeros(2)}, toy / "pubmedclip.safetensors")
+    assert "no ViT in timm's layout" in refused(settings(toy, encoder="pubmedclip"))
+    with pytest.raises(UserError, match="lower --learning_rate"):
+        main(settings(toy, learning_rate=1e30, clip=0.0, name="wild"))
+
+
+# ----------------------------------------------------------------------------- the table
+
+def test_the_table_leaves_blank_what_was_not_run(tmp_path, capsys):
+    config = settings(tmp_path, report=True)
+    Path(config.out).mkdir()
+    lines = [{"dataset": dataset, "name": name, "seed": seed, "test": {"macro_f1": value + 0.01 * seed}}
+             for name, value in (("scratch", 0.5), ("openmedq", 0.7))
+             for dataset in (EIGHT if name == "openmedq" else EIGHT[:2]) for seed in range(3)]
+    lines.append({"dataset": "busi", "name": "biomedclip", "seed": 7, "test": {"macro_f1": 0.6}})
+    (Path(config.out) / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    main(config)
+    printed = capsys.readouterr().out.splitlines()
+    table = {line[:18].strip(): line[18:].split("  ") for line in printed}
+    cells = {name: [cell.strip() for cell in row if cell.strip()] for name, row in table.items()}
+    assert cells["macro-F1 on test"] == ["openmedq", "biomedclip", "scratch"]
+    assert cells["cxr8"] == ["0.710 ± 0.010", "0.510 ± 0.010"] and cells["busi"] == ["0.710 ± 0.010", "0.600"]
+    assert cells["mean of the eight"] == ["0.710"]  # the others lack some
+    assert cells["the paper's mean"] == ["0.757", "0.745", "0.616"]
+    assert "openmedq - scratch: +0.200 over 6 pairs of dataset and seed, higher in 6, p = 0.031" in printed[-1]
+    assert not [line for line in printed if "biomedclip:" in line]  # no seed in common

@@ -1,0 +1,661 @@
+"""
+Fine-tune an image encoder with a linear head to classify images, and compare encoders that way.
+
+    python train_cls.py --dataset=chaoyang --encoder=biomedclip     one run: 100 epochs, then the test
+    python train_cls.py --dataset=path/to/folder --encoder=scratch  your own images, a folder a class
+    python train_cls.py --report=true                               the table of all runs made so far
+
+The head reads the class token and the mean of the patch tokens side by side, Linear(2d, classes)
+(OpenMedQ, arXiv 2606.12953). One recipe serves all encoders. The epoch that is best on the
+validation split is the one that is tested. A run that was killed goes on where it stopped when the
+same command is given again, and one that is finished is not made twice.
+
+Each run is a line of results.jsonl, and a folder <out>/<dataset>/<name>/seed_<n>: best/ (encoder, head,
+classes), log.jsonl, test.csv (probabilities).
+"""
+
+import csv
+import itertools
+import json
+import math
+import os
+import shutil
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from data import Shard, UserError, load_image, random_keys, require_positive, resize_image, run
+from model import CONFIGS, ViT, describe_machine, load_encoder, normalise, pick_device, tensors_of
+
+EIGHT = ("cxr8", "med_fmc_chest", "med_fmc_colon", "med_fmc_endo", "busi", "chaoyang", "cbis_ddsm",
+         "mendeley_cxray")
+PAPER = {"openmedq": 0.757, "biomedclip": 0.745, "pubmedclip": 0.746, "pmc_clip": 0.745,
+         "scratch": 0.616}  # the paper's mean macro-F1 over the eight
+
+
+@dataclass(frozen=True)
+class Config:
+    dataset: str = "chaoyang"  # prepared ones, with commas; all: the paper's eight; or a folder or csv of yours
+    encoder: Literal["openmedq", "biomedclip", "pubmedclip", "pmc_clip", "scratch"] = "biomedclip"  # to start from
+    run: str = ""  # with --encoder=openmedq: the train_vlm.py run whose encoder it is
+    model: Literal["paper", "small", "sample"] = "paper"  # with --encoder=scratch: sizes of the ViT
+    name: str = ""  # under which the run is filed and reported; none: the encoder's
+    seeds: int = 1  # runs, each with another seed
+    seed: int = 0  # the first one's: of the head, the order and the augmentation
+    epochs: int = 100  # passes over the training images
+    batch_size: int = 64  # images in an optimiser step
+    learning_rate: float = 5e-5  # peak
+    warmup: float = 0.05  # share of the steps in which it rises from 0; then a cosine down to 0
+    weight_decay: float = 0.01  # of matrices and convolutions
+    layer_decay: float = 1.0  # learning rate of each block, as a multiple of the next one's
+    clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    augment: Literal["light", "none"] = "light"  # light: shifted, turned, mirrored left to right, brighter
+    frozen: bool = False  # train the head alone (linear probe)
+    patience: int = 0  # stop after so many epochs without a better one; 0: never
+    images_per_class: int = 0  # train on only so many, another choice for each seed; 0: all
+    shards_dir: str = "shards"  # where prepare/all.py put the datasets
+    weights_dir: str = "weights"  # where it put the encoders
+    out: str = "out/cls"  # where runs and results.jsonl go
+    save_every: int = 10  # epochs between two states from which a killed run goes on
+    device: str = "auto"  # cuda, mps or cpu
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the GPU has it
+    report: bool = False  # print the table of all runs and stop
+    predict: str = ""  # folder of new images: write a csv of the trained model's probabilities and stop
+
+
+# ----------------------------------------------------------------------------- metrics
+# actual and predicted are (n, m) bool: n images, m classes. Where each image has one class, a row of
+# either has one True. weights (..., n): how often each image counts, for the bootstrap.
+
+def f1_scores(predicted, actual, weights):
+    """(..., m) F1 of each class, and whether it occurs at all; 0 where it does not, as in scikit-learn."""
+    both = weights @ (predicted & actual)
+    either = weights @ predicted + weights @ actual  # 2 tp + fp + fn
+    return 2 * both / np.maximum(either, 1), either > 0
+
+
+def macro_f1(predicted, actual, multi_label, weights=None):
+    """
+    Mean of the classes' F1: (...).
+
+    Where an image has one class, over those that occur in the labels or predictions, which is
+    scikit-learn's average="macro". Where it has several labels, each label counts as two classes,
+    having it and not having it: with one label this is the macro-F1 of a task with two classes.
+    """
+    weights = np.ones(len(actual)) if weights is None else weights
+    f1, occurs = f1_scores(predicted, actual, weights)
+    if multi_label:
+        return (f1 + f1_scores(~predicted, ~actual, weights)[0]).mean(-1) / 2
+    return (f1 * occurs).sum(-1) / occurs.sum(-1)
+
+
+def positive_f1(predicted, actual):
+    """The other macro-F1 of several labels: the mean over labels of the F1 of having it."""
+    return f1_scores(predicted, actual, np.ones(len(actual)))[0].mean()
+
+
+def auroc(scores, actual):
+    """Area under the ROC curve of (n,) scores: how often a positive is above a negative. NaN without either."""
+    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]  # from 1; the same scores share the mean
+    positives, negatives = actual.sum(), (~actual).sum()
+    if not positives or not negatives:
+        return math.nan
+    return float((ranks[actual].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def tune_thresholds(probabilities, actual):
+    """(m,) the threshold of each label at which its F1 is best; 0.5 for one that never occurs."""
+    thresholds = np.full(actual.shape[1], 0.5)
+    for label in np.flatnonzero(actual.any(0)):
+        order = np.argsort(-probabilities[:, label], kind="stable")
+        sorted_probabilities = probabilities[order, label]
+        f1 = 2 * np.cumsum(actual[order, label]) / (np.arange(1, len(order) + 1) + actual[:, label].sum())
+        lower = np.append(sorted_probabilities[1:], -1e-9)  # one may be 0
+        best = np.argmax(np.where(sorted_probabilities > lower, f1, -1))  # not between two that are the same
+        thresholds[label] = (sorted_probabilities[best] + lower[best]) / 2
+    return thresholds
+
+
+def decide(probabilities, thresholds):
+    """(n, m) bool: the most probable class, or where there are thresholds every label that reaches its own."""
+    if thresholds is not None:
+        return probabilities >= thresholds
+    return np.arange(probabilities.shape[1]) == probabilities.argmax(1)[:, None]
+
+
+def score(probabilities, actual, thresholds, classes):
+    """All metrics of a split as a dict. thresholds: (m,), tuned elsewhere, or None: an image has one class."""
+    multi_label, n = thresholds is not None, len(actual)
+    predicted = decide(probabilities, thresholds)
+    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=1000)  # images, drawn anew
+    resampled = macro_f1(predicted, actual, multi_label, draws.astype(np.float32))
+    f1, _ = f1_scores(predicted, actual, np.ones(n))
+    recall = (predicted & actual).sum(0) / np.maximum(actual.sum(0), 1)
+    areas = [auroc(column, truth) for column, truth in zip(probabilities.T, actual.T)]
+    if multi_label:
+        without = (~predicted & ~actual).sum(0) / np.maximum((~actual).sum(0), 1)
+        balanced = (recall + without).mean() / 2
+    else:
+        balanced = recall[actual.any(0)].mean()
+    found = {"macro_f1": float(macro_f1(predicted, actual, multi_label)),
+             "interval": np.quantile(resampled, [0.025, 0.975]).tolist(),
+             "accuracy": float((predicted == actual).mean() if multi_label else
+                               (predicted & actual).any(1).mean()),
+             "balanced_accuracy": float(balanced),
+             "auroc": float(np.nanmean(areas)) if not np.isnan(areas).all() else None,
+             "images": n,
+             "classes": {name: {"f1": float(f1[k]), "recall": float(recall[k]),
+                                "auroc": None if math.isnan(areas[k]) else areas[k],  # NaN is no JSON
+                                "images": int(actual[:, k].sum())} for k, name in enumerate(classes)}}
+    if multi_label:
+        plain = decide(probabilities, 0.5)
+        found |= {"macro_f1_at_0.5": float(macro_f1(plain, actual, True)),
+                  "positive_f1": float(positive_f1(predicted, actual)),
+                  "positive_f1_at_0.5": float(positive_f1(plain, actual)),
+                  "thresholds": thresholds.tolist()}
+    else:  # rows: labels, columns: predictions
+        found["confusion"] = (actual.T.astype(int) @ predicted.astype(int)).tolist()
+    return found
+
+
+# ----------------------------------------------------------------------------- images and labels
+
+@dataclass
+class Split:
+    """Images of one split in memory, and their labels."""
+    pixels: np.ndarray  # (n, H, W, 3) uint8
+    labels: np.ndarray  # (n, m) bool
+    names: list
+
+    def take(self, numbers):
+        return Split(self.pixels[numbers], self.labels[numbers], [self.names[n] for n in numbers])
+
+
+def read_split(shard):
+    """The Split that a shard holds: each image once, however many questions are asked about it."""
+    classes = shard.manifest["classes"]
+    left_out = set()
+    if shard.folder.name == "train":
+        leaks, numbers = shard.read_leaks()
+        left_out = set(numbers.tolist()) if leaks == "drop" else set()
+        if left_out:
+            print(f"{shard.folder}: {len(left_out):,} images left out, which a test split has")
+    rows = {}  # (image number, its labels) -> its name
+    for number, (record, image) in enumerate(zip(shard.read_records(), shard.samples["image"].tolist())):
+        if number not in left_out and "labels" in record:
+            rows.setdefault((image, tuple(record["labels"])), record["image"])
+    numbers = [image for image, _ in rows]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets go of the interpreter lock
+        size = shard.manifest["image"]["size"]
+        pixels = np.empty((len(numbers), size, size, 3), np.uint8)
+        for place, image in enumerate(tqdm(pool.map(shard.read_image, numbers, chunksize=64), leave=False,
+                                           desc=str(shard.folder), total=len(numbers), unit=" images")):
+            pixels[place] = image
+    labels = np.array([[name in found for name in classes] for _, found in rows], bool)
+    return Split(pixels, labels.reshape(-1, len(classes)), list(rows.values()))
+
+
+def hold_out(split):
+    """A training Split in two, nine tenths and one tenth of each combination of labels, always the same."""
+    keys, held = random_keys(0, 0, 0, len(split.names)), []
+    for combination in np.unique(split.labels, axis=0):
+        numbers = np.flatnonzero((split.labels == combination).all(1))
+        held.append(numbers[np.argsort(keys[numbers])][5::10])  # none of fewer than 6
+    held = np.sort(np.concatenate(held))
+    return split.take(np.setdiff1d(np.arange(len(keys)), held)), split.take(held)
+
+
+def choose_few(split, count, seed):
+    """So many training images of each class, and of none where there are such, drawn with the seed."""
+    labels = np.column_stack([split.labels, ~split.labels.any(1)])
+    taken, chosen = np.zeros(labels.shape[1], int), []
+    for number in np.argsort(random_keys(seed, 1, 0, len(labels))):
+        if (taken[labels[number]] < count).any():
+            taken += labels[number]
+            chosen.append(number)
+    return split.take(np.sort(chosen))
+
+
+def open_dataset(name, config, image_size):
+    """
+    {split: Split} of train, validation and test, and the manifest that says of what.
+
+    Raises UserError where there is nothing that could be learnt or tested.
+    """
+    folder = Path(config.shards_dir) / name
+    shards = {split: Shard(folder / split) for split in ("train", "validation", "test")
+              if split != "validation" or (folder / split).is_dir()}
+    classes = shards["train"].manifest["classes"]
+    if not classes:
+        raise UserError(f"--dataset: {name} has no labels; those with labels: {', '.join(EIGHT)}")
+    for shard in shards.values():
+        shard.require_image_size(image_size)
+    splits = {split: read_split(shard) for split, shard in shards.items()}
+    if "validation" not in splits:
+        splits["train"], splits["validation"] = hold_out(splits["train"])
+        if not len(splits["validation"].names):
+            raise UserError(f"{folder}/train: fewer than 6 images of each class are too few to hold some "
+                            "out for validation; bring more, or a validation split")
+    for split, found in splits.items():
+        if not len(found.names):
+            raise UserError(f"{folder}/{split}: no image in it; its manifest.json counts why")
+    present = splits["train"].labels.any(0)
+    if not present.all():
+        raise UserError(f"{folder}/train: no image of class {classes[int(np.argmin(present))]!r}; bring some, "
+                        "or leave the class out")
+    for split in ("train", "test"):
+        if len(classes) > 1 and (splits[split].labels == splits[split].labels[0]).all():
+            raise UserError(f"{folder}/{split}: all of its {len(splits[split].names)} images have the same "
+                            "label: nothing to tell apart")
+    return splits, shards["train"].manifest
+
+
+# ----------------------------------------------------------------------------- the model
+
+class Classifier(nn.Module):
+    """An encoder and a linear head on its class token beside the mean of its patch tokens."""
+
+    def __init__(self, encoder, classes):
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(2 * encoder.config.width, classes)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images):
+        """(I, 3, H, W) normalised pixels -> (I, m) logits, float32."""
+        tokens = self.encoder(images)  # (I, N, C)
+        features = torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)  # (I, 2C)
+        return self.head(features).float()
+
+
+def make_encoder(config, device):
+    """The encoder that is asked for, in float32."""
+    if config.encoder == "openmedq":
+        if not config.run:
+            raise UserError("--encoder=openmedq: name the train_vlm.py run that it comes from with --run")
+        return ViT.from_run(config.run, device)
+    if config.encoder == "scratch":
+        with torch.device(device):
+            return ViT(CONFIGS[config.model][0])
+    file = Path(config.weights_dir) / f"{config.encoder}.safetensors"
+    if not file.is_file():
+        raise UserError(f"{file}: not there; run `python prepare/all.py --only={config.encoder}`")
+    return load_encoder(file, device=device)
+
+
+def augment(images, generator):
+    """
+    (I, 3, H, W) normalised pixels -> as many, each turned by up to 10 degrees, scaled by up to a
+    tenth, shifted by up to a twentieth, mirrored left to right or not, brighter or darker by up to
+    0.15 of a standard deviation, and with up to 15% more or less contrast.
+
+    generator is the CPU's, so that the numbers are the same on any device.
+    """
+    count = len(images)
+    angle, scale, right, down, bright, contrast = (
+        2 * torch.rand(6, count, generator=generator) - 1).to(images.device)
+    mirrored = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0).to(images.device)
+    angle, scale = angle * math.radians(10), 1 + 0.1 * scale
+    turn = torch.stack([mirrored * scale * angle.cos(), -scale * angle.sin(), 0.1 * right,
+                        mirrored * scale * angle.sin(), scale * angle.cos(), 0.1 * down], 1)
+    grid = F.affine_grid(turn.view(count, 2, 3), images.shape, align_corners=False)
+    images = F.grid_sample(images, grid, align_corners=False)  # what comes from outside is 0, the mean
+    return images * (1 + 0.15 * contrast).view(-1, 1, 1, 1) + 0.15 * bright.view(-1, 1, 1, 1)
+
+
+def make_optimizer(model, config):
+    """AdamW; matrices and convolutions decay, nothing else. A group's "scale" is that of its learning rate."""
+    def depth_of(name):
+        """0 where images enter, then a block each; the head and the norm before it come last."""
+        parts = name.split(".")
+        if parts[0] == "head" or parts[1] in ("norm", "attnpool"):
+            return blocks + 1
+        digits = "".join(filter(str.isdigit, parts[2] if parts[1] == "blocks" else parts[1][5:]))
+        return int(digits) + (parts[1] == "blocks") if digits else 0
+
+    names = [name for name, _ in model.encoder.named_modules()]
+    blocks = max([int(name.split(".")[1]) + 1 for name in names if name.startswith("blocks.")] or [4])
+    groups = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.dim() in (2, 4) and not name.endswith("positional_embedding")
+            groups[blocks + 1 - depth_of(name), decays].append(parameter)
+    return torch.optim.AdamW([
+        {"params": parameters, "scale": config.layer_decay ** steps,
+         "weight_decay": config.weight_decay if decays else 0.0}
+        for (steps, decays), parameters in groups.items()], lr=0.0, fused=True)
+
+
+def learning_rate_at(step, steps, config):
+    """Linear warm-up, then a cosine down to 0."""
+    warmup = config.warmup * steps
+    if step < warmup:
+        return config.learning_rate * (step + 1) / (warmup + 1)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+# ----------------------------------------------------------------------------- one run
+
+@torch.no_grad()
+def predict(model, pixels, multi_label, config, device, autocast):
+    """(n, m) float32 probabilities of (n, H, W, 3) uint8 images."""
+    found = []
+    for begin in range(0, len(pixels), config.batch_size):
+        images = torch.from_numpy(pixels[begin:begin + config.batch_size]).to(device)
+        with autocast:
+            logits = model(normalise(images))
+        found.append(logits.sigmoid() if multi_label else logits.softmax(1))
+    return torch.cat(found).cpu().numpy()
+
+
+def train_epoch(model, optimizer, split, epoch, multi_label, config, device, autocast):
+    """One pass over the training images, in an order that seed and epoch give. Returns the mean loss."""
+    count = len(split.names)
+    order = np.argsort(random_keys(config.seed, 2, epoch, count))
+    per_epoch = -(-count // config.batch_size)
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    total = torch.zeros((), device=device)
+    for number in range(per_epoch):
+        chosen = np.sort(order[number * config.batch_size:(number + 1) * config.batch_size])
+        images = normalise(torch.from_numpy(split.pixels[chosen]).to(device))
+        if config.augment == "light":
+            images = augment(images, generator)
+        labels = torch.from_numpy(split.labels[chosen]).to(device)
+        with autocast:
+            logits = model(images)
+        loss = (F.binary_cross_entropy_with_logits(logits, labels.float()) if multi_label else
+                F.cross_entropy(logits, labels.int().argmax(1)))
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, config.clip or math.inf, error_if_nonfinite=True)
+        rate = learning_rate_at(epoch * per_epoch + number, config.epochs * per_epoch, config)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        total += loss.detach() * len(chosen)
+    return (total / count).item()
+
+
+def save_state(path, **state):
+    """Write what a killed run goes on from, whole or not at all."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def copy_of(model):
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+
+
+def save_model(folder, model, facts):
+    """Write folder/model: encoder.safetensors, head.safetensors, and config.json with these facts."""
+    partial = folder / "model.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for part in ("encoder", "head"):
+        save_file(tensors_of(getattr(model, part)), partial / f"{part}.safetensors", {"format": "pt"})
+    (partial / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    partial.rename(folder / "model")
+
+
+def load_model(folder, device):
+    """The Classifier that save_model wrote, and its facts."""
+    path = folder / "model" / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no trained model; run the same command without --predict first")
+    facts = json.loads(path.read_text())
+    model = Classifier(load_encoder(path.parent / "encoder.safetensors"), len(facts["classes"]))
+    model.head.load_state_dict(load_file(path.parent / "head.safetensors"))
+    return model.to(device).eval(), facts
+
+
+def write_csv(path, header, rows):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+FREE = ("seeds", "shards_dir", "weights_dir", "out", "save_every", "device", "report", "predict")
+
+
+def read_results(config):
+    """Every run of results.jsonl as a dict, {(dataset, name, seed): run}."""
+    path = Path(config.out) / "results.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return {(entry["dataset"], entry["name"], entry["seed"]): entry for entry in map(json.loads, lines)}
+
+
+def train(dataset, splits, manifest, config, device, dtype):
+    """One run from its start, or where it was stopped, to its test; returns its line of results.jsonl."""
+    name, classes = config.name or config.encoder, manifest["classes"]
+    folder = Path(config.out) / dataset / name / f"seed_{config.seed}"
+    flags = {key: value for key, value in asdict(config).items() if key not in FREE}
+    flags["dataset"] = dataset
+    done = read_results(config).get((dataset, name, config.seed))
+    state_file, log_file = folder / "state.pt", folder / "log.jsonl"
+    before = done["flags"] if done else (
+        json.loads((folder / "config.json").read_text()) if state_file.is_file() else flags)
+    for key, value in flags.items():
+        if before[key] != value:
+            raise UserError(f"--{key}={value}: the run in {folder} has {before[key]}; choose another --name")
+    if done:
+        print(f"{folder}: finished already")
+        return done
+
+    torch.manual_seed(config.seed)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    model = Classifier(make_encoder(config, device), len(classes)).to(device)
+    # No part of an encoder acts otherwise in training, but for batch norms, which keep their statistics.
+    model.eval().encoder.requires_grad_(not config.frozen)
+    optimizer = make_optimizer(model, config)
+    few = splits["train"]
+    if config.images_per_class:
+        few = choose_few(few, config.images_per_class, config.seed)
+    everyone = np.concatenate([split.labels for split in splits.values()])
+    multi_label = bool((everyone.sum(1) != 1).any())
+
+    first, best, best_epoch, best_weights = 0, -1.0, 0, None
+    folder.mkdir(parents=True, exist_ok=True)
+    if state_file.is_file():
+        state = torch.load(state_file, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, best, best_epoch = state["epoch"], state["best"], state["best_epoch"]
+        best_weights = state["best_weights"]
+    (folder / "config.json").write_text(json.dumps(flags, indent=2) + "\n")
+    start, epochs = time.perf_counter(), config.epochs
+    told = log_file.read_text(encoding="utf-8").splitlines(True)[:first] if first else []
+    with open(log_file, "w", encoding="utf-8") as log:
+        log.writelines(told)
+        for epoch in (bar := tqdm(range(first, epochs), str(folder), unit=" epochs", dynamic_ncols=True)):
+            try:
+                loss = train_epoch(model, optimizer, few, epoch, multi_label, config, device, autocast)
+            except RuntimeError as error:
+                if "non-finite" not in str(error):
+                    raise
+                raise UserError(f"{folder}: epoch {epoch + 1}: the gradient is not finite; try a lower "
+                                "--learning_rate") from None
+            found = predict(model, splits["validation"].pixels, multi_label, config, device, autocast)
+            actual = splits["validation"].labels
+            thresholds = tune_thresholds(found, actual) if multi_label else None
+            validation = float(macro_f1(decide(found, thresholds), actual, multi_label))
+            if validation > best:
+                best, best_epoch, best_weights = validation, epoch + 1, copy_of(model)
+            bar.set_postfix_str(f"loss {loss:.3f}, validation {validation:.3f}, best {best:.3f}")
+            log.write(json.dumps({"epoch": epoch + 1, "loss": loss, "validation": validation}) + "\n")
+            log.flush()
+            if config.patience and epoch + 1 - best_epoch >= config.patience:
+                break
+            if (epoch + 1) % config.save_every == 0:
+                save_state(state_file, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                           epoch=epoch + 1, best=best, best_epoch=best_epoch, best_weights=best_weights)
+    seconds = time.perf_counter() - start
+
+    model.load_state_dict(best_weights)
+    thresholds = None
+    if multi_label:
+        thresholds = tune_thresholds(predict(model, splits["validation"].pixels, True, config, device,
+                                             autocast), splits["validation"].labels)
+    test = splits["test"]
+    found = predict(model, test.pixels, multi_label, config, device, autocast)
+    entry = {"dataset": dataset, "name": name, "seed": config.seed, "best_epoch": best_epoch,
+             "validation": best, "test": score(found, test.labels, thresholds, classes),
+             "train_images": len(few.names), "seconds": round(seconds, 1), "flags": flags,
+             "shards": manifest["images_sha256"], "machine": describe_machine(device)}
+    save_model(folder, model, {
+        "classes": classes, "image": manifest["image"],
+        "thresholds": None if thresholds is None else thresholds.tolist()})
+    write_csv(folder / "test.csv", ["image", "labels", *classes], [
+        [image, "|".join(np.array(classes)[labels]), *(f"{p:.6f}" for p in probabilities)]
+        for image, labels, probabilities in zip(test.names, test.labels, found)])
+    with open(Path(config.out) / "results.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+    state_file.unlink(missing_ok=True)
+    return entry
+
+
+def print_run(entry):
+    """A run's metrics, its classes, and, where an image has one class, its confusion matrix."""
+    test = entry["test"]
+    low, high = test["interval"]
+    print(f"\n{entry['dataset']}, {entry['name']}, seed {entry['seed']}: {test['images']:,} test images, "
+          f"epoch {entry['best_epoch']}\n  macro-F1 {test['macro_f1']:.3f} ({low:.3f} to {high:.3f}), "
+          f"accuracy {test['accuracy']:.3f}, balanced {test['balanced_accuracy']:.3f}, "
+          f"AUROC {math.nan if test['auroc'] is None else test['auroc']:.3f}")
+    if "positive_f1" in test:
+        print(f"  at thresholds of 0.5: {test['macro_f1_at_0.5']:.3f}; of having a label alone: "
+              f"{test['positive_f1']:.3f}, at 0.5 {test['positive_f1_at_0.5']:.3f}")
+    width = max(map(len, test["classes"]))
+    print(f"  {'':{width}}     F1  recall  AUROC  images" + ("   taken for, in this order" *
+                                                             ("confusion" in test)))
+    for number, (name, found) in enumerate(test["classes"].items()):
+        row = "  ".join(f"{count:4}" for count in test["confusion"][number]) if "confusion" in test else ""
+        area = math.nan if found["auroc"] is None else found["auroc"]
+        print(f"  {name:{width}}  {found['f1']:.3f}   {found['recall']:.3f}  {area:.3f}  "
+              f"{found['images']:6,}   {row}")
+
+
+# ----------------------------------------------------------------------------- all runs
+
+def sign_flip(differences):
+    """
+    How often paired differences would have a mean as far from 0 if each had either sign with the
+    same chance: a two-sided p, exact up to 16 of them, else by 100,000 draws.
+    """
+    differences = np.array(differences)
+    signs = (np.array(list(itertools.product((1, -1), repeat=len(differences)))) if len(differences) <= 16
+             else np.random.default_rng(0).choice((1, -1), (100_000, len(differences))))
+    signs[0] = 1  # what was found is one of the draws
+    return float((np.abs(signs @ differences) >= abs(differences.sum()) - 1e-12).mean())
+
+
+def report(config):
+    """Print the runs made so far as a table, the paper's means beside it, and what differs reliably."""
+    results = read_results(config)
+    if not results:
+        raise UserError(f"{config.out}/results.jsonl: no run yet; make one with --dataset and --encoder")
+    cells = defaultdict(dict)  # (dataset, name) -> {seed: macro-F1}
+    for (dataset, name, seed), entry in results.items():
+        cells[dataset, name][seed] = entry["test"]["macro_f1"]
+    found = {dataset for dataset, _ in cells}
+    datasets = [name for name in EIGHT if name in found] + sorted(found - set(EIGHT))
+    names = sorted({name for _, name in cells}, key=lambda name: ([*PAPER, name].index(name), name))
+
+    def cell(seeds):
+        if not seeds:
+            return ""
+        values = list(seeds.values())
+        return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+
+    rows = [[dataset, *(cell(cells.get((dataset, name))) for name in names)] for dataset in datasets]
+    whole = [all((dataset, name) in cells for dataset in EIGHT) for name in names]
+    means = [f"{np.mean([np.mean(list(cells[dataset, name].values())) for dataset in EIGHT]):.3f}"
+             if complete else "" for name, complete in zip(names, whole)]
+    rows += [["mean of the eight", *means],
+             ["the paper's mean", *(f"{PAPER[name]:.3f}" if name in PAPER else "" for name in names)]]
+    rows.insert(0, ["macro-F1 on test", *names])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
+    print("mean over seeds ± their standard deviation; a mean of the eight where all eight were run")
+    for other in names[1:]:
+        pairs = [(dataset, seed) for dataset in datasets for seed in cells.get((dataset, names[0]), {})
+                 if seed in cells.get((dataset, other), {})]
+        if pairs:
+            differences = [cells[dataset, names[0]][seed] - cells[dataset, other][seed]
+                           for dataset, seed in pairs]
+            print(f"{names[0]} - {other}: {np.mean(differences):+.3f} over {len(pairs)} pairs of dataset and "
+                  f"seed, higher in {sum(d > 0 for d in differences)}, p = {sign_flip(differences):.3f} "
+                  "(signs flipped)")
+
+
+# ----------------------------------------------------------------------------- new images
+
+def predict_folder(dataset, config, device, dtype):
+    """Write a csv of a trained model's probabilities for every image file below --predict."""
+    folder = Path(config.out) / dataset / (config.name or config.encoder) / f"seed_{config.seed}"
+    model, facts = load_model(folder, device)
+    source = Path(config.predict)
+    files = sorted(path for path in source.rglob("*") if path.is_file() and not path.name.startswith("."))
+    if not files:
+        raise UserError(f"--predict={source}: no file there")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    size, thresholds, rows, unreadable = facts["image"]["size"], facts["thresholds"], [], 0
+    for path in tqdm(files, unit=" images", leave=False):
+        try:
+            image = resize_image(load_image(path.read_bytes(), 2 * size), size, facts["image"]["resize"])
+        except Exception as error:  # each decoder has its own ways to fail on a broken file
+            unreadable += 1
+            print(f"{path}: not an image that can be read ({error})")
+            continue
+        found = predict(model, np.asarray(image)[None], thresholds is not None, config, device, autocast)
+        said = decide(found, None if thresholds is None else np.array(thresholds))[0]
+        rows.append([path.relative_to(source).as_posix(), "|".join(np.array(facts["classes"])[said]),
+                     *(f"{p:.6f}" for p in found[0])])
+    target = folder / f"predicted_{source.resolve().name}.csv"
+    write_csv(target, ["image", "predicted", *facts["classes"]], rows)
+    print(f"{target}: {len(rows):,} images" + (f", {unreadable:,} files could not be read" * (unreadable > 0)))
+
+
+def main(config):
+    require_positive(config, "seeds", "epochs", "batch_size", "save_every")
+    if config.report:
+        return report(config)
+    device, dtype = pick_device(config.device, config.dtype)
+    names = EIGHT if config.dataset == "all" else [name.strip() for name in config.dataset.split(",")]
+    image_size = make_encoder(config, "meta" if config.encoder == "scratch" else "cpu").config.image_size
+    for name in names:
+        if "/" in name or Path(name).suffix == ".csv" or (
+                Path(name).is_dir() and not (Path(config.shards_dir) / name).is_dir()):
+            from prepare.folder import prepare_folder  # prepared like any other dataset, on the spot
+
+            name = prepare_folder(name, config.shards_dir, image_size)
+        if config.predict:
+            predict_folder(name, config, device, dtype)
+            continue
+        splits, manifest = open_dataset(name, config, image_size)
+        for seed in range(config.seed, config.seed + config.seeds):
+            print_run(train(name, splits, manifest, replace(config, seed=seed), device, dtype))
+    if config.seeds > 1 and not config.predict:
+        print()
+        report(config)
+
+
+if __name__ == "__main__":
+    run(main, Config)

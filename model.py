@@ -508,7 +508,7 @@ def normalise(images):
     """
     mean = torch.tensor(CLIP_MEAN, device=images.device) * 255
     std = torch.tensor(CLIP_STD, device=images.device) * 255
-    return ((images.float() - mean) / std).permute(0, 3, 1, 2)
+    return (images - mean).div_(std).permute(0, 3, 1, 2)
 
 
 def packed_mask(group, question):

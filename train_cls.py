@@ -312,7 +312,7 @@ def augment(images, generator):
                         mirrored * scale * angle.sin(), scale * angle.cos(), 0.1 * down], 1)
     grid = F.affine_grid(turn.view(count, 2, 3), images.shape, align_corners=False)
     images = F.grid_sample(images, grid, align_corners=False)  # what comes from outside is 0, the mean
-    return images * (1 + 0.15 * contrast).view(-1, 1, 1, 1) + 0.15 * bright.view(-1, 1, 1, 1)
+    return images.mul_((1 + 0.15 * contrast).view(-1, 1, 1, 1)).add_(0.15 * bright.view(-1, 1, 1, 1))
 
 
 def make_optimizer(model, config):
@@ -348,12 +348,18 @@ def learning_rate_at(step, steps, config):
 
 # ----------------------------------------------------------------------------- one run
 
+def to_device(array, device):
+    """A numpy array as a tensor; a copy to a GPU runs beside what the GPU does meanwhile."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 @torch.no_grad()
 def predict(model, pixels, multi_label, config, device, autocast):
     """(n, m) float32 probabilities of (n, H, W, 3) uint8 images."""
     found = []
     for begin in range(0, len(pixels), config.batch_size):
-        images = torch.from_numpy(pixels[begin:begin + config.batch_size]).to(device)
+        images = to_device(pixels[begin:begin + config.batch_size], device)
         with autocast:
             logits = model(normalise(images))
         found.append(logits.sigmoid() if multi_label else logits.softmax(1))
@@ -361,31 +367,37 @@ def predict(model, pixels, multi_label, config, device, autocast):
 
 
 def train_epoch(model, optimizer, split, epoch, multi_label, config, device, autocast):
-    """One pass over the training images, in an order that seed and epoch give. Returns the mean loss."""
+    """
+    One pass over the training images, in an order that seed and epoch give. Returns the mean loss.
+
+    Raises FloatingPointError at its end if a gradient was not finite.
+    """
     count = len(split.names)
     order = np.argsort(random_keys(config.seed, 2, epoch, count))
     per_epoch = -(-count // config.batch_size)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    total = torch.zeros((), device=device)
+    total, finite = torch.zeros((), device=device), torch.ones((), dtype=torch.bool, device=device)
     for number in range(per_epoch):
         chosen = np.sort(order[number * config.batch_size:(number + 1) * config.batch_size])
-        images = normalise(torch.from_numpy(split.pixels[chosen]).to(device))
+        images = normalise(to_device(split.pixels[chosen], device))
         if config.augment == "light":
             images = augment(images, generator)
-        labels = torch.from_numpy(split.labels[chosen]).to(device)
+        labels = to_device(split.labels[chosen], device)
         with autocast:
             logits = model(images)
         loss = (F.binary_cross_entropy_with_logits(logits, labels.float()) if multi_label else
                 F.cross_entropy(logits, labels.int().argmax(1)))
         loss.backward()
-        nn.utils.clip_grad_norm_(trained, config.clip or math.inf, error_if_nonfinite=True)
+        finite &= nn.utils.clip_grad_norm_(trained, config.clip or math.inf).isfinite()
         rate = learning_rate_at(epoch * per_epoch + number, config.epochs * per_epoch, config)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         total += loss.detach() * len(chosen)
+    if not finite:  # asked once an epoch, as each answer would wait for the GPU
+        raise FloatingPointError("the gradient is not finite")
     return (total / count).item()
 
 
@@ -486,11 +498,8 @@ def train(dataset, splits, manifest, config, device, dtype):
         for epoch in (bar := tqdm(range(first, epochs), str(folder), unit=" epochs", dynamic_ncols=True)):
             try:
                 loss = train_epoch(model, optimizer, few, epoch, multi_label, config, device, autocast)
-            except RuntimeError as error:
-                if "non-finite" not in str(error):
-                    raise
-                raise UserError(f"{folder}: epoch {epoch + 1}: the gradient is not finite; try a lower "
-                                "--learning_rate") from None
+            except FloatingPointError as error:
+                raise UserError(f"{folder}: epoch {epoch + 1}: {error}; try a lower --learning_rate") from None
             found = predict(model, splits["validation"].pixels, multi_label, config, device, autocast)
             actual = splits["validation"].labels
             thresholds = tune_thresholds(found, actual) if multi_label else None

@@ -45,7 +45,7 @@ PAPER = {"openmedq": 0.757, "biomedclip": 0.745, "pubmedclip": 0.746, "pmc_clip"
 
 @dataclass(frozen=True)
 class Config:
-    dataset: str = "chaoyang"  # prepared ones, with commas; all: the paper's eight; or a folder or csv of yours
+    dataset: str = "chaoyang"  # prepared, several with commas; all: the paper's eight; or your folder
     encoder: Literal["openmedq", "biomedclip", "pubmedclip", "pmc_clip", "scratch"] = "biomedclip"  # to start from
     run: str = ""  # with --encoder=openmedq: the train_vlm.py run whose encoder it is
     model: Literal["paper", "small", "sample"] = "paper"  # with --encoder=scratch: sizes of the ViT
@@ -59,7 +59,7 @@ class Config:
     weight_decay: float = 0.01  # of matrices and convolutions
     layer_decay: float = 1.0  # learning rate of each block, as a multiple of the next one's
     clip: float = 1.0  # largest norm of the gradient; 0: no clipping
-    augment: Literal["light", "none"] = "light"  # light: shifted, turned, mirrored left to right, brighter
+    augment: Literal["light", "none"] = "light"  # light: shifted, turned, mirrored sideways
     frozen: bool = False  # train the head alone (linear probe)
     patience: int = 0  # stop after so many epochs without a better one; 0: never
     images_per_class: int = 0  # train on only so many, another choice for each seed; 0: all
@@ -78,7 +78,7 @@ class Config:
 # either has one True. weights (..., n): how often each image counts, for the bootstrap.
 
 def f1_scores(predicted, actual, weights):
-    """(..., m) F1 of each class, and whether it occurs at all; 0 where it does not, as in scikit-learn."""
+    """(..., m) F1 of each class, 0 for one that does not occur, and whether it occurs at all."""
     both = weights @ (predicted & actual)
     either = weights @ predicted + weights @ actual  # 2 tp + fp + fn
     return 2 * both / np.maximum(either, 1), either > 0
@@ -105,7 +105,7 @@ def positive_f1(predicted, actual):
 
 
 def auroc(scores, actual):
-    """Area under the ROC curve of (n,) scores: how often a positive is above a negative. NaN without either."""
+    """Area under the ROC curve of (n,) scores, how often a positive is above a negative; or NaN."""
     _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]  # from 1; the same scores share the mean
     positives, negatives = actual.sum(), (~actual).sum()
@@ -120,22 +120,23 @@ def tune_thresholds(probabilities, actual):
     for label in np.flatnonzero(actual.any(0)):
         order = np.argsort(-probabilities[:, label], kind="stable")
         sorted_probabilities = probabilities[order, label]
-        f1 = 2 * np.cumsum(actual[order, label]) / (np.arange(1, len(order) + 1) + actual[:, label].sum())
+        taken = np.arange(1, len(order) + 1)
+        f1 = 2 * np.cumsum(actual[order, label]) / (taken + actual[:, label].sum())
         lower = np.append(sorted_probabilities[1:], -1e-9)  # one may be 0
-        best = np.argmax(np.where(sorted_probabilities > lower, f1, -1))  # not between two that are the same
+        best = np.argmax(np.where(sorted_probabilities > lower, f1, -1))  # not between the same two
         thresholds[label] = (sorted_probabilities[best] + lower[best]) / 2
     return thresholds
 
 
 def decide(probabilities, thresholds):
-    """(n, m) bool: the most probable class, or where there are thresholds every label that reaches its own."""
+    """(n, m) bool: the most probable class, or every label that reaches its threshold, if there are any."""
     if thresholds is not None:
         return probabilities >= thresholds
     return np.arange(probabilities.shape[1]) == probabilities.argmax(1)[:, None]
 
 
 def score(probabilities, actual, thresholds, classes):
-    """All metrics of a split as a dict. thresholds: (m,), tuned elsewhere, or None: an image has one class."""
+    """All metrics of a split as a dict. thresholds: (m,), tuned elsewhere; None: an image has one class."""
     multi_label, n = thresholds is not None, len(actual)
     predicted = decide(probabilities, thresholds)
     draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=1000)  # images, drawn anew
@@ -196,18 +197,18 @@ def read_split(shard):
         if number not in left_out and "labels" in record:
             rows.setdefault((image, tuple(record["labels"])), record["image"])
     numbers = [image for image, _ in rows]
+    size = shard.manifest["image"]["size"]
+    pixels = np.empty((len(numbers), size, size, 3), np.uint8)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets go of the interpreter lock
-        size = shard.manifest["image"]["size"]
-        pixels = np.empty((len(numbers), size, size, 3), np.uint8)
-        for place, image in enumerate(tqdm(pool.map(shard.read_image, numbers, chunksize=64), leave=False,
-                                           desc=str(shard.folder), total=len(numbers), unit=" images")):
+        images = pool.map(shard.read_image, numbers)
+        for place, image in enumerate(tqdm(images, str(shard.folder), len(numbers), leave=False)):
             pixels[place] = image
     labels = np.array([[name in found for name in classes] for _, found in rows], bool)
     return Split(pixels, labels.reshape(-1, len(classes)), list(rows.values()))
 
 
 def hold_out(split):
-    """A training Split in two, nine tenths and one tenth of each combination of labels, always the same."""
+    """A training Split in nine tenths and one tenth of each combination of labels, always the same."""
     keys, held = random_keys(0, 0, 0, len(split.names)), []
     for combination in np.unique(split.labels, axis=0):
         numbers = np.flatnonzero((split.labels == combination).all(1))
@@ -245,19 +246,19 @@ def open_dataset(name, config, image_size):
     if "validation" not in splits:
         splits["train"], splits["validation"] = hold_out(splits["train"])
         if not len(splits["validation"].names):
-            raise UserError(f"{folder}/train: fewer than 6 images of each class are too few to hold some "
-                            "out for validation; bring more, or a validation split")
+            raise UserError(f"{folder}/train: fewer than 6 images of each class, too few to hold some out "
+                            "for validation; bring more, or a validation split")
     for split, found in splits.items():
         if not len(found.names):
             raise UserError(f"{folder}/{split}: no image in it; its manifest.json counts why")
     present = splits["train"].labels.any(0)
     if not present.all():
-        raise UserError(f"{folder}/train: no image of class {classes[int(np.argmin(present))]!r}; bring some, "
-                        "or leave the class out")
+        raise UserError(f"{folder}/train: no image of class {classes[int(np.argmin(present))]!r}; bring "
+                        "some, or leave the class out")
     for split in ("train", "test"):
         if len(classes) > 1 and (splits[split].labels == splits[split].labels[0]).all():
-            raise UserError(f"{folder}/{split}: all of its {len(splits[split].names)} images have the same "
-                            "label: nothing to tell apart")
+            raise UserError(f"{folder}/{split}: all of its {len(splits[split].names)} images have the "
+                            "same label: nothing to tell apart")
     return splits, shards["train"].manifest
 
 
@@ -284,7 +285,7 @@ def make_encoder(config, device):
     """The encoder that is asked for, in float32."""
     if config.encoder == "openmedq":
         if not config.run:
-            raise UserError("--encoder=openmedq: name the train_vlm.py run that it comes from with --run")
+            raise UserError("--encoder=openmedq: name the train_vlm.py run that it is of with --run")
         return ViT.from_run(config.run, device)
     if config.encoder == "scratch":
         with torch.device(device):
@@ -316,7 +317,7 @@ def augment(images, generator):
 
 
 def make_optimizer(model, config):
-    """AdamW; matrices and convolutions decay, nothing else. A group's "scale" is that of its learning rate."""
+    """AdamW; matrices and convolutions decay, nothing else. "scale" is a group's, of the learning rate."""
     def depth_of(name):
         """0 where images enter, then a block each; the head and the norm before it come last."""
         parts = name.split(".")
@@ -349,9 +350,10 @@ def learning_rate_at(step, steps, config):
 # ----------------------------------------------------------------------------- one run
 
 def to_device(array, device):
-    """A numpy array as a tensor; a copy to a GPU runs beside what the GPU does meanwhile."""
+    """A numpy array as a tensor. A GPU does not wait for its copy."""
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor.to(device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -454,7 +456,7 @@ def read_results(config):
 
 
 def train(dataset, splits, manifest, config, device, dtype):
-    """One run from its start, or where it was stopped, to its test; returns its line of results.jsonl."""
+    """One run from its start, or from where it was stopped, to its test: its line of results.jsonl."""
     name, classes = config.name or config.encoder, manifest["classes"]
     folder = Path(config.out) / dataset / name / f"seed_{config.seed}"
     flags = {key: value for key, value in asdict(config).items() if key not in FREE}
@@ -465,7 +467,8 @@ def train(dataset, splits, manifest, config, device, dtype):
         json.loads((folder / "config.json").read_text()) if state_file.is_file() else flags)
     for key, value in flags.items():
         if before[key] != value:
-            raise UserError(f"--{key}={value}: the run in {folder} has {before[key]}; choose another --name")
+            raise UserError(f"--{key}={value}: the run in {folder} has {before[key]}; choose another "
+                            "--name")
     if done:
         print(f"{folder}: finished already")
         return done
@@ -495,11 +498,12 @@ def train(dataset, splits, manifest, config, device, dtype):
     told = log_file.read_text(encoding="utf-8").splitlines(True)[:first] if first else []
     with open(log_file, "w", encoding="utf-8") as log:
         log.writelines(told)
-        for epoch in (bar := tqdm(range(first, epochs), str(folder), unit=" epochs", dynamic_ncols=True)):
+        for epoch in (bar := tqdm(range(first, epochs), str(folder), unit=" epochs")):
             try:
                 loss = train_epoch(model, optimizer, few, epoch, multi_label, config, device, autocast)
             except FloatingPointError as error:
-                raise UserError(f"{folder}: epoch {epoch + 1}: {error}; try a lower --learning_rate") from None
+                raise UserError(f"{folder}: epoch {epoch + 1}: {error}; try a lower "
+                                "--learning_rate") from None
             found = predict(model, splits["validation"].pixels, multi_label, config, device, autocast)
             actual = splits["validation"].labels
             thresholds = tune_thresholds(found, actual) if multi_label else None
@@ -543,18 +547,18 @@ def print_run(entry):
     """A run's metrics, its classes, and, where an image has one class, its confusion matrix."""
     test = entry["test"]
     low, high = test["interval"]
-    print(f"\n{entry['dataset']}, {entry['name']}, seed {entry['seed']}: {test['images']:,} test images, "
-          f"epoch {entry['best_epoch']}\n  macro-F1 {test['macro_f1']:.3f} ({low:.3f} to {high:.3f}), "
+    print(f"\n{entry['dataset']}, {entry['name']}, seed {entry['seed']}: {test['images']:,} test "
+          f"images, epoch {entry['best_epoch']}\n  macro-F1 {test['macro_f1']:.3f} ({low:.3f} to {high:.3f}), "
           f"accuracy {test['accuracy']:.3f}, balanced {test['balanced_accuracy']:.3f}, "
           f"AUROC {math.nan if test['auroc'] is None else test['auroc']:.3f}")
     if "positive_f1" in test:
         print(f"  at thresholds of 0.5: {test['macro_f1_at_0.5']:.3f}; of having a label alone: "
               f"{test['positive_f1']:.3f}, at 0.5 {test['positive_f1_at_0.5']:.3f}")
     width = max(map(len, test["classes"]))
-    print(f"  {'':{width}}     F1  recall  AUROC  images" + ("   taken for, in this order" *
-                                                             ("confusion" in test)))
-    for number, (name, found) in enumerate(test["classes"].items()):
-        row = "  ".join(f"{count:4}" for count in test["confusion"][number]) if "confusion" in test else ""
+    confusion = test.get("confusion", [[]] * len(test["classes"]))
+    print(f"  {'':{width}}     F1  recall  AUROC  images" + "   taken for, in this order" * bool(confusion[0]))
+    for (name, found), counts in zip(test["classes"].items(), confusion):
+        row = "  ".join(f"{count:4}" for count in counts)
         area = math.nan if found["auroc"] is None else found["auroc"]
         print(f"  {name:{width}}  {found['f1']:.3f}   {found['recall']:.3f}  {area:.3f}  "
               f"{found['images']:6,}   {row}")
@@ -567,9 +571,9 @@ def sign_flip(differences):
     How often paired differences would have a mean as far from 0 if each had either sign with the
     same chance: a two-sided p, exact up to 16 of them, else by 100,000 draws.
     """
-    differences = np.array(differences)
-    signs = (np.array(list(itertools.product((1, -1), repeat=len(differences)))) if len(differences) <= 16
-             else np.random.default_rng(0).choice((1, -1), (100_000, len(differences))))
+    differences, count = np.array(differences), len(differences)
+    signs = (np.array(list(itertools.product((1, -1), repeat=count))) if count <= 16 else
+             np.random.default_rng(0).choice((1, -1), (100_000, count)))
     signs[0] = 1  # what was found is one of the draws
     return float((np.abs(signs @ differences) >= abs(differences.sum()) - 1e-12).mean())
 
@@ -590,7 +594,8 @@ def report(config):
         if not seeds:
             return ""
         values = list(seeds.values())
-        return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+        spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+        return f"{np.mean(values):.3f}{spread}"
 
     rows = [[dataset, *(cell(cells.get((dataset, name))) for name in names)] for dataset in datasets]
     whole = [all((dataset, name) in cells for dataset in EIGHT) for name in names]
@@ -609,9 +614,9 @@ def report(config):
         if pairs:
             differences = [cells[dataset, names[0]][seed] - cells[dataset, other][seed]
                            for dataset, seed in pairs]
-            print(f"{names[0]} - {other}: {np.mean(differences):+.3f} over {len(pairs)} pairs of dataset and "
-                  f"seed, higher in {sum(d > 0 for d in differences)}, p = {sign_flip(differences):.3f} "
-                  "(signs flipped)")
+            print(f"{names[0]} - {other}: {np.mean(differences):+.3f} over {len(pairs)} pairs of dataset "
+                  f"and seed, higher in {sum(d > 0 for d in differences)}, "
+                  f"p = {sign_flip(differences):.3f} (signs flipped)")
 
 
 # ----------------------------------------------------------------------------- new images
@@ -621,7 +626,7 @@ def predict_folder(dataset, config, device, dtype):
     folder = Path(config.out) / dataset / (config.name or config.encoder) / f"seed_{config.seed}"
     model, facts = load_model(folder, device)
     source = Path(config.predict)
-    files = sorted(path for path in source.rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = sorted(path for path in source.rglob("*") if path.is_file() and path.name[0] != ".")
     if not files:
         raise UserError(f"--predict={source}: no file there")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
@@ -639,7 +644,7 @@ def predict_folder(dataset, config, device, dtype):
                      *(f"{p:.6f}" for p in found[0])])
     target = folder / f"predicted_{source.resolve().name}.csv"
     write_csv(target, ["image", "predicted", *facts["classes"]], rows)
-    print(f"{target}: {len(rows):,} images" + (f", {unreadable:,} files could not be read" * (unreadable > 0)))
+    print(f"{target}: {len(rows):,} images, {unreadable:,} files that could not be read")
 
 
 def main(config):

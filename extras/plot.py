@@ -1,10 +1,9 @@
 """
-Draw what was measured.
+Draw the runs of train_cls.py as bars, a group a dataset and a bar an encoder, beside the paper's means.
 
-    python extras/plot.py --what=classification
+    python extras/plot.py
 
-draws the runs of train_cls.py as bars, a group a dataset and a bar an encoder, beside the paper's
-means. What was not run is left blank. Needs extras/requirements.txt.
+What was not run is left blank. Needs `pip install -r extras/requirements.txt`.
 """
 
 import sys
@@ -16,7 +15,6 @@ import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -34,9 +32,8 @@ MORE_COLOURS = ("#E69F00", "#CC79A7", "#F0E442", "#000000")
 
 @dataclass(frozen=True)
 class Config:
-    what: Literal["classification"] = "classification"  # to draw
     out: str = "out/cls"  # where train_cls.py put its runs
-    path: str = ""  # of the PNG; none: out/<what>.png
+    path: str = "out/classification.png"  # of the picture
     start: float = 0.4  # of the y axis, which the picture states; lower where a bar would not be seen
 
 
@@ -141,12 +138,8 @@ def draw_classification(config):
     return figure
 
 
-PICTURES = {"classification": draw_classification}
-
-
 def main(config):
-    figure = PICTURES[config.what](config)
-    path = Path(config.path or f"out/{config.what}.png")
+    figure, path = draw_classification(config), Path(config.path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     print(f"{path} drawn")

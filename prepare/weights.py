@@ -13,7 +13,6 @@ import re
 import shutil
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Callable
 
 from data import UserError

@@ -35,7 +35,7 @@ def draw(tmp_path, results):
     lines = [json.dumps(entry) + "\n" for entry in results.values()]
     (tmp_path / "results.jsonl").write_text("".join(lines))
     return subprocess.run(
-        [sys.executable, "extras/plot.py", "--what=classification", f"--out={tmp_path}",
+        [sys.executable, "extras/plot.py", f"--out={tmp_path}",
          f"--path={tmp_path}/deep/picture.png"], cwd=ROOT, text=True, capture_output=True)
 
 

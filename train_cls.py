@@ -10,7 +10,7 @@ The head reads the class token and the mean of the patch tokens side by side, Li
 validation split is the one that is tested. A run that was killed goes on where it stopped when the
 same command is given again, and one that is finished is not made twice.
 
-Each run is a line of results.jsonl, and a folder <out>/<dataset>/<name>/seed_<n>: best/ (encoder, head,
+Each run is a line of results.jsonl, and a folder <out>/<dataset>/<name>/seed_<n>: model/ (encoder, head,
 classes), log.jsonl, test.csv (probabilities).
 """
 

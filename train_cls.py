@@ -455,57 +455,31 @@ def read_results(config):
     return {(entry["dataset"], entry["name"], entry["seed"]): entry for entry in map(json.loads, lines)}
 
 
-def train(dataset, splits, manifest, config, device, dtype):
-    """One run from its start, or from where it was stopped, to its test: its line of results.jsonl."""
-    name, classes = config.name or config.encoder, manifest["classes"]
-    folder = Path(config.out) / dataset / name / f"seed_{config.seed}"
-    flags = {key: value for key, value in asdict(config).items() if key not in FREE}
-    flags["dataset"] = dataset
-    done = read_results(config).get((dataset, name, config.seed))
-    state_file, log_file = folder / "state.pt", folder / "log.jsonl"
-    before = done["flags"] if done else (
-        json.loads((folder / "config.json").read_text()) if state_file.is_file() else flags)
-    for key, value in flags.items():
-        if before[key] != value:
-            raise UserError(f"--{key}={value}: the run in {folder} has {before[key]}; choose another "
-                            "--name")
-    if done:
-        print(f"{folder}: finished already")
-        return done
-
-    torch.manual_seed(config.seed)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    model = Classifier(make_encoder(config, device), len(classes)).to(device)
-    # No part of an encoder acts otherwise in training, but for batch norms, which keep their statistics.
-    model.eval().encoder.requires_grad_(not config.frozen)
+def train(model, splits, few, multi_label, folder, config, device, autocast):
+    """
+    All epochs, or those that are left of a run that was stopped. The model ends with the weights of
+    the best one; returns that epoch's number and its macro-F1 on validation.
+    """
     optimizer = make_optimizer(model, config)
-    few = splits["train"]
-    if config.images_per_class:
-        few = choose_few(few, config.images_per_class, config.seed)
-    everyone = np.concatenate([split.labels for split in splits.values()])
-    multi_label = bool((everyone.sum(1) != 1).any())
-
-    first, best, best_epoch, best_weights = 0, -1.0, 0, None
-    folder.mkdir(parents=True, exist_ok=True)
+    state_file, log_file = folder / "state.pt", folder / "log.jsonl"
+    first, best, best_epoch, best_weights, lines = 0, -1.0, 0, None, []
     if state_file.is_file():
         state = torch.load(state_file, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first, best, best_epoch = state["epoch"], state["best"], state["best_epoch"]
         best_weights = state["best_weights"]
-    (folder / "config.json").write_text(json.dumps(flags, indent=2) + "\n")
-    start, epochs = time.perf_counter(), config.epochs
-    told = log_file.read_text(encoding="utf-8").splitlines(True)[:first] if first else []
+        lines = log_file.read_text(encoding="utf-8").splitlines(keepends=True)[:first]
+    actual = splits["validation"].labels
     with open(log_file, "w", encoding="utf-8") as log:
-        log.writelines(told)
-        for epoch in (bar := tqdm(range(first, epochs), str(folder), unit=" epochs")):
+        log.writelines(lines)
+        for epoch in (bar := tqdm(range(first, config.epochs), str(folder), unit=" epochs")):
             try:
                 loss = train_epoch(model, optimizer, few, epoch, multi_label, config, device, autocast)
             except FloatingPointError as error:
                 raise UserError(f"{folder}: epoch {epoch + 1}: {error}; try a lower "
                                 "--learning_rate") from None
             found = predict(model, splits["validation"].pixels, multi_label, config, device, autocast)
-            actual = splits["validation"].labels
             thresholds = tune_thresholds(found, actual) if multi_label else None
             validation = float(macro_f1(decide(found, thresholds), actual, multi_label))
             if validation > best:
@@ -518,28 +492,59 @@ def train(dataset, splits, manifest, config, device, dtype):
             if (epoch + 1) % config.save_every == 0:
                 save_state(state_file, model=model.state_dict(), optimizer=optimizer.state_dict(),
                            epoch=epoch + 1, best=best, best_epoch=best_epoch, best_weights=best_weights)
-    seconds = time.perf_counter() - start
-
     model.load_state_dict(best_weights)
-    thresholds = None
-    if multi_label:
-        thresholds = tune_thresholds(predict(model, splits["validation"].pixels, True, config, device,
-                                             autocast), splits["validation"].labels)
-    test = splits["test"]
-    found = predict(model, test.pixels, multi_label, config, device, autocast)
+    return best_epoch, best
+
+
+def make_run(dataset, splits, manifest, config, device, dtype):
+    """Train and test with one seed, unless that was done; returns the run's line of results.jsonl."""
+    name, classes = config.name or config.encoder, manifest["classes"]
+    folder = Path(config.out) / dataset / name / f"seed_{config.seed}"
+    flags = {key: value for key, value in asdict(config).items() if key not in FREE}
+    flags["dataset"] = dataset
+    done = read_results(config).get((dataset, name, config.seed))
+    before = done["flags"] if done else (json.loads((folder / "config.json").read_text())
+                                         if (folder / "state.pt").is_file() else flags)
+    for key, value in flags.items():
+        if before.get(key) != value:
+            raise UserError(f"--{key}={value}: the run in {folder} has {before.get(key)}; choose another "
+                            "--name")
+    if done:
+        print(f"{folder}: finished already")
+        return done
+
+    start = time.perf_counter()
+    torch.manual_seed(config.seed)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    model = Classifier(make_encoder(config, device), len(classes)).to(device)
+    # No part of an encoder acts otherwise in training, but for batch norms, which keep their statistics.
+    model.eval().encoder.requires_grad_(not config.frozen)
+    few = splits["train"]
+    if config.images_per_class:
+        few = choose_few(few, config.images_per_class, config.seed)
+    everyone = np.concatenate([split.labels for split in splits.values()])
+    multi_label = bool((everyone.sum(1) != 1).any())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(flags, indent=2) + "\n")
+    best_epoch, best = train(model, splits, few, multi_label, folder, config, device, autocast)
+
+    validation, test = (predict(model, splits[split].pixels, multi_label, config, device, autocast)
+                        for split in ("validation", "test"))
+    actual = splits["test"].labels
+    thresholds = tune_thresholds(validation, splits["validation"].labels) if multi_label else None
     entry = {"dataset": dataset, "name": name, "seed": config.seed, "best_epoch": best_epoch,
-             "validation": best, "test": score(found, test.labels, thresholds, classes),
-             "train_images": len(few.names), "seconds": round(seconds, 1), "flags": flags,
-             "shards": manifest["images_sha256"], "machine": describe_machine(device)}
+             "validation": best, "test": score(test, actual, thresholds, classes),
+             "train_images": len(few.names), "seconds": round(time.perf_counter() - start, 1),
+             "flags": flags, "shards": manifest["images_sha256"], "machine": describe_machine(device)}
     save_model(folder, model, {
         "classes": classes, "image": manifest["image"],
         "thresholds": None if thresholds is None else thresholds.tolist()})
     write_csv(folder / "test.csv", ["image", "labels", *classes], [
         [image, "|".join(np.array(classes)[labels]), *(f"{p:.6f}" for p in probabilities)]
-        for image, labels, probabilities in zip(test.names, test.labels, found)])
+        for image, labels, probabilities in zip(splits["test"].names, actual, test)])
     with open(Path(config.out) / "results.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
-    state_file.unlink(missing_ok=True)
+    (folder / "state.pt").unlink(missing_ok=True)
     return entry
 
 
@@ -548,7 +553,8 @@ def print_run(entry):
     test = entry["test"]
     low, high = test["interval"]
     print(f"\n{entry['dataset']}, {entry['name']}, seed {entry['seed']}: {test['images']:,} test "
-          f"images, epoch {entry['best_epoch']}\n  macro-F1 {test['macro_f1']:.3f} ({low:.3f} to {high:.3f}), "
+          f"images, epoch {entry['best_epoch']}\n"
+          f"  macro-F1 {test['macro_f1']:.3f} ({low:.3f} to {high:.3f}), "
           f"accuracy {test['accuracy']:.3f}, balanced {test['balanced_accuracy']:.3f}, "
           f"AUROC {math.nan if test['auroc'] is None else test['auroc']:.3f}")
     if "positive_f1" in test:
@@ -556,7 +562,8 @@ def print_run(entry):
               f"{test['positive_f1']:.3f}, at 0.5 {test['positive_f1_at_0.5']:.3f}")
     width = max(map(len, test["classes"]))
     confusion = test.get("confusion", [[]] * len(test["classes"]))
-    print(f"  {'':{width}}     F1  recall  AUROC  images" + "   taken for, in this order" * bool(confusion[0]))
+    taken_for = "   taken for, in this order" * bool(confusion[0])
+    print(f"  {'':{width}}     F1  recall  AUROC  images{taken_for}")
     for (name, found), counts in zip(test["classes"].items(), confusion):
         row = "  ".join(f"{count:4}" for count in counts)
         area = math.nan if found["auroc"] is None else found["auroc"]
@@ -665,7 +672,7 @@ def main(config):
             continue
         splits, manifest = open_dataset(name, config, image_size)
         for seed in range(config.seed, config.seed + config.seeds):
-            print_run(train(name, splits, manifest, replace(config, seed=seed), device, dtype))
+            print_run(make_run(name, splits, manifest, replace(config, seed=seed), device, dtype))
     if config.seeds > 1 and not config.predict:
         print()
         report(config)

@@ -455,7 +455,7 @@ def test_scales_and_decay_of_a_resnet():
 
 
 def test_frozen_leaves_the_head_alone(tmp_path, monkeypatch):
-    """As train() does it, up to where it has an optimiser."""
+    """As make_run() does it, up to where it has an optimiser."""
     class Stop(Exception):
         pass
 
@@ -467,7 +467,7 @@ def test_frozen_leaves_the_head_alone(tmp_path, monkeypatch):
     splits = {"train": make_split(np.eye(3, dtype=bool))}
     for frozen in True, False:
         with pytest.raises(Stop) as stopped:
-            train_cls.train("d", splits, {"classes": ["a", "b", "c"]}, Config(
+            train_cls.make_run("d", splits, {"classes": ["a", "b", "c"]}, Config(
                 out=str(tmp_path), frozen=frozen), torch.device("cpu"), torch.float32)
         groups = stopped.value.args[0]
         assert {"head.weight", "head.bias"} <= set(groups)

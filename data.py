@@ -189,7 +189,7 @@ def load_image(content, at_least=0):
     image.load()  # decode now: a truncated file must fail here
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
-        pixels = np.array(image, dtype=np.float32)  # in place: it may have 179 million of them
+        pixels = np.array(image, dtype=np.float32)  # in place: it may have 89 million of them
         pixels -= pixels.min()
         pixels *= 255 / max(pixels.max(), 1e-12)
         image = Image.fromarray(pixels.round(out=pixels).astype(np.uint8))
@@ -375,14 +375,14 @@ class Mixture:
     shards: list of Shard; weights: how often each is seen in an epoch (2: twice; 0.5: half of it,
     the other half in the next epoch). questions_per_image: how many questions of a step may share
     one copy of their image; 1 is plain sampling, 0 sets no limit. held_out: about how many samples
-    to keep for validation, whole images at a time. left_out: for each shard the numbers of samples
-    to leave out. So are those whose answer does not fit into a row, counted in `too_long`; those
-    whose prompt is cut are counted in `cut`.
+    to keep for validation, whole images at a time. leaks: for each shard what Shard.read_leaks says;
+    what is to be dropped is left out. So are samples whose answer does not fit into a row, counted
+    in `too_long`; those whose prompt is cut are counted in `cut`.
     """
 
     def __init__(self, shards, image_tokens, batch_size=64, weights=None, questions_per_image=1,
-                 row_length=1024, rows_per_batch=1, seed=0, held_out=0, left_out=None):
-        self.shards, self.image_tokens, self.seed = shards, image_tokens, seed
+                 row_length=1024, rows_per_batch=1, seed=0, held_out=0, leaks=None):
+        self.shards, self.image_tokens, self.seed, self.leaks = shards, image_tokens, seed, leaks
         self.batch_size, self.questions_per_image = batch_size, questions_per_image
         self.row_length, self.rows_per_batch = row_length, rows_per_batch
         self.starts = np.cumsum([0] + [len(shard) for shard in shards])  # number of each first sample
@@ -393,8 +393,8 @@ class Mixture:
             prefix = np.where(samples["image"] >= 0, 1 + image_tokens, 1)
             room = row_length - prefix - samples["answer"].astype(np.int64)
             usable = room >= 1
-            if left_out:
-                usable[left_out[index]] = False
+            if leaks and leaks[index][0] == "drop":
+                usable[leaks[index][1]] = False
             self.too_long += int((room < 1).sum())
             self.cut += int(((room >= 1) & (samples["prompt"] > room)).sum())
             # A text-only sample is a group of its own: numbered after the images.
@@ -553,7 +553,7 @@ def open_mixture(names, shards_dir, split, **settings):
 
     Raises UserError when a dataset is not prepared or the datasets' tokenizers differ.
     """
-    shards, weights, left_out = [], [], []
+    shards, weights, leaks = [], [], []
     for entry in names.split(","):
         name, _, weight = entry.strip().partition(":")
         try:
@@ -562,10 +562,9 @@ def open_mixture(names, shards_dir, split, **settings):
             raise UserError(f"--data: {weight!r} is no weight; write name:2 or name") from None
         shards.append(Shard(Path(shards_dir) / name / split))
         shards[-1].require_questions()
-        leaks, numbers = shards[-1].read_leaks()
-        left_out.append(numbers if leaks == "drop" else [])
+        leaks.append(shards[-1].read_leaks())
     tokenizers = {shard.manifest["tokenizer_sha256"] for shard in shards}
     if len(tokenizers) > 1:
         raise UserError(f"--data: {names} were prepared with different tokenizers; prepare them "
                         "with one: `python prepare/all.py --tokenizer=...`")
-    return Mixture(shards, weights=weights, left_out=left_out, **settings)
+    return Mixture(shards, weights=weights, leaks=leaks, **settings)

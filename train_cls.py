@@ -39,6 +39,7 @@ from model import CONFIGS, ViT, describe_machine, load_encoder, normalise, pick_
 
 EIGHT = ("cxr8", "med_fmc_chest", "med_fmc_colon", "med_fmc_endo", "busi", "chaoyang", "cbis_ddsm",
          "mendeley_cxray")
+MEAN = "mean of the eight"
 PAPER = {"openmedq": 0.757, "biomedclip": 0.745, "pubmedclip": 0.746, "pmc_clip": 0.745,
          "scratch": 0.616}  # the paper's mean macro-F1 over the eight
 
@@ -585,44 +586,62 @@ def sign_flip(differences):
     return float((np.abs(signs @ differences) >= abs(differences.sum()) - 1e-12).mean())
 
 
+def measured(results):
+    """
+    {group: {encoder: (macro-F1 on test, its standard deviation over seeds)}}, a group being a dataset or
+    the mean of the eight, and the names of the encoders, each in the order in which they are shown.
+
+    What was not run is not among them. The mean of the eight is there for encoders that were run on all
+    of them; its deviation is that of the means of the seeds that all of them have. A deviation is
+    NaN where there is one seed.
+    """
+    scores = defaultdict(lambda: defaultdict(dict))
+    for (dataset, name, seed), entry in results.items():
+        scores[dataset][name][seed] = entry["test"]["macro_f1"]
+    names = sorted({name for _, name, _ in results}, key=lambda name: ([*PAPER, name].index(name), name))
+    groups = {}
+    for dataset in [*filter(scores.get, EIGHT), *sorted(scores.keys() - set(EIGHT))]:
+        cells = {name: list(scores[dataset][name].values()) for name in names if name in scores[dataset]}
+        groups[dataset] = {name: (np.mean(values), deviation(values)) for name, values in cells.items()}
+    whole = [name for name in names if all(name in groups.get(dataset, {}) for dataset in EIGHT)]
+    if whole:
+        groups[MEAN] = {}
+    for name in whole:
+        common = set.intersection(*(set(scores[dataset][name]) for dataset in EIGHT))
+        means = [np.mean([scores[dataset][name][seed] for dataset in EIGHT]) for seed in common]
+        groups[MEAN][name] = np.mean([groups[dataset][name][0] for dataset in EIGHT]), deviation(means)
+    return groups, names
+
+
+def deviation(values):
+    return np.std(values, ddof=1) if len(values) > 1 else math.nan
+
+
 def report(config):
     """Print the runs made so far as a table, the paper's means beside it, and what differs reliably."""
     results = read_results(config)
     if not results:
         raise UserError(f"{config.out}/results.jsonl: no run yet; make one with --dataset and --encoder")
-    cells = defaultdict(dict)  # (dataset, name) -> {seed: macro-F1}
-    for (dataset, name, seed), entry in results.items():
-        cells[dataset, name][seed] = entry["test"]["macro_f1"]
-    found = {dataset for dataset, _ in cells}
-    datasets = [name for name in EIGHT if name in found] + sorted(found - set(EIGHT))
-    names = sorted({name for _, name in cells}, key=lambda name: ([*PAPER, name].index(name), name))
-
-    def cell(seeds):
-        if not seeds:
-            return ""
-        values = list(seeds.values())
-        spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-        return f"{np.mean(values):.3f}{spread}"
-
-    rows = [[dataset, *(cell(cells.get((dataset, name))) for name in names)] for dataset in datasets]
-    whole = [all((dataset, name) in cells for dataset in EIGHT) for name in names]
-    means = [f"{np.mean([np.mean(list(cells[dataset, name].values())) for dataset in EIGHT]):.3f}"
-             if complete else "" for name, complete in zip(names, whole)]
-    rows += [["mean of the eight", *means],
+    groups, names = measured(results)
+    means = groups.pop(MEAN, {})
+    rows = [["macro-F1 on test", *names]]
+    for group, found in groups.items():
+        cells = {name: f"{mean:.3f}" + ("" if math.isnan(spread) else f" ± {spread:.3f}")
+                 for name, (mean, spread) in found.items()}
+        rows.append([group, *(cells.get(name, "") for name in names)])
+    rows += [[MEAN, *(f"{means[name][0]:.3f}" if name in means else "" for name in names)],
              ["the paper's mean", *(f"{PAPER[name]:.3f}" if name in PAPER else "" for name in names)]]
-    rows.insert(0, ["macro-F1 on test", *names])
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
     print("mean over seeds ± their standard deviation; a mean of the eight where all eight were run")
     for other in names[1:]:
-        pairs = [(dataset, seed) for dataset in datasets for seed in cells.get((dataset, names[0]), {})
-                 if seed in cells.get((dataset, other), {})]
-        if pairs:
-            differences = [cells[dataset, names[0]][seed] - cells[dataset, other][seed]
-                           for dataset, seed in pairs]
-            print(f"{names[0]} - {other}: {np.mean(differences):+.3f} over {len(pairs)} pairs of dataset "
-                  f"and seed, higher in {sum(d > 0 for d in differences)}, "
+        differences = [entry["test"]["macro_f1"] - results[dataset, other, seed]["test"]["macro_f1"]
+                       for (dataset, name, seed), entry in results.items()
+                       if name == names[0] and (dataset, other, seed) in results]
+        if differences:
+            print(f"{names[0]} - {other}: {np.mean(differences):+.3f} over {len(differences)} pairs of "
+                  f"dataset and seed, higher in {sum(d > 0 for d in differences)}, "
                   f"p = {sign_flip(differences):.3f} (signs flipped)")
 
 

@@ -110,8 +110,8 @@ def open_data(config):
         batch_size=config.batch_size, questions_per_image=config.questions_per_image,
         row_length=config.row_length, seed=config.seed, held_out=config.held_out,
         rows_per_batch=max(1, config.micro_batch_tokens // config.row_length))
-    for shard, train, held in zip(mixture.shards, mixture.train, mixture.held_out):
-        leaks, numbers = shard.read_leaks()
+    for shard, train, held, (leaks, numbers) in zip(mixture.shards, mixture.train, mixture.held_out,
+                                                    mixture.leaks):
         told = f", {len(numbers):,} {'left out' if leaks == 'drop' else 'kept'} whose image a test split has"
         print(f"{shard.folder}: {len(train):,} samples to train on, {len(held):,} held out"
               f"{told if len(numbers) else ''}")
@@ -293,7 +293,7 @@ def main(config):
     shutil.copy(tokenizer.path, folder / "tokenizer.model")
     (folder / "config.json").write_text(json.dumps(
         {"flags": asdict(config), "tokenizer_sha256": tokenizer.sha256,
-         "leaks": {str(shard.folder): shard.read_leaks()[0] for shard in mixture.shards},
+         "leaks": {str(shard.folder): leaks for shard, (leaks, _) in zip(mixture.shards, mixture.leaks)},
          "machine": describe_machine(device)}, indent=2) + "\n")
     write_log = open_log(config, folder)
 

@@ -19,10 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from data import UserError, run
-from train_cls import EIGHT, PAPER, read_results
+from train_cls import MEAN, PAPER, measured, read_results
 
 SIZE = (12, 5)  # inches, of 100 pixels
-MEAN = "mean of the eight"
 # Okabe and Ito's colours, which those who are colour-blind can tell apart; the encoders keep theirs
 # whichever others are drawn beside them.
 COLOURS = {"openmedq": "#D55E00", "biomedclip": "#0072B2", "pubmedclip": "#56B4E9",
@@ -56,37 +55,6 @@ def wrap(name, width):
 
 
 # ----------------------------------------------------------------------------- classification
-
-def measured(results):
-    """
-    The bars' heights, {group: {encoder: (macro-F1, its standard deviation over seeds)}}, and the
-    encoders, each in the order in which they are drawn.
-
-    What was not run is not among them. The mean of the eight is there for encoders that were run on all
-    of them; its deviation is that of the means of the seeds that all of them have. A deviation is
-    NaN where there is one seed.
-    """
-    scores = defaultdict(lambda: defaultdict(dict))
-    for (dataset, name, seed), entry in results.items():
-        scores[dataset][name][seed] = entry["test"]["macro_f1"]
-    names = sorted({name for _, name, _ in results}, key=lambda name: ([*PAPER, name].index(name), name))
-    bars = {}
-    for dataset in [*filter(scores.get, EIGHT), *sorted(scores.keys() - set(EIGHT))]:
-        cells = {name: list(scores[dataset][name].values()) for name in names if name in scores[dataset]}
-        bars[dataset] = {name: (np.mean(values), deviation(values)) for name, values in cells.items()}
-    whole = [name for name in names if all(name in bars.get(dataset, {}) for dataset in EIGHT)]
-    if whole:
-        bars[MEAN] = {}
-    for name in whole:
-        common = set.intersection(*(set(scores[dataset][name]) for dataset in EIGHT))
-        means = [np.mean([scores[dataset][name][seed] for dataset in EIGHT]) for seed in common]
-        bars[MEAN][name] = np.mean([bars[dataset][name][0] for dataset in EIGHT]), deviation(means)
-    return bars, names
-
-
-def deviation(values):
-    return np.std(values, ddof=1) if len(values) > 1 else math.nan
-
 
 def draw_classification(config):
     """Macro-F1 of every dataset and encoder, like the paper's figure 1a."""

@@ -70,9 +70,10 @@ def alike(these, those, bits=ALIKE):
     pairs = [np.zeros((0, 2), np.int64)]
     for first in range(0, len(these), 4096):
         left = these[first:first + 4096]
+        left_signs = signs(left)
         for other in range(0, len(those), 4096):
             right = those[other:other + 4096]
-            near = signs(left) @ signs(right).T >= 256 - 2 * bits  # equal bits less unequal ones
+            near = left_signs @ signs(right).T >= 256 - 2 * bits  # equal bits less unequal ones
             near &= left.any(axis=1)[:, None] & right.any(axis=1)
             pairs.append(np.argwhere(near) + (first, other))
     pairs = np.concatenate(pairs)

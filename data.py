@@ -8,9 +8,11 @@ A shard is one split of one dataset, a folder of files that are mapped, never lo
     images.bin      the encoded images, end to end, each stored once however many ask about it
     images.idx      one IMAGE record an image
     fingerprints.bin  one record an image, by which prepare/leaks.py finds it again elsewhere
-    records.jsonl   the words: id, question, answer, type, image name, one line a sample
+    records.jsonl   the words: id, question, answer, type, image name, one line a sample; and where
+                    there are any: context, labels, references
     manifest.json   written last: counts, settings, licence, and the size and hash of each file
-    leaks.json      beside a training split: the samples whose image a test split has, too
+    leaks.json      beside a training split: the samples whose image a test split has, too, and those
+                    images of the test split
 
 The loader packs the samples of a step into rows of T tokens. A group is one image with up to
 `questions_per_image` questions about it, or one text-only sample:
@@ -48,7 +50,7 @@ from PIL import Image, ImageOps
 
 BOS, EOS = 1, 2  # LLaMA's ids; PMC-LLaMA's config.json says 0 and 1, which its tokenizer contradicts
 PROMPT_VERSION = 1  # raised when format_prompt changes, so that older shards are refused
-SHARD_VERSION = 2
+SHARD_VERSION = 3
 FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP", "JPEG2000", "PPM")  # others may run programs
 SAMPLE = np.dtype([("offset", "<u8"), ("prompt", "<u4"), ("answer", "<u4"),
                    ("image", "<i4"), ("checksum", "<u4")])  # lengths in tokens; image -1: none
@@ -127,6 +129,7 @@ class Record:
     context: str = ""  # text that the question is about, such as an abstract
     type: str = ""  # question type, for the tables
     labels: tuple | None = None  # names of the image's classes, where a dataset has them
+    references: tuple = ()  # every answer that counts as right, where `answer` is not the only one
 
 
 def format_prompt(question, context=""):
@@ -313,9 +316,26 @@ class Shard:
         for folder in sorted(self.folder.parent.parent.glob("[!.]*/test")):
             name, manifest = f"{folder.parent.name}/test", read_manifest(folder)
             if manifest and manifest["checksum"] != leaks["tests"].get(name):
-                raise UserError(f"{self.folder}: not compared with {name}; {self.again}")
+                again = self.again
+                if manifest["shard_version"] != SHARD_VERSION:  # prepare/leaks.py passes it by till then
+                    again = f"run `python prepare/all.py --only={folder.parent.name}`"
+                raise UserError(f"{self.folder}: not compared with {name}; {again}")
         found = [numbers for test in leaks["found"].values() for numbers in test.values()]
         return leaks["leaks"], np.unique(np.array(sum(found, []), dtype=np.int64))
+
+    def read_leaked_images(self, test):
+        """
+        Numbers of the images of a test split, a Shard, that this training split has, too: by their
+        pixels, look or id. A known source says nothing about a single image of the test split.
+
+        Raises UserError where the two were not compared as they are now.
+        """
+        leaks, name = read_manifest(self.folder, "leaks.json"), f"{test.folder.parent.name}/test"
+        checksums = (self.manifest["checksum"], test.manifest["checksum"])
+        if (leaks is None or (leaks["train"], leaks["tests"].get(name)) != checksums
+                or "test_images" not in leaks):
+            raise UserError(f"{self.folder}: not compared with {test.folder}; {self.again}")
+        return np.array(leaks["test_images"].get(name, []), dtype=np.int64)
 
     def require_questions(self):
         """Raise UserError where there is nothing to ask: labels alone, or nothing that could be used."""

@@ -11,8 +11,9 @@ among them, by
     same id       of datasets whose images bear the ids of one collection (Dataset.shared_ids)
     known source  what is known of the files that a dataset was made of (Dataset.known_leaks)
 
-and the samples found are written beside its manifest, into leaks.json, which the loader obeys.
-Shards are never written anew for it: another test split is compared alone, and a rerun is free.
+and the samples found are written beside its manifest, into leaks.json, which the loader obeys; so are
+the test split's images that they show, for an evaluation that tells them from the others. Shards
+are never written anew for it: another test split is compared alone, and a rerun is free.
 """
 
 import functools
@@ -101,17 +102,24 @@ class Split:
 
 
 def compare(train, test):
-    """{reason: numbers of the training split's samples whose image the test split has}."""
-    same = np.flatnonzero(np.isin(train.fingerprints["pixels"], test.fingerprints["pixels"]))
-    near = np.zeros(0, np.int64)
+    """
+    {reason: numbers of the training split's samples whose image the test split has}, and the numbers
+    of those images of the test split.
+    """
+    these, those = train.fingerprints, test.fingerprints
+    same = np.flatnonzero(np.isin(these["pixels"], those["pixels"]))
+    near = np.zeros((0, 2), np.int64)
     if not (train.dataset and train.dataset.one_pattern):
-        near = np.unique(alike(train.fingerprints["look"], test.fingerprints["look"])[:, 0])
+        near = alike(these["look"], those["look"])
     found = {"same pixels": train.samples_of(same),
-             "alike": train.samples_of(np.setdiff1d(near, same))}
+             "alike": train.samples_of(np.setdiff1d(near[:, 0], same))}
+    images = [*np.flatnonzero(np.isin(those["pixels"], these["pixels"])), *near[:, 1]]
     if train.dataset and test.dataset and train.dataset.shared_ids == test.dataset.shared_ids != "":
-        found["same id"] = sorted(n for name in train.ids.keys() & test.ids.keys()
-                                  for n in train.ids[name])
-    return {reason: numbers for reason, numbers in found.items() if numbers}
+        names = train.ids.keys() & test.ids.keys()
+        found["same id"] = sorted(n for name in names for n in train.ids[name])
+        images += [test.image_of[n] for name in names for n in test.ids[name]]
+    images = sorted(set(map(int, images)) - {-1})  # -1: a sample without an image
+    return {reason: numbers for reason, numbers in found.items() if numbers}, images
 
 
 def from_known_sources(train, known_leaks):
@@ -145,19 +153,22 @@ def guard(shards_dir, leaks):
         facts = {"leaks": leaks or report[train].get("leaks", "drop"), "train": checksums[train],
                  "alike": ALIKE, "tests": tests,
                  "known_leaks": [list(pair) for pair in dataset.known_leaks] if dataset else []}
-        if facts == {name: report[train].get(name) for name in facts}:
+        whole = "test_images" in report[train]  # which an earlier version did not write
+        if whole and facts == {name: report[train].get(name) for name in facts}:
             continue
-        old = report[train] if report[train].get("train") == checksums[train] else {"tests": {}}
-        found = {}
+        old = report[train] if whole and report[train]["train"] == checksums[train] else {"tests": {}}
+        found, images = {}, {}
         for test, checksum in tests.items():
             if old["tests"].get(test) == checksum and old["alike"] == ALIKE:
                 found[test] = dict(old["found"].get(test, {}))
                 found[test].pop("known source", None)
+                images[test] = old["test_images"].get(test, [])
             else:
-                found[test] = compare(open_split(train), open_split(test))
+                found[test], images[test] = compare(open_split(train), open_split(test))
         for test, numbers in from_known_sources(open_split(train), facts["known_leaks"]).items():
             found.setdefault(test, {})["known source"] = numbers
-        report[train] = facts | {"found": {test: reasons for test, reasons in found.items() if reasons}}
+        report[train] = facts | {"found": {test: reasons for test, reasons in found.items() if reasons},
+                                 "test_images": {test: n for test, n in images.items() if n}}
         report[train]["checksum"] = manifest_checksum(report[train])
         write(folder / "leaks.json", report[train])
     return dict(sorted(report.items()))

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import itertools
+import re
 from pathlib import Path
 
 from data import Record, UserError, format_prompt
@@ -179,8 +180,8 @@ def vqa_med_2019(raw):
     """
     VQA-Med 2019 (Ben Abacha et al. 2019): modality, plane, organ and abnormality in radiology.
 
-    Test answers stay as published, for whoever scores them: a "#" parts alternatives, and what
-    stands in parentheses may be left out. The test set is read without the others, too.
+    Test answers stay as published, with all that counts as right beside them, see `references`. The
+    test set is read without the others, too.
     """
     for split, part, name in (("train", "train", "ImageClef-2019-VQA-Med-Training"),
                               ("validation", "val", "ImageClef-2019-VQA-Med-Validation")):
@@ -200,6 +201,27 @@ def vqa_med_2019(raw):
     yield from read_vqa_med_test(raw if (raw / TEST_ANSWERS).is_file() else raw / "VQAMed2019Test")
 
 
+def references(answer):
+    """
+    All that counts as right by a test answer of VQA-Med 2019, whose "#" parts alternatives and whose
+    brackets hold what may be left out.
+
+    An alternative counts as it stands, which is how the training answers are written, too, then
+    without its brackets, then without what they hold. A bracket without its partner holds nothing.
+
+    >>> references("ct (iv)#mri")
+    ('ct (iv)', 'ct iv', 'ct', 'mri')
+    """
+    found = []
+    for text in answer.split("#"):
+        short, nested = text, True
+        while nested:  # the innermost first
+            short, nested = re.subn(r"\([^()]*\)", "", short)
+        found += [text, re.sub(r"[()]", "", text), short]
+    found = [" ".join(text.split()) for text in found]
+    return tuple(dict.fromkeys(text for text in found if text))
+
+
 def read_vqa_med_test(folder):
     """("test", Record)s of VQA-Med 2019, whose test images lie in a zip inside the folder or zip."""
     images = "VQAMed2019_Test_Images"
@@ -211,7 +233,7 @@ def read_vqa_med_test(folder):
             if image is None and archive:
                 image = read_member(archive, f"{images}/{name}.jpg")
             yield "test", Record(f"test_{number:06d}", question, answer, image, f"{name}.jpg",
-                                 type=category)
+                                 type=category, references=references(answer))
 
 
 # ----------------------------------------------------------------------------- about text alone

@@ -129,10 +129,13 @@ class SplitWriter:
             self.skipped[reason] += 1
             return
         assert max(prompt + target, default=-1) < self.vocab_size, record.id
+        assert not isinstance(record.references, str), record.id  # one text is no tuple of texts
+        references = list(dict.fromkeys(filter(None, map(clean, record.references))))
         words = {"id": record.id, "question": question, "answer": answer, "type": record.type,
                  "image": record.image_name}
         words |= {"context": context} if context else {}
         words |= {"labels": list(record.labels)} if record.labels is not None else {}
+        words |= {"references": references} if references not in ([], [answer]) else {}
         key = future = None
         if record.image is not None:
             key = hashlib.sha256(record.image).digest()

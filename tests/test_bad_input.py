@@ -254,10 +254,11 @@ def read_whole(name, raw, path):
     for split, record in records:
         assert split in ("train", "validation", "test")
         texts = [record.id, record.question, record.answer, record.image_name, record.context,
-                 record.type, *(record.labels or ())]
+                 record.type, *(record.labels or ()), *record.references]
         assert all(isinstance(text, str) for text in texts), record
         assert record.image is None or isinstance(record.image, bytes), record
         assert isinstance(record.labels, tuple if DATASETS[name].classes else type(None)), record
+        assert isinstance(record.references, tuple), record
         if DATASETS[name].kind not in ("text questions", "classification"):  # else asked without it
             assert record.image is not None or record.image_name, record
     return True

@@ -1,13 +1,15 @@
 """The leak guard: copies of an image are found, strangers are not, and what is found is not trained on."""
 
 import io
+import json
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
 import prepare.leaks
-from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard, UserError, load_image, open_mixture
+from data import (PROMPT_VERSION, SHARD_VERSION, Record, Shard, UserError, load_image, manifest_checksum,
+                  open_mixture)
 from prepare.classify import group_alike
 from prepare.datasets import DATASETS, Dataset
 from prepare.leaks import ALIKE, FINGERPRINT, alike, fingerprint, guard, report_rows
@@ -166,6 +168,30 @@ def test_training_images_that_a_test_split_has_are_found_and_left_out(write):
     assert mixture.train[0].tolist() == [0, 1, 2, 3, 4, 5]
 
 
+def test_images_of_a_test_split_that_train_has_are_named(write):
+    a, b, c, d, e, f = (drawing(seed) for seed in range(6))
+    write("learn", ("train", "a.png", a), ("train", "small_b.png", b.resize((100, 80))),
+          ("train", "synpic7.jpg", c), ("train", "a again.png", a), ("train", "", None),
+          ("train", "Known Source/k.png", d), ("test", "own.png", d.resize((100, 80))),
+          shared_ids="MedPix", known_leaks=(("Known Source/", "films"),))
+    write("films", ("test", "1.png", e))
+    shards = write("exam", ("test", "stranger.png", f), ("test", "1.tiff", encoded(a, "TIFF")),
+                   ("test", "b.png", b), ("test", "b.png", b), ("test", "", None),  # of the same id
+                   ("test", "synpic7.png", e), ("test", "smaller a.png", a.resize((100, 80))),
+                   shared_ids="MedPix")
+    leaks = guard(shards, "drop")["learn/train"]
+    assert leaks["found"] == {
+        "exam/test": {"same pixels": [0, 3], "alike": [1], "same id": [2, 4]},
+        "films/test": {"known source": [5]}, "learn/test": {"alike": [5]}}
+    assert leaks["test_images"] == {"exam/test": [1, 2, 3, 4], "learn/test": [0]}
+    train, exam = Shard(shards / "learn/train"), Shard(shards / "exam/test")
+    assert train.read_leaked_images(exam).tolist() == [1, 2, 3, 4]
+    assert exam.samples["image"].tolist() == [0, 1, 2, 2, -1, 3, 4]  # so they are images, not samples
+    assert train.read_leaked_images(Shard(shards / "learn/test")).tolist() == [0]
+    none = train.read_leaked_images(Shard(shards / "films/test"))
+    assert none.dtype == np.int64 and none.tolist() == []
+
+
 def test_common_ids_and_known_sources_are_left_out(write):
     write("one", ("train", "synpic7.jpg", drawing(0)), ("train", "synpic8.jpg", drawing(1)), shared_ids="MedPix")
     write("two", ("test", "folder/synpic8.png", drawing(2)), ("train", "x/Known Source/1.png", drawing(3)),
@@ -183,7 +209,9 @@ def test_drawings_of_one_pattern_are_compared_by_their_pixels_alone(write):
     image = drawing(0)
     shards = write("drawn", ("train", "1.png", image.resize((300, 200))), ("train", "2.png", image),
                    ("test", "3.tiff", encoded(image, "TIFF")), one_pattern=True)
-    assert guard(shards, "drop")["drawn/train"]["found"] == {"drawn/test": {"same pixels": [1]}}
+    leaks = guard(shards, "drop")["drawn/train"]
+    assert leaks["found"] == {"drawn/test": {"same pixels": [1]}}
+    assert leaks["test_images"] == {"drawn/test": [0]}
 
 
 def test_only_what_is_new_is_compared_and_no_shard_is_written_again(write, monkeypatch):
@@ -198,9 +226,10 @@ def test_only_what_is_new_is_compared_and_no_shard_is_written_again(write, monke
     assert guard(shards, "drop") == first and len(compared) == 2
     assert {path: path.stat().st_mtime_ns for path in shards.rglob("*.*")} == before
 
-    write("more", ("test", "c.png", image.resize((100, 100))))
-    found = guard(shards, "drop")["learn/train"]["found"]
-    assert found == {"exam/test": {"same pixels": [0]}, "more/test": {"alike": [0]}} and len(compared) == 3
+    write("more", ("test", "d.png", drawing(4)), ("test", "c.png", image.resize((100, 100))))
+    leaks = guard(shards, "drop")["learn/train"]
+    assert leaks["found"] == {"exam/test": {"same pixels": [0]}, "more/test": {"alike": [0]}}
+    assert leaks["test_images"] == {"exam/test": [0], "more/test": [1]} and len(compared) == 3
     changed = {path for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert changed == {shards / "learn/train/leaks.json"}
     guard(shards, "keep")
@@ -234,6 +263,64 @@ def test_a_shard_that_was_not_compared_with_all_beside_it_is_refused(write):
     write("learn", ("train", "a.png", drawing(3)), ("train", "b.png", drawing(4)))
     (shards / "learn/train/leaks.json").write_text(whole)  # of the shard that it was
     refused("the test splits")
+
+
+def alter(path, **changes):
+    """Change a manifest or a leaks.json, with a checksum that fits; None deletes an entry."""
+    facts = json.loads(path.read_text()) | changes
+    facts = {key: value for key, value in facts.items() if value is not None}
+    path.write_text(json.dumps(facts | {"checksum": manifest_checksum(facts)}))
+
+
+def test_leaked_images_are_those_of_the_very_test_split(write):
+    write("learn", ("train", "a.png", drawing(0)))
+    shards = write("exam", ("test", "a.png", drawing(0)))
+    train, exam = Shard(shards / "learn/train"), Shard(shards / "exam/test")
+
+    def refused(train, test):
+        with pytest.raises(UserError) as error:
+            train.read_leaked_images(test)
+        assert str(error.value) == (f"{train.folder}: not compared with {test.folder}; "
+                                    "run `python prepare/all.py --only=learn`")
+
+    refused(train, exam)
+    guard(shards, "drop")
+    assert train.read_leaked_images(exam).tolist() == [0]
+    write("exam", ("test", "b.png", drawing(1)), ("test", "a.png", drawing(0)))
+    refused(train, Shard(shards / "exam/test"))
+    guard(shards, "drop")
+    assert train.read_leaked_images(Shard(shards / "exam/test")).tolist() == [1]
+    refused(train, exam)  # mapped before it was prepared anew
+    leaks = (shards / "learn/train/leaks.json").read_text()
+    write("learn", ("train", "c.png", drawing(2)))
+    (shards / "learn/train/leaks.json").write_text(leaks)  # of the shard that it was
+    refused(Shard(shards / "learn/train"), Shard(shards / "exam/test"))
+
+
+def test_what_an_older_version_found_is_found_anew(write):
+    write("learn", ("train", "a.png", drawing(0)))
+    shards = write("exam", ("test", "a.png", drawing(0)))
+    first = guard(shards, "keep")
+    alter(shards / "learn/train/leaks.json", test_images=None)
+    with pytest.raises(UserError, match="learn/train: not compared with .*exam/test; run"):
+        Shard(shards / "learn/train").read_leaked_images(Shard(shards / "exam/test"))
+    assert guard(shards, "") == first and first["learn/train"]["test_images"] == {"exam/test": [0]}
+    assert Shard(shards / "learn/train").read_leaked_images(Shard(shards / "exam/test")).tolist() == [0]
+
+
+def test_shards_of_an_older_version_are_passed_by_but_not_forgotten(write):
+    """Of a dataset prepared anew alone, training waits for the test splits that are not."""
+    write("learn", ("train", "a.png", drawing(0)))
+    write("old", ("train", "b.png", drawing(1)))
+    shards = write("exam", ("test", "a.png", drawing(0)))
+    for split in ("exam/test", "old/train"):
+        alter(shards / split / "manifest.json", shard_version=SHARD_VERSION - 1)
+    leaks = guard(shards, "drop")
+    assert list(leaks) == ["learn/train"] and leaks["learn/train"]["tests"] == {}
+    with pytest.raises(UserError, match="not compared with exam/test; run .*all.py --only=exam`"):
+        Shard(shards / "learn/train").read_leaks()
+    with pytest.raises(UserError, match="old/train: written by another version .* --only=old`"):
+        Shard(shards / "old/train")
 
 
 def test_a_damaged_shard_is_named(write):

@@ -90,6 +90,19 @@ def test_what_is_read_back_is_what_was_given(tokenizer, tmp_path):
     assert manifest["sources"]["toy.json"]["bytes"] == 2 and manifest["licence"] == "none"
 
 
+def test_references_are_cleaned_like_answers(tokenizer, tmp_path):
+    given = [(), ("A lung",), (" a\nlung ", "a lung", " ", "", "the \ud800"), ("left lung", "A lung"),
+             (" ",)]
+    records = [("train", Record(str(number), "what?", " A  lung", references=texts))
+               for number, texts in enumerate(given)]
+    shard = write_toy(tmp_path, records, tokenizer)
+    assert [record.get("references") for record in shard.read_records()] == [
+        None, None, ["a lung", "the ?"], ["left lung", "A lung"], None]
+    assert {record["answer"] for record in shard.read_records()} == {"A lung"}
+    with pytest.raises(AssertionError, match="^7"):  # one text would be a tuple of letters
+        write_toy(tmp_path, [("train", Record("7", "what?", "a lung", references="a lung"))], tokenizer)
+
+
 def test_jpeg_alters_pixels_by_what_the_manifest_says(tokenizer, tmp_path):
     for name in ("exact", "jpeg"):
         (tmp_path / name).mkdir()
@@ -271,6 +284,17 @@ def test_a_dataset_killed_at_any_moment_is_absent_or_whole(tmp_path):
     (target / "test/manifest.json").unlink()  # whole again, and the same bytes
     assert "a manifest is missing" in command(*words).stdout
     assert {path for path in target.rglob("*")} == set(before)
+    for split in ("train", "test"):  # as an earlier version of the code wrote it
+        manifest = json.loads((target / split / "manifest.json").read_text())
+        manifest["shard_version"] = SHARD_VERSION - 1
+        manifest["checksum"] = manifest_checksum(manifest)
+        (target / split / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="another version of this code; run .*all.py --only=sample`"):
+        Shard(target / "train")
+    anew = command(*words)
+    assert anew.returncode == 0 and "ready" in anew.stdout
+    assert f"sample: shard_version was {SHARD_VERSION - 1}, now {SHARD_VERSION}" in anew.stdout
+    assert len(Shard(target / "train").read_leaks()) == 2
     other = command(*words, "--codec=png")
     assert "sample: image was" in other.stdout and other.returncode == 0
     assert Shard(target / "train").manifest["image"]["codec"] == "png"

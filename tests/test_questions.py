@@ -12,9 +12,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data import PROMPT_VERSION, SHARD_VERSION, Record, UserError
+from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard, UserError
 from prepare.datasets import DATASETS
-from prepare.questions import train_sample_tokenizer
+from prepare.questions import references, train_sample_tokenizer
 from prepare.shards import read_manifests, write_dataset
 from test_prepare import picture, write_parquet
 
@@ -175,11 +175,12 @@ VQA_MED_TRAINING = [
 
 
 def vqa_med_test(image):
+    iv = ("ct w/contrast (iv)", "ct w/contrast iv", "ct w/contrast")
+    organs = ("face, sinuses, and neck", "skull and contents")
     return [("test", Record("test_000000", MODALITY, "ct w/contrast (iv)", image, "synpic6.jpg",
-                            type="modality")),
-            ("test", Record("test_000001", "what organ is this?",
-                            "face, sinuses, and neck#skull and contents", None, "synpic7.jpg",
-                            type="organ"))]
+                            type="modality", references=iv)),
+            ("test", Record("test_000001", "what organ is this?", "#".join(organs), None, "synpic7.jpg",
+                            type="organ", references=organs))]
 
 
 def write_vqa_med(raw):
@@ -256,6 +257,48 @@ def test_vqa_med_2019_refuses_damaged_files_by_name(vqa_med):
     unpack(vqa_med, "VQAMed2019Test")
     (test / "VQAMed2019_Test_Images.zip").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     refused("vqa_med_2019", vqa_med, f"{test}/VQAMed2019_Test_Images.zip: damaged zip")
+
+
+@pytest.mark.parametrize("answer, right", [
+    ("mri", ("mri",)), (" pet  - positron emission ", ("pet - positron emission",)), ("", ()),
+    ("esophageal spasm#diverticulum", ("esophageal spasm", "diverticulum")),
+    ("a#b#a# #", ("a", "b")), ("#", ()),
+    ("noncontrast (mri)", ("noncontrast (mri)", "noncontrast mri", "noncontrast")),
+    ("ct (with gi and iv contrast)",
+     ("ct (with gi and iv contrast)", "ct with gi and iv contrast", "ct")),
+    ("(staging burkitt) lymphoma",
+     ("(staging burkitt) lymphoma", "staging burkitt lymphoma", "lymphoma")),
+    ("dermoid tumor (inclusion cyst) of cns",
+     ("dermoid tumor (inclusion cyst) of cns", "dermoid tumor inclusion cyst of cns",
+      "dermoid tumor of cns")),
+    ("(peri)hilar mass#hilar mass", ("(peri)hilar mass", "perihilar mass", "hilar mass")),
+    ("a (b) c (d)", ("a (b) c (d)", "a b c d", "a c")),
+    ("a (b (c) d) e", ("a (b (c) d) e", "a b c d e", "a e")),
+    ("(iv)", ("(iv)", "iv")), ("a ( ) b", ("a ( ) b", "a b")), ("()", ("()",)),
+    ("ct (iv", ("ct (iv", "ct iv")), ("ct) iv (gi", ("ct) iv (gi", "ct iv gi")),
+    ("a (b#c) d", ("a (b", "a b", "c) d", "c d"))])
+def test_what_counts_as_right_by_an_answer(answer, right):
+    assert references(answer) == right
+
+
+def test_references_are_written_where_the_answer_is_not_all(vqa_med, tmp_path):
+    images = {f"VQAMed2019_Test_Images/synpic{n}.jpg": picture(n) for n in (6, 7, 8)}
+    write_zip(tmp_path / "images.zip", images)
+    unpack(vqa_med, "VQAMed2019Test")
+    test = vqa_med / "VQAMed2019Test"
+    (tmp_path / "images.zip").rename(test / "VQAMed2019_Test_Images.zip")
+    (test / ANSWERS).write_text(PARTS["VQAMed2019Test"][ANSWERS] + "synpic8|plane|what plane?| axial \n")
+    facts = {"dataset": "vqa_med_2019", "shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION,
+             "limit": 0, "licence": "none",
+             "image": {"size": 32, "resize": "squash", "codec": "png", "quality": 0}}
+    target, dataset = tmp_path / "shards/vqa_med_2019", DATASETS["vqa_med_2019"]
+    write_dataset(target, dataset, vqa_med, {}, train_sample_tokenizer(), facts, 1)
+    records = Shard(target / "test").read_records()
+    organs = ["face, sinuses, and neck", "skull and contents"]
+    assert [(record["answer"], record.get("references")) for record in records] == [
+        ("ct w/contrast (iv)", ["ct w/contrast (iv)", "ct w/contrast iv", "ct w/contrast"]),
+        ("#".join(organs), organs), ("axial", None)]
+    assert not any("references" in record for record in Shard(target / "train").read_records())
 
 
 # ----------------------------------------------------------------------------- text alone
@@ -410,4 +453,7 @@ def test_real_vqa_med_2019_has_the_published_test_set():
         ("modality", "plane", "organ", "abnormality"), 125)
     assert len({record.image_name for record in records}) == 500
     assert sum("#" in record.answer for record in records) == 12
+    several = [record for record in records if record.references != (record.answer,)]
+    assert len(several) == 32 and Counter(len(r.references) for r in several) == {2: 9, 3: 22, 4: 1}
+    assert not any("#" in text for record in records for text in record.references)
     assert all(record.question and record.answer for record in records)

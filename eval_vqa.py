@@ -1,12 +1,14 @@
 """
-Answer the questions of a test split and score the answers.
+Answer the questions of test splits with a trained model, and score the answers.
 
-    python eval_vqa.py                       the newest run, on the datasets it was trained on
+    python eval_vqa.py                       the newest run, on every prepared test split of questions
     python eval_vqa.py --run=out/x --data=path_vqa --blind=none
 
-Every score stands beside two that see no image: the same model with the images shuffled among the
+Every score stands beside two that see no image: the same model with the images exchanged among the
 questions, and the most frequent training answer to the same question. What the model gains over
-them is what it saw. Writes results.json and predictions.jsonl into the run's folder.
+them is what it saw. It stands twice: over all questions, and over those whose words and image were
+not trained on. Writes results.json and predictions*.jsonl into the run's folder, where
+extras/scales.py (other conventions) and extras/browse.py (a page to look at) find them.
 
 BLEU-1 is the convention of the PathVQA authors' own code: lower-cased, split at spaces, clipped
 unigram precision times the brevity penalty, averaged over questions. Other published scales give
@@ -26,21 +28,25 @@ import torch
 from tqdm import tqdm
 
 from data import Shard, Tokenizer, UserError, require_positive, run
-from model import VLM, newest_checkpoint, pick_device
+from model import VLM, describe_machine, newest_checkpoint, pick_device
+
+QUESTIONS_PER_ROW = 32  # that share an image's keys and values; more of them start another row
+METRICS = ("BLEU-1", "exact match", "token F1", "closed accuracy", "open recall")
+TYPES_SHOWN = 10
 
 
 @dataclass(frozen=True)
 class Config:
     run: str = ""  # folder of a train_vlm.py run; none: the newest in out/
-    data: str = ""  # prepared datasets; none: those of the run that have the split
+    data: str = ""  # prepared datasets; none: all that ask about images
     split: str = "test"  # split to answer
     shards_dir: str = "shards"  # where prepare/all.py put them
-    blind: Literal["both", "none", "shuffle"] = "both"  # images: right and shuffled, right, shuffled
-    batch_size: int = 64  # questions answered together
+    blind: Literal["both", "none", "shuffle"] = "both"  # images: right and exchanged, right, exchanged
+    batch_size: int = 32  # images answered together, with all their questions
     max_new_tokens: int = 32  # longest answer
     temperature: float = 0.0  # 0: greedy
     limit: int = 0  # only the first so many questions of a dataset; 0: all
-    seed: int = 0  # of the shuffle and of sampling
+    seed: int = 0  # of the exchange, of sampling and of the intervals
     device: str = "auto"  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the GPU has it
 
@@ -67,18 +73,53 @@ def exact_match(prediction, reference):
     return float(prediction.lower().split() == reference.lower().split())
 
 
+def open_recall(prediction, reference):
+    """The share of the reference's words that the prediction has, each at most as often, in 0..1."""
+    predicted, wanted = Counter(prediction.lower().split()), Counter(reference.lower().split())
+    return (predicted & wanted).total() / max(wanted.total(), 1)
+
+
+def token_f1(prediction, reference):
+    """Harmonic mean of recall and precision over words, in 0..1 (Rajpurkar et al. 2016)."""
+    recall, precision = open_recall(prediction, reference), open_recall(reference, prediction)
+    return 2 * recall * precision / (recall + precision) if recall else 0.0
+
+
 def is_closed(reference):
     return reference.lower().strip() in ("yes", "no")
 
 
-def score(records, predictions):
-    """Means in percent over all questions, of exact match over the closed ones, and their counts."""
-    bleu = [bleu1(p, r["answer"]) for r, p in zip(records, predictions, strict=True)]
-    exact = [exact_match(p, r["answer"]) for r, p in zip(records, predictions, strict=True)]
-    closed = [e for r, e in zip(records, exact) if is_closed(r["answer"])]
-    return {"bleu1": 100 * float(np.mean(bleu)), "exact_match": 100 * float(np.mean(exact)),
-            "closed_accuracy": 100 * float(np.mean(closed)) if closed else None,
-            "questions": len(records), "closed_questions": len(closed)}
+def score(record, prediction):
+    """
+    One answer's METRICS in percent, the best over all references that count as right; closed
+    accuracy of a yes/no question alone and open recall of any other, nan where it has none.
+    """
+    references = record.get("references") or [record["answer"]]
+    closed = all(map(is_closed, references))
+    functions = (bleu1, exact_match, token_f1, exact_match if closed else None,
+                 None if closed else open_recall)
+    return [100 * max(function(prediction, reference) for reference in references) if function
+            else math.nan for function in functions]
+
+
+def bootstrap(values, groups, resamples=1000, seed=0):
+    """
+    Means over resampled questions, (resamples, K), of (n, K) values, nan where one does not apply.
+
+    groups: (n,) the image of each question. Images are drawn, not questions: what is asked about one
+    image is right or wrong together, and intervals that overlook it are too narrow.
+    """
+    _, groups = np.unique(groups, return_inverse=True)
+    count = groups.max() + 1
+    sums, counts = np.zeros((2, count, values.shape[1]))
+    np.add.at(sums, groups, np.nan_to_num(values))
+    np.add.at(counts, groups, ~np.isnan(values))
+    generator, means = np.random.default_rng(seed), []
+    for _ in range(resamples):
+        drawn = np.bincount(generator.integers(count, size=count), minlength=count)
+        with np.errstate(invalid="ignore"):  # a resample may hold no closed question at all
+            means.append(drawn @ sums / (drawn @ counts))
+    return np.stack(means)
 
 
 # ----------------------------------------------------------------------------- answers
@@ -100,65 +141,149 @@ def question_only_answers(train, test):
                  if key in answers) for record in test]
 
 
-def shuffled_images(shard, seed):
-    """For each image number another one's: a random cycle, so that none keeps its place."""
-    order = np.random.default_rng(seed).permutation(len(shard.image_index))
+def shuffled_images(image_of, seed):
+    """For each question another image than its own, (n,): the images change places in a random cycle."""
+    images, index = np.unique(image_of[image_of >= 0], return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(images))
     other = np.empty_like(order)
     other[order] = np.roll(order, 1)
-    return other
+    shown = image_of.copy()
+    shown[image_of >= 0] = images[other[index]]
+    return shown
 
 
-def answer(model, tokenizer, shard, config, count, swap, device, autocast):
-    """The model's answers to a shard's first `count` questions, as text. swap: image -> image shown."""
+def answer(model, tokenizer, shard, shown, config):
+    """
+    The model's answers to a shard's first n questions, as text, {row of the table: list of n}.
+
+    shown: {row: (n,) number of the image to show with each question, -1 for none}. A question is
+    asked once a row, and all that is asked about an image, in whatever row, shares what it gives.
+    """
+    questions = defaultdict(list)  # image -> (row, number of the question)
+    for row, images in shown.items():
+        for number, image in enumerate(images.tolist()):
+            questions[image if image >= 0 else -1 - number].append((row, number))
+    groups = [(image, asked[begin:begin + QUESTIONS_PER_ROW]) for image, asked in questions.items()
+              for begin in range(0, len(asked), QUESTIONS_PER_ROW)]
+    prompt_length = shard.samples["prompt"]
+    groups.sort(key=lambda group: -sum(int(prompt_length[number]) for _, number in group[1]))
+
+    def inputs():
+        for image, asked in groups:
+            yield (shard.read_image(image) if image >= 0 else None,
+                   [shard.read_tokens(number)[0].tolist() for _, number in asked])
+
+    answers = {row: [""] * len(images) for row, images in shown.items()}
     torch.manual_seed(config.seed)
-    image_of = shard.samples["image"][:count].astype(int)
-    order = np.argsort(image_of, kind="stable")  # questions about an image share its tokens
-    answers = [""] * count
-    for begin in tqdm(range(0, count, config.batch_size), unit="batch", leave=False,
-                      desc=f"{shard.folder.parent.name} {'shuffled' if swap is not None else ''}"):
-        chosen = order[begin:begin + config.batch_size]
-        shown, row = np.unique(image_of[chosen], return_inverse=True)
-        if shown[0] < 0:  # text-only samples: np.unique has put their -1 first
-            shown, row = shown[1:], row - 1
-        pixels = [shard.read_image(n if swap is None else swap[n]) for n in shown]
-        images = torch.from_numpy(np.stack(pixels)).to(device) if pixels else None
-        prompts = [shard.read_tokens(n)[0].tolist() for n in chosen]
-        with autocast:
-            tokens = model.generate(prompts, images, row.tolist(), config.max_new_tokens,
-                                    config.temperature)
-        for number, reply in zip(chosen, tokens):
-            answers[number] = tokenizer.decode(reply)
+    with tqdm(total=sum(map(len, shown.values())), unit="question", leave=False,
+              desc=shard.folder.parent.name) as progress:
+        for group, replies in model.generate(inputs(), config.max_new_tokens, config.temperature,
+                                             config.batch_size):
+            for (row, number), tokens in zip(groups[group][1], replies, strict=True):
+                answers[row][number] = tokenizer.decode(tokens)
+            progress.update(len(replies))
     return answers
+
+
+def find_seen(test, records, trained, config):
+    """
+    For each record of a test split why it is not new to the run, "words", "image", "words and image"
+    or "" where it is; or the reason, as a str, why that is not known.
+
+    words: the question with its answer occurs in what was trained on. image: it was trained on, too,
+    the same or one alike, by the leaks.json beside the training split.
+    """
+    def words_of(record):
+        return tuple(" ".join(record[part].lower().split()) for part in ("question", "answer"))
+
+    if config.split != "test":
+        return "training splits are compared with test splits alone"
+    words, images = set(), set()
+    for entry in trained["flags"]["data"].split(","):
+        folder = Path(config.shards_dir) / entry.partition(":")[0].strip() / "train"
+        if not folder.is_dir():
+            return f"{folder}, which the run was trained on, is not here"
+        train, guard = Shard(folder), trained.get("leaks", {}).get(folder.parent.name, {})
+        drop = guard.get("leaks") == "drop"
+        left_out = set(train.read_leaks()[1].tolist()) if drop else ()
+        words |= {words_of(record) for number, record in enumerate(train.read_records())
+                  if number not in left_out}
+        compared = drop and guard["tests"].get(f"{test.folder.parent.name}/test")
+        if compared != test.manifest["checksum"]:  # so that nothing was left out for this test's sake
+            images |= set(train.read_leaked_images(test).tolist())
+    return [" and ".join(["words"] * (words_of(record) in words) + ["image"] * (int(image) in images))
+            for record, image in zip(records, test.samples["image"])]
 
 
 # ----------------------------------------------------------------------------- tables
 
-def score_types(records, predictions):
-    """Question type -> scores, the most frequent type first."""
-    types = Counter(record["type"] for record in records)
-    chosen = {kind: [n for n, record in enumerate(records) if record["type"] == kind]
-              for kind, _ in types.most_common()}
-    return {kind: score([records[n] for n in numbers], [predictions[n] for n in numbers])
-            for kind, numbers in chosen.items()}
+def summarise(scores, images, seed):
+    """
+    {row: {metric: [mean, low, high]}} of {row: (n, 5) scores}: means over the questions with 95%
+    intervals, None where there is none. "model" and "image shuffled" are joined by a row of their
+    difference, question by question.
+    """
+    rows = dict(scores)
+    if {"model", "image shuffled"} <= rows.keys():
+        rows["the image adds"] = rows["model"] - rows["image shuffled"]
+    values = np.concatenate(list(rows.values()), axis=1)  # (n, rows * 5)
+    with np.errstate(invalid="ignore"):
+        means = np.nansum(values, axis=0) / (~np.isnan(values)).sum(axis=0)
+    interval = np.percentile(bootstrap(values, images, seed=seed), (2.5, 97.5), axis=0)
+    cells = iter([None if math.isnan(number) else number for number in cell]
+                 for cell in np.stack([means, *interval], axis=1).tolist())
+    return {row: {metric: next(cells) for metric in METRICS} for row in rows}
 
 
-def print_table(name, rows, types):
-    """One dataset's scores, then by question type. rows, types: row name -> scores."""
-    first = next(iter(rows.values()))
-    print(f"\n{name}: {first['questions']:,} questions, {first['closed_questions']:,} of them closed")
-    print(f"{'':16}{'BLEU-1':>10}{'exact':>10}{'closed':>10}")
-    for row, scores in rows.items():
-        cells = [scores[key] for key in ("bleu1", "exact_match", "closed_accuracy")]
-        print(f"{row:16}" + "".join(f"{cell:10.1f}" if cell is not None else f"{'-':>10}"
-                                    for cell in cells))
-    kinds = next(iter(types.values()))
-    if len(kinds) < 2:
-        return
-    print(f"{'BLEU-1 by type':16}" + "".join(f"{row:>16}" for row in rows) + f"{'questions':>12}")
-    for kind in list(kinds)[:10]:
-        print(f"{(kind or 'none')[:15]:16}" + "".join(f"{types[row][kind]['bleu1']:16.1f}" for row in rows)
-              + f"{kinds[kind]['questions']:12,}")
+def print_cells(label, cells):
+    """One line of a table, each cell a text or [mean, low, high]."""
+    def number(value):
+        return "100" if value >= 99.95 else f"{value:.1f}"
 
+    texts = [cell if isinstance(cell, str) else "-" if None in cell else
+             "{} [{} {}]".format(*map(number, cell)) for cell in cells]
+    print(f"{label[:16]:16}" + "".join(f"{text:>17}" for text in texts))
+
+
+def report(name, scores, images, types, seen, seed):
+    """
+    Print a dataset's tables: all questions, those that are new to the run, BLEU-1 by question type.
+    Returns the same as a dict. scores: {row: (n, 5)}; seen: what find_seen gives.
+    """
+    new = np.array([not reason for reason in seen]) if isinstance(seen, list) else None
+    tables = {}
+    print(f"\n{name}: {len(images):,} questions about {len(np.unique(images)):,} images; percent, with "
+          "95% intervals over images")
+    for title, chosen in (("all", np.full(len(images), True)), ("new", new)):
+        if chosen is None or not chosen.any():
+            tables[title] = seen if chosen is None else "every question's words or image were trained on"
+            print(f"questions new to the run: {'not known, ' * (chosen is None)}{tables[title]}")
+            continue
+        part = {row: values[chosen] for row, values in scores.items()}
+        closed, opened = (~np.isnan(next(iter(part.values()))[:, 3:])).sum(axis=0).tolist()
+        if title == "new":
+            print(f"{chosen.sum():,} of them new to the run, in words and image:")
+        print_cells("", (*METRICS[:3], f"closed ({closed:,})", f"open ({opened:,})"))
+        tables[title] = {"questions": int(chosen.sum()), "closed": closed, "open": opened,
+                         "rows": summarise(part, images[chosen], seed)}
+        for row, cells in tables[title]["rows"].items():
+            print_cells(row, cells.values())
+    tables["types"] = {}
+    for kind, questions in Counter(types).most_common():
+        chosen = np.array([one == kind for one in types])
+        rows = summarise({row: values[chosen] for row, values in scores.items()}, images[chosen], seed)
+        tables["types"][kind] = {"questions": questions, "rows": rows}
+    if len(tables["types"]) > 1:
+        print_cells("BLEU-1 by type", ("questions", *rows))
+        for kind, table in list(tables["types"].items())[:TYPES_SHOWN]:
+            print_cells(kind or "none", (f"{table['questions']:,}",
+                                         *(cells["BLEU-1"] for cells in table["rows"].values())))
+        if (more := len(tables["types"]) - TYPES_SHOWN) > 0:
+            print(f"and {more} rarer types, in results.json")
+    return tables
+
+
+# ----------------------------------------------------------------------------- one run
 
 def newest_run():
     runs = sorted(Path("out").glob("*/step_*[0-9]"), key=lambda path: path.stat().st_mtime)
@@ -167,28 +292,42 @@ def newest_run():
     return runs[-1].parent
 
 
+def open_shards(config, tokenizer):
+    """The splits that --data names, or else all that ask about images in this tokenizer's tokens."""
+    names = [name.strip() for name in config.data.split(",")] if config.data else sorted(
+        folder.parent.name for folder in Path(config.shards_dir).glob(f"[!.]*/{config.split}"))
+    shards, left_out = [], []
+    for name in dict.fromkeys(names):
+        shard = Shard(Path(config.shards_dir) / name / config.split)
+        other_tokens = shard.manifest["tokenizer_sha256"] != tokenizer.sha256
+        if config.data:
+            shard.require_questions()
+            if other_tokens:
+                raise UserError(f"{shard.folder}: made with another tokenizer than the run; run `python "
+                                f"prepare/all.py --only={name} --tokenizer={tokenizer.path}`")
+        elif shard.manifest["kind"] != "image questions" or not len(shard):
+            continue
+        elif other_tokens:
+            left_out.append(name)
+            continue
+        shards.append(shard)
+    if not shards:
+        raise UserError(f"{config.shards_dir}: no {config.split} split of questions about images that was "
+                        f"made with this run's tokenizer; run `python prepare/all.py --only=path_vqa "
+                        f"--tokenizer={tokenizer.path}`")
+    if left_out:
+        print(f"left out, since they were made with another tokenizer: {', '.join(left_out)}")
+    return shards
+
+
 def main(config):
     require_positive(config, "batch_size", "max_new_tokens")
     folder = Path(config.run) if config.run else newest_run()
     checkpoint = newest_checkpoint(folder)
     trained = json.loads((folder / "config.json").read_text())
     tokenizer = Tokenizer(folder / "tokenizer.model")
-    names = config.data or trained["flags"]["data"]
-    folders = [Path(config.shards_dir) / name.partition(":")[0].strip() / config.split
-               for name in names.split(",")]
-    if not config.data:
-        folders = [path for path in folders if path.is_dir()]
-    shards = [shard for shard in map(Shard, folders) if config.data or len(shard)]
-    if not shards:
-        raise UserError(f"{config.shards_dir}: no {config.split} split of {names}; run "
-                        f"`python prepare/all.py --only={names}`")
-    for shard in shards:
-        shard.require_questions()
-        if shard.manifest["tokenizer_sha256"] != tokenizer.sha256:
-            raise UserError(f"{shard.folder}: made with another tokenizer than {folder}; run `python "
-                            f"prepare/all.py --tokenizer={folder}/tokenizer.model`")
+    shards = open_shards(config, tokenizer)
     device, dtype = pick_device(config.device, config.dtype)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     model = VLM.load(checkpoint, dtype, device).eval()
     for shard in shards:
         shard.require_image_size(model.vision.config.image_size)
@@ -197,36 +336,41 @@ def main(config):
     results, lines = {}, defaultdict(list)  # lines: row of the table -> its answers
     for shard in shards:
         name = f"{shard.folder.parent.name}/{config.split}"
-        count = min(config.limit or len(shard), len(shard))
-        records, answers = shard.read_records()[:count], {}
+        records = shard.read_records()[:config.limit or None]
+        images = shard.samples["image"][:len(records)].astype(np.int64)
+        seen = find_seen(shard, records, trained, config)
+        shown = {} if config.blind == "shuffle" else {"model": images}
+        if config.blind != "none" and len(np.unique(images[images >= 0])) > 1:
+            shown["image shuffled"] = shuffled_images(images, config.seed)
         begin = time.perf_counter()
-        if config.blind != "shuffle":
-            answers["model"] = answer(model, tokenizer, shard, config, count, None, device, autocast)
-        if config.blind != "none" and len(shard.image_index) > 1:
-            swap = shuffled_images(shard, config.seed)
-            answers["image shuffled"] = answer(model, tokenizer, shard, config, count, swap, device,
-                                               autocast)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            answers = answer(model, tokenizer, shard, shown, config)
         seconds = time.perf_counter() - begin
         if (train := shard.folder.parent / "train").is_dir():
             answers["question only"] = question_only_answers(Shard(train).read_records(), records)
-        rows = {row: score(records, predictions) for row, predictions in answers.items()}
-        types = {row: score_types(records, predictions) for row, predictions in answers.items()}
-        print_table(name, rows, types)
-        results[name] = {"scores": rows, "types": types, "seconds": seconds,
-                         "manifest": shard.manifest["checksum"]}
-        for row, predictions in answers.items():
-            lines[row] += [{"id": record["id"], "dataset": name, "image": record["image"],
-                            "question": record["question"], "answer": record["answer"],
-                            "prediction": prediction, "type": record["type"]}
-                           for record, prediction in zip(records, predictions)]
+        scores = {row: np.array([score(*pair) for pair in zip(records, replies, strict=True)])
+                  for row, replies in answers.items()}
+        # A question about no image is a group of its own
+        groups = np.where(images >= 0, images, -1 - np.arange(len(images)))
+        tables = report(name, scores, groups, [record["type"] for record in records], seen, config.seed)
+        asked = len(records) * len(shown)
+        print(f"{asked:,} answers in {seconds:.1f} s, {asked / seconds:.0f} a second"
+              + ("" if train.is_dir() else f"; no row of question only: {train} is not here"))
+        results[name] = {"seconds": seconds, "manifest": shard.manifest["checksum"], **tables}
+        first_name = dict(zip(reversed(images.tolist()), reversed(records)))  # one name for each image
+        for number, record in enumerate(records):
+            about = {"image": first_name[images[number]]["image"]} if images[number] >= 0 else {}
+            about |= {"seen": seen[number]} if isinstance(seen, list) else {}
+            for row, replies in answers.items():
+                lines[row].append({"dataset": name, **record, **about, "prediction": replies[number]})
     for row in lines:
         path = folder / ("predictions.jsonl" if row == "model" else
                          f"predictions_{row.replace(' ', '_')}.jsonl")
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines[row])
         path.write_text(text, encoding="utf-8")
     (folder / "results.json").write_text(json.dumps(
-        {"checkpoint": checkpoint.name, "flags": asdict(config), "training": trained,
-         "results": results}, indent=2) + "\n")
+        {"checkpoint": checkpoint.name, "flags": asdict(config), "machine": describe_machine(device),
+         "training": trained, "results": results}, indent=2) + "\n")
     print(f"\nanswers in {folder}/predictions*.jsonl, scores in {folder}/results.json")
 
 

@@ -19,14 +19,16 @@ The paper's sizes: ViT-B/16 C=768 nh=12 N=197; LLaMA-7B C=4096 nh=nkv=32 hs=128 
 The others': ViT-B/32 C=768 nh=12 N=50; ResNet-50 C=2048 nh=32 N=50, its outputs of width 768.
 """
 
+import itertools
 import json
 import platform
 import re
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -38,6 +40,25 @@ from lora import add_lora, load_adapter, lora_layers, save_adapter
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+# ----------------------------------------------------------------------------- matrix products
+
+class Linear(nn.Linear):
+    """
+    nn.Linear, on a CPU with AVX-512 by way of a convolution of one pixel. oneDNN computes that with
+    these instructions; F.linear leaves its product to MKL, which on AMD's CPUs does without them and
+    takes twice as long.
+    """
+
+    def forward(self, x):
+        T = x.numel() // x.shape[-1]
+        if (x.device.type != "cpu" or T < 128 or torch.get_num_threads() == 1
+                or torch.backends.cpu.get_cpu_capability() != "AVX512"):
+            return super().forward(x)
+        pixels = x.reshape(1, T, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, C, T, 1), channels last
+        y = F.conv2d(pixels, self.weight[:, :, None, None], self.bias)
+        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
 # ----------------------------------------------------------------------------- vision transformer
@@ -78,8 +99,8 @@ class ViTAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.heads = config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.proj = nn.Linear(config.width, config.width)
+        self.qkv = Linear(config.width, 3 * config.width)
+        self.proj = Linear(config.width, config.width)
 
     def forward(self, x):
         I, N, C = x.shape
@@ -96,8 +117,8 @@ def quick_gelu(x):
 class ViTMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.fc1 = nn.Linear(config.width, 4 * config.width)
-        self.fc2 = nn.Linear(4 * config.width, config.width)
+        self.fc1 = Linear(config.width, 4 * config.width)
+        self.fc2 = Linear(4 * config.width, config.width)
         self.gelu = quick_gelu if config.clip else F.gelu  # the exact one, not its tanh approximation
 
     def forward(self, x):
@@ -234,8 +255,8 @@ class AttentionPool(nn.Module):
         super().__init__()
         C = 32 * config.stem
         self.positional_embedding = nn.Parameter(torch.randn(config.tokens, C) / C ** 0.5)
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(C, C) for _ in range(3))
-        self.c_proj = nn.Linear(C, config.width)
+        self.q_proj, self.k_proj, self.v_proj = (Linear(C, C) for _ in range(3))
+        self.c_proj = Linear(C, config.width)
 
     def forward(self, x):
         x = x.flatten(2).transpose(1, 2)  # (I, C, H, W) -> (I, N-1, C)
@@ -361,22 +382,22 @@ class LlamaAttention(nn.Module):
         super().__init__()
         self.nh, self.nkv = config.num_attention_heads, config.num_key_value_heads
         self.hs = config.head_size
-        self.q_proj = nn.Linear(config.hidden_size, self.nh * self.hs, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, self.nkv * self.hs, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, self.nkv * self.hs, bias=False)
-        self.o_proj = nn.Linear(self.nh * self.hs, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, self.nh * self.hs, bias=False)
+        self.k_proj = Linear(config.hidden_size, self.nkv * self.hs, bias=False)
+        self.v_proj = Linear(config.hidden_size, self.nkv * self.hs, bias=False)
+        self.o_proj = Linear(self.nh * self.hs, config.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, mask, cache=None, positions=None):
+    def forward(self, x, cos, sin, mask, cache=None, layer=0):
         R, T, C = x.shape
         q = self.q_proj(x).view(R, T, self.nh, self.hs).transpose(1, 2)  # (R, nh, T, hs)
         k = self.k_proj(x).view(R, T, self.nkv, self.hs).transpose(1, 2)  # (R, nkv, T, hs)
         v = self.v_proj(x).view(R, T, self.nkv, self.hs).transpose(1, 2)  # (R, nkv, T, hs)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:  # a token's slot is its position
-            slots = positions[:, None, :, None].expand_as(k)
-            k = cache[0].scatter_(2, slots, k.to(cache[0].dtype))  # (R, nkv, S, hs)
-            v = cache[1].scatter_(2, slots, v.to(cache[1].dtype))
+        if cache:
+            q, k, v = cache.part(q), *cache.store(layer, k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.nh != self.nkv)
+        if cache:
+            y = cache.join(y)
         return self.o_proj(y.transpose(1, 2).reshape(R, T, C))
 
 
@@ -385,9 +406,9 @@ class LlamaMLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -401,8 +422,8 @@ class LlamaBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def forward(self, x, cos, sin, mask, cache=None, positions=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, positions)
+    def forward(self, x, cos, sin, mask, cache=None, layer=0):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -416,7 +437,7 @@ class LLaMA(nn.Module):
             embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
             layers=nn.ModuleList(LlamaBlock(config) for _ in range(config.num_hidden_layers)),
             norm=RMSNorm(config.hidden_size, config.rms_norm_eps)))
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(init_weights)
 
     def embed(self, tokens):
@@ -424,13 +445,12 @@ class LLaMA(nn.Module):
 
     def transform(self, x, positions, mask, cache=None):
         """
-        (R, T, C) embeddings -> (R, T, C) after the final norm. mask: (R, 1, T, T or S), True where a
-        query (second last) may attend to a key (last). cache: one (keys, values) pair a layer, each
-        (R, nkv, S, hs), into which keys and values are written at their positions.
+        (R, T, C) embeddings -> (R, T, C) after the final norm. mask: (R, 1, T, T), True where a query
+        (second last) may attend to a key (last); with a Cache, what its place() has returned.
         """
         cos, sin = rotary_angles(positions, self.config.head_size, self.config.rope_theta)
-        for i, block in enumerate(self.model.layers):
-            x = block(x, cos, sin, mask, cache[i] if cache else None, positions)
+        for layer, block in enumerate(self.model.layers):
+            x = block(x, cos, sin, mask, cache, layer)
         return self.model.norm(x)
 
     def forward(self, tokens):
@@ -439,14 +459,6 @@ class LLaMA(nn.Module):
         positions = torch.arange(T, device=tokens.device).expand(R, T)
         mask = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
         return self.lm_head(self.transform(self.embed(tokens), positions, mask[None, None]))
-
-    def new_cache(self, rows, slots, dtype):
-        """An empty key-value cache: for each layer keys and values, each (R, nkv, S, hs)."""
-        shape = (rows, self.config.num_key_value_heads, slots, self.config.head_size)
-        device = self.lm_head.weight.device
-        return [(torch.zeros(shape, dtype=dtype, device=device),
-                 torch.zeros(shape, dtype=dtype, device=device))
-                for _ in range(self.config.num_hidden_layers)]
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
@@ -483,6 +495,74 @@ class LLaMA(nn.Module):
             model = cls(config)
         return load_exactly(model, [folder / name for name in names], dtype, device,
                             dropped=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+class Cache:
+    """
+    Keys and values of R rows of S slots in every layer, for generation.
+
+    A row is an image and the questions about it. Tokens of many rows are run through the model end to
+    end, (1, T, C), so that none is padding; for attention alone they are parted by row into K lanes.
+    """
+
+    def __init__(self, config, rows, dtype, device):
+        self.used = np.zeros(rows, np.int64)  # slots of each row that are in use, from the first on
+        self.question = torch.zeros(rows, 0, dtype=torch.long, device=device)  # of a slot; 0: for all
+        self.layers = [[torch.zeros(rows, config.num_key_value_heads, 0, config.head_size, dtype=dtype,
+                                    device=device) for _ in ("keys", "values")]
+                       for _ in range(config.num_hidden_layers)]
+
+    def place(self, row, question):
+        """
+        Give the next T tokens their slots. row, question: (T,) int, those of each token.
+
+        Returns the mask (R, 1, K, S), 0 where a lane may look and -inf elsewhere: a token sees what
+        stands before it in its row, if that is shared or of its own question.
+        """
+        R, device = len(self.used), self.question.device
+        order = np.argsort(row, kind="stable")
+        rows, first, index, count = np.unique(row[order], return_index=True, return_inverse=True,
+                                              return_counts=True)
+        lane = np.empty_like(row)
+        lane[order] = np.arange(len(row)) - first[index]
+        slot = self.used[row] + lane
+        self.used[rows] += count
+        K, S = count.max(), -(-self.used.max() // 64) * 64
+        if (more := S - self.question.shape[1]) > 0:
+            self.question = F.pad(self.question, (0, more))
+            self.layers = [[F.pad(tensor, (0, 0, 0, more)) for tensor in layer] for layer in self.layers]
+        # All rows as they lie, or a copy of the few that these tokens are of
+        few = 2 * len(rows) < R
+        self.rows = torch.from_numpy(rows).to(device) if few else slice(None)
+        self.shape = (len(rows) if few else R, K)
+        lane += (np.searchsorted(rows, row) if few else row) * K
+        self.row, self.slot, self.lane, question = (
+            torch.from_numpy(array).to(device) for array in (row, slot, lane, question))
+        self.question[self.row, self.slot] = question
+        self.S = -(-int(self.used[rows].max()) // 8) * 8  # what lies behind is in nobody's sight
+        own, last = torch.zeros(2, self.shape[0] * K, dtype=torch.long, device=device)
+        own[self.lane], last[self.lane] = question, self.slot
+        of_slot = self.question[self.rows, None, :self.S]  # (R, 1, S)
+        seen = (of_slot == 0) | (of_slot == own.view(self.shape)[:, :, None])  # (R, K, S)
+        seen &= torch.arange(self.S, device=device) <= last.view(self.shape)[:, :, None]
+        mask = torch.zeros(seen.shape, dtype=self.layers[0][0].dtype, device=device)
+        return mask.masked_fill_(~seen, -torch.inf)[:, None]
+
+    def store(self, layer, k, v):
+        """Write (1, nkv, T, hs) keys and values into their slots; returns all in sight, (R, nkv, S, hs)."""
+        for tensor, new in zip(self.layers[layer], (k, v)):
+            tensor[self.row, :, self.slot] = new[0].transpose(0, 1).to(tensor.dtype)
+        return [tensor[self.rows, :, :self.S] for tensor in self.layers[layer]]
+
+    def part(self, q):
+        """Queries (1, nh, T, hs) -> (R, nh, K, hs), each row's own."""
+        parted = q.new_zeros(self.shape[0] * self.shape[1], q.shape[1], q.shape[3])
+        parted[self.lane] = q[0].transpose(0, 1)
+        return parted.unflatten(0, self.shape).transpose(1, 2)
+
+    def join(self, y):
+        """What attention gives, (R, nh, K, hs) -> (1, nh, T, hs)."""
+        return y.transpose(1, 2).flatten(0, 1)[self.lane].transpose(0, 1)[None]
 
 
 # ----------------------------------------------------------------------------- the whole
@@ -526,13 +606,23 @@ def packed_mask(group, question):
     return (same_group & (same_question | shared) & causal)[:, None]  # (R, 1, T, T)
 
 
+@dataclass
+class Answer:
+    """An answer that is being generated, to one of the questions of a row of the cache."""
+    row: int
+    question: int  # 1, 2, ... within the row
+    position: int  # rotary, of its newest token
+    tokens: list = field(default_factory=list)
+    done: bool = False
+
+
 class VLM(nn.Module):
     """A ViT, a linear projection and a LLaMA (OpenMedQ, arXiv 2606.12953)."""
 
     def __init__(self, vision, language):
         super().__init__()
         self.vision = vision
-        self.projector = nn.Linear(vision.config.width, language.config.hidden_size)
+        self.projector = Linear(vision.config.width, language.config.hidden_size)
         self.language = language
         self.lora = {}  # part -> settings of its LoRA: r, alpha, dropout, targets
         self.weights = {"vision": "", "language": ""}  # part -> weights file or folder that it equals,
@@ -586,53 +676,68 @@ class VLM(nn.Module):
         return F.cross_entropy(self(batch), batch.targets, reduction="sum")
 
     @torch.no_grad()
-    def generate(self, prompts, images, image_of, max_new_tokens=32, temperature=0.0):
+    def generate(self, groups, max_new_tokens=32, temperature=0.0, rows=64):
         """
-        Answer B prompts together; greedy at temperature 0, else sampled with torch's generator.
+        Answer questions; greedy at temperature 0, else sampled with torch's generator.
 
-        prompts: B lists of token ids; images: (I, H, W, 3) uint8; image_of: B indices into images,
-        -1 for none. Returns B lists of token ids, each up to its <eos>, which is left out.
+        groups: an iterable of (image, prompts): an image (H, W, 3) uint8, or None, and the questions
+        about it as lists of token ids. Yields (number of a group, its answers as lists of token ids up
+        to <eos>) as they are finished. What <bos> and an image give is computed once for all its
+        questions. `rows` groups are under way at a time; whenever a quarter of the rows is free, as
+        many new groups are taken in.
         """
-        B, N, device = len(prompts), self.vision.config.tokens, self.projector.weight.device
-        with_image = [b for b in range(B) if image_of[b] >= 0]
-        starts = torch.tensor([1 + N if image >= 0 else 0 for image in image_of], device=device)
-        rows = [prompt if image >= 0 else [BOS, *prompt] for prompt, image in zip(prompts, image_of)]
-        lengths = torch.tensor([len(row) for row in rows], device=device)
-        T = max(len(row) for row in rows)
-        tokens = torch.zeros(B, T, dtype=torch.long)
-        for b, row in enumerate(rows):  # padding stands on the right, where nothing looks at it
-            tokens[b, :len(row)] = torch.as_tensor(row)
-        x = self.language.embed(tokens.to(device))  # (B, T, C)
-
-        slots = torch.arange(int(starts.max()) + T + max_new_tokens, device=device)
-        cache = self.language.new_cache(B, len(slots), x.dtype)
-        if with_image:  # <bos> and image are run once an image, for all questions about it
-            prefix = self.language.embed(torch.full((len(images), 1), BOS, device=device))
-            prefix = torch.cat([prefix, self.encode_images(images).to(x.dtype)], dim=1)  # (I, 1+N, C)
-            shared = self.language.new_cache(len(images), 1 + N, x.dtype)
-            self.language.transform(prefix, slots[:1 + N].expand(len(images), -1),
-                                    slots[:1 + N] <= slots[:1 + N, None], shared)
-            for own, of_image in zip(sum(cache, ()), sum(shared, ())):
-                own[with_image, :, :1 + N] = of_image[[image_of[b] for b in with_image]]
-        positions = starts[:, None] + torch.arange(T, device=device)  # (B, T)
-        answers, done = [], torch.zeros(B, dtype=torch.bool, device=device)
-        for new in range(max_new_tokens):
-            mask = slots <= positions[:, None, :, None]  # (B, 1, T, S), T = 1 after the first round
+        N, embedding = self.vision.config.tokens, self.language.model.embed_tokens.weight
+        device, groups = embedding.device, iter(groups)
+        first = list(itertools.islice(groups, rows))
+        rows, waiting = len(first), enumerate(itertools.chain(first, groups))
+        cache = Cache(self.language.config, rows, embedding.dtype, device)
+        at_once, free, under_way, live = max(rows // 4, 1), list(range(rows)), {}, []
+        while True:
+            new = list(itertools.islice(waiting, at_once)) if len(free) >= at_once else []
+            asked = [] if new else live  # the answers to which this pass adds a token
+            inputs = [(answer.tokens[-1], answer.position, answer.row, answer.question)
+                      for answer in asked]
+            images, image_at, last = [], [], list(range(len(inputs)))  # last: what predicts the token
+            for number, (image, prompts) in new:
+                r, prefix = free.pop(), [BOS]
+                cache.used[r] = 0
+                if image is not None:
+                    images.append(image)
+                    image_at.append(len(inputs) + 1)
+                    prefix = [BOS] + [0] * N
+                inputs += [(token, position, r, 0) for position, token in enumerate(prefix)]
+                for q, prompt in enumerate(prompts, start=1):
+                    inputs += [(token, position, r, q)
+                               for position, token in enumerate(prompt, start=len(prefix))]
+                    asked.append(Answer(r, q, len(prefix) + len(prompt) - 1))
+                    last.append(len(inputs) - 1)
+                under_way[r] = number, asked[-len(prompts):]
+            if not asked:
+                return
+            tokens, positions, row, question = np.array(inputs).T
+            mask = cache.place(row, question)
+            tokens, positions, image_at = (torch.as_tensor(array, device=device)
+                                           for array in (tokens[None], positions[None], image_at))
+            image_tokens = ()
+            if images:
+                image_tokens = self.encode_images(torch.from_numpy(np.stack(images)).to(device))
+            x = self.splice(tokens, image_tokens, image_at)  # (1, T, C)
             x = self.language.transform(x, positions, mask, cache)
-            last = x[torch.arange(B), lengths - 1] if new == 0 else x[:, 0]  # (B, C)
-            logits = self.language.lm_head(last).float()  # (B, V)
+            logits = self.language.lm_head(x[0, last]).float()  # (asked, V)
             if temperature > 0:
-                token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)[:, 0]
+                chosen = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)[:, 0]
             else:
-                token = logits.argmax(dim=-1)
-            done |= token == EOS
-            answers.append(token.masked_fill(done, EOS))
-            if done.all():
-                break
-            positions = (starts + lengths + new)[:, None]  # (B, 1): overwrites short rows' padding
-            x = self.language.embed(answers[-1][:, None])
-        rows = torch.stack(answers, dim=1).tolist() if answers else [[]] * B
-        return [row[:row.index(EOS)] if EOS in row else row for row in rows]
+                chosen = logits.argmax(dim=-1)
+            for answer, token in zip(asked, chosen.tolist()):
+                answer.position += 1
+                if token != EOS:
+                    answer.tokens.append(token)
+                answer.done = token == EOS or len(answer.tokens) == max_new_tokens
+            live = [answer for answer in (live + asked if new else asked) if not answer.done]
+            for r in under_way.keys() - {answer.row for answer in live}:
+                number, answers = under_way.pop(r)
+                free.append(r)
+                yield number, [answer.tokens for answer in answers]
 
     def save(self, folder):
         """

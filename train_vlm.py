@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from data import Batch, Tokenizer, UserError, open_mixture, require_positive, run
+from data import Batch, Tokenizer, UserError, open_mixture, read_manifest, require_positive, run
 from lora import add_lora
 from model import CONFIGS, VLM, describe_machine, is_trained, newest_checkpoint, pick_device
 
@@ -293,7 +293,9 @@ def main(config):
     shutil.copy(tokenizer.path, folder / "tokenizer.model")
     (folder / "config.json").write_text(json.dumps(
         {"flags": asdict(config), "tokenizer_sha256": tokenizer.sha256,
-         "leaks": {str(shard.folder): leaks for shard, (leaks, _) in zip(mixture.shards, mixture.leaks)},
+         "leaks": {shard.folder.parent.name: {name: read_manifest(shard.folder, "leaks.json")[name]
+                                              for name in ("leaks", "tests")}
+                   for shard in mixture.shards},
          "machine": describe_machine(device)}, indent=2) + "\n")
     write_log = open_log(config, folder)
 

@@ -77,7 +77,7 @@ def main(config):
         for token, loss in zip(batch.targets, F.cross_entropy(logits, batch.targets, reduction="none")):
             print(f"  loss of {tokenizer.model.id_to_piece(int(token))!r:12} {loss:.3f} nats")
         print(f"VLM.loss         {model.loss(batch) / step.supervised:.3f} nats a token")
-        reply = model.generate([prompt.tolist()], batch.images, [0])[0]
+        [(_, [reply])] = model.generate([(batch.images[0].numpy(), [prompt.tolist()])])
         print(f"VLM.generate     {reply}")
         print(f"Tokenizer.decode {tokenizer.decode(reply)!r}")
         print(f"bleu1            {bleu1(tokenizer.decode(reply), words['answer']):.2f}")

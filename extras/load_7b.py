@@ -79,10 +79,10 @@ def main(config):
     print(f"loaded {weights:.2f} GB of weights in {seconds:.1f} s; peak memory {peak_gigabytes():.2f} GB, "
           f"Python and torch included: {peak_gigabytes() / weights:.3f}x the weights")
     prompt = tokenizer.encode(format_prompt("what does the image show?"))
-    image = torch.randint(0, 256, (1, 224, 224, 3), dtype=torch.uint8)
+    image = torch.randint(0, 256, (224, 224, 3), dtype=torch.uint8).numpy()
     begin = time.perf_counter()
     with torch.autocast("cpu", torch.bfloat16):
-        reply = model.generate([prompt], image, [0], max_new_tokens=config.new_tokens)[0]
+        [(_, [reply])] = model.generate([(image, [prompt])], max_new_tokens=config.new_tokens)
     print(f"answered {len(reply)} tokens in {time.perf_counter() - begin:.1f} s: "
           f"{tokenizer.decode(reply)!r}; peak memory {peak_gigabytes():.2f} GB")
 

@@ -1,9 +1,21 @@
-"""The metrics on worked examples, the baselines on cases small enough to check by eye."""
+"""Metrics and baselines on cases small enough to check by eye; intervals on many simulated ones."""
+
+import json
+import math
+from collections import Counter
 
 import numpy as np
 import pytest
 
-from eval_vqa import bleu1, exact_match, question_only_answers, score, shuffled_images
+import eval_vqa
+from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard, Tokenizer, UserError
+from eval_vqa import (METRICS, bleu1, bootstrap, exact_match, find_seen, open_recall, open_shards,
+                      question_only_answers, report, score, shuffled_images, summarise, token_f1)
+from prepare.datasets import Dataset
+from prepare.leaks import guard
+from prepare.questions import train_sample_tokenizer
+from prepare.shards import write_dataset
+from test_leaks import drawing, encoded
 
 PAIRS = [  # prediction, reference, BLEU-1 worked out by hand
     ("yes", "yes", 1), ("no", "yes", 0), ("no", "no", 1),
@@ -26,16 +38,28 @@ def test_bleu1_edges():
     assert exact_match(" Left  Lung", "left lung") == 1 and exact_match("lung", "left lung") == 0
 
 
-def test_score_counts_what_it_averages():
-    records = [{"answer": reference} for _, reference, _ in PAIRS]
-    scores = score(records, [prediction for prediction, _, _ in PAIRS])
-    assert scores["bleu1"] == pytest.approx(55.35, abs=0.005)
-    assert scores["exact_match"] == pytest.approx(40.0)
-    assert scores["closed_accuracy"] == pytest.approx(100 * 2 / 3)
-    assert (scores["questions"], scores["closed_questions"]) == (10, 3)
-    with pytest.raises(ValueError):
-        score(records, ["yes"])
-    assert score([{"answer": "lung"}], ["lung"])["closed_accuracy"] is None
+def test_metrics_of_the_ten_pairs():
+    scores = np.array([score({"answer": reference}, prediction) for prediction, reference, _ in PAIRS])
+    closed = [True] * 3 + [False] * 7
+    assert (np.isnan(scores[:, 3]) != closed).all() and (np.isnan(scores[:, 4]) == closed).all()
+    assert np.nanmean(scores, axis=0) == pytest.approx(
+        [55.35, 40.0, 61.33, 100 * 2 / 3, 100 * (1 / 2 + 1 + 1 + 0 + 1 + 0 + 1) / 7], abs=0.005)
+
+
+def test_token_f1_and_recall_by_hand():
+    assert open_recall("the left lung", "left lung") == 1 and open_recall("lung", "left lung") == 0.5
+    assert open_recall("cell cell cell", "cell cell wall") == pytest.approx(2 / 3)
+    assert token_f1("the left lung", "left lung") == pytest.approx(2 * 2 / (3 + 2))
+    assert token_f1("heart", "lung") == token_f1("", "lung") == open_recall("", "lung") == 0
+
+
+def test_the_best_reference_counts():
+    record = {"answer": "ct w/contrast (iv)#mri",
+              "references": ["ct w/contrast iv", "ct w/contrast", "mri"]}
+    assert score(record, "CT w/contrast")[:3] == [100, 100, 100]
+    assert score(record, "mri")[1] == 100 and score(record, "ct w/contrast (iv)#mri")[1] == 0
+    half_closed = {"answer": "yes#left", "references": ["yes", "left"]}
+    assert math.isnan(score(half_closed, "yes")[3]) and score(half_closed, "yes")[4] == 100
 
 
 def test_bleu1_agrees_with_an_independent_statement():
@@ -67,9 +91,172 @@ def test_question_only_answers_fall_back_word_by_word():
 
 
 def test_shuffled_images_leave_none_in_place():
-    class Shard:
-        image_index = np.zeros(50)
+    image_of = np.random.default_rng(0).integers(-1, 50, 400)  # -1: no image
     for seed in range(20):
-        other = shuffled_images(Shard, seed)
-        assert sorted(other) == list(range(50)) and not (other == np.arange(50)).any()
-    assert (shuffled_images(Shard, 1) == shuffled_images(Shard, 1)).all()
+        shown = shuffled_images(image_of, seed)
+        assert (shown[image_of >= 0] != image_of[image_of >= 0]).all()
+        assert ((shown == -1) == (image_of == -1)).all()
+        pairs = set(zip(image_of.tolist(), shown.tolist()))  # an image's questions move together
+        assert len(pairs) == len({one for one, _ in pairs}) == len({other for _, other in pairs})
+    assert (shuffled_images(image_of, 1) == shuffled_images(image_of, 1)).all()
+
+
+# ----------------------------------------------------------------------------- intervals
+
+def simulate(generator, images=200):
+    """
+    Scores of two systems on `images` images with 1 to 12 questions, (n, 2), and the image of each.
+    How hard an image is counts for all its questions. The truth is 0.5 for the first, 0.4 for the
+    second; every third question is left out of both.
+    """
+    image_of = np.repeat(np.arange(images), generator.integers(1, 13, images))
+    ease = generator.normal(0, 0.25, images)[image_of]
+    scores = np.stack([0.5 + ease, 0.4 + ease], axis=1) + generator.normal(0, 0.3, (len(image_of), 2))
+    scores[::3] = math.nan
+    return scores, image_of
+
+
+def test_intervals_hold_the_truth_in_95_of_100_trials():
+    """A mean and a paired difference, 1,000 trials each. By questions they would be too narrow."""
+    generator, trials = np.random.default_rng(0), 1000
+    held = Counter()
+    for trial in range(trials):
+        scores, image_of = simulate(generator)
+        columns = np.column_stack([scores[:, 0], scores[:, 0] - scores[:, 1]])
+        for name, groups in (("images", image_of), ("questions", np.arange(len(image_of)))):
+            if name == "questions" and trial >= 200:
+                continue
+            low, high = np.percentile(bootstrap(columns, groups, 300, trial), (2.5, 97.5), axis=0)
+            for truth, column, at_least, at_most in zip((0.5, 0.1), ("mean", "difference"), low, high):
+                held[name, column] += at_least <= truth <= at_most
+    assert 930 <= held["images", "mean"] <= 970
+    assert 930 <= held["images", "difference"] <= 970
+    assert held["questions", "mean"] < 0.85 * 200
+
+
+def test_bootstrap_is_that_of_resampling_the_questions_themselves():
+    generator = np.random.default_rng(1)
+    scores, image_of = simulate(generator, images=7)
+    means = bootstrap(scores, image_of + 100, resamples=20, seed=3)
+    again = np.random.default_rng(3)
+    for row in means:
+        drawn = again.integers(7, size=7)
+        resampled = np.concatenate([scores[image_of == number] for number in drawn])
+        assert row == pytest.approx(np.nanmean(resampled, axis=0))
+
+
+def test_a_difference_is_narrower_than_the_scores_it_is_of(capsys):
+    generator = np.random.default_rng(2)
+    image_of = np.repeat(np.arange(40), 5)
+    base = np.repeat(generator.uniform(0, 100, (40, 1)), 5, axis=0)
+    base = np.tile(base, (1, 5))
+    base[:100, 4], base[100:, 3] = math.nan, math.nan
+    rows = {"model": base + 10, "image shuffled": base, "question only": base * 0}
+    table = summarise(rows, image_of, seed=0)
+    for metric in METRICS:
+        mean, low, high = table["model"][metric]
+        assert low < mean < high and high - low > 5
+        assert table["the image adds"][metric] == pytest.approx([10, 10, 10])
+        assert table["question only"][metric] == [0, 0, 0]
+    seen = ["words"] * 150 + [""] * 50
+    tables = report("toy/test", rows, image_of, ["a"] * 150 + ["b"] * 50, seen, seed=0)
+    assert tables["all"]["rows"] == table and tables["all"]["closed"] == tables["all"]["open"] == 100
+    assert tables["new"]["questions"] == 50 and tables["new"]["open"] == 50
+    assert tables["new"]["rows"]["model"]["closed accuracy"] == [None] * 3  # none of them is closed
+    assert tables["new"]["rows"] == tables["types"]["b"]["rows"]
+    text = capsys.readouterr().out
+    assert "50 of them new to the run" in text and "10.0 [10.0 10.0]" in text and text.count(" - ") == 4
+    assert text.count("closed (100)") == 1 and text.count("closed (0)") == 1
+    for seen, said in ((["image"] * 200, "every question's words or image were trained on"),
+                       ("no such shard", "no such shard")):
+        assert report("toy/test", rows, image_of, ["a"] * 200, seen, seed=0)["new"] == said
+
+
+# ----------------------------------------------------------------------------- what a run has seen
+
+TOKENIZER = train_sample_tokenizer()
+
+
+def write_questions(shards, name, splits, kind="image questions", tokenizer=TOKENIZER):
+    """A dataset of {split: [(question, answer, seed of a drawing)]}."""
+    records = [(split, Record(f"{split}{number}", question, answer, encoded(drawing(seed)), f"{seed}.png"))
+               for split, rows in splits.items()
+               for number, (question, answer, seed) in enumerate(rows)]
+    dataset = Dataset(name=name, read=lambda raw: iter(records), kind=kind, licence="none", access="open",
+                      megabytes=0, page="", layouts=(), counts={})
+    facts = {"dataset": name, "shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION,
+             "limit": 0, "licence": "none",
+             "image": {"size": 32, "resize": "squash", "codec": "png", "quality": 0}}
+    write_dataset(shards / name, dataset, shards, {}, tokenizer, facts, 1)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Two datasets to train on, and a test split that shares words and images with them."""
+    write_questions(tmp_path, "learn", {"train": [
+        ("is it large?", "yes", 1), ("What is  this?", "A lung", 2), ("where is it?", "left", 3)],
+        "test": [("is it large?", "Yes", 11), ("what is this?", "a lung", 2),
+                 ("what is this?", "bone", 3), ("is it large?", "no", 12), ("where is it?", "left", 13)]})
+    write_questions(tmp_path, "more", {"train": [("where is it?", "left", 14)]})
+    guard(tmp_path, "keep")
+    return tmp_path
+
+
+def seen_by(shards, data="learn", leaks=None, split="test"):
+    shard = Shard(shards / "learn" / "test")
+    trained = {"flags": {"data": data}} | ({"leaks": {"learn": leaks, "more": leaks}} if leaks else {})
+    return find_seen(shard, shard.read_records(), trained,
+                     eval_vqa.Config(shards_dir=str(shards), split=split))
+
+
+def test_what_was_trained_on_is_not_new(shards):
+    assert seen_by(shards) == ["words", "words and image", "image", "", "words"]
+    assert seen_by(shards, "learn:2, more") == ["words", "words and image", "image", "", "words"]
+    assert seen_by(shards, "more") == ["", "", "", "", "words"]
+
+
+def test_what_the_leak_guard_left_out_is_new(shards):
+    guard(shards, "drop")
+    tests = {"learn/test": Shard(shards / "learn" / "test").manifest["checksum"]}
+    # The samples about drawings 2 and 3 were left out, their words with them.
+    assert seen_by(shards, leaks={"leaks": "drop", "tests": tests}) == ["words", "", "", "", ""]
+    assert seen_by(shards, leaks={"leaks": "keep", "tests": tests}) == [
+        "words", "words and image", "image", "", "words"]
+    # Trained before this test split was there to be compared with: nothing was left out for it.
+    assert seen_by(shards, leaks={"leaks": "drop", "tests": {}})[2] == "image"
+
+
+def test_what_is_not_known_is_said(shards):
+    assert "learnt/train, which the run was trained on, is not here" in seen_by(shards, "learnt")
+    assert "test splits alone" in seen_by(shards, split="validation")
+    (shards / "learn/train/leaks.json").write_text("{}")
+    with pytest.raises(UserError, match="not compared with .*learn/test; run `python prepare/all.py"):
+        seen_by(shards)
+
+
+# ----------------------------------------------------------------------------- which splits
+
+def test_every_split_that_asks_about_images_is_answered(shards, capsys):
+    tokenizer = Tokenizer(shards / "learn" / "tokenizer.model")
+    write_questions(shards, "abc", {"test": [("why?", "so", 1)]})
+    write_questions(shards, "words", {"test": [("why?", "so", 1)]}, kind="text questions")
+    other = TOKENIZER.replace(b"yes", b"yex")
+    write_questions(shards, "other", {"test": [("why?", "so", 1)]}, tokenizer=other)
+
+    def chosen(**flags):
+        return [shard.folder.parent.name
+                for shard in open_shards(eval_vqa.Config(shards_dir=str(shards), **flags), tokenizer)]
+
+    assert chosen() == ["abc", "learn"]
+    assert "left out, since they were made with another tokenizer: other" in capsys.readouterr().out
+    assert chosen(data="words, learn,words") == ["words", "learn"]
+    for data, message in [("other", r"other/test: made with another tokenizer.*--only=other --token"),
+                          ("absent", r"absent/test: not prepared; run `.*--only=absent`"),
+                          ("more", r"more/test: not prepared")]:
+        with pytest.raises(UserError, match=message):
+            chosen(data=data)
+    with pytest.raises(UserError, match="no validation split of questions about images"):
+        chosen(split="validation")
+    (shards / "abc/test/records.jsonl").write_text(json.dumps({"id": "1"}))
+    with pytest.raises(UserError, match="records.jsonl: missing, or not its"):
+        chosen()

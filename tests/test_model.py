@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,7 @@ def test_folder_with_pmc_llama_s_old_config_and_wrong_ids_loads(tmp_path):
     for token, answer in [(1, [1, 1, 1]), (2, [])]:  # id 2 alone ends an answer
         always = F.one_hot(torch.tensor(token), V) * 1e6
         hook = ours.language.lm_head.register_forward_hook(lambda module, x, y: y + always)
-        assert ours.generate([[5, 6]], None, [-1], max_new_tokens=3) == [answer]
+        assert list(ours.generate([(None, [[5, 6]])], max_new_tokens=3)) == [(0, [answer])]
         hook.remove()
 
 
@@ -299,8 +300,8 @@ def test_parameter_counts_of_the_paper_s_parts():
 
 # ----------------------------------------------------------------------------- generation
 
-PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [40], [50, 51, 52], [60, 61, 62, 63, 64], [70, 71]]
-IMAGE_OF = [0, 1, -1, 0, -1]
+GROUPS = [(0, [[5, 6, 7, 8, 9, 10, 11], [60, 61, 62, 63, 64]]), (1, [[40]]),  # image, prompts about it
+          (-1, [[50, 51, 52]]), (-1, [[70, 71], [72]])]
 
 
 @torch.no_grad()
@@ -327,41 +328,72 @@ def greedy_uncached(model, prompt, image, max_new_tokens):
     return answer
 
 
+def generate(model, groups, *settings, **more):
+    """The answers to each group, in the order of the groups."""
+    images = some_images(2).numpy()
+    given = [(images[image] if image >= 0 else None, prompts) for image, prompts in groups]
+    answers = dict(model.generate(given, *settings, **more))
+    assert sorted(answers) == list(range(len(groups)))
+    return [answers[number] for number in range(len(groups))]
+
+
 def vlm_that_stops_early():
     """A VLM that ends its answer to the first prompt early, while others go on."""
     model = tiny_vlm()
-    answers = model.generate(PROMPTS, some_images(2), IMAGE_OF, 12)
+    answers = sum(generate(model, GROUPS, 12), [])
     eos = next(t for t in answers[0][1:] if any(t not in answer for answer in answers))
     with torch.no_grad():
         model.language.lm_head.weight[[EOS, eos]] = model.language.lm_head.weight[[eos, EOS]]
     return model
 
 
-def test_cached_batched_generation_equals_uncached_one_at_a_time():
-    model, images = vlm_that_stops_early(), some_images(2)
-    answers = model.generate(PROMPTS, images, IMAGE_OF, 12)
-    assert 0 < len(answers[0]) < max(map(len, answers)) == 12  # some rows stop, some do not
-    for prompt, image, answer in zip(PROMPTS, IMAGE_OF, answers):
-        assert model.generate([prompt], images, [image], 12) == [answer]
-        assert greedy_uncached(model, prompt, image, 12) == answer
-    assert model.generate(PROMPTS, images, [1, 0, -1, 1, -1], 12) != answers  # images matter
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_generation_together_equals_uncached_generation_one_at_a_time(rows):
+    model = vlm_that_stops_early()
+    answers = generate(model, GROUPS, 12, rows=rows)
+    assert 0 < len(answers[0][0]) < max(map(len, sum(answers, []))) == 12  # some stop, some do not
+    for (image, prompts), replies in zip(GROUPS, answers):
+        assert replies == [greedy_uncached(model, prompt, image, 12) for prompt in prompts]
+    assert generate(model, [(1, GROUPS[0][1])], 12) != [answers[0]]  # images matter
+
+
+def test_groups_are_taken_in_as_others_are_finished():
+    """Sixty groups of one to five questions through eight rows: lazily, and none changes another."""
+    model, generator = vlm_that_stops_early(), np.random.default_rng(0)
+    groups = [(int(generator.integers(-1, 2)),
+               [generator.integers(5, V, generator.integers(1, 9)).tolist()
+                for _ in range(generator.integers(1, 6))]) for _ in range(60)]
+    images, taken = some_images(2).numpy(), []
+
+    def given():
+        for number, (image, prompts) in enumerate(groups):
+            taken.append(number)
+            yield images[image] if image >= 0 else None, prompts
+
+    order = []
+    for number, answers in model.generate(given(), 6, rows=8):
+        order.append(number)
+        assert len(taken) <= len(order) + 8  # under way or finished
+        image, prompts = groups[number]
+        assert answers == [greedy_uncached(model, prompt, image, 6) for prompt in prompts]
+    assert sorted(order) == list(range(60)) != order
 
 
 def test_greedy_generation_equals_that_of_transformers(tmp_path):
     model = vlm_that_stops_early()
     model.save(tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "language").eval()
-    for prompt, image, answer in zip(PROMPTS, IMAGE_OF,
-                                     model.generate(PROMPTS, some_images(2), IMAGE_OF, 12)):
-        if image >= 0:
-            x = embed_alone(model, prompt, image)
-            given = {"inputs_embeds": x, "attention_mask": torch.ones(x.shape[:2]).long()}
-        else:
-            x = torch.tensor([[BOS, *prompt]])
-            given = {"input_ids": x, "attention_mask": torch.ones_like(x)}
-        wanted = theirs.generate(**given, do_sample=False, max_new_tokens=12, pad_token_id=0)[0]
-        wanted = wanted.tolist()[0 if image >= 0 else 1 + len(prompt):]
-        assert answer == (wanted[:wanted.index(EOS)] if EOS in wanted else wanted)
+    for (image, prompts), answers in zip(GROUPS, generate(model, GROUPS, 12)):
+        for prompt, answer in zip(prompts, answers):
+            if image >= 0:
+                x = embed_alone(model, prompt, image)
+                given = {"inputs_embeds": x, "attention_mask": torch.ones(x.shape[:2]).long()}
+            else:
+                x = torch.tensor([[BOS, *prompt]])
+                given = {"input_ids": x, "attention_mask": torch.ones_like(x)}
+            wanted = theirs.generate(**given, do_sample=False, max_new_tokens=12, pad_token_id=0)[0]
+            wanted = wanted.tolist()[0 if image >= 0 else 1 + len(prompt):]
+            assert answer == (wanted[:wanted.index(EOS)] if EOS in wanted else wanted)
 
 
 def test_sampling_follows_torch_s_seed_and_the_temperature():
@@ -369,7 +401,7 @@ def test_sampling_follows_torch_s_seed_and_the_temperature():
 
     def sample(seed, temperature):
         torch.manual_seed(seed)
-        return model.generate(PROMPTS, some_images(2), IMAGE_OF, 12, temperature)
+        return generate(model, GROUPS, 12, temperature)
 
     assert sample(0, 0.5) == sample(0, 0.5) != sample(1, 0.5)
     assert sample(0, 1e-5) == sample(0, 0.0) != sample(0, 0.5)
@@ -378,8 +410,8 @@ def test_sampling_follows_torch_s_seed_and_the_temperature():
 def test_sampled_frequencies_follow_the_softmax():
     model, rows = tiny_vlm(), 20_000
     torch.manual_seed(0)
-    answers = model.generate([[5, 6]] * rows, None, [-1] * rows, 1, temperature=1.5)
-    counts = torch.bincount(torch.tensor([(row or [EOS])[0] for row in answers]), minlength=V)
+    answers = generate(model, [(-1, [[5, 6]] * 50)] * (rows // 50), 1, 1.5)
+    counts = torch.bincount(torch.tensor([(row or [EOS])[0] for row in sum(answers, [])]), minlength=V)
     with torch.no_grad():
         expected = F.softmax(model.language(torch.tensor([[BOS, 5, 6]]))[0, -1] / 1.5, -1) * rows
     chi_square = ((counts - expected)[expected > 5] ** 2 / expected[expected > 5]).sum().item()

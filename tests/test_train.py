@@ -92,17 +92,18 @@ def test_learns_by_heart_and_answers(shards, tmp_path, capsys):
     train_vlm.main(flags(shards, run, max_steps=180, batch_size=32, held_out=0, save_every=1000,
                          log_every=20, learning_rate=2e-3))
     eval_vqa.main(eval_vqa.Config(run=str(run), shards_dir=str(shards), split="train"))
-    scores = json.loads((run / "results.json").read_text())["results"]["sample/train"]["scores"]
-    assert scores["model"]["exact_match"] >= 95
-    assert scores["image shuffled"]["exact_match"] < scores["model"]["exact_match"] - 20
+    scores = json.loads((run / "results.json").read_text())["results"]["sample/train"]["all"]["rows"]
+    exact = {row: cells["exact match"][0] for row, cells in scores.items()}
+    assert exact["model"] >= 95 and exact["image shuffled"] < exact["model"] - 20
+    assert exact["the image adds"] == pytest.approx(exact["model"] - exact["image shuffled"])
     for row, name in [("model", ""), ("image shuffled", "_image_shuffled"),
                       ("question only", "_question_only")]:
         text = (run / f"predictions{name}.jsonl").read_text()
         lines = [json.loads(line) for line in text.splitlines()]
         assert len(lines) == 64 and lines[0].keys() == {
-            "id", "dataset", "image", "question", "answer", "prediction", "type"}
+            "id", "dataset", "image", "question", "answer", "prediction", "type", "labels"}
         hits = sum(line["prediction"] == line["answer"] for line in lines)
-        assert 100 * hits / 64 == pytest.approx(scores[row]["exact_match"])
+        assert 100 * hits / 64 == pytest.approx(exact[row])
     assert "image shuffled" in capsys.readouterr().out
     assert VLM.from_run(run).vision.config.width == 128
     done = command("extras/follow.py", f"--run={run}", "--data=sample", "--split=train",

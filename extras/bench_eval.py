@@ -1,0 +1,198 @@
+"""
+How fast eval_vqa.py answers, beside transformers' generate on the same weights and questions.
+
+    python extras/bench_eval.py --run=out/path_vqa --limit=500
+    python extras/bench_eval.py --model=paper --new_tokens=8 --rounds=1     random weights, on a GPU
+
+Ours is VLM.generate with all questions of an image in a row of its cache. It is timed twice: with the
+right images alone, and as eval_vqa.py runs it, where each question is asked about a second image, too,
+which costs little since that image's row is there. The peer is LlamaForCausalLM.generate as LLaVA-style
+evaluations call it: questions in their order, each with its image encoded, in padded batches of
+embeddings. A round is each of them once, in turns. Needs tests/requirements.txt.
+
+With random weights no answer ends by itself: all have --new_tokens tokens.
+
+The limit is what the same work would take at the speeds of this machine's own matrix product and
+copy, measured first: for each pass the larger of its arithmetic and of one reading of the weights.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
+
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import transformers
+
+import eval_vqa
+from data import BOS, EOS, Shard, Tokenizer, UserError, require_positive, run
+from model import VLM, Linear, describe_machine, pick_device
+
+
+@dataclass(frozen=True)
+class Config:
+    run: str = ""  # folder of a train_vlm.py run; none: random weights of --model
+    model: Literal["paper", "small", "sample"] = "small"  # sizes of random weights
+    data: str = "path_vqa"  # prepared dataset
+    shards_dir: str = "shards"  # where prepare/all.py put it
+    limit: int = 0  # only the first so many questions; 0: all
+    new_tokens: int = 32  # longest answer; with random weights of every answer
+    batch_size: int = 32  # images answered together, as eval_vqa.py's
+    peer_batch_size: int = 32  # questions
+    peer: bool = True  # time the peer, too
+    rounds: int = 3  # of each
+    device: str = "auto"  # cuda, mps or cpu
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the GPU has it
+
+
+def make_peer(model):
+    """transformers' LLaMA on the same tensors."""
+    settings = transformers.LlamaConfig(**asdict(model.language.config), bos_token_id=BOS,
+                                        eos_token_id=EOS, pad_token_id=0, attn_implementation="sdpa")
+    with torch.device("meta"):
+        peer = transformers.LlamaForCausalLM(settings)
+    peer.load_state_dict(model.language.state_dict(), assign=True)
+    # Its one buffer is no weight, and so still on the meta device.
+    peer.model.rotary_emb = type(peer.model.rotary_emb)(settings).to(model.projector.weight.device)
+    return peer.eval()
+
+
+@torch.no_grad()
+def answer_by_peer(model, peer, shard, count, config):
+    """Token ids of the answers to the first `count` questions, batch by batch, padded on the left."""
+    N, device, answers = model.vision.config.tokens, model.projector.weight.device, []
+    for begin in range(0, count, config.peer_batch_size):
+        numbers = range(begin, min(begin + config.peer_batch_size, count))
+        images = np.stack([shard.read_image(shard.samples["image"][number]) for number in numbers])
+        image_tokens = model.encode_images(torch.from_numpy(images).to(device))
+        rows = [[BOS] + [0] * N + shard.read_tokens(number)[0].tolist() for number in numbers]
+        T = max(map(len, rows))
+        tokens = torch.tensor([[0] * (T - len(row)) + row for row in rows], device=device)
+        x = peer.get_input_embeddings()(tokens)  # (B, T, C)
+        for b, row in enumerate(rows):
+            x[b, T - len(row) + 1:T - len(row) + 1 + N] = image_tokens[b].to(x.dtype)
+        seen = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows], device=device)
+        replies = peer.generate(inputs_embeds=x, attention_mask=seen, do_sample=False,
+                                max_new_tokens=config.new_tokens)
+        answers += [reply[:reply.index(EOS)] if EOS in reply else reply for reply in replies.tolist()]
+    return answers
+
+
+def clock(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@torch.no_grad()
+def measure_limits(device, dtype):
+    """(FLOP/s of a matrix product, bytes/s of a copy) of this machine: the best of 10."""
+    size = 8192 if device.type == "cuda" else 2048
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    product = Linear(size, size, bias=False).to(device, dtype)
+    source = torch.ones(1 << 28, device=device, dtype=torch.uint8)
+
+    def best(function):
+        seconds = []
+        for _ in range(10):
+            begin = clock(device)
+            function()
+            seconds.append(clock(device) - begin)
+        return min(seconds)
+
+    return 2 * size ** 3 / best(lambda: product(matrix)), 2 * source.numel() / best(source.clone)
+
+
+def count_work(model, passes):
+    """
+    Let each pass through the language model enter its work: FLOP of its matrix products and of the
+    image encoder's before it, and bytes of the weights that it reads. Attention is left out.
+    """
+    blocks = sum(p.numel() for p in model.language.model.layers.parameters())
+    weights = [*model.language.model.layers.parameters(), *model.language.lm_head.parameters()]
+    work = {"images": 0}
+
+    def saw_images(module, inputs, output):
+        work["images"] = output.shape[0] * output.shape[1] * sum(p.numel() for p in module.parameters())
+
+    def ended(module, inputs, output):
+        work["tokens"] = output.shape[1] * blocks
+
+    def predicted(module, inputs, output):
+        flop = 2 * (work["images"] + work["tokens"] + output.numel() * inputs[0].shape[-1])
+        passes.append((flop, sum(p.numel() * p.element_size() for p in weights)))
+        work["images"] = 0
+
+    return [module.register_forward_hook(hook) for module, hook in (
+        (model.vision, saw_images), (model.language.model.norm, ended), (model.language.lm_head, predicted))]
+
+
+def main(config):
+    require_positive(config, "new_tokens", "batch_size", "peer_batch_size", "rounds")
+    device, dtype = pick_device(config.device, config.dtype)
+    shard = Shard(Path(config.shards_dir) / config.data / "test")
+    shard.require_questions()
+    if shard.samples["image"].min() < 0:
+        raise UserError(f"--data: {config.data} has questions without an image, which the peer cannot take")
+    tokenizer = Tokenizer(Path(config.shards_dir) / config.data / "tokenizer.model")
+    if config.run:
+        model = VLM.from_run(config.run, dtype, device)
+    else:
+        torch.manual_seed(0)
+        model = VLM.build(config.model, tokenizer.vocab_size, dtype=dtype, device=device)
+        with torch.no_grad():
+            model.language.lm_head.weight[EOS] = 0  # never the largest of 32,000 random logits
+    model.eval().requires_grad_(False)
+    shard.require_image_size(model.vision.config.image_size)
+    count = min(config.limit or len(shard), len(shard))
+    images = shard.samples["image"][:count].astype(np.int64)
+    other = eval_vqa.shuffled_images(images, 0)
+    settings = eval_vqa.Config(batch_size=config.batch_size, max_new_tokens=config.new_tokens)
+    peer = make_peer(model) if config.peer else None
+
+    print(", ".join(f"{name} {value}" for name, value in describe_machine(device).items()))
+    flops, bandwidth = measure_limits(device, dtype)
+    print(f"{count:,} questions about {len(np.unique(images)):,} images of {config.data}, {dtype}; a matrix "
+          f"product runs at {flops / 1e12:.2f} TFLOP/s, a copy at {bandwidth / 1e9:.0f} GB/s")
+    ways = {"ours": lambda: eval_vqa.answer(model, tokenizer, shard, {"model": images}, settings),
+            "ours, with a second image": lambda: eval_vqa.answer(
+                model, tokenizer, shard, {"model": images, "image shuffled": other}, settings)}
+    if peer:
+        ways["transformers' generate"] = lambda: {"model": [
+            tokenizer.decode(reply) for reply in answer_by_peer(model, peer, shard, count, config)]}
+    seconds, answers, passes = defaultdict(list), {}, []
+    for number in range(config.rounds):
+        for way, run_once in ways.items():
+            hooks = count_work(model, passes) if way == "ours" and number == 0 else []
+            begin = clock(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                answers[way] = run_once()
+            seconds[way].append(clock(device) - begin)
+            for hook in hooks:
+                hook.remove()
+    medians = {way: float(np.median(times)) for way, times in seconds.items()}
+    for way, median in medians.items():
+        asked = count * len(answers[way])
+        line = f"{way:26}{asked:7,} answers {median:8.2f} s {asked / median:8.1f} a second"
+        if peer:
+            last = medians["transformers' generate"] * asked / count
+            line += f" {last / median:6.2f}x"
+        print(line)
+    compute, memory = (sum(numbers) for numbers in zip(*[(flop / flops, size / bandwidth)
+                                                         for flop, size in passes]))
+    limit = sum(max(flop / flops, size / bandwidth) for flop, size in passes)
+    print(f"limit of ours {limit:.2f} s ({compute:.2f} s of arithmetic, {memory:.2f} s of reading weights in "
+          f"{len(passes)} passes): {limit / medians['ours']:.0%} of it reached")
+    if peer:
+        same = sum(a == b for a, b in zip(answers["ours"]["model"], answers["transformers' generate"]["model"]))
+        print(f"{same:,} of {count:,} answers are the same as transformers'")
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,195 @@
+"""
+Write one page to look at a model's answers: each image, its questions, and what was answered to them.
+
+    python extras/browse.py --run=out/path_vqa
+
+needs what `python eval_vqa.py` wrote into the run's folder, and the prepared data for the images. The
+page is a single file that any browser opens and that loads nothing. It filters by right and wrong,
+dataset, type and words, and by whether the image helped. It contains the images: pass it on only where
+you may pass on the data. How it looks and works is in extras/browse.html.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
+
+import base64
+import hashlib
+import io
+import json
+import re
+from dataclasses import dataclass
+
+from PIL import Image
+
+from data import Shard, UserError, run
+from eval_vqa import bleu1, exact_match
+
+SIZE, QUALITY = 224, 80  # of the images: pixels of the longer side at most, and of the JPEG
+FIELDS = ("id", "dataset", "image", "question", "answer", "prediction", "type")
+BLIND = ("image shuffled", "question only")  # rows of eval_vqa.py's table beside the model's
+
+
+@dataclass(frozen=True)
+class Config:
+    run: str = ""  # folder with predictions.jsonl; none: the newest in out/ that has one
+    shards_dir: str = "shards"  # where prepare/all.py put the images
+    limit: int = 0  # only the first so many questions; 0: all
+    out: str = ""  # the page; none: answers.html in the run's folder
+
+
+# ----------------------------------------------------------------------------- what was answered
+
+def newest_answers():
+    found = sorted(Path("out").glob("*/predictions.jsonl"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError("no predictions.jsonl in a run of out/; make one with `python eval_vqa.py`")
+    return found[-1].parent
+
+
+def what_is_wrong(text):
+    """With a line of a file of answers; "" where nothing is."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return "no JSON"
+    if not isinstance(line, dict):
+        return "no JSON object"
+    strings = {name: line.get(name) for name in FIELDS} | {"seen": line.get("seen", "")}
+    odd = [name for name, value in strings.items() if not isinstance(value, str)]
+    references = line.get("references", [])
+    if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
+        odd.append("references")
+    if odd:
+        return f"without {', '.join(odd)}, or not as text"
+    return "" if re.fullmatch(r"[\w.-]+/[\w.-]+", line["dataset"]) else \
+        f"dataset {line['dataset']!r} is not <name>/<split>"
+
+
+def read_lines(path):
+    """{(dataset, id): line} of a file that eval_vqa.py wrote, in its order."""
+    again, lines = f"write it with `python eval_vqa.py --run={path.parent}`", {}
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; {again}")
+    for number, text in enumerate(path.read_bytes().splitlines(), start=1):
+        if wrong := what_is_wrong(text):
+            raise UserError(f"{path}: line {number}: {wrong}; {again}")
+        line = json.loads(text)
+        if (key := (line["dataset"], line["id"])) in lines:
+            raise UserError(f"{path}: line {number}: repeats id {key[1]!r} of {key[0]}; {again}")
+        lines[key] = line
+    if not lines:
+        raise UserError(f"{path}: empty; {again}")
+    return lines
+
+
+def some(keys):
+    """How many and the first of them: 12 (id 'test_1', 'test_2', 'test_3', ...)"""
+    ids = [repr(name) for _, name in dict.fromkeys(key[:2] for key in keys)]
+    return f"{len(ids):,} (id {', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''})"
+
+
+def asked(lines):
+    """What two files about the same questions have in common."""
+    return {(*key, line["question"], line["answer"]) for key, line in lines.items()}
+
+
+def read_blind(path, lines):
+    """A baseline's lines: all questions of each dataset that it has, for eval_vqa.py may skip one."""
+    blind = read_lines(path)
+    datasets = {dataset for dataset, _ in blind}
+    wanted = {key: line for key, line in lines.items() if key[0] in datasets}
+    if odd := sorted(asked(blind) ^ asked(wanted)):
+        raise UserError(f"{path}: other questions than in predictions.jsonl, {some(odd)}; write both "
+                        f"with `python eval_vqa.py --run={path.parent}`, or delete it")
+    return blind
+
+
+def find_samples(lines, shards_dir, folder):
+    """{(dataset, id): (Shard, number of its sample, its record)}"""
+    found = {}
+    for name in dict.fromkeys(dataset for dataset, _ in lines):
+        shard = Shard(Path(shards_dir) / name)
+        shard.require_questions()
+        samples = {(record["id"], record["question"]): (shard, number, record)
+                   for number, record in enumerate(shard.read_records())}
+        keys = {key: (key[1], line["question"]) for key, line in lines.items() if key[0] == name}
+        if odd := [key for key, question in keys.items() if question not in samples]:
+            raise UserError(f"{shard.folder}: lacks {some(odd)} of {len(keys):,} questions answered; "
+                            f"answer those that it has with `python eval_vqa.py --run={folder}`")
+        found |= {key: samples[question] for key, question in keys.items()}
+    return found
+
+
+# ----------------------------------------------------------------------------- the page
+
+def references_of(line):
+    return line.get("references") or [line["answer"]]
+
+
+def scored(line):
+    """An answer as the page shows it. Of several references the best counts, for each score."""
+    text, references = line["prediction"], references_of(line)
+    return {"text": text, "bleu1": round(max(bleu1(text, other) for other in references), 4),
+            "exact": any(exact_match(text, other) for other in references)}
+
+
+def jpeg(pixels):
+    """An image as base64 of a JPEG."""
+    image, stream = Image.fromarray(pixels), io.BytesIO()
+    image.thumbnail((SIZE, SIZE), Image.Resampling.BICUBIC)
+    image.save(stream, "JPEG", quality=QUALITY, optimize=True)
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def fill_in(template, content):
+    """The page: the data in their place, and the one script that may run named by its hash."""
+    script = re.search(r"<script>(.*?)</script>", template, re.S)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    # Without "<" no text can end the element that holds it, or open a comment.
+    text = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
+    before, after = template.replace("SCRIPT_HASH", f"sha256-{digest}").split('id="data">null<')
+    return f'{before}id="data">{text}<{after}'
+
+
+def main(config):
+    if config.limit < 0:
+        raise UserError(f"--limit={config.limit}: 0 or more")
+    folder = Path(config.run) if config.run else newest_answers()
+    lines = read_lines(folder / "predictions.jsonl")
+    paths = {row: folder / f"predictions_{row.replace(' ', '_')}.jsonl" for row in BLIND}
+    rows = {"model": lines}
+    rows |= {row: read_blind(path, lines) for row, path in paths.items() if path.exists()}
+    samples = find_samples(lines, config.shards_dir, folder)
+
+    images, questions = {}, []  # images: (dataset, number) -> (place, base64)
+    for key in list(lines)[:config.limit or None]:
+        line, (shard, number, record) = lines[key], samples[key]
+        image = key[0], int(shard.samples["image"][number])
+        if image[1] >= 0 and image not in images:
+            images[image] = len(images), jpeg(shard.read_image(image[1]))
+        questions.append({
+            "id": line["id"], "dataset": line["dataset"], "type": line["type"], "name": line["image"],
+            "image": images[image][0] if image in images else -1, "context": record.get("context", ""),
+            "question": line["question"], "references": references_of(line), "seen": line.get("seen"),
+            "answers": [scored(found[key]) if key in found else None for found in rows.values()]})
+    page = fill_in(Path(__file__).with_name("browse.html").read_text(encoding="utf-8"), {
+        "run": folder.resolve().name, "rows": list(rows),
+        "images": [content for _, content in images.values()], "questions": questions})
+
+    out = Path(config.out) if config.out else folder / "answers.html"
+    partial = out.parent / f".{out.name}.partial"  # the page is there whole or not at all
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(page, encoding="utf-8", newline="\n")
+        partial.replace(out)
+    except OSError as error:
+        if partial.exists():
+            partial.unlink()
+        raise UserError(f"{out}: {error.strerror}") from None
+    print(f"{out}: {len(questions):,} questions about {len(images):,} images, {len(page) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run(main, Config)

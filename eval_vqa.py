@@ -363,6 +363,8 @@ def main(config):
             about |= {"seen": seen[number]} if isinstance(seen, list) else {}
             for row, replies in answers.items():
                 lines[row].append({"dataset": name, **record, **about, "prediction": replies[number]})
+    for path in folder.glob("predictions*.jsonl"):  # of an evaluation with other flags, perhaps
+        path.unlink()
     for row in lines:
         path = folder / ("predictions.jsonl" if row == "model" else
                          f"predictions_{row.replace(' ', '_')}.jsonl")

@@ -21,6 +21,7 @@ The others': ViT-B/32 C=768 nh=12 N=50; ResNet-50 C=2048 nh=32 N=50, its outputs
 
 import itertools
 import json
+import os
 import platform
 import re
 import subprocess
@@ -675,6 +676,21 @@ class VLM(nn.Module):
         """Cross-entropy of a data.Batch summed over its supervised positions: a scalar."""
         return F.cross_entropy(self(batch), batch.targets, reduction="sum")
 
+    def run_through(self, cache, inputs, images=(), image_at=()):
+        """
+        Put (token, position, row, question) inputs into a Cache; returns what the language model makes
+        of them, (1, T, C). images: (H, W, 3) uint8, whose tokens stand in from inputs image_at on.
+        """
+        device = self.projector.weight.device
+        tokens, positions, row, question = np.array(inputs).T
+        mask = cache.place(row, question)
+        tokens, positions, image_at = (torch.as_tensor(array, device=device)
+                                       for array in (tokens[None], positions[None], image_at))
+        if images:
+            images = self.encode_images(torch.from_numpy(np.stack(images)).to(device))
+        x = self.splice(tokens, images, image_at)  # (1, T, C)
+        return self.language.transform(x, positions, mask, cache)
+
     @torch.no_grad()
     def generate(self, groups, max_new_tokens=32, temperature=0.0, rows=64):
         """
@@ -682,47 +698,45 @@ class VLM(nn.Module):
 
         groups: an iterable of (image, prompts): an image (H, W, 3) uint8, or None, and the questions
         about it as lists of token ids. Yields (number of a group, its answers as lists of token ids up
-        to <eos>) as they are finished. What <bos> and an image give is computed once for all its
-        questions. `rows` groups are under way at a time; whenever a quarter of the rows is free, as
-        many new groups are taken in.
+        to <eos>) as they are finished. A group is a row of the cache: <bos>, the image and the words
+        with which all its prompts begin are computed once for all of them. `rows` groups are under way
+        at a time; whenever a quarter of the rows is free, as many new groups are taken in.
         """
         N, embedding = self.vision.config.tokens, self.language.model.embed_tokens.weight
-        device, groups = embedding.device, iter(groups)
+        groups = iter(groups)
         first = list(itertools.islice(groups, rows))
         rows, waiting = len(first), enumerate(itertools.chain(first, groups))
-        cache = Cache(self.language.config, rows, embedding.dtype, device)
+        cache = Cache(self.language.config, rows, embedding.dtype, embedding.device)
         at_once, free, under_way, live = max(rows // 4, 1), list(range(rows)), {}, []
         while True:
             new = list(itertools.islice(waiting, at_once)) if len(free) >= at_once else []
-            asked = [] if new else live  # the answers to which this pass adds a token
-            inputs = [(answer.tokens[-1], answer.position, answer.row, answer.question)
-                      for answer in asked]
-            images, image_at, last = [], [], list(range(len(inputs)))  # last: what predicts the token
+            shared, images, image_at = [], [], []  # shared, inputs: (token, position, row, question)
+            inputs, asked, last = [], [], []  # the answers that get a token more, what predicts it
             for number, (image, prompts) in new:
                 r, prefix = free.pop(), [BOS]
                 cache.used[r] = 0
                 if image is not None:
                     images.append(image)
-                    image_at.append(len(inputs) + 1)
+                    image_at.append(len(shared) + 1)
                     prefix = [BOS] + [0] * N
-                inputs += [(token, position, r, 0) for position, token in enumerate(prefix)]
+                common = os.path.commonprefix(prompts)[:min(map(len, prompts)) - 1]
+                prefix += common
+                shared += [(token, position, r, 0) for position, token in enumerate(prefix)]
                 for q, prompt in enumerate(prompts, start=1):
-                    inputs += [(token, position, r, q)
-                               for position, token in enumerate(prompt, start=len(prefix))]
-                    asked.append(Answer(r, q, len(prefix) + len(prompt) - 1))
+                    inputs += [(token, position, r, q) for position, token
+                               in enumerate(prompt[len(common):], start=len(prefix))]
+                    asked.append(Answer(r, q, position=inputs[-1][1]))
                     last.append(len(inputs) - 1)
                 under_way[r] = number, asked[-len(prompts):]
-            if not asked:
+            if new:
+                self.run_through(cache, shared, images, image_at)
+            elif live:
+                asked, last = live, list(range(len(live)))
+                inputs = [(answer.tokens[-1], answer.position, answer.row, answer.question)
+                          for answer in live]
+            else:
                 return
-            tokens, positions, row, question = np.array(inputs).T
-            mask = cache.place(row, question)
-            tokens, positions, image_at = (torch.as_tensor(array, device=device)
-                                           for array in (tokens[None], positions[None], image_at))
-            image_tokens = ()
-            if images:
-                image_tokens = self.encode_images(torch.from_numpy(np.stack(images)).to(device))
-            x = self.splice(tokens, image_tokens, image_at)  # (1, T, C)
-            x = self.language.transform(x, positions, mask, cache)
+            x = self.run_through(cache, inputs)
             logits = self.language.lm_head(x[0, last]).float()  # (asked, V)
             if temperature > 0:
                 chosen = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)[:, 0]

@@ -311,12 +311,14 @@ def open_shards(config, tokenizer):
             left_out.append(name)
             continue
         shards.append(shard)
+    mend = f"run `python prepare/all.py --only={','.join(left_out) or 'path_vqa'} " \
+           f"--tokenizer={tokenizer.path}`"
+    made = f"made with another tokenizer than the run ({', '.join(left_out)})"
     if not shards:
-        raise UserError(f"{config.shards_dir}: no {config.split} split of questions about images that was "
-                        f"made with this run's tokenizer; run `python prepare/all.py --only=path_vqa "
-                        f"--tokenizer={tokenizer.path}`")
+        raise UserError(f"{config.shards_dir}: no {config.split} split of questions about images"
+                        f"{f', but those {made}' if left_out else ''}; {mend}")
     if left_out:
-        print(f"left out, since they were made with another tokenizer: {', '.join(left_out)}")
+        print(f"not answered: those {made}; for them, {mend}")
     return shards
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import train_cls
 from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard, UserError
 from lora import add_lora
-from model import CONFIGS, ResNet, ResNetConfig, ViT, ViTConfig
+from model import CONFIGS, Linear, ResNet, ResNetConfig, ViT, ViTConfig
 from prepare.datasets import DATASETS, Dataset
 from prepare.leaks import guard
 from prepare.questions import train_sample_tokenizer
@@ -149,7 +149,7 @@ def test_openmedq_s_encoder_is_that_of_the_run(lora, tmp_path):
         "weights": {"vision": str(tmp_path / "vision.safetensors"), "language": ""},
         "lora": {"vision": settings_of} if lora else {}}))
     found = ViT.from_run(tmp_path / "run")
-    assert type(found.blocks[0].attn.qkv) is torch.nn.Linear
+    assert type(found.blocks[0].attn.qkv) is Linear
     assert relative_error(found(images), vision(images)) < TOLERANCE
 
 

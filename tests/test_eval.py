@@ -248,7 +248,7 @@ def test_every_split_that_asks_about_images_is_answered(shards, capsys):
                 for shard in open_shards(eval_vqa.Config(shards_dir=str(shards), **flags), tokenizer)]
 
     assert chosen() == ["abc", "learn"]
-    assert "left out, since they were made with another tokenizer: other" in capsys.readouterr().out
+    assert "not answered: those made with another tokenizer than the run (other)" in capsys.readouterr().out
     assert chosen(data="words, learn,words") == ["words", "learn"]
     for data, message in [("other", r"other/test: made with another tokenizer.*--only=other --token"),
                           ("absent", r"absent/test: not prepared; run `.*--only=absent`"),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from data import BOS, EOS, UserError
 from lora import add_lora, lora_layers
-from model import LLaMA, LlamaConfig, RMSNorm, VLM, ViT, ViTConfig, rotary_angles, rotate
+from model import Linear, LLaMA, LlamaConfig, RMSNorm, VLM, ViT, ViTConfig, rotary_angles, rotate
 
 TOLERANCE = 1e-5  # relative, float32
 V = 307  # odd, as 32001 is
@@ -296,6 +296,27 @@ def test_parameter_counts_of_the_paper_s_parts():
         add_lora(model.language, "q_proj,v_proj", r=8)
     assert sizes == [85_798_656, 6_738_415_616, 3_149_824]
     assert sum(p.numel() for p in model.language.parameters() if p.requires_grad) == 4_194_304
+
+
+@pytest.mark.parametrize("shape", [(3, 100, 48), (1, 500, 48), (7, 48), (2, 3, 40, 48)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_is_torch_s_by_either_way(shape, bias):
+    """Many rows and few, which a CPU with AVX-512 computes in different ways, and their gradients."""
+    torch.manual_seed(0)
+    ours = Linear(48, 80, bias=bias)
+    theirs = torch.nn.Linear(48, 80, bias=bias)
+    theirs.load_state_dict(ours.state_dict())
+    x, gradient = torch.randn(shape), torch.randn(*shape[:-1], 80)
+    found = []
+    for module in (ours, theirs):
+        given = x.clone().requires_grad_()
+        y = module(given)
+        y.backward(gradient)
+        found.append([y, given.grad, *(parameter.grad for parameter in module.parameters())])
+    for one, other in zip(*found, strict=True):
+        assert one.shape == other.shape and relative_error(one, other) < TOLERANCE
+    # As a part of a row of a larger tensor, whose strides are others
+    assert relative_error(ours(x[..., ::2, :]), theirs(x[..., ::2, :])) < TOLERANCE
 
 
 # ----------------------------------------------------------------------------- generation

@@ -138,7 +138,7 @@ def test_another_tokenizer_is_refused(shards, tmp_path):
     model = (run / "tokenizer.model").read_bytes()
     at = model.index(b"yes")
     (run / "tokenizer.model").write_bytes(model[:at] + b"yex" + model[at + 3:])
-    with pytest.raises(UserError, match="made with another tokenizer"):
+    with pytest.raises(UserError, match=r"another tokenizer than the run \(sample\); run `.*--only=sample --token"):
         eval_vqa.main(eval_vqa.Config(run=str(run), shards_dir=str(shards)))
 
 

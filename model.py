@@ -423,8 +423,10 @@ class LlamaBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def forward(self, x, cos, sin, mask, cache=None, layer=0):
+    def forward(self, x, cos, sin, mask, cache=None, layer=0, wanted=None):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
+        if wanted is not None:  # others have given their keys and values, and are done
+            x = x.flatten(0, 1)[wanted]  # (R, T, C) -> (M, C)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -444,15 +446,18 @@ class LLaMA(nn.Module):
     def embed(self, tokens):
         return self.model.embed_tokens(tokens)  # (R, T) -> (R, T, C)
 
-    def transform(self, x, positions, mask, cache=None):
+    def transform(self, x, positions, mask, wanted=None, cache=None):
         """
-        (R, T, C) embeddings -> (R, T, C) after the final norm. mask: (R, 1, T, T), True where a query
-        (second last) may attend to a key (last); with a Cache, what its place() has returned.
+        (R, T, C) embeddings -> (R, T, C) after the final norm, or (M, C) of those that are wanted:
+        indices into R * T, which spares the others the last block's larger half. mask: (R, 1, T, T),
+        True where a query (second last) may attend to a key (last); with a Cache what its place()
+        has returned.
         """
         cos, sin = rotary_angles(positions, self.config.head_size, self.config.rope_theta)
-        for layer, block in enumerate(self.model.layers):
+        *blocks, last = self.model.layers
+        for layer, block in enumerate(blocks):
             x = block(x, cos, sin, mask, cache, layer)
-        return self.model.norm(x)
+        return self.model.norm(last(x, cos, sin, mask, cache, len(blocks), wanted))
 
     def forward(self, tokens):
         """(R, T) tokens -> (R, T, V) logits, each token seeing itself and those before it."""
@@ -550,7 +555,7 @@ class Cache:
         return mask.masked_fill_(~seen, -torch.inf)[:, None]
 
     def store(self, layer, k, v):
-        """Write (1, nkv, T, hs) keys and values into their slots; returns all in sight, (R, nkv, S, hs)."""
+        """Write (1, nkv, T, hs) keys and values into their slots; all in sight come back, (R, nkv, S, hs)."""
         for tensor, new in zip(self.layers[layer], (k, v)):
             tensor[self.row, :, self.slot] = new[0].transpose(0, 1).to(tensor.dtype)
         return [tensor[self.rows, :, :self.S] for tensor in self.layers[layer]]
@@ -668,28 +673,30 @@ class VLM(nn.Module):
         """
         images = self.encode_images(batch.images) if len(batch.images) else batch.images
         x = self.splice(batch.tokens, images, batch.image_at)
-        x = self.language.transform(x, batch.positions, packed_mask(batch.group, batch.question))
-        x = x.flatten(0, 1)[batch.answer_at]  # (M, C)
+        mask = packed_mask(batch.group, batch.question)
+        x = self.language.transform(x, batch.positions, mask, batch.answer_at)  # (M, C)
         return self.language.lm_head(x).float()
 
     def loss(self, batch):
         """Cross-entropy of a data.Batch summed over its supervised positions: a scalar."""
         return F.cross_entropy(self(batch), batch.targets, reduction="sum")
 
-    def run_through(self, cache, inputs, images=(), image_at=()):
+    def run_through(self, cache, inputs, wanted=(), images=(), image_at=()):
         """
-        Put (token, position, row, question) inputs into a Cache; returns what the language model makes
-        of them, (1, T, C). images: (H, W, 3) uint8, whose tokens stand in from inputs image_at on.
+        Put T inputs (token, position, row, question) into a Cache; returns what the language model
+        makes of those that are wanted, (M, C). images: (H, W, 3) uint8, whose tokens stand in for the
+        inputs from image_at on.
         """
         device = self.projector.weight.device
         tokens, positions, row, question = np.array(inputs).T
         mask = cache.place(row, question)
-        tokens, positions, image_at = (torch.as_tensor(array, device=device)
-                                       for array in (tokens[None], positions[None], image_at))
+        tokens, positions, wanted, image_at = (
+            torch.as_tensor(array, dtype=torch.long, device=device)
+            for array in (tokens[None], positions[None], wanted, image_at))
         if images:
             images = self.encode_images(torch.from_numpy(np.stack(images)).to(device))
         x = self.splice(tokens, images, image_at)  # (1, T, C)
-        return self.language.transform(x, positions, mask, cache)
+        return self.language.transform(x, positions, mask, wanted, cache)
 
     @torch.no_grad()
     def generate(self, groups, max_new_tokens=32, temperature=0.0, rows=64):
@@ -729,15 +736,14 @@ class VLM(nn.Module):
                     last.append(len(inputs) - 1)
                 under_way[r] = number, asked[-len(prompts):]
             if new:
-                self.run_through(cache, shared, images, image_at)
+                self.run_through(cache, shared, (), images, image_at)
             elif live:
                 asked, last = live, list(range(len(live)))
                 inputs = [(answer.tokens[-1], answer.position, answer.row, answer.question)
                           for answer in live]
             else:
                 return
-            x = self.run_through(cache, inputs)
-            logits = self.language.lm_head(x[0, last]).float()  # (asked, V)
+            logits = self.language.lm_head(self.run_through(cache, inputs, last)).float()  # (asked, V)
             if temperature > 0:
                 chosen = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)[:, 0]
             else:

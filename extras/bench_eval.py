@@ -111,26 +111,31 @@ def measure_limits(device, dtype):
 
 def count_work(model, passes):
     """
-    Let each pass through the language model enter its work: FLOP of its matrix products and of the
-    image encoder's before it, and bytes of the weights that it reads. Attention is left out.
+    Let each pass through the language model enter its work into `passes`: FLOP of its matrix products,
+    and of the image encoder's before it; bytes of the weights that it reads. Attention is left out.
     """
-    blocks = sum(p.numel() for p in model.language.model.layers.parameters())
-    weights = [*model.language.model.layers.parameters(), *model.language.lm_head.parameters()]
-    work = {"images": 0}
+    def count(module):
+        parameters = list(module.parameters())
+        return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+
+    blocks, block_bytes = count(model.language.model.layers)
+    _, head_bytes = count(model.language.lm_head)
+    images = []  # FLOP of those that this pass shows
 
     def saw_images(module, inputs, output):
-        work["images"] = output.shape[0] * output.shape[1] * sum(p.numel() for p in module.parameters())
+        images.append(2 * output.shape[0] * output.shape[1] * count(module)[0])
 
-    def ended(module, inputs, output):
-        work["tokens"] = output.shape[1] * blocks
+    def embedded(module, inputs, output):
+        passes.append([sum(images) + 2 * output.shape[1] * blocks, block_bytes])
+        images.clear()
 
     def predicted(module, inputs, output):
-        flop = 2 * (work["images"] + work["tokens"] + output.numel() * inputs[0].shape[-1])
-        passes.append((flop, sum(p.numel() * p.element_size() for p in weights)))
-        work["images"] = 0
+        passes[-1][0] += 2 * output.numel() * inputs[0].shape[-1]
+        passes[-1][1] += head_bytes
 
     return [module.register_forward_hook(hook) for module, hook in (
-        (model.vision, saw_images), (model.language.model.norm, ended), (model.language.lm_head, predicted))]
+        (model.vision, saw_images), (model.language.model.embed_tokens, embedded),
+        (model.language.lm_head, predicted))]
 
 
 def main(config):
@@ -139,7 +144,7 @@ def main(config):
     shard = Shard(Path(config.shards_dir) / config.data / "test")
     shard.require_questions()
     if shard.samples["image"].min() < 0:
-        raise UserError(f"--data: {config.data} has questions without an image, which the peer cannot take")
+        raise UserError(f"--data: {config.data} asks about no image, too, which the peer cannot")
     tokenizer = Tokenizer(Path(config.shards_dir) / config.data / "tokenizer.model")
     if config.run:
         model = VLM.from_run(config.run, dtype, device)
@@ -158,8 +163,8 @@ def main(config):
 
     print(", ".join(f"{name} {value}" for name, value in describe_machine(device).items()))
     flops, bandwidth = measure_limits(device, dtype)
-    print(f"{count:,} questions about {len(np.unique(images)):,} images of {config.data}, {dtype}; a matrix "
-          f"product runs at {flops / 1e12:.2f} TFLOP/s, a copy at {bandwidth / 1e9:.0f} GB/s")
+    print(f"{count:,} questions about {len(np.unique(images)):,} images of {config.data}, {dtype}; a "
+          f"matrix product runs at {flops / 1e12:.2f} TFLOP/s, a copy at {bandwidth / 1e9:.0f} GB/s")
     ways = {"ours": lambda: eval_vqa.answer(model, tokenizer, shard, {"model": images}, settings),
             "ours, with a second image": lambda: eval_vqa.answer(
                 model, tokenizer, shard, {"model": images, "image shuffled": other}, settings)}
@@ -187,11 +192,11 @@ def main(config):
     compute, memory = (sum(numbers) for numbers in zip(*[(flop / flops, size / bandwidth)
                                                          for flop, size in passes]))
     limit = sum(max(flop / flops, size / bandwidth) for flop, size in passes)
-    print(f"limit of ours {limit:.2f} s ({compute:.2f} s of arithmetic, {memory:.2f} s of reading weights in "
-          f"{len(passes)} passes): {limit / medians['ours']:.0%} of it reached")
+    print(f"limit of ours {limit:.2f} s ({compute:.2f} s of arithmetic, {memory:.2f} s of reading weights "
+          f"in {len(passes)} passes): {limit / medians['ours']:.0%} of it reached")
     if peer:
-        same = sum(a == b for a, b in zip(answers["ours"]["model"], answers["transformers' generate"]["model"]))
-        print(f"{same:,} of {count:,} answers are the same as transformers'")
+        pairs = zip(answers["ours"]["model"], answers["transformers' generate"]["model"])
+        print(f"{sum(a == b for a, b in pairs):,} of {count:,} answers are the same as transformers'")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 
 from data import BOS, EOS, UserError
 from lora import add_lora, load_adapter, lora_layers, save_adapter
@@ -84,6 +85,13 @@ class ViTConfig:
     @property
     def heads(self):
         return self.width // 64  # as in every ViT of the family, from Ti to L
+
+
+def run_block(block, recomputed, *inputs):
+    """A block's output; recomputed: nothing but its inputs is kept for the backward pass."""
+    if recomputed and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
 
 
 class PatchEmbed(nn.Module):
@@ -147,6 +155,8 @@ class ViT(nn.Module):
     another eps, and no bias where patches are embedded.
     """
 
+    recomputed = 0  # blocks, from the first on, that are run again in the backward pass
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -163,8 +173,8 @@ class ViT(nn.Module):
         x = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (I, N, C)
         x = self.norm_pre(x + self.pos_embed)
-        for block in self.blocks:
-            x = block(x)
+        for number, block in enumerate(self.blocks):
+            x = run_block(block, number < self.recomputed, x)
         return self.norm(x)  # CLIP norms its class token alone; here patches come to the same scale
 
     @classmethod
@@ -433,6 +443,8 @@ class LlamaBlock(nn.Module):
 class LLaMA(nn.Module):
     """LLaMA 1 and 2, and what shares their layout: grouped-query attention, other widths and thetas."""
 
+    recomputed = 0  # blocks, from the first on, that are run again in the backward pass
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -454,10 +466,11 @@ class LLaMA(nn.Module):
         has returned.
         """
         cos, sin = rotary_angles(positions, self.config.head_size, self.config.rope_theta)
-        *blocks, last = self.model.layers
-        for layer, block in enumerate(blocks):
-            x = block(x, cos, sin, mask, cache, layer)
-        return self.model.norm(last(x, cos, sin, mask, cache, len(blocks), wanted))
+        last = len(self.model.layers) - 1
+        for layer, block in enumerate(self.model.layers):
+            x = run_block(block, layer < self.recomputed, x, cos, sin, mask, cache, layer,
+                          wanted if layer == last else None)
+        return self.model.norm(x)
 
     def forward(self, tokens):
         """(R, T) tokens -> (R, T, V) logits, each token seeing itself and those before it."""

@@ -35,6 +35,7 @@ class Config:
     questions_per_image: int = 1  # questions of a step that may share one copy of their image; 0: all
     row_length: int = 3584  # tokens of a packed row
     micro_batch_tokens: int = 8192  # tokens of a forward pass; trades memory for speed, not results
+    recompute: float = 0.0  # share of the blocks whose activations are computed twice, to save memory
     held_out: int = 512  # samples kept from training for the validation loss
     workers: int = 0  # threads that read and decode ahead of the trainer; 0: one a core
     model: Literal["paper", "small", "sample"] = "paper"  # sizes of parts that have no weights file
@@ -67,7 +68,7 @@ class Config:
     wandb: bool = False  # also log to Weights & Biases, if installed
 
 
-FREE_ON_RESUME = {"workers", "device", "resume", "run", "log_every", "evaluate_every", "save_every",
+FREE_ON_RESUME = {"workers", "recompute", "device", "resume", "run", "log_every", "evaluate_every", "save_every",
                   "wandb", "shards_dir"}  # what changes no number
 
 
@@ -159,6 +160,8 @@ def make_model(config, tokenizer, checkpoint, device, dtype):
                   f"--{part}=full, or --{part}_weights=...?")
     if not is_trained(model):
         raise UserError("every part is frozen: set --vision, --projector or --language")
+    model.vision.recomputed = math.ceil(config.recompute * len(model.vision.blocks))
+    model.language.recomputed = math.ceil(config.recompute * len(model.language.model.layers))
     return model
 
 
@@ -267,6 +270,8 @@ def train_step(model, optimizer, step, config, device, autocast):
 def main(config):
     require_positive(config, "batch_size", "row_length", "micro_batch_tokens", "lora_r", "log_every",
                      "evaluate_every", "save_every")
+    if not 0 <= config.recompute <= 1:
+        raise UserError(f"--recompute={config.recompute}: a share, from 0 to 1")
     device, dtype = pick_device(config.device, config.dtype)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     torch.manual_seed(config.seed)

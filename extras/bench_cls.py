@@ -93,31 +93,36 @@ def augment(image):
     return ImageEnhance.Contrast(image).enhance(1 + 0.15 * contrast)
 
 
+def make_vit(ours):
+    """transformers' ViT with the weights of a model.ViT."""
+    sizes, tensors = ours.config, {}
+    for key, tensor in tensors_of(ours).items():
+        name, kind = (key, "") if key in RENAMED else key.rsplit(".", 1)
+        block = ""
+        if name.startswith("blocks."):
+            _, number, name = name.split(".", 2)
+            block = f"encoder.layer.{number}."
+        if name == "attn.qkv":
+            for which, third in zip(("query", "key", "value"), tensor.chunk(3)):
+                tensors[f"{block}attention.attention.{which}.{kind}"] = third.clone()
+        else:
+            tensors[f"{block}{RENAMED[name]}.{kind}".rstrip(".")] = tensor
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(tensors, f"{folder}/model.safetensors", {"format": "pt"})
+        transformers.ViTConfig(
+            image_size=sizes.image_size, patch_size=sizes.patch_size, hidden_size=sizes.width,
+            num_hidden_layers=sizes.depth, num_attention_heads=sizes.heads,
+            intermediate_size=4 * sizes.width, layer_norm_eps=sizes.eps).save_pretrained(folder)
+        return transformers.ViTModel.from_pretrained(folder, add_pooling_layer=False)
+
+
 class Peer(nn.Module):
     """transformers' ViT and the head of train_cls.Classifier, with the weights of one."""
 
     def __init__(self, ours):
         super().__init__()
-        sizes, tensors = ours.encoder.config, {}
-        for key, tensor in tensors_of(ours.encoder).items():
-            name, kind = (key, "") if key in RENAMED else key.rsplit(".", 1)
-            block = ""
-            if name.startswith("blocks."):
-                _, number, name = name.split(".", 2)
-                block = f"encoder.layer.{number}."
-            if name == "attn.qkv":
-                for which, third in zip(("query", "key", "value"), tensor.chunk(3)):
-                    tensors[f"{block}attention.attention.{which}.{kind}"] = third.clone()
-            else:
-                tensors[f"{block}{RENAMED[name]}.{kind}".rstrip(".")] = tensor
-        with tempfile.TemporaryDirectory() as folder:
-            save_file(tensors, f"{folder}/model.safetensors", {"format": "pt"})
-            transformers.ViTConfig(
-                image_size=sizes.image_size, patch_size=sizes.patch_size, hidden_size=sizes.width,
-                num_hidden_layers=sizes.depth, num_attention_heads=sizes.heads,
-                intermediate_size=4 * sizes.width, layer_norm_eps=sizes.eps).save_pretrained(folder)
-            self.encoder = transformers.ViTModel.from_pretrained(folder, add_pooling_layer=False)
-        self.head = nn.Linear(2 * sizes.width, ours.head.out_features)
+        self.encoder = make_vit(ours.encoder)
+        self.head = nn.Linear(2 * ours.encoder.config.width, ours.head.out_features)
         self.head.load_state_dict(ours.head.state_dict())
 
     def forward(self, images):

@@ -1,0 +1,292 @@
+"""
+How fast train_vlm.py trains: each thing that it leaves out, and the usual way beside it.
+
+    python extras/bench.py                       the small model, 64 real questions a step
+    python extras/bench.py --model=paper         the paper's sizes, random weights, on a GPU
+
+A step is the same --batch_size questions of a prepared training split in every row of the table: they
+are read and packed first, and only forward, backward and update are timed. Rows go from what one would
+write first to what train_vlm.py does, and then share an image among more and more of its questions. The
+peer is the step as LLaVA-style code builds it from transformers and PEFT: ViTModel, a Linear,
+LlamaForCausalLM with its LoRA, every question with its image in a row padded to the longest, logits and
+labels at all positions. A round is one step of each, in turns. Needs tests/requirements.txt.
+
+Writes a table in Markdown, and a json beside it with what machine, versions and commit made it.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
+
+import json
+import math
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+import peft
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import transformers
+
+import train_vlm
+from data import BOS, EOS, Mixture, Shard, Tokenizer, UserError, require_positive, run
+from extras.bench_cls import make_vit
+from extras.bench_eval import clock, measure_limits
+from model import VLM, describe_machine, normalise, packed_mask, pick_device
+
+
+@dataclass(frozen=True)
+class Config:
+    model: Literal["paper", "small", "sample"] = "small"  # sizes; weights are random
+    data: str = "path_vqa"  # prepared dataset
+    shards_dir: str = "shards"  # where prepare/all.py put it
+    batch_size: int = 64  # questions in a step
+    vision: Literal["full", "lora", "frozen"] = "full"  # what trains of the vision transformer
+    language: Literal["lora", "full", "frozen"] = "lora"  # what trains of the language model
+    row_length: int = 448  # tokens of a packed row where images are not shared
+    shared_row_length: int = 896  # where they are
+    micro_batch_tokens: int = 8192  # tokens of a forward pass
+    rounds: int = 5  # timed steps of each row
+    peer: bool = True  # time the peer, too
+    peak_tflops: float = 0.0  # that MFU is a share of; 0: of a matrix product measured here
+    out: str = "out/bench.md"  # the table; the json stands beside it
+    device: str = "auto"  # cuda, mps or cpu
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the GPU has it
+
+
+# ----------------------------------------------------------------------------- ours
+
+def loss_at_every_position(model, batch):
+    """VLM.loss as one would write it first: logits of all tokens, of which most are then ignored."""
+    images = model.encode_images(batch.images)
+    x = model.splice(batch.tokens, images, batch.image_at)
+    x = model.language.transform(x, batch.positions, packed_mask(batch.group, batch.question))
+    logits = model.language.lm_head(x).float().flatten(0, 1)  # (R * T, V)
+    targets = torch.full((len(logits),), -100, device=logits.device)
+    targets[batch.answer_at] = batch.targets
+    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+
+
+def update(model, optimizer, loss_of, batches, supervised, autocast):
+    """One optimiser step, as train_vlm.train_step takes it; the loss."""
+    total = 0.0
+    for batch in batches:
+        with autocast:
+            loss = loss_of(model, batch) / supervised
+        loss.backward()
+        total = total + loss.detach()
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total.item()
+
+
+def pack(shard, numbers, questions_per_image, row_length, config, N):
+    """The Step of these samples, each image shared by so many of its questions."""
+    mixture = Mixture([shard], N, batch_size=len(numbers), row_length=row_length,
+                      rows_per_batch=max(1, config.micro_batch_tokens // row_length))
+    groups, asked = [], defaultdict(int)
+    for number in numbers:
+        image = int(shard.samples[number]["image"])
+        groups.append((image, asked[image] // (questions_per_image or len(numbers))))
+        asked[image] += 1
+    return mixture.pack(0, numbers, groups)
+
+
+# ----------------------------------------------------------------------------- the peer
+
+class Peer(nn.Module):
+    """The same model from transformers' parts, its language model with PEFT's LoRA."""
+
+    def __init__(self, ours, lora):
+        super().__init__()
+        sizes = ours.language.config
+        self.vision = make_vit(ours.vision)
+        self.projector = nn.Linear(ours.projector.in_features, ours.projector.out_features)
+        self.projector.load_state_dict(ours.projector.state_dict())
+        language = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+            **asdict(sizes), bos_token_id=BOS, eos_token_id=EOS, attn_implementation="sdpa"))
+        language.load_state_dict({name.replace(".base.", "."): tensor for name, tensor
+                                  in ours.language.state_dict().items() if ".lora_" not in name})
+        language.to(ours.language.lm_head.weight.dtype)
+        self.language = peft.get_peft_model(language, peft.LoraConfig(
+            r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])) if lora else language
+
+    def forward(self, tokens, seen, labels, images, N):
+        x = self.language.get_input_embeddings()(tokens)
+        image_tokens = self.projector(self.vision(pixel_values=normalise(images)).last_hidden_state)
+        x = torch.cat([x[:, :1], image_tokens.to(x.dtype), x[:, 1 + N:]], dim=1)
+        return self.language(inputs_embeds=x, attention_mask=seen, labels=labels).loss
+
+
+def peer_batches(shard, numbers, N, size, device):
+    """
+    (tokens, seen, labels, images, supervised, N) of the samples, each a row padded to the longest of
+    its batch; and how many tokens are supervised in all.
+    """
+    batches = []
+    for begin in range(0, len(numbers), size):
+        rows = []
+        for number in numbers[begin:begin + size]:
+            prompt, answer = (part.tolist() for part in shard.read_tokens(number))
+            rows.append(([BOS] + [0] * N + prompt, [*answer, EOS], int(shard.samples[number]["image"])))
+        T = max(len(prompt) + len(answer) for prompt, answer, _ in rows)
+        padding = [T - len(prompt) - len(answer) for prompt, answer, _ in rows]
+        arrays = ([p + a + [EOS] * more for (p, a, _), more in zip(rows, padding)],
+                  [[1] * (T - more) + [0] * more for more in padding],
+                  [[-100] * len(p) + a + [-100] * more for (p, a, _), more in zip(rows, padding)],
+                  np.stack([shard.read_image(image) for _, _, image in rows]))
+        batches.append((*(torch.as_tensor(array, device=device) for array in arrays),
+                        sum(len(answer) for _, answer, _ in rows), N))
+    return batches, sum(supervised for *_, supervised, _ in batches)
+
+
+def loss_of_peer(model, batch):
+    """Summed over supervised positions, so that it is ours."""
+    *inputs, supervised, N = batch
+    return model(*inputs, N) * supervised
+
+
+# ----------------------------------------------------------------------------- measurement
+
+def count_kept(model, optimizer, loss_of, batches, supervised, autocast):
+    """Bytes that the first micro-batch keeps for its backward pass, beside the parameters."""
+    kept, own = {}, {parameter.data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+        loss_of(model, batches[0])
+    return sum(kept.values())
+
+
+def choose_questions(shard, count):
+    """Numbers of so many samples: all questions about one image, then about another, drawn at random."""
+    image_of = shard.samples["image"]
+    order = np.random.default_rng(0).permutation(int(image_of.max()) + 1)
+    numbers = np.concatenate([np.flatnonzero(image_of == image) for image in order[:count]])
+    return numbers[:count].tolist()
+
+
+def count_flop(model, steps, config):
+    """FLOP that a step cannot do without: matrix products of its tokens, no padding, no attention."""
+    def flop(module, tokens, trained):
+        weights = sum(parameter.numel() for name, parameter in module.named_parameters()
+                      if parameter.dim() > 1 and ".lora" not in name)
+        return 2 * weights * tokens * (3 if trained else 2)
+
+    language, whole = model.language, config.language == "full"
+    image_tokens = model.vision.config.tokens * sum(len(batch.images) for batch in steps)
+    return (flop(language.model.layers, sum(int((batch.group >= 0).sum()) for batch in steps), whole)
+            + flop(language.lm_head, sum(len(batch.targets) for batch in steps), whole)
+            + flop(model.vision.blocks, image_tokens, config.vision == "full"))
+
+
+def write_table(rows, peak, config, device, dtype):
+    """The table in Markdown, printed and written; the same and more as json beside it."""
+    seconds = {name: float(np.median(row["seconds"])) for name, row in rows.items()}
+    peer = seconds.get("transformers + PEFT", math.nan)
+    heads = ("step", "samples/s", "times the peer", "tokens/s", "MFU", "padded", "kept, MB", "peak, GB",
+             "loss")
+    lines = [" | ".join(heads), "|".join(["---", *["--:"] * (len(heads) - 1)])]
+    for name, row in rows.items():
+        cells = (name, f"{config.batch_size / seconds[name]:.1f}", f"{peer / seconds[name]:.2f}",
+                 f"{row['tokens'] / seconds[name]:,.0f}", f"{row['flop'] / seconds[name] / peak:.0%}",
+                 f"{row['padded']:.0%}", f"{row['kept'] / 1e6:,.0f}",
+                 f"{row['peak'] / 1e9:.1f}" if row["peak"] else "not measured", f"{row['loss']:.4f}")
+        lines.append(" | ".join(cells))
+    lines, machine = [f"| {line} |" for line in lines], describe_machine(device)
+    head = (f"{config.batch_size} questions a step, {config.model} model, {dtype}; MFU of "
+            f"{peak / 1e12:.2f} TFLOP/s; "
+            + ", ".join(f"{name} {fact}" for name, fact in machine.items()))
+    text = "\n".join([head, "", *lines, ""])
+    print(text)
+    out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    facts = {name: {key: value for key, value in row.items() if key != "run"}
+             for name, row in rows.items()}
+    out.with_suffix(".json").write_text(json.dumps(
+        {"flags": asdict(config), "machine": machine, "peak": peak, "rows": facts}, indent=2) + "\n")
+
+
+def main(config):
+    require_positive(config, "batch_size", "row_length", "shared_row_length", "micro_batch_tokens",
+                     "rounds")
+    device, dtype = pick_device(config.device, config.dtype)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    shard = Shard(Path(config.shards_dir) / config.data / "train")
+    shard.require_questions()
+    if shard.samples["image"].min() < 0:
+        raise UserError(f"--data: {config.data} asks about no image, too, which the peer cannot")
+    tokenizer = Tokenizer(Path(config.shards_dir) / config.data / "tokenizer.model")
+    flags = train_vlm.Config(model=config.model, vision=config.vision, language=config.language,
+                             vision_weights="none", language_weights="none")
+    torch.manual_seed(0)
+    model = train_vlm.make_model(flags, tokenizer, None, device, dtype).train()
+    shard.require_image_size(model.vision.config.image_size)
+    N, numbers = model.vision.config.tokens, choose_questions(shard, config.batch_size)
+    longest = 1 + N + max(sum(map(len, shard.read_tokens(number))) for number in numbers)
+    depth = len(model.vision.blocks), len(model.language.model.layers)
+    plain, every = VLM.loss, loss_at_every_position
+    ladder = [  # name, questions that share an image, length of a row, loss, recomputed?
+        ("padded, logits everywhere, recomputed", 1, longest, every, True),
+        ("packed", 1, config.row_length, every, True),
+        ("logits at answers", 1, config.row_length, plain, True),
+        ("nothing recomputed", 1, config.row_length, plain, False),
+        *((f"{shared} questions share an image", shared, config.shared_row_length, plain, False)
+          for shared in (2, 4, 8)),
+        ("all questions share an image", 0, config.shared_row_length, plain, False)]
+
+    peak = config.peak_tflops * 1e12 or measure_limits(device, dtype)[0]
+    optimizer, rows = train_vlm.make_optimizer(model, flags), {}
+    for name, shared, row_length, loss_of, recomputed in ladder:
+        step = pack(shard, numbers, shared, row_length, config, N)
+        batches = [train_vlm.to_device(batch, device) for batch in step.batches]
+
+        def run_step(function=update, batches=batches, supervised=step.supervised, loss_of=loss_of,
+                     blocks=depth if recomputed else (0, 0)):
+            model.vision.recomputed, model.language.recomputed = blocks
+            return function(model, optimizer, loss_of, batches, supervised, autocast)
+
+        rows[name] = {"run": run_step, "padded": step.padded, "flop": count_flop(model, batches, config),
+                      "tokens": sum(batch.tokens.numel() for batch in batches)}
+    if config.peer:
+        peer = Peer(model, config.language == "lora").to(device).train()
+        peer.vision.requires_grad_(config.vision == "full")
+        trained = [p for p in peer.parameters() if p.requires_grad]
+        peer_optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
+        size = max(1, config.micro_batch_tokens // longest)
+        given, supervised = peer_batches(shard, numbers, N, size, device)
+        tokens = sum(tokens.numel() for tokens, *_ in given)
+        rows["transformers + PEFT"] = {
+            "run": lambda function=update: function(peer, peer_optimizer, loss_of_peer, given,
+                                                    supervised, autocast),
+            "padded": 1 - sum(int(seen.sum()) for _, seen, *_ in given) / tokens, "tokens": tokens,
+            "flop": rows["nothing recomputed"]["flop"]}
+
+    for row in rows.values():  # the learning rate is 0, so that all have the same weights and loss
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        row["loss"], row["kept"], row["seconds"] = row["run"](), row["run"](count_kept), []
+        row["peak"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    for _ in range(config.rounds):
+        for row in rows.values():
+            begin = clock(device)
+            row["run"]()
+            row["seconds"].append(clock(device) - begin)
+    write_table(rows, peak, config, device, dtype)
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,113 @@
+"""Each row of extras/bench.py's table learns what samples run one at a time would learn."""
+
+import contextlib
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data import Shard
+from model import VLM
+from test_packing import VOCABULARY, N, loss_alone, random_images, tensors, tiny_vlm, write_shard
+from test_train import shards  # noqa: F401, the fixture: a prepared part of the sample
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 50
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench", ROOT / "extras" / "bench.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bench"] = module
+    before = list(sys.path)
+    spec.loader.exec_module(module)
+    sys.path[:] = before
+    return module
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """A shard of 40 questions about 9 images, their raw parts, and which of them each step trains on."""
+    generator = np.random.default_rng(0)
+    images = random_images(generator, 9)
+    samples = [(generator.integers(3, VOCABULARY, generator.integers(2, 9)).tolist(),
+                generator.integers(3, VOCABULARY, generator.integers(1, 5)).tolist(), image)
+               for image in [*range(9), *generator.integers(0, 9, 31).tolist()]]
+    shard = write_shard(tmp_path_factory.mktemp("questions") / "a", samples, images)
+    raw = [(prompt, answer, images[image]) for prompt, answer, image in samples]
+    return shard, raw, [generator.choice(40, 12, replace=False).tolist() for _ in range(STEPS)]
+
+
+def optimizer_of(model):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+@pytest.fixture(scope="module")
+def plain(bench, questions):
+    """The losses of 50 steps whose samples are run one at a time."""
+    _, raw, steps = questions
+    model, losses = tiny_vlm("lora"), []
+    optimizer = optimizer_of(model)
+    for numbers in steps:
+        batches = [raw[number] for number in numbers]
+        supervised = sum(len(answer) + 1 for _, answer, _ in batches)
+        losses.append(bench.update(model, optimizer, lambda model, sample: loss_alone(model, *sample),
+                                   batches, supervised, contextlib.nullcontext()))
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1  # 1,000 times what rounding may alter
+    return losses
+
+
+@pytest.mark.parametrize("shared, row_length, everywhere, recomputed", [
+    (1, 18, True, 1), (1, 40, True, 1), (1, 40, False, 1), (1, 40, False, 0), (2, 60, False, 0),
+    (4, 60, False, 0), (0, 60, False, 0)])
+def test_fifty_steps_have_the_losses_of_samples_run_alone(shared, row_length, everywhere, recomputed,
+                                                          bench, questions, plain):
+    shard, _, steps = questions
+    model, losses = tiny_vlm("lora"), []
+    model.vision.recomputed = model.language.recomputed = recomputed
+    optimizer = optimizer_of(model)
+    config = bench.Config(micro_batch_tokens=60)
+    for numbers in steps:
+        step = bench.pack(shard, numbers, shared, row_length, config, N)
+        assert len(step.batches) > 1
+        losses.append(bench.update(
+            model, optimizer, bench.loss_at_every_position if everywhere else VLM.loss,
+            [tensors(batch) for batch in step.batches], step.supervised, contextlib.nullcontext()))
+    assert losses == pytest.approx(plain, rel=1e-4)
+
+
+def test_recomputing_keeps_less_and_changes_no_gradient(bench, questions):
+    shard, _, steps = questions
+    step = bench.pack(shard, steps[0], 1, 40, bench.Config(micro_batch_tokens=10_000), N)
+    found = []
+    for recomputed in (0, 1, 2):
+        model = tiny_vlm("lora")
+        model.vision.recomputed = model.language.recomputed = recomputed
+        given = model, None, VLM.loss, [tensors(step.batches[0])], 1, contextlib.nullcontext()
+        kept = bench.count_kept(*given)
+        model.loss(tensors(step.batches[0])).backward()
+        found.append((kept, [p.grad for p in model.parameters() if p.grad is not None]))
+    assert found[0][0] > 1.2 * found[1][0] > 1.2 * found[2][0]
+    for _, gradients in found[1:]:
+        assert all(map(torch.equal, gradients, found[0][1]))
+
+
+def test_the_table_is_written_and_the_peer_does_the_same_work(shards, tmp_path):  # noqa: F811
+    done = subprocess.run(
+        [sys.executable, "extras/bench.py", "--model=sample", "--data=sample", "--batch_size=6",
+         "--rounds=1", f"--shards_dir={shards}", f"--out={tmp_path}/table.md"], cwd=ROOT, text=True,
+        capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "table.md").read_text() in done.stdout
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert len(rows) == 9 and "transformers + PEFT" in rows
+    losses = [row["loss"] for row in rows.values()]
+    assert losses == pytest.approx([losses[0]] * 9, rel=1e-5)
+    assert rows["nothing recomputed"]["kept"] > rows["logits at answers"]["kept"]
+    assert len(Shard(shards / "sample" / "train")) == 64

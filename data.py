@@ -514,14 +514,17 @@ class Mixture:
                 free.append(self.row_length)
             rows[row].append(pieces[key])
             free[row] -= lengths[key]
-        batches = [self.fill(rows[first:first + self.rows_per_batch])
-                   for first in range(0, len(rows), self.rows_per_batch)]
+        batches = []
+        for first in range(0, len(rows), self.rows_per_batch):
+            some = slice(first, first + self.rows_per_batch)
+            batches.append(self.fill(rows[some], self.row_length - min(free[some])))
+        padding = sum(int((batch.group < 0).sum()) for batch in batches)
         return Step(number, batches, sum(len(batch.targets) for batch in batches),
-                    sum(free) / (len(rows) * self.row_length), names)
+                    padding / sum(batch.group.size for batch in batches), names)
 
-    def fill(self, rows):
-        """Write packed rows out as the arrays of a Batch."""
-        R, T = len(rows), self.row_length
+    def fill(self, rows, longest):
+        """Write packed rows, of `longest` tokens at most, out as the arrays of a Batch."""
+        R, T = len(rows), min(-(-longest // 128) * 128, self.row_length)  # one of few shapes
         tokens, positions = np.zeros((R, T), np.int64), np.zeros((R, T), np.int64)
         group, question = np.full((R, T), -1, np.int32), np.zeros((R, T), np.int32)
         images, image_at, answer_at, targets = [], [], [], []

@@ -38,8 +38,8 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if self.unmerged is not None:
             return y
-        x = self.dropout(x) @ self.lora_A.to(x.dtype).T  # (..., in) -> (..., r)
-        return y + self.scale * (x @ self.lora_B.to(x.dtype).T).to(y.dtype)  # (..., r) -> (..., out)
+        x = self.scale * (self.dropout(x) @ self.lora_A.to(x.dtype).T)  # (..., in) -> (..., r)
+        return y + (x @ self.lora_B.to(x.dtype).T).to(y.dtype)  # (..., r) -> (..., out)
 
     @torch.no_grad()
     def merge(self):

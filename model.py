@@ -27,6 +27,7 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from data import BOS, EOS, UserError
@@ -42,6 +44,12 @@ from lora import add_lora, load_adapter, lora_layers, save_adapter
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+HAS_TRITON = find_spec("triton") is not None  # which torch.compile needs on a GPU
+# Compiled when they are first called, on a GPU alone
+compiled_flex_attention = torch.compile(flex_attention)
+compiled_create_block_mask = torch.compile(create_block_mask)
 
 
 # ----------------------------------------------------------------------------- matrix products
@@ -370,10 +378,11 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(positions, head_size, theta):
-    """(R, T) positions -> cos and sin of the rotary embedding, each (R, 1, T, hs/2) float32."""
+    """(R, T) positions -> cos and sin of the rotary embedding, each (R, 1, T, hs) float32."""
     channel = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32)
     angle = positions[:, None, :, None].float() / theta ** (channel / head_size)  # (R, 1, T, hs/2)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x, cos, sin):
@@ -383,9 +392,34 @@ def rotate(x, cos, sin):
     The hub's half-split layout: channel j turns with channel j + hs/2. Meta's own files pair
     neighbours instead; the hub's q and k rows are permuted to match, so nothing is permuted here.
     """
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+    return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, dims=-1) * sin.to(x.dtype)
+
+
+def attend(q, k, v, mask):
+    """
+    Attention of (R, nh, T, hs) queries to (R, nkv, S, hs) keys and values -> (R, nh, T, hs).
+
+    The one place that knows the ways in which it is computed. They give the same numbers, and what the
+    mask is decides:
+
+    - a BlockMask, for packed rows on a GPU: FlexAttention, which leaves out every block of 128 x 128 in
+      which nobody sees anybody;
+    - a list of (length, mask), for packed rows elsewhere: one group of tokens after the other, so that
+      what different groups would have to do with one another is not computed to be masked out;
+    - a tensor, (R, 1, T, S), True or 0 where a query may look: dense, for generation.
+    """
+    gqa = q.shape[1] != k.shape[1]  # several queries' heads share one of keys and values
+    if isinstance(mask, BlockMask):
+        return compiled_flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa)
+    if isinstance(mask, torch.Tensor):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+    lengths = [length for length, _ in mask]
+    groups = zip(*(x.transpose(1, 2).flatten(0, 1).split(lengths) for x in (q, k, v)), mask)
+    y = [F.scaled_dot_product_attention(
+            *(x.transpose(0, 1)[None] for x in (q_of, k_of, v_of)),  # (1, nh, length, hs)
+            attn_mask=mask_of, is_causal=mask_of is None, enable_gqa=gqa)
+         for q_of, k_of, v_of, (_, mask_of) in groups]
+    return torch.cat(y, dim=2)[0].transpose(0, 1).unflatten(0, (len(q), -1)).transpose(1, 2)
 
 
 class LlamaAttention(nn.Module):
@@ -406,7 +440,7 @@ class LlamaAttention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache:
             q, k, v = cache.part(q), *cache.store(layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.nh != self.nkv)
+        y = attend(q, k, v, mask)
         if cache:
             y = cache.join(y)
         return self.o_proj(y.transpose(1, 2).reshape(R, T, C))
@@ -612,17 +646,36 @@ def normalise(images):
 
 def packed_mask(group, question):
     """
-    Who may attend to whom in packed rows: two (R, T) -> (R, 1, T, T) bool.
+    Who may attend to whom in packed rows, two (R, T): what attend() wants on their device.
 
     A token sees what stands before it in its own group: the shared part (question 0) and its own
-    question. Padding (group -1) sees padding, so that no row of the mask is empty.
+    question. Padding (group -1) sees padding, so that no token sees nothing.
     """
-    T = group.shape[1]
-    same_group = group[:, :, None] == group[:, None, :]  # (R, T, T)
-    same_question = question[:, :, None] == question[:, None, :]
-    shared = question[:, None, :] == 0
-    causal = torch.ones(T, T, dtype=torch.bool, device=group.device).tril()
-    return (same_group & (same_question | shared) & causal)[:, None]  # (R, 1, T, T)
+    return (block_mask if group.is_cuda and HAS_TRITON else group_masks)(group, question)
+
+
+def block_mask(group, question):
+    """packed_mask as a BlockMask of FlexAttention."""
+    def sees(r, head, at, other):
+        own = (question[r, other] == 0) | (question[r, other] == question[r, at])
+        return (group[r, at] == group[r, other]) & own & (other <= at)
+
+    R, T = group.shape
+    return compiled_create_block_mask(sees, R, None, T, T, device=group.device)
+
+
+def group_masks(group, question):
+    """packed_mask as a list of (tokens, (tokens, tokens) bool, or None for causal), one for each group."""
+    R, T = group.shape
+    begins = torch.ones(R, T, dtype=torch.bool, device=group.device)
+    begins[:, 1:] = group[:, 1:] != group[:, :-1]
+    ends = [*begins.flatten().nonzero()[1:, 0].tolist(), R * T]
+    masks = []
+    for begin, end in zip([0, *ends], ends):
+        own = question.flatten()[begin:end]
+        seen = (own[None] == 0) | (own[None] == own[:, None])
+        masks.append((end - begin, seen.tril() if own.max() > 1 else None))
+    return masks
 
 
 @dataclass

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data import Batch, Tokenizer, UserError, open_mixture, read_manifest, require_positive, run
 from lora import add_lora
-from model import CONFIGS, VLM, describe_machine, is_trained, newest_checkpoint, pick_device
+from model import CONFIGS, HAS_TRITON, VLM, describe_machine, is_trained, newest_checkpoint, pick_device
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Config:
     row_length: int = 3584  # tokens of a packed row
     micro_batch_tokens: int = 8192  # tokens of a forward pass; trades memory for speed, not results
     recompute: float = 0.0  # share of the blocks whose activations are computed twice, to save memory
+    compile: bool = True  # the blocks' small operations into few kernels, on a GPU; takes a minute at first
     held_out: int = 512  # samples kept from training for the validation loss
     workers: int = 0  # threads that read and decode ahead of the trainer; 0: one a core
     model: Literal["paper", "small", "sample"] = "paper"  # sizes of parts that have no weights file
@@ -68,8 +69,8 @@ class Config:
     wandb: bool = False  # also log to Weights & Biases, if installed
 
 
-FREE_ON_RESUME = {"workers", "recompute", "device", "resume", "run", "log_every", "evaluate_every", "save_every",
-                  "wandb", "shards_dir"}  # what changes no number
+FREE_ON_RESUME = {"workers", "recompute", "compile", "device", "resume", "run", "log_every",
+                  "evaluate_every", "save_every", "wandb", "shards_dir"}  # what changes no number
 
 
 def learning_rate_at(step, steps, config):
@@ -160,8 +161,12 @@ def make_model(config, tokenizer, checkpoint, device, dtype):
                   f"--{part}=full, or --{part}_weights=...?")
     if not is_trained(model):
         raise UserError("every part is frozen: set --vision, --projector or --language")
-    model.vision.recomputed = math.ceil(config.recompute * len(model.vision.blocks))
-    model.language.recomputed = math.ceil(config.recompute * len(model.language.model.layers))
+    vision_blocks, language_blocks = model.vision.blocks, model.language.model.layers
+    model.vision.recomputed = math.ceil(config.recompute * len(vision_blocks))
+    model.language.recomputed = math.ceil(config.recompute * len(language_blocks))
+    if config.compile and device.type == "cuda" and HAS_TRITON:
+        for block in [*vision_blocks, *language_blocks]:  # one by one: they share what is compiled
+            block.compile()
     return model
 
 
@@ -207,6 +212,8 @@ def load_optimizer(optimizer, model, checkpoint):
 def to_device(batch, device):
     """A data.Batch of numpy arrays as one of tensors."""
     arrays = {item.name: torch.from_numpy(getattr(batch, item.name)) for item in fields(Batch)}
+    if device.type == "cuda":  # from pinned memory, copies wait for nothing that the GPU has yet to do
+        arrays = {name: tensor.pin_memory() for name, tensor in arrays.items()}
     return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in arrays.items()})
 
 
@@ -258,8 +265,8 @@ def train_step(model, optimizer, step, config, device, autocast):
         loss.backward()
         total += loss.detach()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(trained, config.clip or math.inf).item()
-    total = total.item()
+    norm = torch.nn.utils.clip_grad_norm_(trained, config.clip or math.inf)
+    total, norm = torch.stack([total, norm]).tolist()  # the one place where the step waits for the GPU
     if not math.isfinite(total + norm):
         raise FloatingPointError(f"loss {total}, gradient norm {norm}")
     optimizer.step()

@@ -9,7 +9,14 @@ are read and packed first, and only forward, backward and update are timed. Rows
 write first to what train_vlm.py does, and then share an image among more and more of its questions. The
 peer is the step as LLaVA-style code builds it from transformers and PEFT: ViTModel, a Linear,
 LlamaForCausalLM with its LoRA, every question with its image in a row padded to the longest, logits and
-labels at all positions. A round is one step of each, in turns. Needs tests/requirements.txt.
+labels at all positions. A round is two steps of each row, in turns, of which the second is timed: the
+first brings the row's memory back. Then the loader alone, which has to keep ahead of the fastest row; then
+extras/bench_eval.py times answers and, with --raw_dir, extras/bench_prepare.py the way from raw files to
+shards. Needs tests/requirements.txt.
+
+MFU is the share of the machine's own matrix product (measured first, or --peak_tflops) that a step
+reaches with the products it cannot do without: 2 FLOP a weight and token, twice where the weight is
+frozen and thrice where it is trained, without padding, attention and what is computed again.
 
 Writes a table in Markdown, and a json beside it with what machine, versions and commit made it.
 """
@@ -21,6 +28,8 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not
 
 import json
 import math
+import os
+import subprocess
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -37,7 +46,7 @@ import train_vlm
 from data import BOS, EOS, Mixture, Shard, Tokenizer, UserError, require_positive, run
 from extras.bench_cls import make_vit
 from extras.bench_eval import clock, measure_limits
-from model import VLM, describe_machine, normalise, packed_mask, pick_device
+from model import HAS_TRITON, VLM, describe_machine, normalise, pick_device
 
 
 @dataclass(frozen=True)
@@ -48,11 +57,13 @@ class Config:
     batch_size: int = 64  # questions in a step
     vision: Literal["full", "lora", "frozen"] = "full"  # what trains of the vision transformer
     language: Literal["lora", "full", "frozen"] = "lora"  # what trains of the language model
-    row_length: int = 448  # tokens of a packed row where images are not shared
-    shared_row_length: int = 896  # where they are
-    micro_batch_tokens: int = 8192  # tokens of a forward pass
-    rounds: int = 5  # timed steps of each row
+    row_length: int = 3584  # tokens of a packed row
+    dense_row_length: int = 448  # where attention is computed for the whole row
+    micro_batch_tokens: int = 4096  # tokens of a forward pass
+    rounds: int = 3  # timed steps of each row
     peer: bool = True  # time the peer, too
+    questions: int = 500  # of the test split that are answered, 4 tokens each; 0: all of it
+    raw_dir: str = ""  # raw files whose preparation is timed, too; none: it is not
     peak_tflops: float = 0.0  # that MFU is a share of; 0: of a matrix product measured here
     out: str = "out/bench.md"  # the table; the json stands beside it
     device: str = "auto"  # cuda, mps or cpu
@@ -61,11 +72,25 @@ class Config:
 
 # ----------------------------------------------------------------------------- ours
 
+def dense_mask(group, question):
+    """model.packed_mask as one would write it first: (R, 1, T, T), True where a query may look."""
+    same_group = group[:, :, None] == group[:, None, :]  # (R, T, T)
+    own = (question[:, None, :] == 0) | (question[:, :, None] == question[:, None, :])
+    return (same_group & own).tril()[:, None]
+
+
+def dense_loss(model, batch):
+    """VLM.loss with that mask: every token's attention to its whole row is computed."""
+    x = model.splice(batch.tokens, model.encode_images(batch.images), batch.image_at)
+    mask = dense_mask(batch.group, batch.question)
+    x = model.language.transform(x, batch.positions, mask, batch.answer_at)
+    return F.cross_entropy(model.language.lm_head(x).float(), batch.targets, reduction="sum")
+
+
 def loss_at_every_position(model, batch):
-    """VLM.loss as one would write it first: logits of all tokens, of which most are then ignored."""
-    images = model.encode_images(batch.images)
-    x = model.splice(batch.tokens, images, batch.image_at)
-    x = model.language.transform(x, batch.positions, packed_mask(batch.group, batch.question))
+    """The same with the logits of all tokens, of which most are then ignored."""
+    x = model.splice(batch.tokens, model.encode_images(batch.images), batch.image_at)
+    x = model.language.transform(x, batch.positions, dense_mask(batch.group, batch.question))
     logits = model.language.lm_head(x).float().flatten(0, 1)  # (R * T, V)
     targets = torch.full((len(logits),), -100, device=logits.device)
     targets[batch.answer_at] = batch.targets
@@ -187,25 +212,53 @@ def count_flop(model, steps, config):
 
     language, whole = model.language, config.language == "full"
     image_tokens = model.vision.config.tokens * sum(len(batch.images) for batch in steps)
-    return (flop(language.model.layers, sum(int((batch.group >= 0).sum()) for batch in steps), whole)
-            + flop(language.lm_head, sum(len(batch.targets) for batch in steps), whole)
+    tokens = sum(int((batch.group >= 0).sum()) for batch in steps)
+    wanted = sum(len(batch.targets) for batch in steps)
+    return (flop(language.model.layers, tokens, whole) + flop(language.lm_head, wanted, whole)
+            - flop(language.model.layers[-1].mlp, tokens - wanted, whole)
             + flop(model.vision.blocks, image_tokens, config.vision == "full"))
 
 
-def write_table(rows, peak, config, device, dtype):
-    """The table in Markdown, printed and written; the same and more as json beside it."""
+def time_loader(shard, N, questions_per_image, config):
+    """(samples/s, images/s) of train_vlm.py's loader on its own, over 20 steps after the first 5."""
+    mixture = Mixture([shard], N, config.batch_size, questions_per_image=questions_per_image,
+                      row_length=config.row_length, leaks=[shard.read_leaks()],
+                      rows_per_batch=max(1, config.micro_batch_tokens // config.row_length))
+    images = 0
+    for number, step in enumerate(mixture.steps(0, 25, os.cpu_count())):
+        if number == 4:
+            begin = time.perf_counter()
+        if number > 4:
+            images += sum(len(batch.images) for batch in step.batches)
+    seconds = time.perf_counter() - begin
+    return 20 * config.batch_size / seconds, images / seconds
+
+
+def run_beside(script, **flags):
+    """What another of the benchmarks prints, run as a process of its own."""
+    command = [sys.executable, Path(__file__).with_name(script)]
+    command += [f"--{name}={str(value).lower()}" if isinstance(value, bool) else f"--{name}={value}"
+                for name, value in flags.items()]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def write_tables(rows, loader, others, peak, config, device, dtype):
+    """The tables in Markdown, printed and written; the same and more as json beside it."""
     seconds = {name: float(np.median(row["seconds"])) for name, row in rows.items()}
     peer = seconds.get("transformers + PEFT", math.nan)
-    heads = ("step", "samples/s", "times the peer", "tokens/s", "MFU", "padded", "kept, MB", "peak, GB",
-             "loss")
-    lines = [" | ".join(heads), "|".join(["---", *["--:"] * (len(heads) - 1)])]
+    lines = ["| a training step | samples/s | times the peer | tokens/s | MFU | padded | kept, MB "
+             "| peak, GB | loss |", "|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
     for name, row in rows.items():
         cells = (name, f"{config.batch_size / seconds[name]:.1f}", f"{peer / seconds[name]:.2f}",
                  f"{row['tokens'] / seconds[name]:,.0f}", f"{row['flop'] / seconds[name] / peak:.0%}",
                  f"{row['padded']:.0%}", f"{row['kept'] / 1e6:,.0f}",
                  f"{row['peak'] / 1e9:.1f}" if row["peak"] else "not measured", f"{row['loss']:.4f}")
-        lines.append(" | ".join(cells))
-    lines, machine = [f"| {line} |" for line in lines], describe_machine(device)
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| the loader alone | samples/s | images/s |", "|---|--:|--:|"]
+    lines += [f"| {name} | {samples:,.0f} | {images:,.0f} |" for name, (samples, images) in loader.items()]
+    for text in others:
+        lines += ["", "```", text.strip(), "```"]
+    machine = describe_machine(device)
     head = (f"{config.batch_size} questions a step, {config.model} model, {dtype}; MFU of "
             f"{peak / 1e12:.2f} TFLOP/s; "
             + ", ".join(f"{name} {fact}" for name, fact in machine.items()))
@@ -217,11 +270,12 @@ def write_table(rows, peak, config, device, dtype):
     facts = {name: {key: value for key, value in row.items() if key != "run"}
              for name, row in rows.items()}
     out.with_suffix(".json").write_text(json.dumps(
-        {"flags": asdict(config), "machine": machine, "peak": peak, "rows": facts}, indent=2) + "\n")
+        {"flags": asdict(config), "machine": machine, "peak": peak, "rows": facts, "loader": loader,
+         "others": others}, indent=2) + "\n")
 
 
 def main(config):
-    require_positive(config, "batch_size", "row_length", "shared_row_length", "micro_batch_tokens",
+    require_positive(config, "batch_size", "row_length", "dense_row_length", "micro_batch_tokens",
                      "rounds")
     device, dtype = pick_device(config.device, config.dtype)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
@@ -231,32 +285,42 @@ def main(config):
         raise UserError(f"--data: {config.data} asks about no image, too, which the peer cannot")
     tokenizer = Tokenizer(Path(config.shards_dir) / config.data / "tokenizer.model")
     flags = train_vlm.Config(model=config.model, vision=config.vision, language=config.language,
-                             vision_weights="none", language_weights="none")
+                             vision_weights="none", language_weights="none", compile=False)
     torch.manual_seed(0)
     model = train_vlm.make_model(flags, tokenizer, None, device, dtype).train()
     shard.require_image_size(model.vision.config.image_size)
     N, numbers = model.vision.config.tokens, choose_questions(shard, config.batch_size)
     longest = 1 + N + max(sum(map(len, shard.read_tokens(number))) for number in numbers)
-    depth = len(model.vision.blocks), len(model.language.model.layers)
-    plain, every = VLM.loss, loss_at_every_position
-    ladder = [  # name, questions that share an image, length of a row, loss, recomputed?
-        ("padded, logits everywhere, recomputed", 1, longest, every, True),
-        ("packed", 1, config.row_length, every, True),
-        ("logits at answers", 1, config.row_length, plain, True),
-        ("nothing recomputed", 1, config.row_length, plain, False),
-        *((f"{shared} questions share an image", shared, config.shared_row_length, plain, False)
-          for shared in (2, 4, 8)),
-        ("all questions share an image", 0, config.shared_row_length, plain, False)]
+    blocks = [*model.vision.blocks, *model.language.model.layers]
+    on_gpu = device.type == "cuda" and HAS_TRITON
+    compiled = [torch.compile(block.forward) for block in blocks] if on_gpu else []
+    every, dense, plain = loss_at_every_position, dense_loss, VLM.loss
+    long, short = config.row_length, config.dense_row_length
+    ladder = [  # name, questions that share an image, length of a row, loss, recomputed?, compiled?
+        ("padded, logits everywhere, recomputed", 1, longest, every, True, False),
+        ("packed", 1, short, every, True, False),
+        ("logits at answers", 1, short, dense, True, False),
+        ("attention within groups, in long rows", 1, long, plain, True, False),
+        *([("compiled", 1, long, plain, True, True)] if on_gpu else []),
+        ("nothing recomputed", 1, long, plain, False, on_gpu),
+        *((f"{count} questions share an image", count, long, plain, False, on_gpu)
+          for count in (2, 4, 8)),
+        ("all questions share an image", 0, long, plain, False, on_gpu)]
 
     peak = config.peak_tflops * 1e12 or measure_limits(device, dtype)[0]
     optimizer, rows = train_vlm.make_optimizer(model, flags), {}
-    for name, shared, row_length, loss_of, recomputed in ladder:
-        step = pack(shard, numbers, shared, row_length, config, N)
+    for name, count, row_length, loss_of, recomputed, fused in ladder:
+        step = pack(shard, numbers, count, row_length, config, N)
         batches = [train_vlm.to_device(batch, device) for batch in step.batches]
 
         def run_step(function=update, batches=batches, supervised=step.supervised, loss_of=loss_of,
-                     blocks=depth if recomputed else (0, 0)):
-            model.vision.recomputed, model.language.recomputed = blocks
+                     recomputed=recomputed, fused=fused):
+            for part, parts in (model.vision, model.vision.blocks), (model.language, blocks):
+                part.recomputed = len(parts) if recomputed else 0
+            for block, forward in zip(blocks, compiled):
+                block.__dict__.pop("forward", None)
+                if fused:
+                    block.forward = forward
             return function(model, optimizer, loss_of, batches, supervised, autocast)
 
         rows[name] = {"run": run_step, "padded": step.padded, "flop": count_flop(model, batches, config),
@@ -278,14 +342,23 @@ def main(config):
     for row in rows.values():  # the learning rate is 0, so that all have the same weights and loss
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        row["loss"], row["kept"], row["seconds"] = row["run"](), row["run"](count_kept), []
+        row["loss"], row["seconds"] = row["run"](), []
         row["peak"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+        row["kept"] = row["run"](count_kept)
     for _ in range(config.rounds):
         for row in rows.values():
+            row["run"]()
             begin = clock(device)
             row["run"]()
             row["seconds"].append(clock(device) - begin)
-    write_table(rows, peak, config, device, dtype)
+    loader = {"each question with its image": time_loader(shard, N, 1, config),
+              "all questions share an image": time_loader(shard, N, 0, config)}
+    others = [run_beside("bench_eval.py", model=config.model, data=config.data, limit=config.questions,
+                         shards_dir=config.shards_dir, new_tokens=4, rounds=config.rounds,
+                         peer=config.peer, device=config.device, dtype=config.dtype)]
+    if config.raw_dir:
+        others.append(run_beside("bench_prepare.py", data=config.data, raw_dir=config.raw_dir))
+    write_tables(rows, loader, others, peak, config, device, dtype)
 
 
 if __name__ == "__main__":

@@ -101,13 +101,14 @@ def test_recomputing_keeps_less_and_changes_no_gradient(bench, questions):
 def test_the_table_is_written_and_the_peer_does_the_same_work(shards, tmp_path):  # noqa: F811
     done = subprocess.run(
         [sys.executable, "extras/bench.py", "--model=sample", "--data=sample", "--batch_size=6",
-         "--rounds=1", f"--shards_dir={shards}", f"--out={tmp_path}/table.md"], cwd=ROOT, text=True,
+         "--rounds=1", "--questions=6", f"--shards_dir={shards}", f"--out={tmp_path}/table.md"], cwd=ROOT, text=True,
         capture_output=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "table.md").read_text() in done.stdout
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
-    assert len(rows) == 9 and "transformers + PEFT" in rows
     losses = [row["loss"] for row in rows.values()]
-    assert losses == pytest.approx([losses[0]] * 9, rel=1e-5)
-    assert rows["nothing recomputed"]["kept"] > rows["logits at answers"]["kept"]
+    assert losses == pytest.approx([losses[0]] * 10, rel=1e-5) and "transformers + PEFT" in rows
+    assert "6 of 6 answers are the same" in done.stdout
+    recomputed = rows["attention within groups, in long rows"]
+    assert rows["nothing recomputed"]["kept"] > recomputed["kept"]
     assert len(Shard(shards / "sample" / "train")) == 64

@@ -16,8 +16,9 @@ from PIL import Image
 
 from data import (BOS, EOS, IMAGE, PROMPT_VERSION, SAMPLE, SHARD_VERSION, Batch, Mixture,
                   Shard, UserError, manifest_checksum, open_mixture, sample_checksum)
+import model as model_file
 from lora import add_lora
-from model import LLaMA, VLM, ViT
+from model import LLaMA, VLM, ViT, attend, block_mask, group_masks
 from prepare.leaks import fingerprint, guard
 from test_model import LLAMA, TOLERANCE, VIT, randomise, relative_error
 
@@ -132,6 +133,62 @@ def test_packed_loss_and_gradients_equal_samples_run_alone(questions_per_image, 
         frozen = train == "lora" and name.startswith("language.") and "lora_" not in name
         assert (packed[name] is None) == (parameter.grad is None) == frozen, name
         assert frozen or relative_error(packed[name], parameter.grad) < TOLERANCE, name
+
+
+def seen_by_hand(group, question):
+    """The dense (R, 1, T, T) mask of packed rows, from a loop over what each token may see."""
+    R, T = group.shape
+    seen = torch.zeros(R, 1, T, T, dtype=torch.bool)
+    for r in range(R):
+        for at in range(T):
+            for other in range(at + 1):
+                shared_or_own = question[r, other] in (0, question[r, at])
+                seen[r, 0, at, other] = bool(group[r, at] == group[r, other] and shared_or_own)
+    return seen
+
+
+@pytest.mark.parametrize("way", ["groups", "flex"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_attention_of_packed_rows_is_the_dense_one_either_way(way, kv_heads, corpus, monkeypatch):
+    """FlexAttention as it is without torch.compile, which on a CPU has no backward pass."""
+    for name in ("flex_attention", "create_block_mask"):
+        monkeypatch.setattr(model_file, f"compiled_{name}", getattr(model_file, name))
+    torch.manual_seed(0)
+    for batch in mix(corpus, batch_size=64, questions_per_image=3, row_length=43).step(0).batches[:2]:
+        group, question = torch.from_numpy(batch.group), torch.from_numpy(batch.question)
+        assert (question > 1).any() and (group == -1).any()
+        R, T = group.shape
+        inputs = [torch.randn(R, heads, T, 16, requires_grad=way == "groups")
+                  for heads in (4, kv_heads, kv_heads)]
+        masks = (group_masks if way == "groups" else block_mask)(group, question)
+        found = attend(*inputs, masks), attend(*inputs, seen_by_hand(group, question))
+        assert relative_error(*(y.detach() for y in found)) < TOLERANCE
+        if way == "groups":
+            upstream = torch.randn(R, 4, T, 16)
+            for ours, dense in zip(*(torch.autograd.grad(y, inputs, upstream) for y in found)):
+                assert relative_error(ours, dense) < TOLERANCE
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_loss_and_gradients_on_a_gpu_are_those_on_a_cpu(corpus):
+    """Compiled FlexAttention, and the blocks compiled, in float32."""
+    found = []
+    for device in ("cpu", "cuda"):
+        model = tiny_vlm("lora").to(device)
+        if device == "cuda":
+            for block in [*model.vision.blocks, *model.language.model.layers]:
+                block.compile()
+        losses = []
+        for batch in mix(corpus, batch_size=64, questions_per_image=3).step(0).batches:
+            batch = tensors(batch)
+            batch = replace(batch, **{item.name: getattr(batch, item.name).to(device)
+                                      for item in fields(Batch)})
+            losses.append(model.loss(batch))
+        sum(losses).backward()
+        found.append([torch.stack(losses).detach().cpu(),
+                      *(p.grad.cpu() for p in model.parameters() if p.grad is not None)])
+    for ours, theirs in zip(*found):
+        assert relative_error(ours, theirs) < 1e-3
 
 
 @torch.no_grad()

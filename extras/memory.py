@@ -1,0 +1,243 @@
+"""
+How much memory a training step of train_vlm.py takes, and which GPUs it fits: computed, on any machine.
+
+    python extras/memory.py                    the paper's model (each takes two minutes on one core)
+    python extras/memory.py --check=true       the small model on this machine, computed and measured
+
+What runs is train_vlm.train_step itself, on fake tensors: they have a shape, a type and a storage, but
+no content, so that LLaMA-7B takes no memory here and next to no time. A ledger adds the bytes of every
+storage that an operation makes and takes them off when it dies; the table holds the most there ever
+were. That is in a step's second micro-batch, beside AdamW's moments and the gradients of the first. A
+micro-batch is full of images with one or more questions; how it is cut into rows changes nothing.
+
+The CPU plays the GPU, since autograd wants a device that is there. Types under autocast are the same,
+and attention keeps what FlexAttention does: inputs, output, one number a query and head. Not counted
+are what --compile=true saves, a micro-batch's pixels, and what holds no tensor: the CUDA context,
+buffers of kernels, gaps. A card sold with 80 GB has 80 GiB, 7% more than the 80e9 bytes that are filled
+here: those are for them.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # the repository, not extras/
+
+import contextlib
+import itertools
+import os
+import subprocess
+import weakref
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Literal
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import train_vlm
+from data import Mixture, UserError, run
+from model import CONFIGS, describe_machine, group_masks, pick_device
+
+FLAGS = train_vlm.Config(vision_weights="none", language_weights="none", compile=False)
+DEVICE, DTYPE = pick_device("cuda" if torch.cuda.is_available() else "cpu", "auto")  # --check=true's
+PROMPT, ANSWER = 17, 4  # tokens of a question; PathVQA's have 15.7 and 3.2 on average
+
+
+@dataclass(frozen=True)
+class Config:
+    model: Literal["paper", "small", "sample"] = "paper"  # sizes
+    vision: Literal["full", "lora", "frozen"] = "full"  # what trains of the vision transformer
+    language: Literal["lora", "full", "frozen"] = "lora"  # what trains of the language model
+    micro_batch_tokens: str = "1024,2048,4096,8192,16384"  # sizes of a micro-batch
+    questions: str = "1,8"  # about an image, that share it
+    recompute: str = "0,0.5,1"  # shares of the blocks whose activations are computed twice
+    cards: str = "24,40,80,141"  # GB of a GPU's memory, as sold
+    check: bool = False  # compare computed and measured steps of the small model instead
+
+
+class Ledger(TorchDispatchMode):
+    """
+    Counts the bytes of storages that operations return while it is on: those alive, and their peak.
+    (torch.distributed._tools.mem_tracker hooks onto every weight, which frozen ones do not allow.)
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self.enter(tensor.untyped_storage())
+        return made
+
+    def enter(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:  # else it is that of a view, or of a result in place
+            self.known.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.strike, key, size)
+
+    def strike(self, key, size):
+        self.known.remove(key)
+        self.live -= size
+
+
+def pack(name, tokens, questions):
+    """A data.Batch of one row of black images, each with so many questions about it."""
+    vision, question = CONFIGS[name][0], ([0] * PROMPT, [0] * ANSWER)
+    images = tokens // (1 + vision.tokens + questions * (PROMPT + ANSWER))
+    if not images:
+        raise UserError(f"--micro_batch_tokens={tokens}: too few for an image's {vision.tokens} and "
+                        f"{PROMPT + ANSWER} for each of --questions={questions}")
+    black = np.zeros((vision.image_size, vision.image_size, 3), np.uint8)
+    shard = SimpleNamespace(read_image=lambda number: black)
+    loader = SimpleNamespace(row_length=tokens, image_tokens=vision.tokens)
+    return Mixture.fill(loader, [[(shard, 0, [question] * questions)] * images], tokens)
+
+
+def make(flags, device, dtype):
+    """train_vlm.py's model with random weights."""
+    tokenizer = SimpleNamespace(vocab_size=CONFIGS[flags.model][1].vocab_size)
+    with contextlib.redirect_stdout(None):
+        return train_vlm.make_model(flags, tokenizer, None, device, dtype).train()
+
+
+def train(model, flags, batch, device, dtype):
+    """A step that gives AdamW its moments, and one of two micro-batches."""
+    optimizer = train_vlm.make_optimizer(model, flags)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    for batches in ([batch], [batch, batch]):
+        step = SimpleNamespace(number=0, batches=batches, supervised=len(batch.targets))
+        train_vlm.train_step(model, optimizer, step, flags, device, autocast)
+
+
+def compute(flags, batch, dtype, gpu=True):
+    """Bytes of the weights, and of all there is at the peak of training: on a GPU, or on this CPU."""
+    cpu = torch.device("cpu")
+    model, real = make(flags, torch.device("meta"), dtype), train_vlm.to_device(batch, cpu)
+    weights, masks = model.state_dict(), None if gpu else group_masks(real.group, real.question)
+    stand_ins = {"model.packed_mask": lambda group, question: masks,  # for what asks for values
+                 "torch._subclasses.FakeTensor.tolist": lambda tensor: [0.0] * len(tensor)}
+    if gpu:  # for ways that only a CPU has; a GPU's mask takes next to nothing
+        stand_ins |= {"model.Linear.forward": nn.Linear.forward,
+                      "model.attend": lambda q, k, v, mask: F.scaled_dot_product_attention(
+                          q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])}
+    with contextlib.ExitStack() as stack:
+        for name, stand_in in stand_ins.items():
+            stack.enter_context(patch(name, stand_in))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        ledger = stack.enter_context(Ledger())
+        model.load_state_dict({name: torch.empty_like(tensor, device=cpu)
+                               for name, tensor in weights.items()}, assign=True)
+        loaded = ledger.live
+        train(model, flags, batch, cpu, dtype)
+        return loaded, ledger.peak
+
+
+def allocated(peak=False):
+    """Bytes that this process holds, or the most that it ever held: on the GPU, or resident."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:" if peak else "VmRSS:")[1].split()[0]) * 1024
+
+
+def measure(name, tokens, recompute):
+    """Bytes at the peak of training over those before it; right once in a process."""
+    for model, size in [("sample", 128), (name, tokens)]:  # in the first, libraries make their buffers
+        flags, batch = replace(FLAGS, model=model, recompute=recompute), pack(model, size, 1)
+        before = allocated()
+        train(make(flags, DEVICE, DTYPE), flags, batch, DEVICE, DTYPE)
+    return allocated(peak=True) - before
+
+
+def measure_afresh(*given):
+    """measure() in a process of its own, in which what is freed goes back to the system at once."""
+    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}  # glibc's
+    code = f"from extras.memory import measure; print(measure(*{given}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **at_once},
+                          stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout)
+
+
+def print_row(*cells):
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def print_heads(*heads):
+    print_row(*heads)
+    print_row(*["--:"] * len(heads))
+
+
+def check():
+    """Print what steps of the small model take on this machine: computed, measured."""
+    if DEVICE.type == "cpu" and not Path("/proc/self/status").is_file():
+        raise UserError("--check=true: on a CPU only where Linux tells the peak of a process, in /proc")
+    facts = ", ".join(f"{name} {fact}" for name, fact in describe_machine(DEVICE).items())
+    print(f"Peak of a step of the small model, {DTYPE}; {facts}\n")
+    print_heads("tokens", "recompute", "computed, MB", "measured, MB", "ratio")
+    for tokens, recompute in itertools.product((4096, 8192), (0, 0.5, 1)):
+        flags = replace(FLAGS, model="small", recompute=recompute)
+        _, computed = compute(flags, pack("small", tokens, 1), DTYPE, DEVICE.type == "cuda")
+        measured = measure_afresh("small", tokens, recompute)
+        print_row(f"{tokens:,}", recompute, f"{computed / 1e6:,.0f}", f"{measured / 1e6:,.0f}",
+                  f"{computed / measured:.3f}")
+
+
+def read_numbers(config, name, kind, low, high):
+    """The numbers that a flag lists, in order."""
+    text = getattr(config, name)
+    try:
+        numbers = sorted(kind(number) for number in text.split(","))
+    except ValueError:
+        numbers = [high + 1]
+    if not all(low <= number <= high for number in numbers):
+        raise UserError(f"--{name}={text}: numbers from {low} to {high:,}, with commas between them")
+    return numbers
+
+
+def fit(sizes, peaks, room):
+    """How large a micro-batch may be: peaks lie on a line, or on one that bends upwards."""
+    if not peaks[0] <= room < peaks[-1]:
+        return f"< {sizes[0]:,}" if room < peaks[0] else f">= {sizes[-1]:,}"
+    return f"{np.interp(room, peaks, sizes) // 64 * 64:,.0f}"
+
+
+def main(config):
+    if config.check:
+        return check()
+    sizes = read_numbers(config, "micro_batch_tokens", int, 1, 1_000_000)
+    shares = read_numbers(config, "recompute", float, 0, 1)
+    cards = read_numbers(config, "cards", float, 1, 1000)
+    flags = replace(FLAGS, model=config.model, vision=config.vision, language=config.language)
+    heads = [f"recompute {share:g}" for share in shares]
+    for questions in read_numbers(config, "questions", int, 1, 1000):
+        print(f"Peak in GB by tokens of a micro-batch; questions that share an image: {questions}\n")
+        print_heads("tokens", "images", "weights", *heads)
+        peaks = []  # of each size, for each share
+        for size in sizes:
+            batch = pack(config.model, size, questions)
+            weights, peaks_now = zip(*(compute(replace(flags, recompute=share), batch, torch.bfloat16)
+                                       for share in shares))
+            peaks.append(peaks_now)
+            print_row(f"{size:,}", len(batch.images),
+                      *(f"{count / 1e9:.1f}" for count in (weights[0], *peaks_now)))
+        print("\nThe largest micro-batch, in tokens\n")
+        print_heads("card", *heads)
+        for card in cards:
+            print_row(f"{card:g} GB", *(fit(sizes, column, card * 1e9) for column in zip(*peaks)))
+        print()
+
+
+if __name__ == "__main__":
+    run(main, Config)

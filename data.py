@@ -377,8 +377,8 @@ class Batch:
 class Step:
     """All that one optimiser step needs."""
     number: int
-    batches: list  # of Batch
-    supervised: int  # answer and <eos> tokens in the whole step: what the loss is a mean over
+    batches: list  # of Batch, those of this rank
+    supervised: int  # answer and <eos> tokens of all ranks: what the loss is a mean over
     padded: float  # share of the rows' tokens that is padding
     samples: list = field(default_factory=list)  # (shard, sample number) of each
 
@@ -397,14 +397,16 @@ class Mixture:
     one copy of their image; 1 is plain sampling, 0 sets no limit. held_out: about how many samples
     to keep for validation, whole images at a time. leaks: for each shard what Shard.read_leaks says;
     what is to be dropped is left out. So are samples whose answer does not fit into a row, counted
-    in `too_long`; those whose prompt is cut are counted in `cut`.
+    in `too_long`; those whose prompt is cut are counted in `cut`. Of several processes each packs its
+    own part of a step, by its rank; which samples a step has does not depend on how many there are.
     """
 
     def __init__(self, shards, image_tokens, batch_size=64, weights=None, questions_per_image=1,
-                 row_length=1024, rows_per_batch=1, seed=0, held_out=0, leaks=None):
+                 row_length=1024, rows_per_batch=1, seed=0, held_out=0, leaks=None, rank=0, ranks=1):
         self.shards, self.image_tokens, self.seed, self.leaks = shards, image_tokens, seed, leaks
         self.batch_size, self.questions_per_image = batch_size, questions_per_image
         self.row_length, self.rows_per_batch = row_length, rows_per_batch
+        self.rank, self.ranks = rank, ranks
         self.starts = np.cumsum([0] + [len(shard) for shard in shards])  # number of each first sample
         self.train, self.held_out, self.group_ids = [], [], []
         self.too_long = self.cut = 0
@@ -487,7 +489,7 @@ class Mixture:
             yield self.pack(number, samples[window].tolist(), images[window].tolist())
 
     def pack(self, number, samples, groups):
-        """Read the samples, put the groups into rows, largest first, and cut into micro-batches."""
+        """Read the samples, put this rank's groups into rows, largest first, and cut into micro-batches."""
         pieces, names = {}, []  # group -> (shard, image, [(prompt, answer), ...])
         for sample, group in zip(samples, groups):
             index = int(np.searchsorted(self.starts, sample, side="right")) - 1
@@ -504,10 +506,15 @@ class Mixture:
                 copy += 1
             pieces.setdefault((group, copy), (shard, image, []))[2].append((prompt, answer))
 
-        rows, free = [], []  # first fit, decreasing
         lengths = {key: sum(map(len_of, questions)) + (1 + self.image_tokens if image >= 0 else 1)
                    for key, (_, image, questions) in pieces.items()}
+        rows, free = [], []  # first fit, decreasing
+        loads = [0] * self.ranks  # tokens of each rank: the next group goes to the one with fewest
         for key in sorted(pieces, key=lambda key: -lengths[key]):
+            rank = loads.index(min(loads))
+            loads[rank] += lengths[key]
+            if rank != self.rank:
+                continue
             row = next((r for r, space in enumerate(free) if space >= lengths[key]), len(rows))
             if row == len(rows):
                 rows.append([])
@@ -518,9 +525,10 @@ class Mixture:
         for first in range(0, len(rows), self.rows_per_batch):
             some = slice(first, first + self.rows_per_batch)
             batches.append(self.fill(rows[some], self.row_length - min(free[some])))
+        supervised = sum(len(answer) + 1 for *_, questions in pieces.values() for _, answer in questions)
         padding = sum(int((batch.group < 0).sum()) for batch in batches)
-        return Step(number, batches, sum(len(batch.targets) for batch in batches),
-                    padding / sum(batch.group.size for batch in batches), names)
+        size = sum(batch.group.size for batch in batches)
+        return Step(number, batches, supervised, padding / max(size, 1), names)
 
     def fill(self, rows, longest):
         """Write packed rows, of `longest` tokens at most, out as the arrays of a Batch."""

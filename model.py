@@ -19,6 +19,7 @@ The paper's sizes: ViT-B/16 C=768 nh=12 N=197; LLaMA-7B C=4096 nh=nkv=32 hs=128 
 The others': ViT-B/32 C=768 nh=12 N=50; ResNet-50 C=2048 nh=32 N=50, its outputs of width 768.
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -39,7 +40,7 @@ from safetensors.torch import save_file
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from data import BOS, EOS, UserError
+from data import BOS, EOS, UserError, manifest_checksum, read_manifest
 from lora import add_lora, load_adapter, lora_layers, save_adapter
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -953,12 +954,86 @@ def load_exactly(model, files, dtype, device, prefix="", dropped=r"(?!)"):
     return model
 
 
+# ----------------------------------------------------------------------------- checkpoints
+
+def sync(path):
+    """Bring a file or a folder's list of names to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_whole(path, content):
+    """Write bytes to a file that is, whatever happens, as before or as wanted."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
+
+
+def hash_file(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(partial, folder, **facts):
+    """
+    Make the folder `partial` the checkpoint `folder`, whole or not at all: its manifest names every file
+    with size and SHA-256, all of it is on the disk before the folder gets its name, and the name is on
+    the disk when this returns. No name is given twice.
+    """
+    paths = sorted(partial.rglob("*"))
+    files = {path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+             for path in paths if path.is_file()}
+    manifest = {**facts, "files": files}
+    manifest["checksum"] = manifest_checksum(manifest)
+    (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    for path in [*paths, partial / "manifest.json", partial]:
+        sync(path)
+    if folder.exists():
+        raise FileExistsError(f"{folder}: there already")
+    partial.rename(folder)
+    sync(folder.parent)
+
+
+def find_damage(folder):
+    """What is wrong with a checkpoint, in words; None if each file is, byte for byte, what seal() saw."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return "manifest.json is missing or altered"
+    for name, facts in manifest["files"].items():
+        path = Path(folder) / name
+        if not path.is_file() or path.is_symlink():
+            return f"{name} is missing"
+        if path.stat().st_size != facts["bytes"]:
+            return f"{name} has {path.stat().st_size:,} bytes instead of {facts['bytes']:,}"
+        if hash_file(path) != facts["sha256"]:
+            return f"{name} was altered"
+    return None
+
+
+def checkpoints(run):
+    """The checkpoint folders of a run, newest first, whole or not."""
+    return sorted(Path(run).glob("step_*[0-9]"), key=lambda path: int(path.name[5:]), reverse=True)
+
+
 def newest_checkpoint(run):
-    """The checkpoint folder of the highest step in a run folder."""
-    found = sorted(Path(run).glob("step_*[0-9]"), key=lambda path: int(path.name[5:]))
-    if not found:
-        raise UserError(f"{run}: no checkpoint here; run `python train_vlm.py --run={run}`")
-    return found[-1]
+    """
+    The newest checkpoint of a run that is whole; of newer ones a line on stderr says what is wrong with
+    them. Raises UserError when there is none.
+    """
+    found = checkpoints(run)
+    for folder in found:
+        damage = find_damage(folder)
+        if damage is None:
+            return folder
+        print(f"{folder}: not used: {damage}", file=sys.stderr)
+    if found:
+        raise UserError(f"{run}: none of its {len(found)} checkpoints is whole, see above; start another run")
+    raise UserError(f"{run}: no checkpoint here; run `python train_vlm.py --run={run}`")
 
 
 def describe_machine(device):

@@ -9,22 +9,30 @@ newest checkpoint, which eval_vqa.py loads. The same command with --resume=true 
 bit for bit: the samples of a step, and any random number it draws, depend on seed and step alone.
 """
 
+import atexit
+import contextlib
 import json
 import math
 import os
 import shutil
+import signal
+import sys
 import time
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from data import Batch, Tokenizer, UserError, open_mixture, read_manifest, require_positive, run
 from lora import add_lora
-from model import CONFIGS, HAS_TRITON, VLM, describe_machine, is_trained, newest_checkpoint, pick_device
+from model import (CONFIGS, HAS_TRITON, VLM, checkpoints, describe_machine, find_damage, is_trained,
+                   newest_checkpoint, pick_device, seal, write_whole)
 
 
 @dataclass(frozen=True)
@@ -66,11 +74,14 @@ class Config:
     log_every: int = 10  # steps
     evaluate_every: int = 500  # steps
     save_every: int = 500  # steps
+    save_minutes: float = 30.0  # also after so many minutes; 0: by steps alone
+    keep: int = 2  # newest checkpoints that stay
+    rank_timeout: int = 600  # seconds that a process of torchrun's waits for the others before all end
     wandb: bool = False  # also log to Weights & Biases, if installed
 
 
 FREE_ON_RESUME = {"workers", "recompute", "compile", "device", "resume", "run", "log_every",
-                  "evaluate_every", "save_every", "wandb", "shards_dir"}  # what changes no number
+                  "evaluate_every", "save_every", "save_minutes", "keep", "rank_timeout", "wandb", "shards_dir"}  # what changes no number
 
 
 def learning_rate_at(step, steps, config):
@@ -91,26 +102,53 @@ def open_run(config):
         if not runs:
             raise UserError("--resume=true: no run in out/; leave it out to start one")
         folder = runs[-1].parent
-    checkpoints = list(folder.glob("step_*[0-9]"))
-    if checkpoints and not config.resume:
+    if checkpoints(folder) and not config.resume:
         raise UserError(f"{folder}: holds a run already; add --resume=true to go on with it, or "
                         "choose another --run")
-    if not checkpoints:  # a run that was stopped before its first checkpoint starts anew
-        return folder, None
-    before = json.loads((folder / "config.json").read_text())["flags"]
-    for key, value in asdict(config).items():
-        if key not in FREE_ON_RESUME and before[key] != value:
-            raise UserError(f"--{key}={value}: the run in {folder} has {before[key]}; resume it with "
-                            "the flags it was started with")
-    return folder, newest_checkpoint(folder)
+    newest = None  # a run that was stopped before its first checkpoint starts anew
+    if checkpoints(folder):
+        newest = newest_checkpoint(folder)
+        before = read_manifest(newest)["flags"]
+        for key, value in asdict(config).items():
+            if key not in FREE_ON_RESUME and before[key] != value:
+                raise UserError(f"--{key}={value}: the run in {folder} has {before[key]}; resume it with "
+                                "the flags it was started with")
+    sweep(folder, newest)
+    return folder, newest
 
 
-def open_data(config):
+def sweep(folder, newest):
+    """Remove what a killed run was writing or removing; set aside what is damaged: its step comes again."""
+    for leftover in [*folder.glob("partial_step_*"), *folder.glob("removed_step_*")]:
+        shutil.rmtree(leftover)
+    for damaged in checkpoints(folder)[:checkpoints(folder).index(newest)] if newest else []:
+        damaged.rename(folder / f"damaged_{time.time_ns()}_{damaged.name}")
+
+
+def join_group(device, config):
+    """
+    (rank, ranks) of this process in torchrun's group, and its device; (0, 1) without torchrun. All ranks
+    keep the whole model and train on their part of each step; what is summed up is gradients.
+    """
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                            timeout=timedelta(seconds=config.rank_timeout))
+    atexit.register(dist.destroy_process_group)
+    if dist.get_rank():  # one voice is enough
+        sys.stdout = open(os.devnull, "w")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def open_data(config, rank=0, ranks=1):
     """The Mixture of the training splits, and the tokenizer that they were made with."""
     mixture = open_mixture(
         config.data, config.shards_dir, "train", image_tokens=CONFIGS[config.model][0].tokens,
         batch_size=config.batch_size, questions_per_image=config.questions_per_image,
-        row_length=config.row_length, seed=config.seed, held_out=config.held_out,
+        row_length=config.row_length, seed=config.seed, held_out=config.held_out, rank=rank, ranks=ranks,
         rows_per_batch=max(1, config.micro_batch_tokens // config.row_length))
     for shard, train, held, (leaks, numbers) in zip(mixture.shards, mixture.train, mixture.held_out,
                                                     mixture.leaks):
@@ -180,23 +218,30 @@ def make_optimizer(model, config):
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, config.beta2), fused=True)
 
 
-def save_checkpoint(model, optimizer, step, run):
-    """Write run/step_N whole or not at all, then remove the checkpoints before it."""
-    folder, partial = run / f"step_{step:06d}", run / "step_partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save(partial)
+def save_checkpoint(model, optimizer, step, run, config):
+    """
+    Write run/step_N whole or not at all; once it is found to be whole on the disk, remove the oldest
+    beyond the config.keep newest. Raises UserError when that fails; what was there stays.
+    """
+    folder = run / f"step_{step:06d}"
+    partial = run / f"partial_{folder.name}"
     names = {parameter: name for name, parameter in model.named_parameters()}
     moments = {f"{names[parameter]}:{key}": value.contiguous()
                for parameter, state in optimizer.state.items() for key, value in state.items()}
-    save_file(moments, partial / "optimizer.safetensors")
-    for path in [*partial.rglob("*"), partial]:  # on the disk before the name appears
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    partial.rename(folder)
-    for old in run.glob("step_*[0-9]"):
-        if old != folder:
-            shutil.rmtree(old)
+    try:
+        model.save(partial)
+        save_file(moments, partial / "optimizer.safetensors")
+        seal(partial, folder, step=step, flags=asdict(config))
+        if damage := find_damage(folder):
+            raise OSError(f"{damage} right after it was written")
+        for old in checkpoints(run)[config.keep:]:
+            removed = run / f"removed_{old.name}"  # at once for who looks, file by file on the disk
+            old.rename(removed)
+            shutil.rmtree(removed)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{folder}: not saved: {error}; see to the disk, then --resume=true goes on from "
+                        "the newest checkpoint") from None
 
 
 def load_optimizer(optimizer, model, checkpoint):
@@ -228,12 +273,36 @@ def held_out_loss(model, mixture, device, autocast):
                 total += model.loss(to_device(batch, device)).item()
         supervised += step.supervised
     model.train()
+    if dist.is_initialized():
+        parts = [0.0] * dist.get_world_size()
+        dist.all_gather_object(parts, total)
+        total = sum(parts)
     return total / max(supervised, 1)
 
 
-def open_log(config, folder):
-    """A function that appends an entry to log.jsonl and, with --wandb=true, to Weights & Biases."""
-    log = open(folder / "log.jsonl", "a", encoding="utf-8")
+def write_run(folder, config, mixture, tokenizer, device):
+    """What a run's folder holds beside its checkpoints and its log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "tokenizer.model", tokenizer.path.read_bytes())
+    write_whole(folder / "config.json", (json.dumps(
+        {"flags": asdict(config), "tokenizer_sha256": tokenizer.sha256,
+         "leaks": {shard.folder.parent.name: {name: read_manifest(shard.folder, "leaks.json")[name]
+                                              for name in ("leaks", "tests")}
+                   for shard in mixture.shards},
+         "machine": describe_machine(device)}, indent=2) + "\n").encode())
+
+
+def open_log(config, folder, first):
+    """
+    A function that appends an entry to log.jsonl and, with --wandb=true, to Weights & Biases. Entries
+    behind step `first`, which a killed run left, are dropped: those steps come again.
+    """
+    path, kept = folder / "log.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):  # the last line may be torn
+            kept += [line + "\n"] if json.loads(line)["step"] <= first else []
+    write_whole(path, "".join(kept).encode())
+    log = open(path, "a", encoding="utf-8")
     if config.wandb:
         try:
             import wandb
@@ -252,10 +321,10 @@ def open_log(config, folder):
 
 def train_step(model, optimizer, step, config, device, autocast):
     """
-    One update from all micro-batches of a step; its loss and gradient norm as floats.
+    One update from all micro-batches of a step, of all ranks; its loss and gradient norm as floats.
 
     The loss is the mean over all supervised tokens of the step, however they are cut. Raises
-    FloatingPointError before anything is updated when loss or gradient is not finite.
+    FloatingPointError, on every rank, before anything is updated when loss or gradient is not finite.
     """
     torch.manual_seed(config.seed * 1_000_003 + step.number)  # dropout depends on the step alone
     total = torch.zeros((), device=device)
@@ -265,6 +334,11 @@ def train_step(model, optimizer, step, config, device, autocast):
         loss.backward()
         total += loss.detach()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
+    if dist.is_initialized():
+        for p in trained:  # a rank may have no image, or nothing at all, in a step
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        for tensor in [total, *(p.grad for p in trained)]:
+            dist.all_reduce(tensor)  # their sum, the same bits on every rank
     norm = torch.nn.utils.clip_grad_norm_(trained, config.clip or math.inf)
     total, norm = torch.stack([total, norm]).tolist()  # the one place where the step waits for the GPU
     if not math.isfinite(total + norm):
@@ -274,17 +348,37 @@ def train_step(model, optimizer, step, config, device, autocast):
     return total, norm
 
 
+def catch_signals():
+    """
+    A list that a first SIGTERM or SIGINT enters its number into, so that the run can finish its step
+    and save; a second one ends it at once.
+    """
+    stopped = []
+
+    def enter(number, frame):
+        stopped.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, enter)
+    return stopped
+
+
 def main(config):
     require_positive(config, "batch_size", "row_length", "micro_batch_tokens", "lora_r", "log_every",
-                     "evaluate_every", "save_every")
+                     "evaluate_every", "save_every", "keep")
     if not 0 <= config.recompute <= 1:
         raise UserError(f"--recompute={config.recompute}: a share, from 0 to 1")
     device, dtype = pick_device(config.device, config.dtype)
+    rank, ranks, device = join_group(device, config)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     torch.manual_seed(config.seed)
-    folder, checkpoint = open_run(config)
+    found = [open_run(config) if rank == 0 else None]
+    if ranks > 1:
+        dist.broadcast_object_list(found)
+    folder, checkpoint = found[0]
 
-    mixture, tokenizer = open_data(config)
+    mixture, tokenizer = open_data(config, rank, ranks)
     model = make_model(config, tokenizer, checkpoint, device, dtype)
     if model.vision.config.tokens != mixture.image_tokens:
         raise UserError(f"--vision_weights: {model.vision.config.tokens} tokens an image, while "
@@ -297,23 +391,19 @@ def main(config):
     if checkpoint:
         load_optimizer(optimizer, model, checkpoint)
         first = int(checkpoint.name[5:])
-    print(f"{folder}: steps {first} to {steps} of {config.batch_size} samples on {device}, {dtype}")
+    print(f"{folder}: steps {first} to {steps} of {config.batch_size} samples on {device}, {dtype}, "
+          f"{ranks} process(es)")
     if first == steps:
         return print(f"finished already; now run `python eval_vqa.py --run={folder}`")
 
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(tokenizer.path, folder / "tokenizer.model")
-    (folder / "config.json").write_text(json.dumps(
-        {"flags": asdict(config), "tokenizer_sha256": tokenizer.sha256,
-         "leaks": {shard.folder.parent.name: {name: read_manifest(shard.folder, "leaks.json")[name]
-                                              for name in ("leaks", "tests")}
-                   for shard in mixture.shards},
-         "machine": describe_machine(device)}, indent=2) + "\n")
-    write_log = open_log(config, folder)
+    if rank == 0:
+        write_run(folder, config, mixture, tokenizer, device)
+    write_log = open_log(config, folder, first) if rank == 0 else lambda entry: None
 
     model.train()
-    bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True)
+    bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=rank > 0)
     losses, padded, since, validation = [], [], time.perf_counter(), ""
+    signals, saved = catch_signals(), since
     for step in mixture.steps(first, steps, config.workers or os.cpu_count()):
         rate = learning_rate_at(step.number, steps, config)
         for group in optimizer.param_groups:
@@ -340,12 +430,25 @@ def main(config):
                                 f"{entry['padded']:.0%} padding")
             losses, padded, since = [], [], time.perf_counter()
         pause = time.perf_counter()
+        due = 0 < 60 * config.save_minutes < pause - saved
+        stopped = max(signals, default=0)
+        if ranks > 1:  # what one of them has met, all have
+            agreed = torch.tensor([int(due), stopped], device=device)
+            dist.all_reduce(agreed, dist.ReduceOp.MAX)
+            due, stopped = agreed.tolist()
         if config.held_out and (done % config.evaluate_every == 0 or done == steps):
             held_out = held_out_loss(model, mixture, device, autocast)
             write_log({"step": done, "held_out_loss": held_out})
             validation = f", held out {held_out:.3f}"
-        if done % config.save_every == 0 or done == steps:
-            save_checkpoint(model, optimizer, done, folder)
+        if done % config.save_every == 0 or done == steps or stopped or due:
+            if rank == 0:
+                save_checkpoint(model, optimizer, done, folder, config)
+            saved = time.perf_counter()
+        if stopped and done < steps:
+            bar.close()
+            print(f"{folder}: stopped by {signal.Signals(stopped).name} and saved at step {done}; the same "
+                  "command with --resume=true goes on")
+            sys.exit(128 + stopped)
         since += time.perf_counter() - pause  # samples/s are those of training alone
     bar.close()
     print(f"{folder}: finished{validation}; now run `python eval_vqa.py --run={folder}`")

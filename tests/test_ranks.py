@@ -1,0 +1,118 @@
+"""Several processes under torchrun train as one does, end together, and save one checkpoint."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import train_vlm
+from model import newest_checkpoint
+from test_packing import corpus, mix  # noqa: F401, corpus: a fixture
+from test_train import flags, read_log, shards  # noqa: F401, shards: a fixture
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def launch(ranks, config, **settings):
+    """train_vlm.py under torchrun, one thread a process."""
+    words = [f"--{item.name}={getattr(config, item.name)}" for item in fields(config)
+             if getattr(config, item.name) != item.default]
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone",
+         "--shutdown-timeout=2", "--", "train_vlm.py", *words], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, **settings)
+
+
+def finish(process):
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    return told
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 6])
+def test_the_ranks_parts_make_the_step_of_one(ranks, corpus):  # noqa: F811
+    for number in range(12):
+        whole = mix(corpus, questions_per_image=2).step(number)
+        parts = [mix(corpus, questions_per_image=2, rank=rank, ranks=ranks).step(number)
+                 for rank in range(ranks)]
+        assert all(part.samples == whole.samples for part in parts)
+        assert {part.supervised for part in parts} == {whole.supervised}
+
+        def asked(steps):
+            return sorted(batch.tokens[r][(batch.group[r] == g)].tobytes() for step in steps
+                          for batch in step.batches for r in range(len(batch.tokens))
+                          for g in range(batch.group[r].max() + 1))
+
+        assert asked(parts) == asked([whole])
+        assert sum(len(batch.targets) for part in parts for batch in part.batches) == whole.supervised
+
+
+def test_two_processes_have_the_losses_of_one_and_go_on_as_one(shards, tmp_path):  # noqa: F811
+    changes = dict(max_steps=20, save_every=10, evaluate_every=10, batch_size=12)
+    train_vlm.main(flags(shards, tmp_path / "one", **changes))
+    told = finish(launch(2, flags(shards, tmp_path / "two", **changes)))
+    assert "2 process(es)" in told and told.count("finished") == 1
+    one, two = ([entry[key] for entry in read_log(tmp_path / run) for key in ("loss", "held_out_loss")
+                 if key in entry] for run in ("one", "two"))
+    assert len(one) == 22 and two == pytest.approx(one, rel=1e-5)
+    # As if killed after 10 steps: by two processes again to the same bits, by one to within rounding
+    (tmp_path / "two/step_000020").rename(tmp_path / "whole")
+    shutil.copytree(tmp_path / "two", tmp_path / "by_one")
+    finish(launch(2, flags(shards, tmp_path / "two", resume=True, **changes)))
+    files = [sorted(folder.rglob("*.safetensors"))
+             for folder in (tmp_path / "whole", tmp_path / "two/step_000020")]
+    assert len(files[0]) > 3 and all(a.read_bytes() == b.read_bytes() for a, b in zip(*files))
+    train_vlm.main(flags(shards, tmp_path / "by_one", resume=True, **changes))
+    after = [load_file(folder / "projector.safetensors")["weight"]
+             for folder in (tmp_path / "whole", tmp_path / "by_one/step_000020")]
+    assert float((after[0] - after[1]).abs().max()) < 1e-4
+
+
+def workers_of(process):
+    """Process ids of the ranks, in order."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(number) for number in found.stdout.split()]
+
+
+def wait_for_steps(process, run):
+    deadline = time.monotonic() + 90
+    while not (run / "log.jsonl").exists() or (run / "log.jsonl").stat().st_size < 300:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_when_one_rank_is_killed_all_end(shards, tmp_path):  # noqa: F811
+    process = launch(2, flags(shards, tmp_path, max_steps=1_000_000, batch_size=12, save_every=1,
+                              evaluate_every=1_000_000, rank_timeout=5))
+    wait_for_steps(process, tmp_path)
+    os.kill(workers_of(process)[1], signal.SIGKILL)
+    began = time.monotonic()
+    process.communicate(timeout=60)
+    assert process.returncode != 0 and time.monotonic() - began < 50
+    assert newest_checkpoint(tmp_path)
+
+
+def test_a_signal_stops_all_at_the_same_step(shards, tmp_path):  # noqa: F811
+    process = launch(2, flags(shards, tmp_path, max_steps=1_000_000, batch_size=12, save_every=1_000_000,
+                              evaluate_every=1_000_000))
+    wait_for_steps(process, tmp_path)
+    for worker in workers_of(process):
+        os.kill(worker, signal.SIGTERM)
+    told, _ = process.communicate(timeout=60)
+    step = int(newest_checkpoint(tmp_path).name[5:])
+    assert f"stopped by SIGTERM and saved at step {step}" in told and process.returncode != 0
+
+
+def test_an_unusable_gradient_on_one_rank_stops_all(shards, tmp_path):  # noqa: F811
+    process = launch(2, flags(shards, tmp_path, learning_rate=1e30, clip=0.0, warmup=0.0, batch_size=12,
+                              max_steps=9, save_every=100))
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "try a lower --learning_rate" in told
+    assert not list(tmp_path.glob("step_*"))

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import train_cls
 from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard, UserError
 from lora import add_lora
-from model import CONFIGS, Linear, ResNet, ResNetConfig, ViT, ViTConfig
+from model import CONFIGS, Linear, ResNet, ResNetConfig, ViT, ViTConfig, seal
 from prepare.datasets import DATASETS, Dataset
 from prepare.leaks import guard
 from prepare.questions import train_sample_tokenizer
@@ -132,7 +132,7 @@ def test_batch_norms_keep_their_statistics(toy, monkeypatch):
 @pytest.mark.parametrize("lora", [False, True])
 def test_openmedq_s_encoder_is_that_of_the_run(lora, tmp_path):
     config = ViTConfig(32, 16, 64, 2)
-    vision, folder = randomise(ViT(config), 1), tmp_path / "run/step_000002"
+    vision, folder = randomise(ViT(config), 1), tmp_path / "run/partial"
     save_file(vision.state_dict(), tmp_path / "vision.safetensors")
     images = torch.randn(2, 3, 32, 32)
     settings_of = {"targets": "qkv", "r": 2, "alpha": 4, "dropout": 0.0}
@@ -148,6 +148,7 @@ def test_openmedq_s_encoder_is_that_of_the_run(lora, tmp_path):
     (folder / "config.json").write_text(json.dumps({
         "weights": {"vision": str(tmp_path / "vision.safetensors"), "language": ""},
         "lora": {"vision": settings_of} if lora else {}}))
+    seal(folder, tmp_path / "run/step_000002")
     found = ViT.from_run(tmp_path / "run")
     assert type(found.blocks[0].attn.qkv) is Linear
     assert relative_error(found(images), vision(images)) < TOLERANCE

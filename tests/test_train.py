@@ -172,3 +172,22 @@ def test_images_of_another_size_are_refused(shards, tmp_path):
 def test_missing_weights_name_the_command(shards, tmp_path):
     with pytest.raises(UserError, match="weights/biomedclip.safetensors.*"):
         train_vlm.main(flags(shards, tmp_path, model="paper", device="cpu"))
+
+
+def test_training_and_evaluating_open_no_connection(shards, tmp_path):
+    """What the core does with private images stays on the machine: a socket would end it."""
+    run = tmp_path / "run"
+    words = [f"--{name}={value}" for name, value in vars(flags(shards, run, max_steps=2)).items()
+             if value != getattr(train_vlm.Config, name)]
+    for script, given in [("train_vlm", words), ("eval_vqa", [f"--run={run}", f"--shards_dir={shards}"])]:
+        code = ("import sys, runpy\n"
+                "def refuse(event, arguments):\n"
+                "    if event.startswith('socket.') and event != 'socket.__new__':\n"
+                "        raise SystemExit(f'{event} {arguments}')\n"
+                "sys.addaudithook(refuse)\n"
+                f"sys.argv = {[script, *given]}\n"
+                f"runpy.run_path('{script}.py', run_name='__main__')\n")
+        done = command("-c", code)
+        assert done.returncode == 0, done.stderr
+    done = command("-c", code.replace("runpy.run_path", "import socket; socket.getaddrinfo('localhost', 80)#"))
+    assert done.returncode == 1 and "socket.getaddrinfo" in done.stderr

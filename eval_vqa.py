@@ -15,6 +15,7 @@ unigram precision times the brevity penalty, averaged over questions. Other publ
 other figures for the same answers, by up to 40 points.
 """
 
+import itertools
 import json
 import math
 import time
@@ -25,10 +26,11 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from data import Shard, Tokenizer, UserError, require_positive, run
-from model import VLM, describe_machine, newest_checkpoint, pick_device
+from model import VLM, describe_machine, join_group, newest_checkpoint, pick_device
 
 QUESTIONS_PER_ROW = 32  # that share an image's keys and values; more of them start another row
 METRICS = ("BLEU-1", "exact match", "token F1", "closed accuracy", "open recall")
@@ -157,7 +159,8 @@ def answer(model, tokenizer, shard, shown, config):
     The model's answers to a shard's first n questions, as text, {row of the table: list of n}.
 
     shown: {row: (n,) number of the image to show with each question, -1 for none}. A question is
-    asked once a row, and all that is asked about an image, in whatever row, shares what it gives.
+    asked once a row, and all that is asked about an image, in whatever row, shares what it gives. Of
+    several processes each answers a part, and all get all answers.
     """
     questions = defaultdict(list)  # image -> (row, number of the question)
     for row, images in shown.items():
@@ -167,21 +170,29 @@ def answer(model, tokenizer, shard, shown, config):
               for begin in range(0, len(asked), QUESTIONS_PER_ROW)]
     prompt_length = shard.samples["prompt"]
     groups.sort(key=lambda group: -sum(int(prompt_length[number]) for _, number in group[1]))
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    groups = groups[rank::ranks]
 
     def inputs():
         for image, asked in groups:
             yield (shard.read_image(image) if image >= 0 else None,
                    [shard.read_tokens(number)[0].tolist() for _, number in asked])
 
-    answers = {row: [""] * len(images) for row, images in shown.items()}
+    given = []  # (row, number, answer)
     torch.manual_seed(config.seed)
-    with tqdm(total=sum(map(len, shown.values())), unit="question", leave=False,
-              desc=shard.folder.parent.name) as progress:
+    with tqdm(total=sum(len(asked) for _, asked in groups), unit="question", leave=False,
+              desc=shard.folder.parent.name, disable=rank > 0) as progress:
         for group, replies in model.generate(inputs(), config.max_new_tokens, config.temperature,
                                              config.batch_size):
             for (row, number), tokens in zip(groups[group][1], replies, strict=True):
-                answers[row][number] = tokenizer.decode(tokens)
+                given.append((row, number, tokenizer.decode(tokens)))
             progress.update(len(replies))
+    parts = [given] * ranks
+    if ranks > 1:
+        dist.all_gather_object(parts, given)
+    answers = {row: [""] * len(images) for row, images in shown.items()}
+    for row, number, text in itertools.chain(*parts):
+        answers[row][number] = text
     return answers
 
 
@@ -330,6 +341,7 @@ def main(config):
     tokenizer = Tokenizer(folder / "tokenizer.model")
     shards = open_shards(config, tokenizer)
     device, dtype = pick_device(config.device, config.dtype)
+    rank, _, device = join_group(device)
     model = VLM.load(checkpoint, dtype, device).eval()
     for shard in shards:
         shard.require_image_size(model.vision.config.image_size)
@@ -348,6 +360,8 @@ def main(config):
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             answers = answer(model, tokenizer, shard, shown, config)
         seconds = time.perf_counter() - begin
+        if rank:
+            continue
         if (train := shard.folder.parent / "train").is_dir():
             answers["question only"] = question_only_answers(Shard(train).read_records(), records)
         scores = {row: np.array([score(*pair) for pair in zip(records, replies, strict=True)])
@@ -365,6 +379,8 @@ def main(config):
             about |= {"seen": seen[number]} if isinstance(seen, list) else {}
             for row, replies in answers.items():
                 lines[row].append({"dataset": name, **record, **about, "prediction": replies[number]})
+    if rank:
+        return
     for path in folder.glob("predictions*.jsonl"):  # of an evaluation with other flags, perhaps
         path.unlink()
     for row in lines:

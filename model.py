@@ -19,6 +19,7 @@ The paper's sizes: ViT-B/16 C=768 nh=12 N=197; LLaMA-7B C=4096 nh=nkv=32 hs=128 
 The others': ViT-B/32 C=768 nh=12 N=50; ResNet-50 C=2048 nh=32 N=50, its outputs of width 768.
 """
 
+import atexit
 import hashlib
 import itertools
 import json
@@ -28,11 +29,13 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -1058,3 +1061,22 @@ def pick_device(device, dtype):
         bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported()
         dtype = "bfloat16" if bf16 else "float32"
     return torch.device(device), getattr(torch, dtype)
+
+
+def join_group(device, timeout=600):
+    """
+    (rank, ranks, device) of this process in the group that torchrun started; (0, 1, device) without it.
+    Each process has a GPU of its own, where there are any, and all but the first are silent. One that
+    waits longer than `timeout` seconds for the others ends, and torchrun then ends them all.
+    """
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                            timeout=timedelta(seconds=timeout))
+    atexit.register(dist.destroy_process_group)
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")
+    return dist.get_rank(), dist.get_world_size(), device

@@ -9,7 +9,6 @@ newest checkpoint, which eval_vqa.py loads. The same command with --resume=true 
 bit for bit: the samples of a step, and any random number it draws, depend on seed and step alone.
 """
 
-import atexit
 import contextlib
 import json
 import math
@@ -19,7 +18,6 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +30,7 @@ from tqdm import tqdm
 from data import Batch, Tokenizer, UserError, open_mixture, read_manifest, require_positive, run
 from lora import add_lora
 from model import (CONFIGS, HAS_TRITON, VLM, checkpoints, describe_machine, find_damage, is_trained,
-                   newest_checkpoint, pick_device, seal, write_whole)
+                   join_group, newest_checkpoint, pick_device, seal, write_whole)
 
 
 @dataclass(frozen=True)
@@ -123,24 +121,6 @@ def sweep(folder, newest):
         shutil.rmtree(leftover)
     for damaged in checkpoints(folder)[:checkpoints(folder).index(newest)] if newest else []:
         damaged.rename(folder / f"damaged_{time.time_ns()}_{damaged.name}")
-
-
-def join_group(device, config):
-    """
-    (rank, ranks) of this process in torchrun's group, and its device; (0, 1) without torchrun. All ranks
-    keep the whole model and train on their part of each step; what is summed up is gradients.
-    """
-    if "RANK" not in os.environ:
-        return 0, 1, device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                            timeout=timedelta(seconds=config.rank_timeout))
-    atexit.register(dist.destroy_process_group)
-    if dist.get_rank():  # one voice is enough
-        sys.stdout = open(os.devnull, "w")
-    return dist.get_rank(), dist.get_world_size(), device
 
 
 def open_data(config, rank=0, ranks=1):
@@ -370,7 +350,7 @@ def main(config):
     if not 0 <= config.recompute <= 1:
         raise UserError(f"--recompute={config.recompute}: a share, from 0 to 1")
     device, dtype = pick_device(config.device, config.dtype)
-    rank, ranks, device = join_group(device, config)
+    rank, ranks, device = join_group(device, config.rank_timeout)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     torch.manual_seed(config.seed)
     found = [open_run(config) if rank == 0 else None]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+import eval_vqa
 import train_vlm
 from model import newest_checkpoint
 from test_packing import corpus, mix  # noqa: F401, corpus: a fixture
@@ -20,14 +21,14 @@ from test_train import flags, read_log, shards  # noqa: F401, shards: a fixture
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def launch(ranks, config, **settings):
-    """train_vlm.py under torchrun, one thread a process."""
+def launch(ranks, config, script="train_vlm.py"):
+    """A script under torchrun, one thread a process."""
     words = [f"--{item.name}={getattr(config, item.name)}" for item in fields(config)
              if getattr(config, item.name) != item.default]
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone",
-         "--shutdown-timeout=2", "--", "train_vlm.py", *words], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, **settings)
+         "--shutdown-timeout=2", "--", script, *words], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def finish(process):
@@ -61,6 +62,13 @@ def test_two_processes_have_the_losses_of_one_and_go_on_as_one(shards, tmp_path)
     assert "2 process(es)" in told and told.count("finished") == 1
     one, two = ([entry[key] for entry in read_log(tmp_path / run) for key in ("loss", "held_out_loss")
                  if key in entry] for run in ("one", "two"))
+    # Evaluated by two as by one
+    config = eval_vqa.Config(run=str(tmp_path / "one"), shards_dir=str(shards))
+    texts = []
+    for evaluate in (eval_vqa.main, lambda config: finish(launch(2, config, "eval_vqa.py"))):
+        evaluate(config)
+        texts.append([path.read_text() for path in sorted((tmp_path / "one").glob("predictions*"))])
+    assert len(texts[0]) == 3 and texts[0] == texts[1]
     assert len(one) == 22 and two == pytest.approx(one, rel=1e-5)
     # As if killed after 10 steps: by two processes again to the same bits, by one to within rounding
     (tmp_path / "two/step_000020").rename(tmp_path / "whole")

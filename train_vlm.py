@@ -330,18 +330,24 @@ def train_step(model, optimizer, step, config, device, autocast):
 
 def catch_signals():
     """
-    A list that a first SIGTERM or SIGINT enters its number into, so that the run can finish its step
-    and save; a second one ends it at once.
+    A list that SIGTERM and SIGINT enter their number into, so that the run can finish its step and save.
+
+    Schedulers and torchrun may send one twice, to a group and to each process of it. So only a SIGINT
+    that comes more than two seconds after the first signal, from a person, ends the run at once.
     """
-    stopped = []
+    signals, began = [], time.monotonic()
 
     def enter(number, frame):
-        stopped.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        nonlocal began
+        if not signals:
+            began = time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - began > 2:
+            raise KeyboardInterrupt
+        signals.append(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, enter)
-    return stopped
+    return signals
 
 
 def main(config):

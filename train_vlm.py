@@ -21,10 +21,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from data import Batch, Tokenizer, UserError, open_mixture, read_manifest, require_positive, run
@@ -74,12 +77,13 @@ class Config:
     save_every: int = 500  # steps
     save_minutes: float = 30.0  # also after so many minutes; 0: by steps alone
     keep: int = 2  # newest checkpoints that stay
+    shard: bool = False  # torchrun's processes split the frozen language model between them, to save memory
     rank_timeout: int = 600  # seconds that a process of torchrun's waits for the others before all end
     wandb: bool = False  # also log to Weights & Biases, if installed
 
 
 FREE_ON_RESUME = {"workers", "recompute", "compile", "device", "resume", "run", "log_every",
-                  "evaluate_every", "save_every", "save_minutes", "keep", "rank_timeout", "wandb", "shards_dir"}  # what changes no number
+                  "evaluate_every", "save_every", "save_minutes", "keep", "shard", "rank_timeout", "wandb", "shards_dir"}  # what changes no number
 
 
 def learning_rate_at(step, steps, config):
@@ -188,6 +192,21 @@ def make_model(config, tokenizer, checkpoint, device, dtype):
     return model
 
 
+def shard_language(model, config):
+    """
+    Leave each process a part of the language model's frozen weights (FSDP2). A block's are gathered
+    when it runs and freed behind it; what trains stays whole everywhere.
+    """
+    if config.language != "lora" or not model.weights["language"] or not dist.is_initialized():
+        raise UserError("--shard=true: for torchrun's processes, --language=lora and a language model from "
+                        "a weights file")
+    for block in model.language.model.layers:
+        fully_shard(block, ignored_params={p for p in block.parameters() if p.requires_grad})
+    frozen = [p for p in model.language.parameters() if not p.requires_grad]
+    here = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in frozen)
+    print(f"language  {sum(p.numel() for p in frozen):13,} frozen, {here:13,} of them on each process")
+
+
 def make_optimizer(model, config):
     """AdamW on what trains; matrices and the patch convolution decay, nothing else."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -243,14 +262,14 @@ def to_device(batch, device):
 
 
 @torch.no_grad()
-def held_out_loss(model, mixture, device, autocast):
+def held_out_loss(model, mixture, config, device, autocast):
     """Mean cross-entropy over the supervised tokens of the held-out samples, in nats."""
     model.eval()
     total = supervised = 0
     for step in mixture.held_out_steps():
-        for batch in step.batches:
+        for batch, weight in even_out(step.batches, config, device):
             with autocast:
-                total += model.loss(to_device(batch, device)).item()
+                total += weight * model.loss(to_device(batch, device)).item()
         supervised += step.supervised
     model.train()
     if dist.is_initialized():
@@ -299,6 +318,22 @@ def open_log(config, folder, first):
     return write_log
 
 
+def even_out(batches, config, device):
+    """
+    (batch, 1) for each of this rank's micro-batches; with --shard=true also (an empty one, 0) until all
+    ranks have as many, since they gather weights together and so have to run equally often.
+    """
+    pairs = [(batch, 1) for batch in batches]
+    if config.shard:
+        count = torch.tensor(len(batches), device=device)
+        dist.all_reduce(count, dist.ReduceOp.MAX)
+        token, index = np.zeros((1, 1), np.int64), np.zeros(1, np.int64)
+        empty = Batch(token, token, token.astype(np.int32), token.astype(np.int32),
+                      np.zeros((0, 0, 0, 3), np.uint8), index[:0], index, index)
+        pairs += [(empty, 0)] * (count.item() - len(batches))
+    return pairs
+
+
 def train_step(model, optimizer, step, config, device, autocast):
     """
     One update from all micro-batches of a step, of all ranks; its loss and gradient norm as floats.
@@ -308,9 +343,9 @@ def train_step(model, optimizer, step, config, device, autocast):
     """
     torch.manual_seed(config.seed * 1_000_003 + step.number)  # dropout depends on the step alone
     total = torch.zeros((), device=device)
-    for batch in step.batches:
+    for batch, weight in even_out(step.batches, config, device):
         with autocast:
-            loss = model.loss(to_device(batch, device)) / step.supervised
+            loss = weight * model.loss(to_device(batch, device)) / step.supervised
         loss.backward()
         total += loss.detach()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -371,6 +406,8 @@ def main(config):
                         f"--model={config.model} has {mixture.image_tokens}; choose the one that fits")
     for shard in mixture.shards:
         shard.require_image_size(model.vision.config.image_size)
+    if config.shard:
+        shard_language(model, config)
     optimizer = make_optimizer(model, config)
     steps = config.max_steps or max(1, int(config.epochs * mixture.samples_per_epoch / config.batch_size))
     first = 0
@@ -423,7 +460,7 @@ def main(config):
             dist.all_reduce(agreed, dist.ReduceOp.MAX)
             due, stopped = agreed.tolist()
         if config.held_out and (done % config.evaluate_every == 0 or done == steps):
-            held_out = held_out_loss(model, mixture, device, autocast)
+            held_out = held_out_loss(model, mixture, config, device, autocast)
             write_log({"step": done, "held_out_loss": held_out})
             validation = f", held out {held_out:.3f}"
         if done % config.save_every == 0 or done == steps or stopped or due:

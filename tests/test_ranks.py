@@ -1,6 +1,7 @@
 """Several processes under torchrun train as one does, end together, and save one checkpoint."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,11 +11,13 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import eval_vqa
 import train_vlm
-from model import newest_checkpoint
+from data import Tokenizer
+from model import VLM, newest_checkpoint
 from test_packing import corpus, mix  # noqa: F401, corpus: a fixture
 from test_train import flags, read_log, shards  # noqa: F401, shards: a fixture
 
@@ -81,6 +84,28 @@ def test_two_processes_have_the_losses_of_one_and_go_on_as_one(shards, tmp_path)
     after = [load_file(folder / "projector.safetensors")["weight"]
              for folder in (tmp_path / "whole", tmp_path / "by_one/step_000020")]
     assert float((after[0] - after[1]).abs().max()) < 1e-4
+
+
+def test_a_split_language_model_learns_the_same(shards, tmp_path):  # noqa: F811
+    """LoRA on a base from a weights file, of which each of three processes keeps a third."""
+    torch.manual_seed(0)
+    base = VLM.build("sample", Tokenizer(shards / "sample/tokenizer.model").vocab_size)
+    base.save(tmp_path)
+    changes = dict(max_steps=6, save_every=6, evaluate_every=6, batch_size=9, row_length=64,
+                   micro_batch_tokens=64, language="lora", language_weights=str(tmp_path / "language"))
+    train_vlm.main(flags(shards, tmp_path / "1", **changes))
+    told = finish(launch(3, flags(shards, tmp_path / "3", shard=True, recompute=0.5, **changes)))
+    frozen, here = (int(number.replace(",", "")) for number in
+                    re.search(r"([\d,]+) frozen, +([\d,]+) of them", told).groups())
+    blocks = sum(p.numel() for p in base.language.model.layers.parameters())
+    assert frozen - here == pytest.approx(blocks * 2 / 3, rel=0.02)
+    one, three = ([entry[key] for entry in read_log(tmp_path / ranks) for key in ("loss", "held_out_loss")
+                   if key in entry] for ranks in "13")
+    assert len(one) == 7 and one[0] > one[5] + 1e-3 and three == pytest.approx(one, rel=1e-5)
+    adapters = [load_file(tmp_path / ranks / "step_000006/adapter/adapter_model.safetensors")
+                for ranks in "13"]
+    for name, tensor in adapters[0].items():
+        assert float((adapters[1][name] - tensor).abs().max()) < 1e-4
 
 
 def workers_of(process):

@@ -8,7 +8,6 @@ become those of model.py; each file's metadata says what it was made from.
 
 import json
 import os
-import pickle
 import re
 import shutil
 import zipfile
@@ -59,7 +58,7 @@ def read_pickle(source):
     try:  # only a zip can be mapped; torch.save made no zips before version 1.6
         with torch.serialization.safe_globals(numbers):
             state = torch.load(source, "cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # a broken pickle fails wherever its next instruction leads
         raise UserError(f"{source}: damaged, or it holds more than tensors "
                         f"({str(error).strip().partition(chr(10))[0]}); fetch it again") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else {}

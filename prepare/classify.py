@@ -19,7 +19,7 @@ from PIL import Image
 
 from data import Record, UserError, load_image
 from prepare.datasets import (DATASETS, dataset, open_zip, read_csv, read_image, read_json,
-                              read_member, read_tar, refuse_damage)
+                              read_member, read_named_image, read_tar, refuse_damage)
 from prepare.leaks import FINGERPRINT, alike, fingerprint
 
 HELD_OUT = {"train": 0.9, "validation": 0.1}  # of a training part that has no validation split
@@ -377,5 +377,5 @@ def chaoyang(raw):
                             [labels for _, labels in rows["train"]], HELD_OUT)
     splits += ["test"] * len(rows["test"])
     for split, (name, labels) in zip(splits, rows["train"] + rows["test"]):
-        yield split, Record(PurePosixPath(name).stem, image=read_image(folder / name), image_name=name,
+        yield split, Record(PurePosixPath(name).stem, image=read_named_image(folder, name), image_name=name,
                             labels=labels)

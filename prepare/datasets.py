@@ -10,7 +10,7 @@ one decorated function, from its raw folder to (split, Record) pairs:
     def toy(raw):
         for row in read_json(raw / "toy.json", [("split", "id", "question", "answer", "file")]):
             yield row["split"], Record(row["id"], row["question"], row["answer"],
-                                       read_image(raw / row["file"]), row["file"])
+                                       read_named_image(raw, row["file"]), row["file"])
 
 A reader cleans nothing and skips nothing: prepare/shards.py does both, and counts what it skips.
 It says what form it expects of a file (see `expect`); one that has another is refused by name.
@@ -228,6 +228,12 @@ def read_json_lines(path, form):
 def read_image(path):
     """An image file's bytes, or None, which counts as "image missing", where there is no file."""
     return path.read_bytes() if os.path.isfile(path) else None  # a name may be none that a disk takes
+
+
+def read_named_image(folder, name):
+    """read_image of a file that a dataset's text names: none outside of the folder, whatever it says."""
+    inside = not os.path.isabs(name) and ".." not in Path(name).parts
+    return read_image(folder / name) if inside else None
 
 
 def read_parquet(path, form):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data import Record, UserError, format_prompt
 from prepare.datasets import (HUB_IMAGE, NO_NAME, dataset, expect, multiple_choice, open_zip, place,
-                              read_image, read_json, read_json_lines, read_member, read_parquets)
+                              read_json, read_json_lines, read_member, read_named_image, read_parquets)
 
 TEST_ANSWERS = "VQAMed2019_Test_Questions_w_Ref_Answers.txt"
 
@@ -37,7 +37,7 @@ def open_folder(folder):
     packed = folder.with_name(f"{folder.name}.zip")
     with open_zip(packed) if packed.is_file() else contextlib.nullcontext() as archive:
         def read(name):
-            content = read_image(folder / name)
+            content = read_named_image(folder, name)
             if content is None and archive:
                 content = read_member(archive, f"{folder.name}/{name}")
             return content
@@ -135,7 +135,7 @@ def vqa_rad(raw):
         split = "test" if row["phrase_type"].startswith("test_") else "train"
         name = row["image_name"] or NO_NAME
         yield split, Record(row["qid"], row["question"], row["answer"],
-                            read_image(raw / "VQA_RAD Image Folder" / name), name,
+                            read_named_image(raw / "VQA_RAD Image Folder", name), name,
                             type=row["question_type"])
 
 

@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 from xml.etree import ElementTree
 
 from data import Record, UserError
-from prepare.datasets import dataset, open_zip, read_csv, read_image, read_member, read_tar
+from prepare.datasets import dataset, open_zip, read_csv, read_member, read_named_image, read_tar
 
 REPORT_QUESTIONS = {  # by the sections that the answer has, so that none is asked for in vain
     "findings and impression": "write the findings and the impression of this chest radiograph.",
@@ -175,4 +175,4 @@ def mimic_cxr(raw):
                 name, view = f"{folder}/{image['dicom_id']}.jpg", views.get(image["dicom_id"])
                 yield splits[image["split"]], Record(
                     f"s{study}/{image['dicom_id']}", REPORT_QUESTIONS[type], answer,
-                    read_image(raw / name), name, f"view: {view}" if view else "", type)
+                    read_named_image(raw, name), name, f"view: {view}" if view else "", type)

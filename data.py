@@ -231,7 +231,7 @@ def read_manifest(folder, name="manifest.json"):
     try:
         manifest = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
         return manifest if manifest["checksum"] == manifest_checksum(manifest) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -258,9 +258,13 @@ class Shard:
         self.manifest = read_manifest(self.folder)
         if self.manifest is None:
             raise UserError(f"{self.folder}/manifest.json: missing or damaged; {again}")
-        versions = (self.manifest["shard_version"], self.manifest["prompt_version"])
+        versions = (self.manifest.get("shard_version"), self.manifest.get("prompt_version"))
         if versions != (SHARD_VERSION, PROMPT_VERSION):
             raise UserError(f"{self.folder}: written by another version of this code; {again}")
+        place = {"dataset": self.folder.parent.name, "split": self.folder.name}
+        held = {name: self.manifest.get(name, here) for name, here in place.items()}
+        if held != place:  # such as train in the place of test
+            raise UserError(f"{self.folder}: holds {'/'.join(held.values())}; move it back, or {again}")
         for name, expected in self.manifest["files"].items():
             path = self.folder / name
             if not path.is_file() or path.stat().st_size != expected["bytes"]:
@@ -311,13 +315,13 @@ class Shard:
         Raises UserError where the shard was not compared with each test split beside it.
         """
         leaks = read_manifest(self.folder, "leaks.json")
-        if leaks is None or leaks["train"] != self.manifest["checksum"]:
+        if leaks is None or leaks.get("train") != self.manifest["checksum"]:
             raise UserError(f"{self.folder}: not compared with the test splits; {self.again}")
         for folder in sorted(self.folder.parent.parent.glob("[!.]*/test")):
             name, manifest = f"{folder.parent.name}/test", read_manifest(folder)
             if manifest and manifest["checksum"] != leaks["tests"].get(name):
                 again = self.again
-                if manifest["shard_version"] != SHARD_VERSION:  # prepare/leaks.py passes it by till then
+                if manifest.get("shard_version") != SHARD_VERSION:  # prepare/leaks.py passes it by till then
                     again = f"run `python prepare/all.py --only={folder.parent.name}`"
                 raise UserError(f"{self.folder}: not compared with {name}; {again}")
         found = [numbers for test in leaks["found"].values() for numbers in test.values()]
@@ -332,8 +336,8 @@ class Shard:
         """
         leaks, name = read_manifest(self.folder, "leaks.json"), f"{test.folder.parent.name}/test"
         checksums = (self.manifest["checksum"], test.manifest["checksum"])
-        if (leaks is None or (leaks["train"], leaks["tests"].get(name)) != checksums
-                or "test_images" not in leaks):
+        if (leaks is None or "test_images" not in leaks
+                or (leaks["train"], leaks["tests"].get(name)) != checksums):
             raise UserError(f"{self.folder}: not compared with {test.folder}; {self.again}")
         return np.array(leaks["test_images"].get(name, []), dtype=np.int64)
 

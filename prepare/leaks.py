@@ -143,7 +143,7 @@ def guard(shards_dir, leaks):
     manifests = {f"{folder.name}/{split}": read_manifest(folder / split)
                  for folder in sorted(Path(shards_dir).glob("[!.]*")) for split in ("train", "test")}
     checksums = {name: manifest["checksum"] for name, manifest in manifests.items()
-                 if manifest and manifest["shard_version"] == SHARD_VERSION}
+                 if manifest and manifest.get("shard_version") == SHARD_VERSION}
     tests = {name: checksum for name, checksum in checksums.items() if name.endswith("/test")}
     open_split = functools.cache(lambda name: Split(Path(shards_dir) / name))
     report = {}

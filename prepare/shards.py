@@ -245,7 +245,7 @@ def read_manifests(target):
     """{split: manifest} of a dataset, or {} unless all of its splits have a valid one."""
     folders = sorted(path for path in target.glob("*") if path.is_dir())
     manifests = {folder.name: read_manifest(folder) for folder in folders}
-    whole = all(manifest and manifest["splits"] == sorted(manifests)
+    whole = all(manifest and manifest.get("splits") == sorted(manifests)
                 for manifest in manifests.values())
     return manifests if whole else {}
 

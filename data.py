@@ -296,6 +296,9 @@ class Shard:
         tokens = self.tokens[begin:middle + int(sample["answer"])]
         if sample_checksum(sample, tokens) != sample["checksum"]:
             raise UserError(f"{self.folder}/tokens.bin: sample {number} is damaged; {self.mend}")
+        if tokens.size and tokens.max() >= self.manifest.get("vocab_size", np.inf):  # no model has those
+            raise UserError(f"{self.folder}/tokens.bin: sample {number} has tokens past the vocabulary; "
+                            f"{self.mend}")
         return tokens[:middle - begin], tokens[middle - begin:]
 
     def read_image(self, number):

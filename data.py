@@ -150,7 +150,7 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(content).hexdigest()
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except RuntimeError:
+        except (RuntimeError, UnicodeDecodeError):  # the latter where its message quotes what is damaged
             raise UserError(f"{path}: not a SentencePiece model") from None
         if (self.model.bos_id(), self.model.eos_id()) != (BOS, EOS):
             raise UserError(f"{path}: <bos> and <eos> are {self.model.bos_id()} and "

@@ -113,6 +113,17 @@ def parse_flags(Config, arguments):
     return Config(**vars(known))
 
 
+def read_settings(path):
+    """The JSON object in a file that came with weights or an adapter. UserError where it holds none."""
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged, or not JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: no JSON object in it")
+    return settings
+
+
 # ----------------------------------------------------------------------------- text
 
 @dataclass

@@ -17,7 +17,7 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from data import UserError
+from data import UserError, read_settings
 
 
 class LoRALinear(nn.Module):
@@ -111,18 +111,26 @@ def read_adapter_config(folder):
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
         raise UserError(f"{path}: not there; an adapter folder has it beside adapter_model.safetensors")
-    config = json.loads(path.read_text())
+    config = read_settings(path)
     unsupported = [key for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
                                    "fan_in_fan_out", "modules_to_save", "layers_to_transform")
                    if config.get(key)]
     unsupported += [f"{key} {config[key]!r}" for key, plain in (("peft_type", "LORA"), ("bias", "none"))
                     if config.get(key, plain) != plain]
-    if isinstance(config["target_modules"], str):
+    targets, r, alpha, dropout = (
+        config.get(key) for key in ("target_modules", "r", "lora_alpha", "lora_dropout"))
+    if isinstance(targets, str):
         unsupported.append("target_modules as a pattern")
     if unsupported:
         raise UserError(f"{path}: {', '.join(unsupported)} not supported here: plain LoRA is")
-    return {"targets": ",".join(sorted(config["target_modules"])), "r": config["r"],
-            "alpha": config["lora_alpha"], "dropout": config["lora_dropout"]}
+    sound = {"target_modules": isinstance(targets, list) and all(isinstance(t, str) for t in targets),
+             "r": type(r) is int and 0 < r < 1 << 16,
+             "lora_alpha": type(alpha) in (int, float) and abs(alpha) < 1e9,
+             "lora_dropout": type(dropout) in (int, float) and 0 <= dropout < 1}
+    if not all(sound.values()):
+        wrong = ", ".join(f"{key} {config.get(key)!r:.50}" for key in sound if not sound[key])
+        raise UserError(f"{path}: {wrong} cannot be")
+    return {"targets": ",".join(sorted(targets)), "r": r, "alpha": alpha, "dropout": dropout}
 
 
 def load_adapter(model, folder):

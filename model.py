@@ -43,7 +43,7 @@ from safetensors.torch import save_file
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from data import BOS, EOS, UserError, manifest_checksum, read_manifest
+from data import BOS, EOS, UserError, manifest_checksum, read_manifest, read_settings
 from lora import add_lora, load_adapter, lora_layers, save_adapter
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -529,13 +529,20 @@ class LLaMA(nn.Module):
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}/config.json: not there; `python prepare/all.py "
                             "--only=pmc_llama_7b` brings the paper's")
-        hub = json.loads((folder / "config.json").read_text())
+        hub = read_settings(folder / "config.json")
         rope = hub.get("rope_parameters") or hub.get("rope_scaling") or {}
+        rope = rope if isinstance(rope, dict) else {"rope_type": str(rope)}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         config = LlamaConfig(**{item.name: hub[item.name] for item in fields(LlamaConfig)
                                 if hub.get(item.name) is not None})
         config.num_key_value_heads = hub.get("num_key_value_heads") or config.num_attention_heads
         config.rope_theta = rope.get("rope_theta", config.rope_theta)
+        impossible = [f"{name} {value!r:.50}" for name, value in asdict(config).items()
+                      if type(value) not in (int, type(getattr(LlamaConfig, name)))
+                      or not 0 < value < (1e30 if isinstance(value, float) else 1 << 24)]
+        if impossible or (config.hidden_size % config.num_attention_heads
+                     or config.num_attention_heads % config.num_key_value_heads):
+            raise UserError(f"{folder}/config.json: {', '.join(impossible) or 'its sizes'} cannot be")
         unsupported = [name for name, wrong in [
             ("tied embeddings", hub.get("tie_word_embeddings")), ("biases", hub.get("attention_bias")),
             (f"{rope_type} rope", rope_type != "default"),
@@ -547,10 +554,18 @@ class LLaMA(nn.Module):
         index = folder / "model.safetensors.index.json"
         names = ["model.safetensors"]
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            weight_map = read_settings(index).get("weight_map")
+            names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+            if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+                raise UserError(f"{index}: does not say which files beside it hold the weights")
+            names = sorted(set(names))
+        files = [folder / name for name in names]
+        if config.num_hidden_layers > sum(len(tensor_shapes(file)) for file in files):
+            raise UserError(f"{folder}/config.json: {config.num_hidden_layers} layers are more than the "
+                            "tensors beside it")  # and would take for ever to build
         with torch.device("meta"):
             model = cls(config)
-        return load_exactly(model, [folder / name for name in names], dtype, device,
+        return load_exactly(model, files, dtype, device,
                             dropped=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
@@ -952,7 +967,10 @@ def load_exactly(model, files, dtype, device, prefix="", dropped=r"(?!)"):
         # Opened anew for each tensor: pages of an open map would count as memory until its end.
         with safe_open(file, "pt") as tensors:
             kind = dtype if state[name].is_floating_point() else state[name].dtype  # counts stay whole
-            loaded[name] = tensors.get_tensor(key).to(device, kind, copy=True)
+            tensor = tensors.get_tensor(key)
+            if tensor.is_floating_point() != state[name].is_floating_point():
+                raise UserError(f"{file}: {key} is {tensor.dtype}, which holds no weights")
+            loaded[name] = tensor.to(device, kind, copy=True)
     model.load_state_dict(loaded, assign=True)
     return model
 

@@ -67,6 +67,7 @@ def test_tokens_past_the_vocabulary_are_refused(tokenizer, tmp_path, monkeypatch
 
 # ----------------------------------------------------------------------------- malice
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("part, count", [("images", 800), ("records", 60), ("tensors", 80),
                                          ("tables", 20), ("pickles", 60), ("archives", 60)])
 def test_what_is_hostile_is_refused_or_used(part, count, capfd):
@@ -139,6 +140,7 @@ def test_a_dataset_s_text_names_no_file_outside_of_it(tmp_path):
         assert read_named_image(tmp_path / "raw", name) is None
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_pickle_s_every_flipped_bit_is_a_user_s_error_or_harmless(tmp_path):
     stream, path = io.BytesIO(), tmp_path / "pytorch_model.bin"
     torch.save({"a": torch.ones(3)}, stream, _use_new_zipfile_serialization=False)

@@ -9,7 +9,6 @@ Adapters are saved and loaded in PEFT's own folder format and key names.
 
 import json
 import math
-import re
 from pathlib import Path
 
 import torch
@@ -151,10 +150,12 @@ def load_adapter(model, folder):
         wanted[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A
         wanted[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B
     wrong = sorted(wanted.keys() ^ tensors.keys()) or sorted(
-        key for key in wanted if wanted[key].shape != tensors[key].shape)
+        key for key in wanted if wanted[key].shape != tensors[key].shape
+        or not tensors[key].is_floating_point())
     if wrong:
-        shape = re.sub(r"\D+", "x", str(tuple(tensors[wrong[0]].shape))) if wrong[0] in tensors else "none"
-        raise UserError(f"{path}: {len(wrong)} tensors do not fit, the first {wrong[0]} (here {shape})")
+        tensor = tensors.get(wrong[0])
+        here = "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+        raise UserError(f"{path}: {len(wrong)} tensors do not fit, the first {wrong[0]} (here {here})")
     with torch.no_grad():
         for key, parameter in wanted.items():
             parameter.copy_(tensors[key])

@@ -13,7 +13,7 @@ import prepare.shards
 from data import Record, Shard, UserError, manifest_checksum, read_manifest, sample_checksum
 from extras.faults import corrupt, hostile
 from lora import read_adapter_config
-from model import LLaMA, load_encoder
+from model import LLaMA
 from prepare.datasets import read_named_image
 from prepare.weights import read_pickle
 from test_prepare import picture, toy_records, tokenizer, write_toy  # noqa: F401, tokenizer: a fixture
@@ -122,12 +122,17 @@ def test_an_index_names_files_beside_it(weight_map, tmp_path):
 
 
 def test_whole_numbers_are_no_weights(tmp_path):
-    file = corrupt.spoil_weights(tmp_path)[0].folder / "encoder.safetensors"
-    tensors = load_file(file)
-    tensors["norm.bias"] = torch.zeros(64, dtype=torch.int32)
-    save_file(tensors, file)
-    with pytest.raises(UserError, match="norm.bias is "):
-        load_encoder(file)
+    (tmp_path / "adapter").mkdir()
+    adapter, = corrupt.spoil_adapter(tmp_path / "adapter")
+    vision, _ = corrupt.spoil_weights(tmp_path)
+    for target, name in ((adapter, "lora_A.weight"), (vision, "norm.bias")):
+        file, = target.folder.glob("*.safetensors")
+        tensors = load_file(file)
+        key = next(key for key in tensors if key.endswith(name))
+        tensors[key] = tensors[key].int()
+        save_file(tensors, file)
+        with pytest.raises(UserError, match=f"{file}: .*{key} .*int32"):
+            target.use()
 
 
 def test_a_dataset_s_text_names_no_file_outside_of_it(tmp_path):

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from data import Batch, Tokenizer, UserError, open_mixture, read_manifest, require_positive, run
 from lora import add_lora
 from model import (CONFIGS, HAS_TRITON, VLM, checkpoints, describe_machine, find_damage, is_trained,
-                   join_group, newest_checkpoint, pick_device, seal, write_whole)
+                   join_group, newest_checkpoint, pick_device, seal, sync, write_whole)
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,11 @@ def held_out_loss(model, mixture, config, device, autocast):
 
 def write_run(folder, config, mixture, tokenizer, device):
     """What a run's folder holds beside its checkpoints and its log."""
+    folder = folder.absolute()
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
+    for path in {folder, *new}:
+        sync(path.parent)  # else a power cut may take the whole run along
     write_whole(folder / "tokenizer.model", tokenizer.path.read_bytes())
     write_whole(folder / "config.json", (json.dumps(
         {"flags": asdict(config), "tokenizer_sha256": tokenizer.sha256,

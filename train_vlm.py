@@ -469,6 +469,7 @@ def main(config):
             validation = f", held out {held_out:.3f}"
         if done % config.save_every == 0 or done == steps or stopped or due:
             if rank == 0:
+                sync(folder / "log.jsonl")  # resumed from there, its steps up to here do not come again
                 save_checkpoint(model, optimizer, done, folder, config)
             saved = time.perf_counter()
         if stopped and done < steps:

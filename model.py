@@ -1027,12 +1027,15 @@ def find_damage(folder):
         return "manifest.json is missing or altered"
     for name, facts in manifest["files"].items():
         path = Path(folder) / name
-        if not path.is_file() or path.is_symlink():
-            return f"{name} is missing"
-        if path.stat().st_size != facts["bytes"]:
-            return f"{name} has {path.stat().st_size:,} bytes instead of {facts['bytes']:,}"
-        if hash_file(path) != facts["sha256"]:
-            return f"{name} was altered"
+        try:
+            if not path.is_file() or path.is_symlink():
+                return f"{name} is missing"
+            if path.stat().st_size != facts["bytes"]:
+                return f"{name} has {path.stat().st_size:,} bytes instead of {facts['bytes']:,}"
+            if hash_file(path) != facts["sha256"]:
+                return f"{name} was altered"
+        except OSError as error:  # a bad sector
+            return f"{name} cannot be read: {error}"
     return None
 
 

@@ -1,0 +1,132 @@
+"""
+Let every single system call of one save and its pruning be the last one, or fail, and see what loads.
+
+    python extras/faults/calls.py                  all calls, in every way; needs strace (a few minutes)
+    python extras/faults/calls.py --only=fsync,renameat,write
+
+A first save under strace tells which calls there are. Then, for each call, another process does the
+same save: once it is killed right before that call; then the call fails with each error, once, and
+once more together with all later calls of its kind. At last files may not grow beyond some size, so
+that writes are cut short. Afterwards the old or the new checkpoint has to load, an error must not have
+been taken for success, and the run has to go on: it sweeps, and saves its next checkpoint.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not extras/faults/
+
+import ctypes
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from data import UserError, run
+from extras.faults.tiny import (AFTER, OS_ERROR, SUCCESS, USER_ERROR, OneSave, fork, newest_step, prepare,
+                                shrink, wait)
+
+ENDS = {SUCCESS: "success", USER_ERROR: "UserError", OS_ERROR: "OSError", -signal.SIGKILL: "killed"}
+PR_SET_PTRACER, ANY = 0x59616D61, ctypes.c_ulong(-1)
+
+
+@dataclass(frozen=True)
+class Config:
+    only: str = ""  # system calls to try, by name, separated by commas; none: all that a save makes
+    errors: str = "ENOSPC,EIO"  # that they fail with, once and for ever
+    limits: int = 40  # sizes that files are not allowed to exceed, for writes cut short
+    every: int = 1  # try the 1st, the n + 1st, ... of a call's kind alone
+    shards_dir: str = ""  # of the sample at 32 pixels; none: they are prepared first
+
+
+def traced(log, options, function, *arguments):
+    """The exit code of a function in a process of its own under strace, which sees this function alone."""
+    def begin():
+        ctypes.CDLL(None).prctl(PR_SET_PTRACER, ANY)  # some systems let parents alone trace a process
+        signal.sigwait({signal.SIGUSR1})
+        function(*arguments)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # before the fork: none must be missed
+    child = fork(begin)
+    time.sleep(0.005)  # time for the prctl
+    tracer = subprocess.Popen(["strace", "-p", str(child), "-o", str(log), *options],
+                              stderr=subprocess.PIPE, text=True)
+    told = tracer.stderr.readline()
+    if "attached" not in told:
+        os.kill(child, signal.SIGKILL)
+        wait(child)
+        raise UserError(f"strace cannot trace here: {told.strip()}")
+    os.kill(child, signal.SIGUSR1)
+    code = wait(child)
+    tracer.communicate()
+    return code
+
+
+def save_with_a_limit(save, limit):
+    """Writes are cut short at this size of a file; beyond it they fail. Python ignores the signal."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    save()
+
+
+def main(config):
+    if not shutil.which("strace"):
+        raise UserError("strace is not here; install it: `apt-get install strace`")
+    shrink()
+    ends, news, tried, wrong, begin = Counter(), Counter(), 0, [], time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        one = OneSave(config.shards_dir or prepare(folder / "shards"), folder)
+        log = folder / "strace.log"
+
+        def check(copy, what, code, kind):
+            nonlocal tried
+            tried += 1
+            found = one.violations(copy, code)
+            ends[kind, ENDS.get(code, code)] += 1
+            if not found:
+                news[kind] += newest_step(copy) == AFTER
+                found = one.violations_of_the_next(copy)
+            wrong.extend(f"{what}: {line}" for line in found)
+            shutil.rmtree(copy)
+
+        if traced(log, ["-e", "trace=%file,%desc"], one.save, one.copy(), AFTER) != SUCCESS:
+            raise UserError("the undisturbed save failed")
+        calls = Counter(re.findall(r"^(\w+)\(", log.read_text(), re.M))
+        calls = {name: count for name, count in calls.items()
+                 if name in config.only.split(",") or not config.only}
+        for name, count in calls.items():
+            for number in range(1, count + 1, config.every):
+                ways = {"killed": "signal=KILL:when={}"}
+                for error in config.errors.split(","):
+                    ways[f"{error} once"] = f"error={error}:when={{}}"
+                    ways[f"{error} for ever"] = f"error={error}:when={{}}+"
+                for kind, way in ways.items():
+                    what, copy = f"{name} {number}: {kind}", one.copy()
+                    code = traced(log, ["-e", f"trace={name}", "-e", f"inject={name}:{way.format(number)}"],
+                                  one.save, copy, AFTER)
+                    check(copy, what, code, kind)
+        largest = max(facts["bytes"] for facts in one.right[AFTER].values())
+        for number in range(config.limits):  # more of the small sizes, where most files are
+            copy, limit = one.copy(), int(largest ** ((number + 1) / config.limits))
+            code = wait(fork(save_with_a_limit, lambda: one.save(copy, AFTER), limit))
+            check(copy, f"files of {limit} bytes at most", code, "cut short")
+    print(f"{sum(calls.values())} system calls in a save: "
+          + ", ".join(f"{count} {name}" for name, count in Counter(calls).most_common()))
+    for kind in dict.fromkeys(kind for kind, _ in ends):
+        print(f"{kind:16} {sum(count for (of, _), count in ends.items() if of == kind):5} saves: "
+              + ", ".join(f"{count} {end}" for (of, end), count in ends.items() if of == kind)
+              + f"; the new checkpoint loads after {news[kind]}, the old one after the others")
+    print(f"{tried} saves in {time.perf_counter() - begin:.0f} s, {len(wrong)} violations"
+          + "".join(f"\n  {line}" for line in wrong[:20]))
+    if wrong:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main, Config)

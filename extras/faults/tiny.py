@@ -1,0 +1,157 @@
+"""
+What the campaigns of this folder share: the real training loop at a size of milliseconds a step, in
+forked children, so that torch is imported once for thousands of runs.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import train_vlm
+from data import UserError, read_manifest
+from model import CONFIGS, LlamaConfig, ViTConfig, checkpoints, find_damage, newest_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SUCCESS, USER_ERROR, OS_ERROR, UNEXPECTED = 0, 2, 3, 4  # how a child ends
+
+
+def shrink():
+    """Make --model=sample tiny, and torch single-threaded: threads would not survive a fork."""
+    torch.set_num_threads(1)
+    CONFIGS["sample"] = (ViTConfig(image_size=32, width=64, depth=1),
+                         LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                                     num_attention_heads=2, num_key_value_heads=2))
+
+
+def prepare(folder):
+    """Shards of 64 questions of the sample, at 32 pixels, by the real command."""
+    subprocess.run([sys.executable, "prepare/all.py", "--only=sample", "--limit=64", "--image_size=32",
+                    f"--shards_dir={folder}"], cwd=ROOT, check=True, capture_output=True)
+    return folder
+
+
+def flags(shards, run, **changes):
+    """Every part trains in its own way, with dropout, so that each kind of state has to be restored."""
+    return train_vlm.Config(**{**dict(
+        shards_dir=str(shards), run=str(run), data="sample", model="sample", language="lora",
+        lora_dropout=0.3, batch_size=4, max_steps=12, row_length=256, micro_batch_tokens=512,
+        held_out=4, questions_per_image=0, learning_rate=1e-3, save_every=2, keep=2, log_every=1,
+        workers=1, evaluate_every=6, resume=True, device="cpu", dtype="float32"), **changes})
+
+
+def fork(function, *arguments):
+    """The process id of a child that calls a function, silently, and tells by its exit code how it went."""
+    child = os.fork()
+    if child:
+        return child
+    code = UNEXPECTED
+    try:
+        loud = os.dup(2)
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 1)
+        os.dup2(silence, 2)
+        function(*arguments)
+        code = SUCCESS
+    except UserError:
+        code = USER_ERROR
+    except OSError:
+        code = OS_ERROR
+    except BaseException:
+        os.write(loud, traceback.format_exc().encode())
+    finally:
+        os._exit(code)
+
+
+def wait(child):
+    """The exit code of a child; minus the signal's number if that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def leftovers(run):
+    """Names in a run's folder that a killed run has to sweep away when it goes on."""
+    return sorted(path.name for path in [*run.glob("partial_*"), *run.glob("removed_*")])
+
+
+def newest_step(run):
+    """The newest step that loads; 0 where there is no checkpoint. Raises UserError where none is whole."""
+    return int(newest_checkpoint(run).name[5:]) if checkpoints(run) else 0
+
+
+def contents(run, step):
+    """{file: its size and hash} of a checkpoint, as its manifest, which was verified, has them."""
+    return read_manifest(run / f"step_{step:06d}")["files"]
+
+
+def open_saver(config, checkpoint):
+    """The model and the optimizer of a checkpoint, ready to be saved again, on one thread."""
+    model = train_vlm.make_model(config, None, checkpoint, torch.device("cpu"), torch.float32)
+    optimizer = train_vlm.make_optimizer(model, config)
+    train_vlm.load_optimizer(optimizer, model, checkpoint)
+    return model, optimizer
+
+
+# ----------------------------------------------------------------------------- one save
+
+BEFORE, AFTER = 4, 6  # steps of the checkpoints: 2 and 4 are there, 6 is saved, 2 is removed
+
+
+class OneSave:
+    """
+    A run of a few steps, and what it takes to try its next save again and again: copies of its folder
+    in `copies`, the trained model and its optimizer, and what each checkpoint has to hold.
+    """
+
+    def __init__(self, shards, folder):
+        folder = Path(folder)
+        self.config = flags(shards, folder / "run", max_steps=BEFORE)
+        if wait(fork(train_vlm.main, self.config)) != SUCCESS:
+            raise UserError("the undisturbed run failed")
+        self.original, self.copies, self.copied = folder / "run", folder, 0
+        with contextlib.redirect_stdout(None):
+            self.model, self.optimizer = open_saver(self.config, self.original / f"step_{BEFORE:06d}")
+        undisturbed = self.copy()
+        self.save(undisturbed, AFTER)
+        self.right = {step: contents(undisturbed, step) for step in (BEFORE, AFTER)}
+        self.bytes = sum(path.stat().st_size for path in undisturbed.rglob("*") if path.is_file())
+
+    def copy(self, below=None):
+        """A new copy of the run, in which nothing of step AFTER is."""
+        self.copied += 1
+        return Path(shutil.copytree(self.original, (below or self.copies) / f"copy_{self.copied}"))
+
+    def save(self, run, step):
+        train_vlm.save_checkpoint(self.model, self.optimizer, step, run, self.config)
+
+    def violations(self, run, code):
+        """What is wrong, in words, after a save of step AFTER that ended with this exit code."""
+        try:
+            now = newest_step(run)
+        except UserError as error:
+            return [str(error)]
+        wrong = [f"{path.name}: {damage}" for path in checkpoints(run) if (damage := find_damage(path))]
+        if now not in self.right or contents(run, now) != self.right[now]:
+            wrong.append(f"step {now} is loaded, with other bytes than it should have")
+        if code not in (SUCCESS, USER_ERROR, OS_ERROR, -signal.SIGKILL):
+            wrong.append(f"exit code {code}")
+        if code == SUCCESS and now != AFTER:
+            wrong.append(f"success, but step {now} is the newest that loads")
+        return wrong
+
+    def violations_of_the_next(self, run):
+        """What is wrong, in words, when the run goes on: it sweeps, then saves its next checkpoint."""
+        _, newest = train_vlm.open_run(replace(self.config, run=str(run)))
+        step = int(newest.name[5:]) + 2
+        if leftovers(run):
+            return [f"{leftovers(run)} stay"]
+        self.save(run, step)
+        if newest_step(run) != step or leftovers(run) or len(checkpoints(run)) != self.config.keep:
+            return [f"the next save leaves {sorted(path.name for path in run.iterdir())}"]
+        return []

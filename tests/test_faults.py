@@ -1,0 +1,87 @@
+"""The campaigns of extras/faults in short, and the harm that they cannot do from outside."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import model
+import train_vlm
+from data import UserError
+from model import newest_checkpoint
+from test_checkpoints import make_checkpoint, write_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+CAMPAIGNS = '''
+import contextlib, io, json, sys, time
+from data import UserError
+from extras.faults import calls, full_disk, kill, lost_writes, tiny
+
+shards, told = tiny.prepare(sys.argv[1]), {}
+for module, settings in [(kill, dict(kills=25, steps=12)), (full_disk, dict(sizes=5)),
+                         (lost_writes, dict(unfinished=False)),
+                         (calls, dict(only="fsync,renameat,rename,unlinkat", errors="EIO", every=4, limits=4))]:
+    code, text = 0, io.StringIO()
+    with contextlib.redirect_stdout(text):
+        try:
+            module.main(module.Config(shards_dir=shards, **settings))
+        except SystemExit as error:
+            code = error.code
+        except UserError as error:
+            code, text = "refused", io.StringIO(str(error))
+    told[module.__name__.split(".")[-1]] = code, text.getvalue()
+print(json.dumps(told))
+'''
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """{campaign: (its exit code, what it printed)}; in one process without threads, which it forks."""
+    folder = tmp_path_factory.mktemp("faults") / "shards"
+    done = subprocess.run([sys.executable, "-c", CAMPAIGNS, str(folder)], cwd=ROOT, text=True,
+                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("campaign, counted", [
+    ("kill", "25 kills"), ("full_disk", "5 disks"), ("lost_writes", "states that a crash may leave"),
+    ("calls", "system calls in a save")])
+def test_promises_hold(told, campaign, counted):
+    code, text = told[campaign]
+    if code == "refused":
+        pytest.skip(text)
+    assert code == 0 and "0 violations" in text and counted in text, text
+
+
+def test_an_unreadable_checkpoint_is_passed_over(tmp_path, monkeypatch, capsys):
+    older, newer = make_checkpoint(tmp_path, 1), make_checkpoint(tmp_path, 2)
+    hash_file = model.hash_file
+
+    def bad_sector(path):
+        if path.parent == newer:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return hash_file(path)
+
+    monkeypatch.setattr(model, "hash_file", bad_sector)
+    assert newest_checkpoint(tmp_path) == older
+    assert "vision.safetensors cannot be read: [Errno 5]" in capsys.readouterr().err
+
+
+def test_what_a_disk_alters_while_it_is_saved_is_told_at_once(tmp_path, monkeypatch):
+    seal, older = train_vlm.seal, make_checkpoint(tmp_path, 1)
+
+    def seal_on_a_bad_disk(partial, folder, **facts):
+        seal(partial, folder, **facts)
+        os.truncate(folder / "vision.safetensors", 100)
+
+    monkeypatch.setattr(train_vlm, "seal", seal_on_a_bad_disk)
+    nothing = SimpleNamespace(named_parameters=list, save=write_folder, state={})
+    with pytest.raises(UserError, match="step_000002: not saved: vision.safetensors has 100 bytes"):
+        train_vlm.save_checkpoint(nothing, nothing, 2, tmp_path, train_vlm.Config(keep=1))
+    assert newest_checkpoint(tmp_path) == older

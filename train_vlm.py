@@ -110,7 +110,10 @@ def open_run(config):
     newest = None  # a run that was stopped before its first checkpoint starts anew
     if checkpoints(folder):
         newest = newest_checkpoint(folder)
-        before = read_manifest(newest)["flags"]
+        manifest = read_manifest(newest)
+        if manifest is None:
+            raise UserError(f"{newest}: whole a moment ago, now not to be read; see to the disk, then try again")
+        before = manifest["flags"]
         for key, value in asdict(config).items():
             if key not in FREE_ON_RESUME and before[key] != value:
                 raise UserError(f"--{key}={value}: the run in {folder} has {before[key]}; resume it with "

@@ -3,6 +3,7 @@ Let every single system call of one save and its pruning be the last one, or fai
 
     python extras/faults/calls.py                  all calls, in every way; needs strace (a few minutes)
     python extras/faults/calls.py --only=fsync,renameat,write
+    python extras/faults/calls.py --sweep=true     of the sweep with which a killed run goes on, instead
 
 A first save under strace tells which calls there are. Then, for each call, another process does the
 same save: once it is killed right before that call; then the call fails with each error, once, and
@@ -28,7 +29,8 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from data import UserError, run
+import data
+from data import UserError
 from extras.faults.tiny import (AFTER, OS_ERROR, SUCCESS, USER_ERROR, OneSave, fork, newest_step, prepare,
                                 shrink, wait)
 
@@ -41,6 +43,7 @@ class Config:
     only: str = ""  # system calls to try, by name, separated by commas; none: all that a save makes
     errors: str = "ENOSPC,EIO"  # that they fail with, once and for ever
     limits: int = 40  # sizes that files are not allowed to exceed, for writes cut short
+    sweep: bool = False  # of a resumed run, with leftovers of each kind, in place of a save
     every: int = 1  # try the 1st, the n + 1st, ... of a call's kind alone
     shards_dir: str = ""  # of the sample at 32 pixels; none: they are prepared first
 
@@ -68,34 +71,38 @@ def traced(log, options, function, *arguments):
     return code
 
 
-def save_with_a_limit(save, limit):
+def act_with_a_limit(act, run, limit):
     """Writes are cut short at this size of a file; beyond it they fail. Python ignores the signal."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    save()
+    act(run)
 
 
 def main(config):
     if not shutil.which("strace"):
         raise UserError("strace is not here; install it: `apt-get install strace`")
     shrink()
-    ends, news, tried, wrong, begin = Counter(), Counter(), 0, [], time.perf_counter()
+    ends, loaded, tried, wrong, begin = Counter(), Counter(), 0, [], time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         one = OneSave(config.shards_dir or prepare(folder / "shards"), folder)
         log = folder / "strace.log"
+        if config.sweep:
+            copy, act, violations = one.copy_with_leftovers, one.sweep, one.violations_of_a_sweep
+        else:
+            copy, act, violations = one.copy, lambda run: one.save(run, AFTER), one.violations
 
-        def check(copy, what, code, kind):
+        def check(run, what, code, kind):
             nonlocal tried
             tried += 1
-            found = one.violations(copy, code)
+            found = violations(run, code)
             ends[kind, ENDS.get(code, code)] += 1
             if not found:
-                news[kind] += newest_step(copy) == AFTER
-                found = one.violations_of_the_next(copy)
+                loaded[kind, newest_step(run)] += 1
+                found = one.violations_of_the_next(run)
             wrong.extend(f"{what}: {line}" for line in found)
-            shutil.rmtree(copy)
+            shutil.rmtree(run)
 
-        if traced(log, ["-e", "trace=%file,%desc"], one.save, one.copy(), AFTER) != SUCCESS:
+        if traced(log, ["-e", "trace=%file,%desc"], act, copy()) != SUCCESS:
             raise UserError("the undisturbed save failed")
         calls = Counter(re.findall(r"^(\w+)\(", log.read_text(), re.M))
         calls = {name: count for name, count in calls.items()
@@ -107,26 +114,27 @@ def main(config):
                     ways[f"{error} once"] = f"error={error}:when={{}}"
                     ways[f"{error} for ever"] = f"error={error}:when={{}}+"
                 for kind, way in ways.items():
-                    what, copy = f"{name} {number}: {kind}", one.copy()
+                    what, run = f"{name} {number}: {kind}", copy()
                     code = traced(log, ["-e", f"trace={name}", "-e", f"inject={name}:{way.format(number)}"],
-                                  one.save, copy, AFTER)
-                    check(copy, what, code, kind)
+                                  act, run)
+                    check(run, what, code, kind)
         largest = max(facts["bytes"] for facts in one.right[AFTER].values())
         for number in range(config.limits):  # more of the small sizes, where most files are
-            copy, limit = one.copy(), int(largest ** ((number + 1) / config.limits))
-            code = wait(fork(save_with_a_limit, lambda: one.save(copy, AFTER), limit))
-            check(copy, f"files of {limit} bytes at most", code, "cut short")
-    print(f"{sum(calls.values())} system calls in a save: "
+            run, limit = copy(), int(largest ** ((number + 1) / config.limits))
+            code = wait(fork(act_with_a_limit, act, run, limit))
+            check(run, f"files of {limit} bytes at most", code, "cut short")
+    what = "sweep" if config.sweep else "save"
+    print(f"{sum(calls.values())} system calls in a {what}: "
           + ", ".join(f"{count} {name}" for name, count in Counter(calls).most_common()))
     for kind in dict.fromkeys(kind for kind, _ in ends):
-        print(f"{kind:16} {sum(count for (of, _), count in ends.items() if of == kind):5} saves: "
-              + ", ".join(f"{count} {end}" for (of, end), count in ends.items() if of == kind)
-              + f"; the new checkpoint loads after {news[kind]}, the old one after the others")
-    print(f"{tried} saves in {time.perf_counter() - begin:.0f} s, {len(wrong)} violations"
+        print(f"{kind:16} "
+              + ", ".join(f"{count} {end}" for (of, end), count in ends.items() if of == kind) + "; then loads "
+              + ", ".join(f"step {step} {count} times" for (of, step), count in loaded.items() if of == kind))
+    print(f"{tried} times in {time.perf_counter() - begin:.0f} s, {len(wrong)} violations"
           + "".join(f"\n  {line}" for line in wrong[:20]))
     if wrong:
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    data.run(main, Config)

@@ -22,6 +22,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the reposito
 import contextlib
 import functools
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -222,7 +223,7 @@ class Builder:
 def violations(config, run, returned, right):
     """What is wrong, in words, when a run goes on in such a state; which step it goes on from."""
     try:
-        with open(os.devnull, "w") as silence, contextlib.redirect_stderr(silence):
+        with contextlib.redirect_stderr(io.StringIO()):
             _, newest = train_vlm.open_run(config)
     except (UserError, OSError) as error:
         return [f"{error}"], None

@@ -4,6 +4,7 @@ forked children, so that torch is imported once for thousands of runs.
 """
 
 import contextlib
+import io
 import os
 import shutil
 import signal
@@ -82,7 +83,8 @@ def leftovers(run):
 
 def newest_step(run):
     """The newest step that loads; 0 where there is no checkpoint. Raises UserError where none is whole."""
-    return int(newest_checkpoint(run).name[5:]) if checkpoints(run) else 0
+    with contextlib.redirect_stderr(io.StringIO()):
+        return int(newest_checkpoint(run).name[5:]) if checkpoints(run) else 0
 
 
 def contents(run, step):
@@ -115,7 +117,7 @@ class OneSave:
         if wait(fork(train_vlm.main, self.config)) != SUCCESS:
             raise UserError("the undisturbed run failed")
         self.original, self.copies, self.copied = folder / "run", folder, 0
-        with contextlib.redirect_stdout(None):
+        with contextlib.redirect_stdout(io.StringIO()):
             self.model, self.optimizer = open_saver(self.config, self.original / f"step_{BEFORE:06d}")
         undisturbed = self.copy()
         self.save(undisturbed, AFTER)
@@ -126,6 +128,19 @@ class OneSave:
         """A new copy of the run, in which nothing of step AFTER is."""
         self.copied += 1
         return Path(shutil.copytree(self.original, (below or self.copies) / f"copy_{self.copied}"))
+
+    def copy_with_leftovers(self):
+        """A copy with all that a resumed run sweeps: unfinished, half removed, and damaged checkpoints."""
+        run = self.copy()
+        for name in (f"partial_step_{AFTER:06d}", "removed_step_000001", f"step_{AFTER:06d}"):
+            shutil.copytree(run / f"step_{BEFORE:06d}", run / name)
+            os.truncate(run / name / "optimizer.safetensors", 1000)
+        return run
+
+    def sweep(self, run):
+        """What a resumed run does before it loads anything. Returns the step that it goes on from."""
+        with contextlib.redirect_stderr(io.StringIO()):
+            return int(train_vlm.open_run(replace(self.config, run=str(run)))[1].name[5:])
 
     def save(self, run, step):
         train_vlm.save_checkpoint(self.model, self.optimizer, step, run, self.config)
@@ -145,10 +160,19 @@ class OneSave:
             wrong.append(f"success, but step {now} is the newest that loads")
         return wrong
 
+    def violations_of_a_sweep(self, run, code):
+        """
+        The same after a sweep. If reading failed, it may have set aside what cannot be read just then; a
+        kill moves nothing but what is damaged.
+        """
+        now = newest_step(run)
+        if now != BEFORE and (code == -signal.SIGKILL or now != BEFORE - 2):
+            return [f"step {now} is loaded"]
+        return [] if code in (SUCCESS, USER_ERROR, OS_ERROR, -signal.SIGKILL) else [f"exit code {code}"]
+
     def violations_of_the_next(self, run):
         """What is wrong, in words, when the run goes on: it sweeps, then saves its next checkpoint."""
-        _, newest = train_vlm.open_run(replace(self.config, run=str(run)))
-        step = int(newest.name[5:]) + 2
+        step = self.sweep(run) + 2
         if leftovers(run):
             return [f"{leftovers(run)} stay"]
         self.save(run, step)

@@ -18,14 +18,15 @@ from test_checkpoints import make_checkpoint, write_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 CAMPAIGNS = '''
-import contextlib, io, json, sys, time
+import contextlib, io, json, sys
 from data import UserError
 from extras.faults import calls, full_disk, kill, lost_writes, tiny
 
 shards, told = tiny.prepare(sys.argv[1]), {}
 for module, settings in [(kill, dict(kills=25, steps=12)), (full_disk, dict(sizes=5)),
                          (lost_writes, dict(unfinished=False)),
-                         (calls, dict(only="fsync,renameat,rename,unlinkat", errors="EIO", every=4, limits=4))]:
+                         (calls, dict(only="fsync,renameat,rename,unlinkat", errors="EIO", every=4,
+                                      limits=4))]:
     code, text = 0, io.StringIO()
     with contextlib.redirect_stdout(text):
         try:
@@ -57,6 +58,12 @@ def test_promises_hold(told, campaign, counted):
     if code == "refused":
         pytest.skip(text)
     assert code == 0 and "0 violations" in text and counted in text, text
+
+
+def test_a_million_steps_are_more_than_ten(tmp_path):
+    for step in (10, 1_000_000, 999_999):
+        make_checkpoint(tmp_path, step)
+    assert newest_checkpoint(tmp_path).name == "step_1000000"
 
 
 def test_an_unreadable_checkpoint_is_passed_over(tmp_path, monkeypatch, capsys):

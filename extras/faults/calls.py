@@ -31,8 +31,8 @@ from dataclasses import dataclass
 
 import data
 from data import UserError
-from extras.faults.tiny import (AFTER, OS_ERROR, SUCCESS, USER_ERROR, OneSave, fork, newest_step, prepare,
-                                shrink, wait)
+from extras.faults.tiny import (AFTER, OS_ERROR, SUCCESS, USER_ERROR, OneSave, fork, newest_step,
+                                prepare, shrink, wait)
 
 ENDS = {SUCCESS: "success", USER_ERROR: "UserError", OS_ERROR: "OSError", -signal.SIGKILL: "killed"}
 PR_SET_PTRACER, ANY = 0x59616D61, ctypes.c_ulong(-1)
@@ -49,7 +49,7 @@ class Config:
 
 
 def traced(log, options, function, *arguments):
-    """The exit code of a function in a process of its own under strace, which sees this function alone."""
+    """The exit code of a function in a process of its own; strace sees this function alone."""
     def begin():
         ctypes.CDLL(None).prctl(PR_SET_PTRACER, ANY)  # some systems let parents alone trace a process
         signal.sigwait({signal.SIGUSR1})
@@ -115,8 +115,7 @@ def main(config):
                     ways[f"{error} for ever"] = f"error={error}:when={{}}+"
                 for kind, way in ways.items():
                     what, run = f"{name} {number}: {kind}", copy()
-                    code = traced(log, ["-e", f"trace={name}", "-e", f"inject={name}:{way.format(number)}"],
-                                  act, run)
+                    code = traced(log, ["-e", f"inject={name}:{way.format(number)}"], act, run)
                     check(run, what, code, kind)
         largest = max(facts["bytes"] for facts in one.right[AFTER].values())
         for number in range(config.limits):  # more of the small sizes, where most files are
@@ -127,9 +126,9 @@ def main(config):
     print(f"{sum(calls.values())} system calls in a {what}: "
           + ", ".join(f"{count} {name}" for name, count in Counter(calls).most_common()))
     for kind in dict.fromkeys(kind for kind, _ in ends):
-        print(f"{kind:16} "
-              + ", ".join(f"{count} {end}" for (of, end), count in ends.items() if of == kind) + "; then loads "
-              + ", ".join(f"step {step} {count} times" for (of, step), count in loaded.items() if of == kind))
+        ended = [f"{count} {end}" for (of, end), count in ends.items() if of == kind]
+        then = [f"step {step} {count} times" for (of, step), count in loaded.items() if of == kind]
+        print(f"{kind:16} {', '.join(ended)}; then loads {', '.join(then)}")
     print(f"{tried} times in {time.perf_counter() - begin:.0f} s, {len(wrong)} violations"
           + "".join(f"\n  {line}" for line in wrong[:20]))
     if wrong:

@@ -22,7 +22,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from data import UserError, run
-from extras.faults.tiny import AFTER, SUCCESS, OneSave, fork, leftovers, newest_step, prepare, shrink, wait
+from extras.faults.tiny import (AFTER, SUCCESS, OneSave, fork, leftovers, newest_step, prepare, shrink,
+                                wait)
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 
@@ -36,7 +37,7 @@ class Config:
 
 
 def own_mounts():
-    """Let this process mount what it alone sees, as root or not. Raises OSError where that is refused."""
+    """Let this process mount what it alone sees, root or not. Raises OSError where that is refused."""
     user, group = os.getuid(), os.getgid()
     if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS | CLONE_NEWUSER):
         raise OSError(ctypes.get_errno(), "no name space of its own")

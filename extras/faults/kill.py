@@ -26,7 +26,8 @@ from dataclasses import dataclass
 
 import train_vlm
 from data import UserError, require_positive, run
-from extras.faults.tiny import SUCCESS, contents, flags, fork, leftovers, newest_step, prepare, shrink, wait
+from extras.faults.tiny import (SUCCESS, contents, flags, fork, leftovers, newest_step, prepare, shrink,
+                                wait)
 from model import checkpoints, find_damage
 
 
@@ -88,7 +89,8 @@ def violations(folder, before, save_every):
 def main(config):
     require_positive(config, "kills", "steps", "save_every")
     shrink()
-    draw, phases, wrong, finished, begin = random.Random(config.seed), Counter(), [], 0, time.perf_counter()
+    draw, begin = random.Random(config.seed), time.perf_counter()
+    phases, wrong, finished = Counter(), [], 0
     with tempfile.TemporaryDirectory() as folder:
         shards = config.shards_dir or prepare(Path(folder) / "shards")
         undisturbed, killed = Path(folder) / "undisturbed", Path(folder) / "killed"

@@ -4,11 +4,11 @@ it loads.
 
     python extras/faults/lost_writes.py            needs strace
 
-SIGKILL loses nothing that was written; a power cut does. So a run of three saves, resumed
-before the last, which prunes, is logged call by call, and replayed on a model of a disk that keeps what was synced, and of
-the rest keeps what it likes: after each call any folder's list of names may be as it was after any
-earlier call since its last fsync, and what a file has got since its last fsync may be there, or absent,
-zeros of the same length, or cut in half, for all files or for one of them. Each state
+SIGKILL loses nothing that was written; a power cut does. So a run of three saves, resumed before the
+last, which prunes, is logged call by call, and replayed on a model of a disk that keeps what was
+synced, and of the rest what it likes: after each call any folder's list of names may be as it was
+after any earlier call since its last fsync, and what a file has got since its last fsync may be there,
+or absent, zeros of the same length, or cut in half, for all files or for one of them. Each state
 is built and the run goes on in it. What a save had returned for has to load, or its successor; and
 the log knows every step up to there. It is a model: what real file systems and drives do beyond it, it
 does not tell.
@@ -47,7 +47,7 @@ RETURNED = "/returned/"  # a link that is asked for, in vain, whenever a save ha
 
 @dataclass(frozen=True)
 class Config:
-    unfinished: bool = True  # also all states that differ in what is swept unread, partial_* and removed_*
+    unfinished: bool = True  # also all states that differ in partial_* and removed_* alone, swept unread
     shards_dir: str = ""  # of the sample at 32 pixels; none: they are prepared first
 
 
@@ -124,7 +124,8 @@ class Disk:
         found = [self.top]
         for folder in found:
             for names in [folder.now, *folder.past]:
-                found += [node for node in names.values() if isinstance(node, Folder) and node not in found]
+                found += [node for node in names.values()
+                          if isinstance(node, Folder) and node not in found]
         return found
 
     def name_states(self):
@@ -141,11 +142,11 @@ class Disk:
         unsure = {node for folder in self.folders() for names in [folder.now, *folder.past]
                   for node in names.values() if isinstance(node, File) and node.now != node.synced}
         yield {}
-        for harm in (lambda unsynced: b"", bytes.__len__, lambda unsynced: unsynced[:len(unsynced) // 2]):
+        for harm in (lambda new: b"", lambda new: bytes(len(new)), lambda new: new[:len(new) // 2]):
             harmed = {}
             for file in unsure:
                 surely = file.synced if file.now.startswith(file.synced) else b""
-                harmed[file] = surely + bytes(harm(file.now[len(surely):]))
+                harmed[file] = surely + harm(file.now[len(surely):])
             yield harmed
             for file in unsure if len(unsure) > 1 else []:
                 yield {file: harmed[file]}
@@ -183,7 +184,7 @@ def parse(line):
 
 
 def train(config, last):
-    """Train, with each save that returns told to strace; step `last` is the end, as if by a lost disk."""
+    """Train, with each save that returns told to strace; the one of step `last` is the end."""
     save = train_vlm.save_checkpoint
 
     def save_and_tell(model, optimizer, step, *rest):
@@ -277,8 +278,8 @@ def main(config):
             found, step = violations(flagged, root / "out/run", returned, right)
             loaded["none" if step is None else step - returned] += 1
             wrong += [f"after {returned} saves and {after}: {line}" for line in found]
-    print(f"{calls} calls of a run with {STEPS} saves change the disk or end a save: {len(states)} states that "
-          f"a crash may leave, in {time.perf_counter() - begin:.0f} s")
+    print(f"{calls} calls of a run with {STEPS} saves change the disk or end a save: {len(states)} "
+          f"states that a crash may leave, in {time.perf_counter() - begin:.0f} s")
     print(f"the checkpoint that was saved last loads in {loaded[0]}, the next one in {loaded[1]}")
     print(f"{len(wrong)} violations" + "".join(f"\n  {line}" for line in wrong[:20]))
     if wrong:

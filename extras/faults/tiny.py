@@ -49,7 +49,7 @@ def flags(shards, run, **changes):
 
 
 def fork(function, *arguments):
-    """The process id of a child that calls a function, silently, and tells by its exit code how it went."""
+    """The process id of a child that calls a function, silently; its exit code tells how that went."""
     child = os.fork()
     if child:
         return child
@@ -82,7 +82,7 @@ def leftovers(run):
 
 
 def newest_step(run):
-    """The newest step that loads; 0 where there is no checkpoint. Raises UserError where none is whole."""
+    """The newest step that loads; 0 without checkpoints. Raises UserError where none is whole."""
     with contextlib.redirect_stderr(io.StringIO()):
         return int(newest_checkpoint(run).name[5:]) if checkpoints(run) else 0
 
@@ -130,7 +130,7 @@ class OneSave:
         return Path(shutil.copytree(self.original, (below or self.copies) / f"copy_{self.copied}"))
 
     def copy_with_leftovers(self):
-        """A copy with all that a resumed run sweeps: unfinished, half removed, and damaged checkpoints."""
+        """A copy with all that a resumed run sweeps: checkpoints unfinished, half removed, damaged."""
         run = self.copy()
         for name in (f"partial_step_{AFTER:06d}", "removed_step_000001", f"step_{AFTER:06d}"):
             shutil.copytree(run / f"step_{BEFORE:06d}", run / name)

@@ -10,6 +10,11 @@ same save: once it is killed right before that call; then the call fails with ea
 once more together with all later calls of its kind. At last files may not grow beyond some size, so
 that writes are cut short. Afterwards the old or the new checkpoint has to load, an error must not have
 been taken for success, and the run has to go on: it sweeps, and saves its next checkpoint.
+
+1,890 saves, 370 calls in five ways and 40 limits, found nothing. The sweep had two faults: an error in
+reading the newest checkpoint ended the run, where it should pass on to an older one, and one in reading
+its manifest a second time was a TypeError. Both are mended; still, an error that would not come again
+is taken for damage, and a checkpoint is set aside, not removed, that could be read a moment later.
 """
 
 import sys
@@ -94,7 +99,10 @@ def main(config):
         def check(run, what, code, kind):
             nonlocal tried
             tried += 1
-            found = violations(run, code)
+            try:
+                found = violations(run, code)
+            except UserError as error:
+                found = [str(error)]
             ends[kind, ENDS.get(code, code)] += 1
             if not found:
                 loaded[kind, newest_step(run)] += 1
@@ -115,7 +123,8 @@ def main(config):
                     ways[f"{error} for ever"] = f"error={error}:when={{}}+"
                 for kind, way in ways.items():
                     what, run = f"{name} {number}: {kind}", copy()
-                    code = traced(log, ["-e", f"inject={name}:{way.format(number)}"], act, run)
+                    options = ["-e", f"trace={name}", "-e", f"inject={name}:{way.format(number)}"]
+                    code = traced(log, options, act, run)
                     check(run, what, code, kind)
         largest = max(facts["bytes"] for facts in one.right[AFTER].values())
         for number in range(config.limits):  # more of the small sizes, where most files are

@@ -12,6 +12,9 @@ or absent, zeros of the same length, or cut in half, for all files or for one of
 is built and the run goes on in it. What a save had returned for has to load, or its successor; and
 the log knows every step up to there. It is a model: what real file systems and drives do beyond it, it
 does not tell.
+
+It found that a new run's own folder could be lost, with all checkpoints in it, since the folder above
+was never synced, and that the log could lack steps that the checkpoint has; both are mended.
 """
 
 import sys

@@ -107,8 +107,8 @@ BEFORE, AFTER = 4, 6  # steps of the checkpoints: 2 and 4 are there, 6 is saved,
 
 class OneSave:
     """
-    A run of a few steps, and what it takes to try its next save again and again: copies of its folder
-    in `copies`, the trained model and its optimizer, and what each checkpoint has to hold.
+    A run of a few steps, and what it takes to try its next save again and again: copies of its folder,
+    the trained model and its optimizer, and what each checkpoint has to hold.
     """
 
     def __init__(self, shards, folder):
@@ -122,7 +122,6 @@ class OneSave:
         undisturbed = self.copy()
         self.save(undisturbed, AFTER)
         self.right = {step: contents(undisturbed, step) for step in (BEFORE, AFTER)}
-        self.bytes = sum(path.stat().st_size for path in undisturbed.rglob("*") if path.is_file())
 
     def copy(self, below=None):
         """A new copy of the run, in which nothing of step AFTER is."""
@@ -146,11 +145,11 @@ class OneSave:
         train_vlm.save_checkpoint(self.model, self.optimizer, step, run, self.config)
 
     def violations(self, run, code):
-        """What is wrong, in words, after a save of step AFTER that ended with this exit code."""
-        try:
-            now = newest_step(run)
-        except UserError as error:
-            return [str(error)]
+        """
+        What is wrong, in words, after a save of step AFTER that ended with this exit code. Raises
+        UserError when nothing loads.
+        """
+        now = newest_step(run)
         wrong = [f"{path.name}: {damage}" for path in checkpoints(run) if (damage := find_damage(path))]
         if now not in self.right or contents(run, now) != self.right[now]:
             wrong.append(f"step {now} is loaded, with other bytes than it should have")

@@ -237,6 +237,12 @@ def manifest_checksum(manifest):
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
+def hash_file(path):
+    """A file's SHA-256, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_manifest(folder, name="manifest.json"):
     """The manifest of a shard, or its leaks.json; None where it is absent, cut short or altered."""
     try:

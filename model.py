@@ -20,7 +20,6 @@ The others': ViT-B/32 C=768 nh=12 N=50; ResNet-50 C=2048 nh=32 N=50, its outputs
 """
 
 import atexit
-import hashlib
 import itertools
 import json
 import os
@@ -43,7 +42,7 @@ from safetensors.torch import save_file
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from data import BOS, EOS, UserError, manifest_checksum, read_manifest, read_settings
+from data import BOS, EOS, UserError, hash_file, manifest_checksum, read_manifest, read_settings
 from lora import add_lora, load_adapter, lora_layers, save_adapter
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -993,11 +992,6 @@ def write_whole(path, content):
     sync(partial)
     partial.replace(path)
     sync(path.parent)
-
-
-def hash_file(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def seal(partial, folder, **facts):

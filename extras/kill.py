@@ -22,8 +22,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from data import UserError, run
-from prepare.download import hash_file
+from data import UserError, hash_file, run
 
 
 @dataclass(frozen=True)

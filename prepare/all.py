@@ -25,9 +25,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from data import PROMPT_VERSION, SHARD_VERSION, Tokenizer, UserError, run
+from data import PROMPT_VERSION, SHARD_VERSION, Tokenizer, UserError, hash_file, run
 from prepare.datasets import DATASETS
-from prepare.download import fetch, fetch_hub, hash_file
+from prepare.download import fetch, fetch_hub
 from prepare.leaks import REASONS, guard, report_rows
 from prepare.shards import ImageSettings, read_manifests, recover, why_stale, write_dataset
 from prepare.weights import WEIGHTS

@@ -2,7 +2,6 @@
 
 import email.utils
 import errno
-import hashlib
 import http.client
 import os
 import shutil
@@ -17,7 +16,7 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
-from data import UserError
+from data import UserError, hash_file
 
 ATTEMPTS = 6  # in a row that bring no byte more; then a download gives up
 SILENT = 2  # of a server that has never said a word: it is out of reach, and so may all others be
@@ -56,12 +55,6 @@ class Source:
             if all(found):
                 return {path.relative_to(raw).as_posix(): path for path in sum(found, [])}
         return {}
-
-
-def hash_file(path):
-    """A file's sha256, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def size_of(path):

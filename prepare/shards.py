@@ -24,9 +24,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import (IMAGE, SAMPLE, Tokenizer, UserError, format_prompt, load_image,
+from data import (IMAGE, SAMPLE, Tokenizer, UserError, format_prompt, hash_file, load_image,
                   manifest_checksum, read_manifest, resize_image, sample_checksum)
-from prepare.download import hash_file, hub_revision
+from prepare.download import hub_revision
 from prepare.leaks import fingerprint
 
 FILES = ("tokens.bin", "samples.bin", "images.bin", "images.idx", "fingerprints.bin", "records.jsonl")

@@ -14,8 +14,8 @@ import zipfile
 from dataclasses import dataclass
 from typing import Callable
 
-from data import UserError
-from prepare.download import Source, hash_file, hub_revision
+from data import UserError, hash_file
+from prepare.download import Source, hub_revision
 
 
 @dataclass(frozen=True, kw_only=True)

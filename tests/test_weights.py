@@ -12,9 +12,8 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from data import UserError
+from data import UserError, hash_file
 from model import LLaMA, ResNet, ResNetConfig, ViT, load_encoder
-from prepare.download import hash_file
 from prepare.weights import WEIGHTS
 from test_encoders import CLIP_VIT, fill
 from test_model import TOLERANCE, V, VIT, hub_llama, relative_error, some_tokens, tiny_vlm

@@ -11,8 +11,15 @@ again and has to do the same again.
 
 What nothing could tell is counted apart: weights and adapters that lie alone have no manifest, so that
 another number in a tensor, or another lora_alpha that may well be meant, is as good as the right one.
-Their structure is verified, their numbers are not. prepare/ does write down the SHA-256 of the pickle
-that a weights file was made from, which says nothing about the weights file itself.
+Their structure is verified (every tensor is there, of its shape, of numbers that are weights, and no
+other), their numbers are not. prepare/ does write down the SHA-256 of the pickle that a weights file was
+made from, which says nothing about the weights file itself.
+
+It found, with the flags above:   found  harmless  not told  MISSED
+    dataset, 17 files            38,485         8         0       0
+    checkpoint, 12 files         42,639         3         0       0
+    adapter, 2 files              4,632     1,129     1,986       0
+    weights, 5 files              5,095     2,269    11,599       0
 """
 
 import sys

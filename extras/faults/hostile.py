@@ -11,8 +11,8 @@ Feed what reads files from outside with files that nobody means well, and see wh
     archives   members that escape, links, devices and bombs, through what reads archives
 
 All of it runs in processes that may take so much memory and so many seconds a file. A file has to be
-used, or refused by an error that is listed here; a process must neither die, hang nor grow. Of another
-format, such as GIF, an image may claim 89 million pixels in a few bytes: those take a second and 1 GB.
+used, or refused by an error that is listed here; a process must neither die, hang nor grow. An image
+may have 89 million pixels in few bytes: such a one takes 3 s and 1.4 GB.
 
 It found nothing BAD in 100,000 images, of which 30,363 were used, and in 5,000 files of each other kind
 but for what has been mended since: names that led outside of a dataset's folder, whole numbers in the

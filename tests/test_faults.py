@@ -45,7 +45,7 @@ def told(tmp_path_factory):
     """{campaign: (its exit code, what it printed)}; in one process without threads, which it forks."""
     folder = tmp_path_factory.mktemp("faults") / "shards"
     done = subprocess.run([sys.executable, "-c", CAMPAIGNS, str(folder)], cwd=ROOT, text=True,
-                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

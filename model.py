@@ -1003,7 +1003,7 @@ def seal(partial, folder, **facts):
     paths = sorted(partial.rglob("*"))
     files = {path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
              for path in paths if path.is_file()}
-    manifest = {**facts, "files": files}
+    manifest = {**facts, "name": folder.name, "files": files}
     manifest["checksum"] = manifest_checksum(manifest)
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     for path in [*paths, partial / "manifest.json", partial]:
@@ -1015,12 +1015,17 @@ def seal(partial, folder, **facts):
 
 
 def find_damage(folder):
-    """What is wrong with a checkpoint, in words; None if each file is, byte for byte, what seal() saw."""
-    manifest = read_manifest(folder)
-    if manifest is None:
+    """What is wrong with a checkpoint, in words; None if it is, byte for byte, what seal() saw."""
+    folder, manifest = Path(folder), read_manifest(folder)
+    if manifest is None or "name" not in manifest:
         return "manifest.json is missing or altered"
+    if manifest["name"] != folder.name:
+        return f"by its manifest.json it is {manifest['name']}"
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    if added := there - {"manifest.json", *manifest["files"]}:
+        return f"{min(added)} was added"
     for name, facts in manifest["files"].items():
-        path = Path(folder) / name
+        path = folder / name
         try:
             if not path.is_file() or path.is_symlink():
                 return f"{name} is missing"

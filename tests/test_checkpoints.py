@@ -57,7 +57,8 @@ def test_every_flipped_bit_is_found(tmp_path):
     (lambda folder: os.truncate(folder / "manifest.json", 100), "manifest.json is missing or altered"),
     (lambda folder: shutil.copy(folder / "vision.safetensors", folder / "adapter/config.json"),
      "adapter/config.json has 200 bytes"),
-    (lambda folder: shutil.rmtree(folder / "adapter"), "adapter/config.json is missing")])
+    (lambda folder: shutil.rmtree(folder / "adapter"), "adapter/config.json is missing"),
+    (lambda folder: (folder / "adapter/more").write_text("x"), "adapter/more was added")])
 def test_a_damaged_checkpoint_is_passed_over_again_and_again(harm, told, tmp_path, capsys):
     older, newer = make_checkpoint(tmp_path, 9), make_checkpoint(tmp_path, 10)
     assert newest_checkpoint(tmp_path) == newer and not capsys.readouterr().err
@@ -68,6 +69,13 @@ def test_a_damaged_checkpoint_is_passed_over_again_and_again(harm, told, tmp_pat
     harm(older)
     with pytest.raises(UserError, match="none of its 2 checkpoints is whole"):
         newest_checkpoint(tmp_path)
+
+
+def test_an_older_checkpoint_is_not_the_newest_by_another_name(tmp_path, capsys):
+    make_checkpoint(tmp_path, 9).rename(tmp_path / "step_000011")
+    newest = make_checkpoint(tmp_path, 10)
+    assert newest_checkpoint(tmp_path) == newest
+    assert "by its manifest.json it is step_000009" in capsys.readouterr().err
 
 
 def test_a_name_is_given_once(tmp_path):

@@ -23,9 +23,9 @@ from data import UserError
 from extras.faults import calls, full_disk, kill, lost_writes, tiny
 
 shards, told = tiny.prepare(sys.argv[1]), {}
-for module, settings in [(kill, dict(kills=25, steps=12)), (full_disk, dict(sizes=5)),
+for module, settings in [(kill, dict(kills=25, steps=8)), (full_disk, dict(sizes=5)),
                          (lost_writes, dict(unfinished=False)),
-                         (calls, dict(only="fsync,renameat,rename,unlinkat", errors="EIO", every=4,
+                         (calls, dict(only="fsync,renameat,rename,unlinkat", errors="EIO", every=6,
                                       limits=4))]:
     code, text = 0, io.StringIO()
     with contextlib.redirect_stdout(text):

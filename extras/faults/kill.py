@@ -8,8 +8,9 @@ A tiny run is started, killed by SIGKILL at a random moment of its expected life
 --resume=true and so on until it finishes; then the next run begins. It is the real train_vlm.main in
 a process of its own, forked so that torch is imported once.
 
-1,000 kills, 431 of them in training, 354 at the start, 191 in saving and 24 in pruning, found nothing
-but that one checkpoint more than --keep stays where the last save was complete and its pruning not.
+1,000 kills, 527 of them in training, 256 in saving, 178 at the start and 39 in pruning: 298 runs
+finished, all like the undisturbed one. One checkpoint more than --keep stays where the last save was
+complete and its pruning not.
 """
 
 import sys

@@ -1,7 +1,6 @@
 """Each row of extras/bench.py's table learns what samples run one at a time would learn."""
 
 import contextlib
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,23 +11,13 @@ import pytest
 import torch
 
 from data import Shard
+from extras import bench
 from model import VLM
 from test_packing import VOCABULARY, N, loss_alone, random_images, tensors, tiny_vlm, write_shard
 from test_train import shards  # noqa: F401, the fixture: a prepared part of the sample
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 50
-
-
-@pytest.fixture(scope="module")
-def bench():
-    spec = importlib.util.spec_from_file_location("bench", ROOT / "extras" / "bench.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench"] = module
-    before = list(sys.path)
-    spec.loader.exec_module(module)
-    sys.path[:] = before
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +38,7 @@ def optimizer_of(model):
 
 
 @pytest.fixture(scope="module")
-def plain(bench, questions):
+def plain(questions):
     """The losses of 50 steps whose samples are run one at a time."""
     _, raw, steps = questions
     model, losses = tiny_vlm("lora"), []
@@ -67,7 +56,7 @@ def plain(bench, questions):
     (1, 18, True, 1), (1, 40, True, 1), (1, 40, False, 1), (1, 40, False, 0), (2, 60, False, 0),
     (4, 60, False, 0), (0, 60, False, 0)])
 def test_fifty_steps_have_the_losses_of_samples_run_alone(shared, row_length, everywhere, recomputed,
-                                                          bench, questions, plain):
+                                                          questions, plain):
     shard, _, steps = questions
     model, losses = tiny_vlm("lora"), []
     model.vision.recomputed = model.language.recomputed = recomputed
@@ -82,7 +71,7 @@ def test_fifty_steps_have_the_losses_of_samples_run_alone(shared, row_length, ev
     assert losses == pytest.approx(plain, rel=1e-4)
 
 
-def test_recomputing_keeps_less_and_changes_no_gradient(bench, questions):
+def test_recomputing_keeps_less_and_changes_no_gradient(questions):
     shard, _, steps = questions
     step = bench.pack(shard, steps[0], 1, 40, bench.Config(micro_batch_tokens=10_000), N)
     found = []
@@ -101,8 +90,8 @@ def test_recomputing_keeps_less_and_changes_no_gradient(bench, questions):
 def test_the_table_is_written_and_the_peer_does_the_same_work(shards, tmp_path):  # noqa: F811
     done = subprocess.run(
         [sys.executable, "extras/bench.py", "--model=sample", "--data=sample", "--batch_size=6",
-         "--rounds=1", "--questions=6", f"--shards_dir={shards}", f"--out={tmp_path}/table.md"], cwd=ROOT, text=True,
-        capture_output=True)
+         "--rounds=1", "--questions=6", f"--shards_dir={shards}", f"--out={tmp_path}/table.md"], cwd=ROOT,
+        text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "table.md").read_text() in done.stdout
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]

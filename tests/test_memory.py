@@ -1,7 +1,6 @@
 """What extras/memory.py computes is exact where a formula tells it, and is what a process takes."""
 
 import contextlib
-import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,24 +10,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data import run
+from extras import memory
 
-ROOT = Path(__file__).resolve().parent.parent
 LANGUAGE, OTHERS, LORA = 6_738_415_616, 85_798_656 + 3_149_824, 4_194_304  # the paper's parameters
 
 
-@pytest.fixture(scope="module")
-def memory():
-    spec = importlib.util.spec_from_file_location("memory", ROOT / "extras" / "memory.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["memory"] = module
-    before = list(sys.path)
-    spec.loader.exec_module(module)
-    sys.path[:] = before
-    return module
-
-
 @pytest.mark.parametrize("mode", [contextlib.nullcontext, FakeTensorMode])
-def test_the_ledger_is_exact(mode, memory):
+def test_the_ledger_is_exact(mode):
     with mode(), memory.Ledger() as ledger:
         x, w = torch.zeros(64, 256, requires_grad=True), torch.zeros(256, 512)
         given, wide = (64 * 256 + 256 * 512) * 4, 64 * 512 * 4  # bytes of x and w; of their product
@@ -53,14 +41,14 @@ def has_peak():
 
 
 @pytest.mark.skipif(not has_peak(), reason="no GPU, and no /proc that tells the peak of a process")
-def test_a_process_takes_what_was_computed(memory):
+def test_a_process_takes_what_was_computed():
     batch = memory.pack("sample", 2048, 1)
     flags = replace(memory.FLAGS, model="sample")
     _, computed = memory.compute(flags, batch, memory.DTYPE, memory.DEVICE.type == "cuda")
     assert memory.measure_afresh("sample", 2048, 0) == pytest.approx(computed, rel=0.05)
 
 
-def test_smaller_micro_batches_and_recomputing_take_less(memory):
+def test_smaller_micro_batches_and_recomputing_take_less():
     def peak(tokens, recompute):
         flags = replace(memory.FLAGS, model="sample", recompute=recompute)
         return memory.compute(flags, memory.pack("sample", tokens, 1), torch.bfloat16)[1]
@@ -70,20 +58,20 @@ def test_smaller_micro_batches_and_recomputing_take_less(memory):
     assert whole > 1.5 * peak(1024, 0)
 
 
-def test_the_papers_frozen_weights_take_two_bytes_each(memory):
+def test_the_papers_frozen_weights_take_two_bytes_each():
     weights, peak = memory.compute(memory.FLAGS, memory.pack("paper", 256, 1), torch.bfloat16)
     assert weights == 2 * LANGUAGE + 4 * (OTHERS + LORA)
     fixed = 2 * LANGUAGE + 16 * (OTHERS + LORA)  # with gradients and both moments
     assert fixed < peak < fixed + 2e9
 
 
-def test_what_fits_lies_between_the_sizes(memory):
+def test_what_fits_lies_between_the_sizes():
     sizes, peaks = [1024, 2048, 4096], [10, 14, 22]
     found = [memory.fit(sizes, peaks, room) for room in (9, 10, 12, 14, 18.1, 22, 50)]
     assert found == ["< 1,024", "1,024", "1,536", "2,048", "3,072", ">= 4,096", ">= 4,096"]
 
 
-def test_tables_have_a_line_for_every_size_and_card(memory, capsys):
+def test_tables_have_a_line_for_every_size_and_card(capsys):
     memory.main(memory.Config(model="sample", micro_batch_tokens="512,128", questions="1",
                               recompute="0.5", cards="80,1"))
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
@@ -102,7 +90,7 @@ def test_tables_have_a_line_for_every_size_and_card(memory, capsys):
     ("--micro_batch_tokens=100", "--micro_batch_tokens=100: too few for an image's 197"),
     ("--questions=1.5", "--questions=1.5: numbers from 1 to 1,000"),
     ("--card=24", "unknown flag '--card=24': did you mean --cards?")])
-def test_a_mistake_is_told_in_one_line(flag, told, memory, monkeypatch, capsys):
+def test_a_mistake_is_told_in_one_line(flag, told, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["memory.py", flag])
     with pytest.raises(SystemExit) as stopped:
         run(memory.main, memory.Config)

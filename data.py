@@ -35,6 +35,7 @@ import hashlib
 import inspect
 import io
 import json
+import os
 import re
 import sys
 import typing
@@ -229,18 +230,38 @@ def resize_image(image, size, how="squash"):
     return image.resize((size, size), bicubic)
 
 
-# ----------------------------------------------------------------------------- shards
+# ----------------------------------------------------------------------------- files
 
-def manifest_checksum(manifest):
-    """Hash of a manifest without its own "checksum" entry."""
-    rest = {key: value for key, value in manifest.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+def sync(path):
+    """Bring a file or a folder's list of names to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_whole(path, content):
+    """Write bytes to a file that is, whatever happens, as before or as wanted."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
 
 
 def hash_file(path):
     """A file's SHA-256, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ----------------------------------------------------------------------------- shards
+
+def manifest_checksum(manifest):
+    """Hash of a manifest without its own "checksum" entry."""
+    rest = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder, name="manifest.json"):

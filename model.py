@@ -42,7 +42,7 @@ from safetensors.torch import save_file
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from data import BOS, EOS, UserError, hash_file, manifest_checksum, read_manifest, read_settings
+from data import BOS, EOS, UserError, hash_file, manifest_checksum, read_manifest, read_settings, sync
 from lora import add_lora, load_adapter, lora_layers, save_adapter
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -975,24 +975,6 @@ def load_exactly(model, files, dtype, device, prefix="", dropped=r"(?!)"):
 
 
 # ----------------------------------------------------------------------------- checkpoints
-
-def sync(path):
-    """Bring a file or a folder's list of names to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_whole(path, content):
-    """Write bytes to a file that is, whatever happens, as before or as wanted."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    sync(partial)
-    partial.replace(path)
-    sync(path.parent)
-
 
 def seal(partial, folder, **facts):
     """

@@ -4,14 +4,15 @@ Fine-tune an image encoder with a linear head to classify images, and compare en
     python train_cls.py --dataset=chaoyang --encoder=biomedclip     one run: 100 epochs, then the test
     python train_cls.py --dataset=path/to/folder --encoder=scratch  your own images, a folder a class
     python train_cls.py --report=true                               the table of all runs made so far
+    torchrun --standalone --nproc_per_node=8 -- train_cls.py --dataset=all --seeds=3    eight at a time
 
 The head reads the class token and the mean of the patch tokens side by side, Linear(2d, classes)
 (OpenMedQ, arXiv 2606.12953). One recipe serves all encoders. The epoch that is best on the
 validation split is the one that is tested. A run that was killed goes on where it stopped when the
 same command is given again, and one that is finished is not made twice.
 
-Each run is a line of results.jsonl, and a folder <out>/<dataset>/<name>/seed_<n>: model/ (encoder, head,
-classes), log.jsonl, test.csv (probabilities).
+Each run is a folder <out>/<dataset>/<name>/seed_<n>: model/ (encoder, head, classes), log.jsonl, test.csv
+(probabilities) and, written last, result.json (scores).
 """
 
 import csv
@@ -29,13 +30,16 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from data import Shard, UserError, load_image, random_keys, require_positive, resize_image, run
-from model import CONFIGS, ViT, describe_machine, load_encoder, normalise, pick_device, tensors_of
+from data import (Shard, UserError, load_image, random_keys, require_positive, resize_image, run,
+                  write_whole)
+from model import (CONFIGS, ViT, checkpoints, describe_machine, find_damage, join_group, load_encoder,
+                   newest_checkpoint, normalise, pick_device, seal, tensors_of)
 
 EIGHT = ("cxr8", "med_fmc_chest", "med_fmc_colon", "med_fmc_endo", "busi", "chaoyang", "cbis_ddsm",
          "mendeley_cxray")
@@ -66,7 +70,7 @@ class Config:
     images_per_class: int = 0  # train on only so many, another choice for each seed; 0: all
     shards_dir: str = "shards"  # where prepare/all.py put the datasets
     weights_dir: str = "weights"  # where it put the encoders
-    out: str = "out/cls"  # where runs and results.jsonl go
+    out: str = "out/cls"  # where runs go
     save_every: int = 10  # epochs between two states from which a killed run goes on
     device: str = "auto"  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the GPU has it
@@ -404,14 +408,24 @@ def train_epoch(model, optimizer, split, epoch, multi_label, config, device, aut
     return (total / count).item()
 
 
-def save_state(path, **state):
-    """Write what a killed run goes on from, whole or not at all."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def save_state(folder, **state):
+    """Write what a killed run goes on from, whole or not at all, and remove what was there before."""
+    partial = folder / "partial_state"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    torch.save(state, partial / "state.pt")
+    seal(partial, folder / f"step_{state['epoch']:06d}")
+    for old in checkpoints(folder)[1:]:
+        shutil.rmtree(old)
+
+
+def load_state(folder, device):
+    """The state of a killed run, verified."""
+    newest = newest_checkpoint(folder)
+    for other in checkpoints(folder):
+        if other != newest:  # older, or damaged and to be made again
+            shutil.rmtree(other)
+    return torch.load(newest / "state.pt", map_location=device, weights_only=True)
 
 
 def copy_of(model):
@@ -427,17 +441,19 @@ def save_model(folder, model, facts):
         save_file(tensors_of(getattr(model, part)), partial / f"{part}.safetensors", {"format": "pt"})
     (partial / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
     shutil.rmtree(folder / "model", ignore_errors=True)
-    partial.rename(folder / "model")
+    seal(partial, folder / "model")
 
 
 def load_model(folder, device):
     """The Classifier that save_model wrote, and its facts."""
-    path = folder / "model" / "config.json"
-    if not path.is_file():
+    path = folder / "model"
+    if not path.is_dir():
         raise UserError(f"{folder}: no trained model; run the same command without --predict first")
-    facts = json.loads(path.read_text())
-    model = Classifier(load_encoder(path.parent / "encoder.safetensors"), len(facts["classes"]))
-    model.head.load_state_dict(load_file(path.parent / "head.safetensors"))
+    if damage := find_damage(path):
+        raise UserError(f"{path}: {damage}; delete {folder} and train again")
+    facts = json.loads((path / "config.json").read_text())
+    model = Classifier(load_encoder(path / "encoder.safetensors"), len(facts["classes"]))
+    model.head.load_state_dict(load_file(path / "head.safetensors"))
     return model.to(device).eval(), facts
 
 
@@ -450,10 +466,9 @@ FREE = ("seeds", "shards_dir", "weights_dir", "out", "save_every", "device", "re
 
 
 def read_results(config):
-    """Every run of results.jsonl as a dict, {(dataset, name, seed): run}."""
-    path = Path(config.out) / "results.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return {(entry["dataset"], entry["name"], entry["seed"]): entry for entry in map(json.loads, lines)}
+    """The result.json of every run that is finished, {(dataset, name, seed): result}."""
+    entries = [json.loads(path.read_text()) for path in Path(config.out).glob("*/*/seed_*/result.json")]
+    return {(entry["dataset"], entry["name"], entry["seed"]): entry for entry in entries}
 
 
 def train(model, splits, few, multi_label, folder, config, device, autocast):
@@ -462,10 +477,10 @@ def train(model, splits, few, multi_label, folder, config, device, autocast):
     the best one; returns that epoch's number and its macro-F1 on validation.
     """
     optimizer = make_optimizer(model, config)
-    state_file, log_file = folder / "state.pt", folder / "log.jsonl"
+    log_file = folder / "log.jsonl"
     first, best, best_epoch, best_weights, lines = 0, -1.0, 0, None, []
-    if state_file.is_file():
-        state = torch.load(state_file, map_location=device, weights_only=True)
+    if checkpoints(folder):
+        state = load_state(folder, device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first, best, best_epoch = state["epoch"], state["best"], state["best_epoch"]
@@ -491,21 +506,21 @@ def train(model, splits, few, multi_label, folder, config, device, autocast):
             if config.patience and epoch + 1 - best_epoch >= config.patience:
                 break
             if (epoch + 1) % config.save_every == 0:
-                save_state(state_file, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                save_state(folder, model=model.state_dict(), optimizer=optimizer.state_dict(),
                            epoch=epoch + 1, best=best, best_epoch=best_epoch, best_weights=best_weights)
     model.load_state_dict(best_weights)
     return best_epoch, best
 
 
 def make_run(dataset, splits, manifest, config, device, dtype):
-    """Train and test with one seed, unless that was done; returns the run's line of results.jsonl."""
+    """Train and test with one seed, unless that was done; returns what result.json holds."""
     name, classes = config.name or config.encoder, manifest["classes"]
     folder = Path(config.out) / dataset / name / f"seed_{config.seed}"
     flags = {key: value for key, value in asdict(config).items() if key not in FREE}
     flags["dataset"] = dataset
     done = read_results(config).get((dataset, name, config.seed))
     before = done["flags"] if done else (json.loads((folder / "config.json").read_text())
-                                         if (folder / "state.pt").is_file() else flags)
+                                         if checkpoints(folder) else flags)
     for key, value in flags.items():
         if before.get(key) != value:
             raise UserError(f"--{key}={value}: the run in {folder} has {before.get(key)}; choose another "
@@ -526,7 +541,7 @@ def make_run(dataset, splits, manifest, config, device, dtype):
     everyone = np.concatenate([split.labels for split in splits.values()])
     multi_label = bool((everyone.sum(1) != 1).any())
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(flags, indent=2) + "\n")
+    write_whole(folder / "config.json", (json.dumps(flags, indent=2) + "\n").encode())
     best_epoch, best = train(model, splits, few, multi_label, folder, config, device, autocast)
 
     validation, test = (predict(model, splits[split].pixels, multi_label, config, device, autocast)
@@ -543,9 +558,9 @@ def make_run(dataset, splits, manifest, config, device, dtype):
     write_csv(folder / "test.csv", ["image", "labels", *classes], [
         [image, "|".join(np.array(classes)[labels]), *(f"{p:.6f}" for p in probabilities)]
         for image, labels, probabilities in zip(splits["test"].names, actual, test)])
-    with open(Path(config.out) / "results.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
-    (folder / "state.pt").unlink(missing_ok=True)
+    write_whole(folder / "result.json", (json.dumps(entry, indent=2) + "\n").encode())
+    for state in [folder / "partial_state", *checkpoints(folder)]:
+        shutil.rmtree(state, ignore_errors=True)
     return entry
 
 
@@ -621,7 +636,7 @@ def report(config):
     """Print the runs made so far as a table, the paper's means beside it, and what differs reliably."""
     results = read_results(config)
     if not results:
-        raise UserError(f"{config.out}/results.jsonl: no run yet; make one with --dataset and --encoder")
+        raise UserError(f"{config.out}: no run yet; make one with --dataset and --encoder")
     groups, names = measured(results)
     means = groups.pop(MEAN, {})
     rows = [["macro-F1 on test", *names]]
@@ -673,26 +688,42 @@ def predict_folder(dataset, config, device, dtype):
     print(f"{target}: {len(rows):,} images, {unreadable:,} files that could not be read")
 
 
-def main(config):
-    require_positive(config, "seeds", "epochs", "batch_size", "save_every")
-    if config.report:
-        return report(config)
-    device, dtype = pick_device(config.device, config.dtype)
+def find_datasets(config, image_size):
+    """The names of the prepared datasets that --dataset names; a folder or csv of one's own is prepared."""
     names = EIGHT if config.dataset == "all" else [name.strip() for name in config.dataset.split(",")]
-    image_size = make_encoder(config, "meta" if config.encoder == "scratch" else "cpu").config.image_size
+    found = []
     for name in names:
         if "/" in name or Path(name).suffix == ".csv" or (
                 Path(name).is_dir() and not (Path(config.shards_dir) / name).is_dir()):
             from prepare.folder import prepare_folder  # prepared like any other dataset, on the spot
 
             name = prepare_folder(name, config.shards_dir, image_size)
-        if config.predict:
+        found.append(name)
+    return found
+
+
+def main(config):
+    require_positive(config, "seeds", "epochs", "batch_size", "save_every")
+    if config.report:
+        return report(config)
+    device, dtype = pick_device(config.device, config.dtype)
+    rank, ranks, device = join_group(device, timeout=30 * 24 * 3600)  # each is done when it is done
+    image_size = make_encoder(config, "meta" if config.encoder == "scratch" else "cpu").config.image_size
+    names = [find_datasets(config, image_size) if rank == 0 else None]
+    if ranks > 1:
+        dist.broadcast_object_list(names)
+    if config.predict:
+        for name in names[0][rank::ranks]:
             predict_folder(name, config, device, dtype)
-            continue
+        return
+    runs = list(itertools.product(names[0], range(config.seed, config.seed + config.seeds)))
+    for name, mine in itertools.groupby(runs[rank::ranks], key=lambda pair: pair[0]):
         splits, manifest = open_dataset(name, config, image_size)
-        for seed in range(config.seed, config.seed + config.seeds):
+        for _, seed in mine:
             print_run(make_run(name, splits, manifest, replace(config, seed=seed), device, dtype))
-    if config.seeds > 1 and not config.predict:
+    if ranks > 1:
+        dist.barrier()
+    if len(runs) > 1 and rank == 0:
         print()
         report(config)
 

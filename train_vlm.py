@@ -30,10 +30,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from data import Batch, Tokenizer, UserError, open_mixture, read_manifest, require_positive, run
+from data import (Batch, Tokenizer, UserError, open_mixture, read_manifest, require_positive, run, sync,
+                  write_whole)
 from lora import add_lora
 from model import (CONFIGS, HAS_TRITON, VLM, checkpoints, describe_machine, find_damage, is_trained,
-                   join_group, newest_checkpoint, pick_device, seal, sync, write_whole)
+                   join_group, newest_checkpoint, pick_device, seal)
 
 
 @dataclass(frozen=True)

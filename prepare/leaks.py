@@ -19,14 +19,13 @@ are never written anew for it: another test split is compared alone, and a rerun
 import functools
 import hashlib
 import json
-import os
 from collections import defaultdict
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
 
-from data import SHARD_VERSION, Shard, manifest_checksum, read_manifest
+from data import SHARD_VERSION, Shard, manifest_checksum, read_manifest, write_whole
 from prepare.datasets import DATASETS
 
 FINGERPRINT = np.dtype([("pixels", "<u8"), ("look", "u1", 32)])
@@ -170,18 +169,8 @@ def guard(shards_dir, leaks):
         report[train] = facts | {"found": {test: reasons for test, reasons in found.items() if reasons},
                                  "test_images": {test: n for test, n in images.items() if n}}
         report[train]["checksum"] = manifest_checksum(report[train])
-        write(folder / "leaks.json", report[train])
+        write_whole(folder / "leaks.json", json.dumps(report[train]).encode())
     return dict(sorted(report.items()))
-
-
-def write(path, leaks):
-    """Write a leaks.json, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(leaks, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def report_rows(report):

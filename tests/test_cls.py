@@ -4,9 +4,10 @@ import csv
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import train_cls
 from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard, UserError
 from lora import add_lora
-from model import CONFIGS, Linear, ResNet, ResNetConfig, ViT, ViTConfig, seal
+from model import CONFIGS, Linear, ResNet, ResNetConfig, ViT, ViTConfig, checkpoints, seal
 from prepare.datasets import DATASETS, Dataset
 from prepare.leaks import guard
 from prepare.questions import train_sample_tokenizer
@@ -69,6 +70,14 @@ def settings(tmp_path, **flags):
                      "out": str(tmp_path / "cls"), "device": "cpu", **flags})
 
 
+def write_results(out, entries):
+    """The result.json of runs that were not made."""
+    for entry in entries:
+        folder = Path(out) / entry["dataset"] / entry["name"] / f"seed_{entry['seed']}"
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps(entry))
+
+
 @pytest.fixture
 def toy(tmp_path):
     return write(tmp_path, "toy", toy_records(("dark", "light")), ("dark", "light"))
@@ -87,7 +96,7 @@ def test_a_run_learns_what_there_is_to_see_and_leaves_a_model(toy, capsys):
     assert "toy, scratch, seed 1: 8 test images" in printed and "macro-F1 1.000 (1.000 to 1.000)" in printed
     assert "1.000 ± 0.000" in printed  # the table, after several seeds
     folder = toy / "cls/toy/scratch/seed_0"
-    assert sorted(os.listdir(folder)) == ["config.json", "log.jsonl", "model", "test.csv"]
+    assert sorted(os.listdir(folder)) == ["config.json", "log.jsonl", "model", "result.json", "test.csv"]
     rows = list(csv.DictReader(open(folder / "test.csv")))
     assert len(rows) == 8 and all(float(row[row["labels"]]) > 0.5 for row in rows)
     main(config)  # finished: nothing is made twice
@@ -217,7 +226,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(killed_in, toy, monke
         main(settings(toy, out=out, **flags))
     monkeypatch.setattr(train_cls, "train_epoch", original)
     stopped = toy / "again/toy/scratch/seed_0"
-    assert (stopped / "state.pt").is_file() == (killed_in > 1)
+    assert [state.name for state in checkpoints(stopped)] == {1: [], 3: ["step_000002"], 4: ["step_000004"]}[killed_in]
     if killed_in > 1:
         with pytest.raises(UserError, match="--learning_rate=0.1: the run in .* has 0.0003; choose another"):
             main(settings(toy, out=out, **{**flags, "learning_rate": 0.1}))
@@ -228,6 +237,62 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(killed_in, toy, monke
     one, other = (read_results(settings(toy, out=folder))["toy", "scratch", 0]
                   for folder in (out, str(toy / "cls")))
     assert one["test"] == other["test"] and one["best_epoch"] == other["best_epoch"]
+
+
+def test_a_damaged_state_or_model_is_refused_and_an_older_whole_state_is_used(toy, monkeypatch):
+    flags = {"epochs": 5, "save_every": 2}
+    folder = toy / "cls/toy/scratch/seed_0"
+    original = train_cls.train_epoch
+
+    def stop(model, optimizer, split, epoch, *rest):
+        if epoch == 4:
+            raise KeyboardInterrupt
+        return original(model, optimizer, split, epoch, *rest)
+
+    monkeypatch.setattr(train_cls, "train_epoch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        main(settings(toy, **flags))
+    monkeypatch.setattr(train_cls, "train_epoch", original)
+    state = folder / "step_000004/state.pt"
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1  # in a weight, where torch.load would not see it
+    state.write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(UserError, match="none of its 1 checkpoints is whole"):
+            main(settings(toy, **flags))
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    partial = folder / "partial_older"
+    partial.mkdir()
+    shutil.copy(state, partial)
+    seal(partial, folder / "step_000003")
+    state.write_bytes(content[:-1])
+    main(settings(toy, **flags))
+    assert not checkpoints(folder) and (folder / "result.json").is_file()
+    with open(folder / "model/head.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"?")
+    with pytest.raises(UserError, match="model: head.safetensors was altered; delete .*seed_0 and train again"):
+        main(settings(toy, predict=str(toy), **flags))
+
+
+def test_two_processes_share_the_runs_and_make_what_one_makes(toy):
+    """Each run is one process's: not a bit depends on their number."""
+    main(settings(toy, seeds=3))
+    config = settings(toy, seeds=3, out=str(toy / "two"))
+    flags = [f"--{item.name}={getattr(config, item.name)}" for item in fields(config)]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+                           "--", "train_cls.py", *flags], cwd=ROOT, text=True, capture_output=True,
+                          env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("mean over seeds") == 1
+    one, two = read_results(settings(toy)), read_results(config)
+    assert one.keys() == two.keys() and len(two) == 3
+    for key, entry in one.items():
+        assert entry["test"] == two[key]["test"] and entry["best_epoch"] == two[key]["best_epoch"]
+        names = [Path("toy/scratch") / f"seed_{key[2]}" / "model" / name for name in
+                 ("encoder.safetensors", "head.safetensors")]
+        assert all((toy / "cls" / name).read_bytes() == (toy / "two" / name).read_bytes() for name in names)
 
 
 def test_the_best_epoch_on_validation_is_tested_and_patience_stops(toy, monkeypatch):
@@ -352,12 +417,11 @@ def test_what_is_not_there_is_named_with_what_brings_it(toy):
 
 def test_the_table_leaves_blank_what_was_not_run(tmp_path, capsys):
     config = settings(tmp_path, report=True)
-    Path(config.out).mkdir()
-    lines = [{"dataset": dataset, "name": name, "seed": seed, "test": {"macro_f1": value + 0.01 * seed}}
-             for name, value in (("scratch", 0.5), ("openmedq", 0.7))
-             for dataset in (EIGHT if name == "openmedq" else EIGHT[:2]) for seed in range(3)]
-    lines.append({"dataset": "busi", "name": "biomedclip", "seed": 7, "test": {"macro_f1": 0.6}})
-    (Path(config.out) / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    entries = [{"dataset": dataset, "name": name, "seed": seed, "test": {"macro_f1": value + 0.01 * seed}}
+               for name, value in (("scratch", 0.5), ("openmedq", 0.7))
+               for dataset in (EIGHT if name == "openmedq" else EIGHT[:2]) for seed in range(3)]
+    entries.append({"dataset": "busi", "name": "biomedclip", "seed": 7, "test": {"macro_f1": 0.6}})
+    write_results(config.out, entries)
     main(config)
     printed = capsys.readouterr().out.splitlines()
     table = {line[:18].strip(): line[18:].split("  ") for line in printed}

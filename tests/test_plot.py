@@ -1,7 +1,6 @@
 """extras/plot.py: what its bars show, what it leaves blank, and what it says where it cannot draw."""
 
 import importlib.util
-import json
 import math
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from test_cls import write_results
 from train_cls import EIGHT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,8 +32,7 @@ def entries(scores):
 
 
 def draw(tmp_path, results):
-    lines = [json.dumps(entry) + "\n" for entry in results.values()]
-    (tmp_path / "results.jsonl").write_text("".join(lines))
+    write_results(tmp_path, results.values())
     return subprocess.run(
         [sys.executable, "extras/plot.py", f"--out={tmp_path}",
          f"--path={tmp_path}/deep/picture.png"], cwd=ROOT, text=True, capture_output=True)

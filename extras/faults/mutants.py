@@ -46,7 +46,7 @@ MUTANTS = [  # what is wrong, in which file, [(its words, the words instead), ..
      [("        sync(path.parent)  #", "        pass  #")], LOST),
     ("no fsync of the log before a checkpoint", "train_vlm.py",
      [('sync(folder / "log.jsonl")', "pass")], LOST),
-    ("no fsync before a rewritten file takes its place", "model.py",
+    ("no fsync before a rewritten file takes its place", "data.py",
      [("    sync(partial)\n", "")], LOST),
     ("a checkpoint gets its name before its manifest", "model.py",
      [(NAMED, ""),

@@ -3,8 +3,9 @@ Does training leak? Watches the memory, open files and threads of train_vlm.py w
 
     python extras/faults/soak.py --minutes=40 --flags="--model=small --data=path_vqa --language=full"
 
-A line a minute; at the end the slope of the resident memory over the second half, by least squares, and
-what is left when the run has been stopped by SIGTERM: no process of it, no shared memory. Linux, by /proc.
+A line a minute; at the end the slope of the process's own resident memory over the second half, by least
+squares, and what is left when the run has been stopped by SIGTERM: no process of it, no shared memory. Pages
+of the mapped shards are not its own: the system takes them back when it wants them. Linux, by /proc.
 """
 
 import os
@@ -33,11 +34,12 @@ class Config:
 
 
 def look(process):
-    """Megabytes resident, open files, threads, child processes."""
+    """Megabytes resident without mapped files, open files, threads, child processes."""
     folder = Path(f"/proc/{process}")
     status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
     children = (folder / "task" / str(process) / "children").read_text().split()
-    return (int(status["VmRSS"].split()[0]) / 1e3, len(os.listdir(folder / "fd")), int(status["Threads"]),
+    own = sum(int(status[kind].split()[0]) for kind in ("RssAnon", "RssShmem"))
+    return (own / 1e3, len(os.listdir(folder / "fd")), int(status["Threads"]),
             len(children))
 
 

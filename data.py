@@ -47,7 +47,7 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 BOS, EOS = 1, 2  # LLaMA's ids; PMC-LLaMA's config.json says 0 and 1, which its tokenizer contradicts
 PROMPT_VERSION = 1  # raised when format_prompt changes, so that older shards are refused
@@ -194,9 +194,12 @@ def load_image(content, at_least=0):
     of its size, which is several times as fast. 16-bit, integer and float pixels are stretched
     from their minimum and maximum to 0..255, since a cast would keep only the low bits.
     Transparent pixels are laid over black. Raises what Pillow raises on a broken file, and
-    ValueError on more pixels than fit into 2 GiB of memory whatever the format.
+    ValueError on another format and on more pixels than fit into 2 GiB of memory.
     """
-    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError:  # Pillow's words name an object in memory
+        raise ValueError(f"none of {', '.join(FORMATS)}") from None
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself refuses twice as many
         raise ValueError(f"an image of {image.width} x {image.height} pixels")
     if at_least:

@@ -3,6 +3,7 @@ Answer the questions of test splits with a trained model, and score the answers.
 
     python eval_vqa.py                       the newest run, on every prepared test split of questions
     python eval_vqa.py --run=out/x --data=path_vqa --blind=none
+    python eval_vqa.py --image=scan.png --question="what is shown?"       one answer, without scores
 
 Every score stands beside two that see no image: the same model with the images exchanged among the
 questions, and the most frequent training answer to the same question. What the model gains over
@@ -29,7 +30,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Shard, Tokenizer, UserError, require_positive, run
+from data import (Shard, Tokenizer, UserError, format_prompt, load_image, require_positive, resize_image,
+                  run, write_whole)
 from model import VLM, describe_machine, join_group, newest_checkpoint, pick_device
 
 QUESTIONS_PER_ROW = 32  # that share an image's keys and values; more of them start another row
@@ -40,6 +42,8 @@ TYPES_SHOWN = 10
 @dataclass(frozen=True)
 class Config:
     run: str = ""  # folder of a train_vlm.py run; none: the newest in out/
+    image: str = ""  # with --question: the image file that it is about; none: it is about none
+    question: str = ""  # to answer instead of test splits
     data: str = ""  # prepared datasets; none: all that ask about images
     split: str = "test"  # split to answer
     shards_dir: str = "shards"  # where prepare/all.py put them
@@ -196,6 +200,23 @@ def answer(model, tokenizer, shard, shown, config):
     return answers
 
 
+def ask(model, tokenizer, question, image="", resize="squash", max_new_tokens=32, temperature=0.0):
+    """
+    The answer to one question, as text. image: path of an image file, "" for none; resize: how it is
+    made square, as the training images were (data.resize_image). Raises UserError when it is no image.
+    """
+    pixels = None
+    if image:
+        size = model.vision.config.image_size
+        try:
+            pixels = np.asarray(resize_image(load_image(Path(image).read_bytes(), 2 * size), size, resize))
+        except Exception as error:  # each decoder has its own ways to fail on a broken file
+            raise UserError(f"{image}: not an image that can be read ({error})") from None
+    prompt = tokenizer.encode(format_prompt(question))
+    ((_, (tokens,)),) = model.generate([(pixels, [prompt])], max_new_tokens, temperature)
+    return tokenizer.decode(tokens)
+
+
 def find_seen(test, records, trained, config):
     """
     For each record of a test split why it is not new to the run, "words", "image", "words and image"
@@ -335,12 +356,20 @@ def open_shards(config, tokenizer):
 
 def main(config):
     require_positive(config, "batch_size", "max_new_tokens")
+    if config.image and not config.question:
+        raise UserError("--image: give a --question about it, too")
     folder = Path(config.run) if config.run else newest_run()
     checkpoint = newest_checkpoint(folder)
     trained = json.loads((folder / "config.json").read_text())
     tokenizer = Tokenizer(folder / "tokenizer.model")
-    shards = open_shards(config, tokenizer)
     device, dtype = pick_device(config.device, config.dtype)
+    if config.question:
+        model = VLM.load(checkpoint, dtype, device).eval()
+        torch.manual_seed(config.seed)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return print(ask(model, tokenizer, config.question, config.image, trained.get("resize", "squash"),
+                             config.max_new_tokens, config.temperature))
+    shards = open_shards(config, tokenizer)
     rank, _, device = join_group(device)
     model = VLM.load(checkpoint, dtype, device).eval()
     for shard in shards:
@@ -387,10 +416,10 @@ def main(config):
         path = folder / ("predictions.jsonl" if row == "model" else
                          f"predictions_{row.replace(' ', '_')}.jsonl")
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines[row])
-        path.write_text(text, encoding="utf-8")
-    (folder / "results.json").write_text(json.dumps(
+        write_whole(path, text.encode())
+    write_whole(folder / "results.json", (json.dumps(
         {"checkpoint": checkpoint.name, "flags": asdict(config), "machine": describe_machine(device),
-         "training": trained, "results": results}, indent=2) + "\n")
+         "training": trained, "results": results}, indent=2) + "\n").encode())
     print(f"\nanswers in {folder}/predictions*.jsonl, scores in {folder}/results.json")
 
 

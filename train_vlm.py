@@ -293,6 +293,7 @@ def write_run(folder, config, mixture, tokenizer, device):
     write_whole(folder / "tokenizer.model", tokenizer.path.read_bytes())
     write_whole(folder / "config.json", (json.dumps(
         {"flags": asdict(config), "tokenizer_sha256": tokenizer.sha256,
+         "resize": mixture.shards[0].manifest["image"]["resize"],
          "leaks": {shard.folder.parent.name: {name: read_manifest(shard.folder, "leaks.json")[name]
                                               for name in ("leaks", "tests")}
                    for shard in mixture.shards},

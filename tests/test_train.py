@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import eval_vqa
 import train_vlm
-from data import UserError
+from data import Shard, Tokenizer, UserError
 from model import VLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,6 +107,15 @@ def test_learns_by_heart_and_answers(shards, tmp_path, capsys):
         assert 100 * hits / 64 == pytest.approx(exact[row])
     assert "image shuffled" in capsys.readouterr().out
     assert VLM.from_run(run).vision.config.width == 128
+    # A question from the shell or from Python gets the answer that it has in the table
+    model, tokenizer, shard = VLM.from_run(run).eval(), Tokenizer(run / "tokenizer.model"), Shard(shards / "sample/train")
+    lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    for number in (0, 9, 40):
+        Image.fromarray(shard.read_image(shard.samples["image"][number])).save(tmp_path / "x.png")
+        question = lines[number]["question"]
+        assert eval_vqa.ask(model, tokenizer, question, tmp_path / "x.png") == lines[number]["prediction"]
+    done = command("eval_vqa.py", f"--run={run}", f"--image={tmp_path}/x.png", f"--question={question}")
+    assert done.stdout == lines[number]["prediction"] + "\n" and done.returncode == 0
     done = command("extras/follow.py", f"--run={run}", "--data=sample", "--split=train",
                    f"--shards_dir={shards}")
     assert done.returncode == 0, done.stderr
@@ -132,6 +142,16 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_flags(shards, tmp_p
                              language="frozen"))
 
 
+@pytest.mark.parametrize("content, reason", [
+    (b"no image at all", "none of PNG, JPEG"), (None, "No such file"), (b"\x89PNG\r\n\x1a\n", "none of PNG")])
+def test_what_is_no_image_gets_no_answer(tmp_path, content, reason):
+    if content is not None:
+        (tmp_path / "x.png").write_bytes(content)
+    model = VLM.build("sample", 100)
+    with pytest.raises(UserError, match=f"x.png: not an image that can be read .*{reason}"):
+        eval_vqa.ask(model, None, "what is shown?", tmp_path / "x.png")
+
+
 def test_another_tokenizer_is_refused(shards, tmp_path):
     run = tmp_path / "run"
     train_vlm.main(flags(shards, run, max_steps=1))
@@ -149,6 +169,7 @@ def test_another_tokenizer_is_refused(shards, tmp_path):
     (["train_vlm.py", "--data=nowhere", "--model=sample"], "prepare/all.py --only=nowhere"),
     (["train_vlm.py", "--data=sample:much"], "'much' is no weight"),
     (["eval_vqa.py", "--run=out/no_such_run"], "python train_vlm.py --run=out/no_such_run"),
+    (["eval_vqa.py", "--image=x.png"], "--image: give a --question about it"),
     (["prepare/all.py", "--only=path_vqq"], "path_vqa"),
 ])
 def test_a_mistake_gets_one_line_and_code_2(words, expected):

@@ -36,25 +36,27 @@ def prepared_counts(folder):
         return None
 
 
+def read_mix(shards_dir):
+    """(kind, dataset, published, prepared, skipped, leaked) of each pretraining dataset; None: not known."""
+    return [(title, dataset.name, dataset.counts.get("train"),
+             *(prepared_counts(Path(shards_dir) / dataset.name / "train") or (None,) * 3))
+            for title in PAPER for dataset in DATASETS.values()
+            if dataset.kind != "classification" and not dataset.only_by_name and dataset.name != "sample"
+            and (dataset.kind == "text questions") == (title == "text alone")]
+
+
 def table(shards_dir):
     """The table's lines."""
-    def cell(count):
-        return "" if count is None else f"{count:,}"
-
     lines = ["| dataset | published, train | prepared | skipped | images also in a test |",
              "|---|--:|--:|--:|--:|"]
+    rows = read_mix(shards_dir)
     for title, paper in PAPER.items():
-        members = [dataset for dataset in DATASETS.values()
-                   if dataset.kind != "classification" and not dataset.only_by_name
-                   and dataset.name != "sample"
-                   and (dataset.kind == "text questions") == (title == "text alone")]
         total = 0
-        for dataset in members:
-            published = dataset.counts.get("train")
-            total += published or 0
-            counts = prepared_counts(Path(shards_dir) / dataset.name / "train") or (None,) * 3
-            lines.append(f"| {dataset.name} | {cell(published) or 'unknown'} | "
-                         f"{' | '.join(map(cell, counts))} |")
+        for kind, name, published, *counts in rows:
+            if kind == title:
+                total += published or 0
+                cells = ("" if count is None else f"{count:,}" for count in counts)
+                lines.append(f"| {name} | {f'{published:,}' if published else 'unknown'} | {' | '.join(cells)} |")
         lines.append(f"| **{title}**: sum | {total:,} | | | |")
         lines.append(f"| the paper's | {paper:,} | | | |")
         lines.append(f"| gap | {paper - total:,} | | | |")

@@ -1,9 +1,13 @@
 """
-Draw the runs of train_cls.py as bars, a group a dataset and a bar an encoder, beside the paper's means.
+Draw what was run and what there is to train on, a picture a command.
 
-    python extras/plot.py
+    python extras/plot.py                                         the runs of train_cls.py, as bars
+    python extras/plot.py --what=training --runs=out/a,out/b      the curves of train_vlm.py's runs
+    python extras/plot.py --what=mix                              extras/mix.py's table
 
-What was not run is left blank. Needs `pip install -r extras/requirements.txt`.
+Classification has a group of bars a dataset and a bar an encoder, beside the paper's means; what was
+not run is left blank. The training loss is a running mean over about a twentieth of the run, with what
+was logged faint behind it. Needs `pip install -r extras/requirements.txt`.
 """
 
 import sys
@@ -11,47 +15,75 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
 
+import contextlib
+import json
 import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from data import UserError, run
+from extras import mix
 from train_cls import MEAN, PAPER, measured, read_results
 
-SIZE = (12, 5)  # inches, of 100 pixels
+WIDTH = 12  # inches of 100 pixels
+FONT = 12  # points of 1.4 pixels
 # Okabe and Ito's colours, which those who are colour-blind can tell apart; the encoders keep theirs
 # whichever others are drawn beside them.
 COLOURS = {"openmedq": "#D55E00", "biomedclip": "#0072B2", "pubmedclip": "#56B4E9",
            "pmc_clip": "#009E73", "scratch": "#999999"}
 MORE_COLOURS = ("#E69F00", "#CC79A7", "#F0E442", "#000000")
+RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
+MIX_COLOURS = {"image and text": "#0072B2", "text alone": "#E69F00"}
+GREY = "#333333"
+PALE = 0.35  # of 1, which covers
+HELD_OUT = {"label": "held out", "linestyle": "--", "marker": "o", "markersize": 4}
+ERROR = {"label": "stopped by an error", "linestyle": ":", "linewidth": 2}
+LOGGED = ("loss", "held_out_loss", "learning_rate", "samples_per_second", "error")
 
 
 @dataclass(frozen=True)
 class Config:
-    out: str = "out/cls"  # where train_cls.py put its runs
-    path: str = "out/classification.png"  # of the picture
-    start: float = 0.4  # of the y axis, which the picture states; lower where a bar would not be seen
+    what: Literal["classification", "training", "mix"] = "classification"  # to draw
+    path: str = ""  # of the picture, .png, .svg or .pdf; none: out/<what>.png
+    out: str = "out/cls"  # classification: where train_cls.py put its runs
+    start: float = 0.4  # classification: of the y axis, which says so; lower where a bar needs it
+    runs: str = ""  # training: folders of train_vlm.py's runs, with commas; none: the newest in out/
+    shards_dir: str = "shards"  # mix: where prepare/all.py put the datasets
 
 
-def new_figure():
-    """A figure and its axes."""
+def new_figure(height, ratios=(1,)):
+    """A figure so many inches high, and its axes: one below the other in these heights, x shared."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("no matplotlib here; run `pip install -r extras/requirements.txt`") from None
-    figure = Figure(SIZE, dpi=100, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=12)
-    return figure, axes
+    figure = Figure((WIDTH, height), dpi=100, layout="constrained")
+    rows = figure.subplots(len(ratios), sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
+    for axes in rows:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=FONT)
+        axes.set_axisbelow(True)
+    return figure, rows
 
 
 def wrap(name, width):
     """A name in lines of at most so many characters, which end in an underscore where they can."""
     return "\n".join(re.findall(rf".{{1,{width}}}$|.{{1,{width - 1}}}[_ -]|.{{{width}}}", name))
+
+
+def add_legend(figure, handles):
+    """A legend of labelled artists below a figure, in as many columns as their names leave room for."""
+    labels = [wrap(handle.get_label(), 100) for handle in handles]
+    widths = [6 + len(label) for label in labels]  # of which about 110 fit in a line
+    columns = len(labels) if sum(widths) <= 110 else max(1, 110 // max(widths))
+    figure.legend(handles, labels, ncols=columns, loc="outside lower center", fontsize=FONT,
+                  frameon=False)
+    lines = sum(1 + label.count("\n") for label in labels) / columns
+    figure.set_figheight(figure.get_figheight() + 0.25 * max(0, math.ceil(lines) - 2))
 
 
 # ----------------------------------------------------------------------------- classification
@@ -60,9 +92,9 @@ def draw_classification(config):
     """Macro-F1 of every dataset and encoder, like the paper's figure 1a."""
     results = read_results(config)
     if not results:
-        raise UserError(f"{config.out}/results.jsonl: no run yet; make one with `python train_cls.py`")
+        raise UserError(f"{config.out}: no run yet; make one with `python train_cls.py`")
     bars, names = measured(results)
-    figure, axes = new_figure()
+    figure, [axes] = new_figure(5)
     looks = {name: (colour, "") for name, colour in COLOURS.items()}
     for number, name in enumerate(name for name in names if name not in looks):
         again, which = divmod(number, len(MORE_COLOURS))
@@ -93,7 +125,7 @@ def draw_classification(config):
     axes.tick_params(axis="x", length=0)
     axes.grid(axis="y", color="#dddddd")
     axes.set_axisbelow(True)
-    axes.set_ylabel(f"macro-F1 (axis starts at {start:g})", fontsize=12)
+    axes.set_ylabel(f"macro-F1 (axis starts at {start:g})", fontsize=FONT)
     counts = defaultdict(int)
     for dataset, name, _ in results:
         counts[dataset, name] += 1
@@ -101,15 +133,157 @@ def draw_classification(config):
     seeds = f"{few} to {many} seeds" if few < many else f"{many} seed" + "s" * (many > 1)
     axes.set_title(f"Macro-F1 on the test images, {seeds}" + (
         ": mean and standard deviation" if many > 1 else ""), fontsize=14)
-    columns = max(1, min(6, 110 // (6 + max(map(len, names)))))  # about 110 characters fit in a line
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=12, frameon=False)
+    add_legend(figure, handles)
+    return figure
+
+
+# ----------------------------------------------------------------------------- training
+
+def read_log(folder):
+    """
+    {name: (steps, values)} for each name of LOGGED, from a train_vlm.py run's log.jsonl.
+
+    A torn line is passed over. Where the log goes back, as a run does that goes on from a checkpoint,
+    what it had said of later steps no longer counts. Raises UserError where there is no log.
+    """
+    path = Path(folder) / "log.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        raise UserError(f"{path}: no log here; --runs takes folders that train_vlm.py wrote") from None
+    found, last = {name: {} for name in LOGGED}, 0
+    for line in lines:
+        entry = {}
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+        if not isinstance(entry, dict) or "step" not in entry:
+            continue
+        if entry["step"] < last:
+            found = {name: {step: value for step, value in values.items() if step < entry["step"]}
+                     for name, values in found.items()}
+        last = entry["step"]
+        for name in found.keys() & entry.keys():
+            found[name][last] = entry[name]
+    return {name: (list(values), list(values.values())) for name, values in found.items()}
+
+
+def smooth(values):
+    """
+    The running mean of a list over a twentieth of it: as far ahead as back, so that it does not lag
+    where the loss falls; over fewer towards the start, and over those that there are at the end.
+    """
+    number = np.arange(len(values))
+    reach = np.minimum(len(values) // 40, number)
+    begin, end = number - reach, np.minimum(number + reach + 1, len(values))
+    sums = np.cumsum([0, *values])
+    return (sums[end] - sums[begin]) / (end - begin)
+
+
+def draw_training(config):
+    """Loss, learning rate and speed of one or several runs against their steps."""
+    folders = list(dict.fromkeys(filter(None, map(str.strip, config.runs.split(",")))))
+    if not folders:
+        logs = sorted(Path("out").glob("*/log.jsonl"), key=lambda path: path.stat().st_mtime)
+        if not logs:
+            raise UserError("no run in out/; make one with `python train_vlm.py` or name it in --runs")
+        folders = [str(logs[-1].parent)]
+    if len(folders) > len(RUN_COLOURS):
+        raise UserError(f"--runs: {len(folders)} runs; only {len(RUN_COLOURS)} can be told apart")
+    logs = {folder: read_log(folder) for folder in folders}
+    if not any(steps for log in logs.values() for steps, _ in log.values()):
+        raise UserError(f"{', '.join(folders)}: nothing logged yet; train_vlm.py logs every "
+                        "--log_every steps")
+    figure, (loss, rate, speed) = new_figure(8, (2, 1, 1))
+    names, handles = [Path(folder).resolve().name for folder in folders], []
+    for (folder, log), name, colour in zip(logs.items(), names, RUN_COLOURS):
+        label = folder if names.count(name) > 1 else name
+        if not any(steps for steps, _ in log.values()):
+            label += " (nothing logged yet)"
+        look = {"color": colour, "linewidth": 2}
+        if len(log["loss"][0]) == 1:
+            look["marker"] = "o"  # a line of one point would not be seen
+        for axes, key in ((loss, "loss"), (speed, "samples_per_second")):
+            steps, values = log[key]
+            axes.plot(steps, values, color=colour, linewidth=1, alpha=PALE)
+            handles += axes.plot(steps, smooth(values), label=label, **look)
+        handles.pop()  # the speed's: a run's loss stands for it
+        rate.plot(*log["learning_rate"], **look)
+        loss.plot(*log["held_out_loss"], **HELD_OUT, color=colour)
+        for step in log["error"][0]:
+            loss.axvline(step, **ERROR, color=colour)
+    for name, look in (("held_out_loss", HELD_OUT), ("error", ERROR)):
+        if any(log[name][0] for log in logs.values()):
+            handles += loss.plot([], [], **look, color=GREY)
+    losses = [value for log in logs.values() for name in ("loss", "held_out_loss")
+              for value in log[name][1] if 0 < value < math.inf]
+    if losses and max(losses) > 10 * min(losses):  # on a linear axis most of the run would look flat
+        loss.set_yscale("log", subs=(2, 5))
+        loss.yaxis.set_major_formatter("{x:g}")
+        loss.yaxis.set_minor_formatter("{x:g}")
+        loss.tick_params(which="minor", labelsize=FONT)
+    for axes, key in ((rate, "learning_rate"), (speed, "samples_per_second")):
+        highest = max((value for log in logs.values() for value in log[key][1]), default=0)
+        axes.set_ylim(0, 1.08 * highest or 1)
+    for axes, label in ((loss, "loss, nats a token"), (rate, "learning rate"), (speed, "samples/s")):
+        axes.set_ylabel(label, fontsize=FONT)
+        axes.grid(color="#dddddd")
+    loss.set_title("Training: running mean, with what was logged faint behind it", fontsize=14)
+    rate.yaxis.set_major_formatter("{x:g}")
+    speed.xaxis.set_major_formatter("{x:,.0f}")
+    speed.xaxis.get_major_locator().set_params(integer=True)
+    speed.set_xlabel("step", fontsize=FONT)
+    figure.align_ylabels()
+    add_legend(figure, handles)
+    return figure
+
+
+# ----------------------------------------------------------------------------- mix
+
+def draw_mix(config):
+    """Samples of each pretraining dataset, published and prepared, and their sums beside the paper's."""
+    datasets = sorted((row[:4] for row in mix.read_mix(config.shards_dir)), key=lambda row: row[2] or 0)
+    sums = [(kind, f"sum of {kind}", *(sum(row[column] or 0 for row in datasets if row[0] == kind)
+                                       for column in (2, 3))) for kind in mix.PAPER]
+    rows = [*sums[::-1], *datasets]
+    figure, [axes] = new_figure(7.5)
+    from matplotlib.patches import Patch  # not before new_figure has found matplotlib
+    at = np.arange(len(rows)) - 0.6 * (np.arange(len(rows)) < len(sums))  # the sums stand apart
+    colours = [MIX_COLOURS[kind] for kind, *_ in rows]
+    for column, height, alpha in ((2, 0.76, PALE), (3, 0.38, 1)):
+        axes.barh(at, [row[column] or 0 for row in rows], height, alpha=alpha, color=colours)
+    paper = axes.vlines(list(mix.PAPER.values())[::-1], at[:len(sums)] - 0.5, at[:len(sums)] + 0.5,
+                        color="black", linewidth=2, label="the paper's sum")
+    cells = [("published", "prepared\nhere", "the\npaper's")]
+    cells += [("unknown" if published is None else f"{published:,}", f"{prepared:,}" if prepared else "",
+               f"{mix.PAPER[kind]:,}" if name.startswith("sum of ") else "")
+              for kind, name, published, prepared in rows]
+    for words, place in zip(cells, [at[-1] + 1, *at]):
+        for word, right in zip(words, (85, 155, 230)):  # points right of the axes
+            axes.annotate(word, (1, place), (right, 0), axes.get_yaxis_transform(), "offset points",
+                          ha="right", va="center", fontsize=FONT)
+    smallest = min(count for row in rows for count in row[2:] if count)
+    axes.set_xscale("log")
+    axes.set_xlim(10 ** math.floor(math.log10(smallest) - 0.2), 1.15 * max(mix.PAPER.values()))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("training samples (log axis)", fontsize=FONT)
+    axes.set_yticks(at, [wrap(name, 28) for _, name, *_ in rows])
+    axes.set_ylim(at[0] - 0.7, at[-1] + 0.7)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color="#dddddd")
+    add_legend(figure, [*(Patch(color=colour, label=kind) for kind, colour in MIX_COLOURS.items()),
+                        Patch(color=GREY, alpha=PALE, label="published"),
+                        Patch(color=GREY, label="prepared here"), paper])
     return figure
 
 
 def main(config):
-    figure, path = draw_classification(config), Path(config.path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    draw = {"classification": draw_classification, "training": draw_training, "mix": draw_mix}
+    figure, path = draw[config.what](config), Path(config.path or f"out/{config.what}.png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    except (OSError, ValueError) as error:  # the latter at a suffix that matplotlib does not know
+        raise UserError(f"--path={path}: {error}") from None
     print(f"{path} drawn")
 
 

@@ -843,9 +843,10 @@ class VLM(nn.Module):
                 free.append(r)
                 yield number, [answer.tokens for answer in answers]
 
-    def save(self, folder):
+    def save(self, folder, language=None):
         """
         Write what no weights file holds: adapters, and parts trained in full or made from scratch.
+        language: the tensors of the language model, where processes have split them.
 
         vision.safetensors (timm's layout), projector.safetensors, language/ (the hub's layout),
         vision_adapter/ and adapter/ (PEFT's layout), config.json.
@@ -862,7 +863,8 @@ class VLM(nn.Module):
                 weights[part] = ""
             if weights[part]:
                 continue
-            tensors = {name.replace(".base.", "."): tensor for name, tensor in tensors_of(module).items()
+            tensors = language if part == "language" and language else tensors_of(module)
+            tensors = {name.replace(".base.", "."): tensor for name, tensor in tensors.items()
                        if ".lora_" not in name}
             for name, layer in lora_layers(module).items():
                 if layer.unmerged is not None:

@@ -24,10 +24,11 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from data import (Batch, Tokenizer, UserError, open_mixture, read_manifest, require_positive, run, sync,
@@ -78,13 +79,14 @@ class Config:
     save_every: int = 500  # steps
     save_minutes: float = 30.0  # also after so many minutes; 0: by steps alone
     keep: int = 2  # newest checkpoints that stay
-    shard: bool = False  # torchrun's processes split the frozen language model between them, to save memory
+    shard: bool = False  # torchrun's processes split the language model between them, to save memory
     rank_timeout: int = 600  # seconds that a process of torchrun's waits for the others before all end
     wandb: bool = False  # also log to Weights & Biases, if installed
 
 
 FREE_ON_RESUME = {"workers", "recompute", "compile", "device", "resume", "run", "log_every",
-                  "evaluate_every", "save_every", "save_minutes", "keep", "shard", "rank_timeout", "wandb", "shards_dir"}  # what changes no number
+                  "evaluate_every", "save_every", "save_minutes", "keep", "shard", "rank_timeout", "wandb",
+                  "shards_dir"}  # what changes no number
 
 
 def learning_rate_at(step, steps, config):
@@ -198,17 +200,40 @@ def make_model(config, tokenizer, checkpoint, device, dtype):
 
 def shard_language(model, config):
     """
-    Leave each process a part of the language model's frozen weights (FSDP2). A block's are gathered
-    when it runs and freed behind it; what trains stays whole everywhere.
+    Leave each process a part of the language model (FSDP2), its gradients and moments. A module's weights
+    are gathered when it runs and freed behind it. LoRA, which is small, stays whole everywhere.
     """
-    if config.language != "lora" or not model.weights["language"] or not dist.is_initialized():
-        raise UserError("--shard=true: for torchrun's processes, --language=lora and a language model from "
-                        "a weights file")
-    for block in model.language.model.layers:
-        fully_shard(block, ignored_params={p for p in block.parameters() if p.requires_grad})
-    frozen = [p for p in model.language.parameters() if not p.requires_grad]
-    here = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in frozen)
-    print(f"language  {sum(p.numel() for p in frozen):13,} frozen, {here:13,} of them on each process")
+    if not dist.is_initialized() or config.language == "frozen" or (
+            config.language == "lora" and not model.weights["language"]):
+        raise UserError("--shard=true: for torchrun's processes, with --language=full, or with "
+                        "--language=lora and a language model from a weights file")
+    language, lora = model.language, config.language == "lora"
+    for module in [*language.model.layers, language.model.embed_tokens, language.lm_head]:
+        fully_shard(module, reshard_after_forward=True, ignored_params={
+            p for p in module.parameters() if lora and p.requires_grad})
+        module.set_force_sum_reduction_for_comms(True)  # by plain sums, as train_step sums the others
+        module.set_gradient_divide_factor(1.0)
+    parameters = [p for p in language.parameters() if not lora or not p.requires_grad]
+    here = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
+    print(f"language  {sum(p.numel() for p in parameters):13,} split, {here:13,} of them on each process")
+
+
+def gather(tensors):
+    """
+    A dict of tensors with those that the processes have split put together, on the first one's CPU. All
+    have to take part; the others get nothing.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if dist.get_rank() == 0:
+            found[name] = whole.cpu()
+    return found
+
+
+def whole_and_split(parameters):
+    """Two lists: the parameters that are whole on each process, and those that --shard=true has split."""
+    return [[p for p in parameters if isinstance(p, DTensor) == split] for split in (False, True)]
 
 
 def make_optimizer(model, config):
@@ -216,23 +241,30 @@ def make_optimizer(model, config):
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.dim() in (2, 4)]
     others = [p for p in trained if p.dim() not in (2, 4)]  # biases, norms, class token, positions
-    groups = [{"params": matrices, "weight_decay": config.weight_decay},
-              {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": part, "weight_decay": decay}  # AdamW wants whole and split ones apart
+              for params, decay in ((matrices, config.weight_decay), (others, 0.0))
+              for part in whole_and_split(params) if part]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, config.beta2), fused=True)
 
 
 def save_checkpoint(model, optimizer, step, run, config):
     """
     Write run/step_N whole or not at all; once it is found to be whole on the disk, remove the oldest
-    beyond the config.keep newest. Raises UserError when that fails; what was there stays.
+    beyond the config.keep newest. Raises UserError when that fails; what was there stays. With
+    --shard=true all processes have to take part; the first one writes.
     """
     folder = run / f"step_{step:06d}"
     partial = run / f"partial_{folder.name}"
     names = {parameter: name for name, parameter in model.named_parameters()}
     moments = {f"{names[parameter]}:{key}": value.contiguous()
                for parameter, state in optimizer.state.items() for key, value in state.items()}
+    language = None
+    if config.shard and config.language == "full":
+        language, moments = gather(model.language.state_dict()), gather(moments)
+    if dist.is_initialized() and dist.get_rank():
+        return
     try:
-        model.save(partial)
+        model.save(partial, language)
         save_file(moments, partial / "optimizer.safetensors")
         seal(partial, folder, step=step, flags=asdict(config))
         if damage := find_damage(folder):
@@ -248,13 +280,16 @@ def save_checkpoint(model, optimizer, step, run, config):
 
 
 def load_optimizer(optimizer, model, checkpoint):
-    moments = load_file(checkpoint / "optimizer.safetensors")
+    """Put the moments of a checkpoint into an optimizer; of split parameters each process keeps its part."""
     parameters = dict(model.named_parameters())
-    for key, value in moments.items():
-        name, _, kind = key.rpartition(":")
-        parameter = parameters[name]
-        device = "cpu" if kind == "step" and not parameter.is_cuda else parameter.device
-        optimizer.state[parameter][kind] = value.to(device)
+    with safe_open(checkpoint / "optimizer.safetensors", "pt") as file:
+        for key in file.keys():
+            name, _, kind = key.rpartition(":")
+            parameter, value = parameters[name], file.get_tensor(key)
+            value = value.to(parameter.device, copy=True)
+            if isinstance(parameter, DTensor) and kind != "step":
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+            optimizer.state[parameter][kind] = value
 
 
 def to_device(batch, device):
@@ -361,9 +396,14 @@ def train_step(model, optimizer, step, config, device, autocast):
     if dist.is_initialized():
         for p in trained:  # a rank may have no image, or nothing at all, in a step
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        for tensor in [total, *(p.grad for p in trained)]:
+        for tensor in [total, *(p.grad for p in trained if not isinstance(p, DTensor))]:
             dist.all_reduce(tensor)  # their sum, the same bits on every rank
-    norm = torch.nn.utils.clip_grad_norm_(trained, config.clip or math.inf)
+    parts = [part for part in whole_and_split(trained) if part]
+    norms = [get_total_norm([p.grad for p in part]) for part in parts]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    norm = torch.stack(norms).norm() if len(norms) > 1 else norms[0]
+    for part in parts:
+        clip_grads_with_norm_(part, config.clip or math.inf, norm)
     total, norm = torch.stack([total, norm]).tolist()  # the one place where the step waits for the GPU
     if not math.isfinite(total + norm):
         raise FloatingPointError(f"loss {total}, gradient norm {norm}")
@@ -475,6 +515,7 @@ def main(config):
         if done % config.save_every == 0 or done == steps or stopped or due:
             if rank == 0:
                 sync(folder / "log.jsonl")  # resumed from there, its steps up to here do not come again
+            if rank == 0 or config.shard:
                 save_checkpoint(model, optimizer, done, folder, config)
             saved = time.perf_counter()
         if stopped and done < steps:

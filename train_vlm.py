@@ -76,8 +76,8 @@ class Config:
     resume: bool = False  # go on from the newest checkpoint of the run
     log_every: int = 10  # steps
     evaluate_every: int = 500  # steps
-    save_every: int = 500  # steps
-    save_minutes: float = 30.0  # also after so many minutes; 0: by steps alone
+    save_minutes: float = 30.0  # between two checkpoints; 0: by steps alone
+    save_every: int = 0  # also after so many steps; 0: by minutes alone
     keep: int = 2  # newest checkpoints that stay
     shard: bool = False  # torchrun's processes split the language model between them, to save memory
     rank_timeout: int = 600  # seconds that a process of torchrun's waits for the others before all end
@@ -436,7 +436,7 @@ def catch_signals():
 
 def main(config):
     require_positive(config, "batch_size", "row_length", "micro_batch_tokens", "lora_r", "log_every",
-                     "evaluate_every", "save_every", "keep")
+                     "evaluate_every", "keep")
     if not 0 <= config.recompute <= 1:
         raise UserError(f"--recompute={config.recompute}: a share, from 0 to 1")
     device, dtype = pick_device(config.device, config.dtype)
@@ -512,7 +512,8 @@ def main(config):
             held_out = held_out_loss(model, mixture, config, device, autocast)
             write_log({"step": done, "held_out_loss": held_out})
             validation = f", held out {held_out:.3f}"
-        if done % config.save_every == 0 or done == steps or stopped or due:
+        due = due or (config.save_every and done % config.save_every == 0)
+        if due or stopped or done == steps:
             if rank == 0:
                 sync(folder / "log.jsonl")  # resumed from there, its steps up to here do not come again
             if rank == 0 or config.shard:

@@ -1,0 +1,106 @@
+"""
+What a training run takes in hours, network, disk and checkpoints, worked out before it begins.
+
+    python extras/plan.py                                  the paper's run, and one with ten times the data
+    python extras/plan.py --mfu=0.35 --tflops=312          on other GPUs, or with what bench.py measured on yours
+
+Counted: the products that a step cannot do without (as extras/bench.py counts them), the bytes of what trains.
+Measured here, on this machine's disk: how long a checkpoint of that size takes to save and verify.
+Assumed, by flags: the GPU's peak and the share of it that training reaches, and the network between GPUs.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
+
+import tempfile
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+import train_vlm
+from data import require_positive, run
+from extras.bench import count_flop
+from extras.memory import FLAGS, make
+from lora import lora_layers
+from prepare.datasets import DATASETS
+
+
+@dataclass(frozen=True)
+class Config:
+    samples: int = 3_350_000  # in the mix
+    images: int = 2_300_000  # among them, each stored once
+    text_tokens: int = 60  # of a sample, prompt and answer together
+    answer_tokens: int = 30  # among them
+    image_bytes: int = 43_000  # stored, at 224 pixels; PathVQA's as prepare/ measured
+    epochs: float = 15.0  # passes
+    batch_size: int = 64  # samples in a step
+    gpus: str = "1,8,64"  # numbers to work it out for
+    tflops: float = 989.0  # peak of a GPU in bfloat16; H100 SXM's by its data sheet
+    mfu: float = 0.35  # share of it that training reaches: assumed
+    network: float = 50.0  # GB/s into and out of a GPU: 400 Gb/s InfiniBand
+    save_minutes: float = 30.0  # between two checkpoints
+
+
+def time_saving(model, flags):
+    """Seconds that train_vlm.save_checkpoint takes, and the checkpoint's bytes, with random content."""
+    for part in (model.vision, model.projector):
+        part.to_empty(device="cpu")
+    for layer in lora_layers(model.language).values():
+        for name in ("lora_A", "lora_B"):
+            setattr(layer, name, torch.nn.Parameter(torch.empty_like(getattr(layer, name), device="cpu")))
+    optimizer = train_vlm.make_optimizer(model, flags)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            torch.nn.init.normal_(parameter)
+            optimizer.state[parameter] = {name: torch.randn_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+    model.weights["language"] = "weights/pmc_llama_7b"  # so that its frozen weights are not saved
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        begin = time.perf_counter()
+        train_vlm.save_checkpoint(model, optimizer, 1, Path(folder), flags)
+        seconds = time.perf_counter() - begin
+        return seconds, sum(path.stat().st_size for path in Path(folder).rglob("*.*"))
+
+
+def main(config):
+    require_positive(config, "samples", "images", "text_tokens", "answer_tokens", "batch_size")
+    with torch.device("meta"):
+        model = make(FLAGS, torch.device("meta"), torch.bfloat16)
+    pictures = config.batch_size * config.images / config.samples
+    tokens = config.batch_size * config.text_tokens + pictures * (model.vision.config.tokens + 1)
+    step = SimpleNamespace(images=range(round(pictures)), group=np.zeros(round(tokens)),
+                           targets=range(config.batch_size * (config.answer_tokens + 1)))
+    flop = count_flop(model, [step], FLAGS)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    compute = flop / (config.tflops * 1e12 * config.mfu)  # seconds of one GPU
+    steps = config.epochs * config.samples / config.batch_size
+    saving, size = time_saving(model, FLAGS)
+    print(f"a step: {config.batch_size} samples, {tokens:,.0f} tokens, {flop / 1e12:,.0f} TFLOP; {trained / 1e6:,.1f}M "
+          f"parameters train; {steps:,.0f} steps\n\n"
+          "| GPUs | batch | samples | hours | GPU-hours | a step, ms | of which network | images read, MB/s | saving |\n"
+          "|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    for times in (1, 10):
+        for gpus in map(int, config.gpus.split(",")):
+            batch = config.batch_size * times  # steps as many, each of more samples
+            # A ring's all-reduce sends and receives everything twice, less what stays in place
+            network = 2 * (gpus - 1) / gpus * 4 * trained / (config.network * 1e9)
+            seconds = compute * times / gpus + network
+            hours = steps * seconds / 3600
+            reading = pictures * times * config.image_bytes / seconds / 1e6
+            print(f"| {gpus} | {batch:,} | {config.samples * times:,} | {hours:,.0f} | {hours * gpus:,.0f} | "
+                  f"{1e3 * seconds:,.0f} | {network / seconds:.0%} | {reading:,.1f} | "
+                  f"{saving / (60 * config.save_minutes + saving):.2%} |")
+    raw = sum(dataset.megabytes for dataset in DATASETS.values() if dataset.kind != "classification"
+              and not dataset.only_by_name) / 1e3
+    shards = (config.images * config.image_bytes + config.samples * (2 * config.text_tokens + 24)) / 1e9
+    print(f"\ndisk: {raw:,.0f} GB of downloads, {shards:,.0f} GB of shards ({10 * shards:,.0f} GB for ten times the "
+          f"data); a checkpoint {size / 1e9:.2f} GB, {train_vlm.Config.keep + 1} of them at most\n"
+          f"saving one took {saving:.1f} s here, with both hashes and all syncs")
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -5,7 +5,7 @@ Plant bugs into what writes and reads checkpoints, one at a time, and see which 
     python extras/faults/mutants.py --only=fsync   those whose description has this word
 
 Every mutant is a copy of the repository with a few words replaced; the one test or campaign named with
-it has to fail there, and passes without the bug. All 32 are found.
+it has to fail there, and passes without the bug. All 36 are found.
 """
 
 import sys
@@ -27,6 +27,8 @@ LOST, DISK = "lost_writes.py --unfinished=false", "full_disk.py --sizes=4"
 KILLS = "kill.py --kills=25 --steps=12"
 CALLS = "calls.py --errors=EIO --limits=0 --only="
 WHOLE, RESUMED = "test_checkpoints.py::", "test_train.py::test_resumed_run_equals_undisturbed"
+RANKS = "test_ranks.py::"
+STATE = "test_cls.py::test_a_damaged_state_or_model_is_refused_and_an_older_whole_state_is_used"
 FILES_SYNCED = '''    for path in [*paths, partial / "manifest.json", partial]:
         sync(path)
 '''
@@ -50,16 +52,16 @@ MUTANTS = [  # what is wrong, in which file, [(its words, the words instead), ..
      [("    sync(partial)\n", "")], LOST),
     ("a checkpoint gets its name before its manifest", "model.py",
      [(NAMED, ""),
-      ('    manifest = {**facts, "files": files}', "    partial.rename(folder)\n    partial = folder\n"
-       '    paths = sorted(partial.rglob("*"))\n    manifest = {**facts, "files": files}')],
+      ('    manifest = {**facts, "name"', "    partial.rename(folder)\n    partial = folder\n"
+       '    paths = sorted(partial.rglob("*"))\n    manifest = {**facts, "name"')],
      CALLS + "write,fsync"),
     ("an old checkpoint is removed file by file under its own name", "train_vlm.py",
      [("            old.rename(removed)\n            shutil.rmtree(removed)",
        "            shutil.rmtree(old)")],
      CALLS + "unlinkat"),
     ("the old checkpoints go before the new one is saved", "train_vlm.py",
-     [("    try:\n        model.save(partial)", "    try:\n        for old in checkpoints(run):\n"
-       "            shutil.rmtree(old)\n        model.save(partial)")], CALLS + "write"),
+     [("    try:\n        model.save(partial", "    try:\n        for old in checkpoints(run):\n"
+       "            shutil.rmtree(old)\n        model.save(partial")], CALLS + "write"),
     ("an error while saving is swallowed", "train_vlm.py",
      [('raise UserError(f"{folder}: not saved', 'print(f"{folder}: not saved'),
       ('"the newest checkpoint") from None', '"the newest checkpoint")')], DISK),
@@ -105,7 +107,7 @@ MUTANTS = [  # what is wrong, in which file, [(its words, the words instead), ..
      [('[*folder.glob("partial_step_*"), *folder.glob("removed_step_*")]', "[]")],
      WHOLE + "test_what_a_killed_run_left_is_swept"),
     ("a signal ends the run unsaved", "train_vlm.py",
-     [("done == steps or stopped or due", "done == steps or due")],
+     [("if due or stopped or done", "if due or done")],
      WHOLE + "test_a_signal_lets_the_step_end_saves_and_exits_with_its_code"),
     ("a signal ends the run as if it were finished", "train_vlm.py",
      [("sys.exit(128 + stopped)", "sys.exit(0)")],
@@ -118,6 +120,16 @@ MUTANTS = [  # what is wrong, in which file, [(its words, the words instead), ..
      [("first = int(checkpoint.name[5:])", "first = int(checkpoint.name[5:]) + 1")], RESUMED),
     ("a resumed run doubles lines of the log", "train_vlm.py",
      [('if json.loads(line)["step"] <= first else []', "")], KILLS),
+    ("processes do not sum their gradients", "train_vlm.py",
+     [("            dist.all_reduce(tensor)  #", "            pass  #")],
+     RANKS + "test_two_processes_have_the_losses_of_one_and_go_on_as_one"),
+    ("split gradients are averaged", "train_vlm.py",
+     [("        module.set_gradient_divide_factor(1.0)\n", "")],
+     RANKS + "test_a_split_language_model_that_trains_in_full_learns_the_same"),
+    ("a classifier goes on from a damaged state", "train_cls.py",
+     [("newest = newest_checkpoint(folder)", "newest = checkpoints(folder)[0]")], STATE),
+    ("a damaged classifier predicts", "train_cls.py",
+     [("if damage := find_damage(path):", "if damage := None:")], STATE),
 ]
 
 

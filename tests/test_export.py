@@ -1,0 +1,402 @@
+"""
+extras/export.py: what it writes is loaded by timm, open_clip, transformers and PEFT, and what they save
+again comes back, bit for bit. The second run starts from the parts that the first one exported.
+"""
+
+import io
+import json
+import random
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import peft
+import pytest
+import sentencepiece
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import eval_vqa
+import train_vlm
+from data import Tokenizer, UserError, manifest_checksum
+from extras import export
+from lora import add_lora, load_adapter, lora_layers, read_adapter_config
+from model import CLIP_MEAN, CLIP_STD, VLM, LLaMA, ViT, load_encoder, newest_checkpoint, seal
+from prepare.questions import train_sample_tokenizer
+from test_encoders import CLIP_VIT, fill, references  # noqa: F401, the fixture: timm and open_clip
+from test_model import LLAMA, TOLERANCE, VIT, randomise, relative_error
+from test_train import flags, shards  # noqa: F401, the fixture: a prepared part of the sample
+
+
+@pytest.fixture(scope="module")
+def runs(shards, tmp_path_factory):  # noqa: F811
+    """{"full" or "lora": (run, its export)}; the latter has LoRA on both parts of the former."""
+    folder, made = tmp_path_factory.mktemp("runs"), {}
+    for name, changes in [("full", {}), ("lora", dict(
+            vision="lora", language="lora", lora_r=4, lora_alpha=6.0, learning_rate=3e-2,
+            vision_weights=str(folder / "full/export/vision/model.safetensors"),
+            language_weights=str(folder / "full/export/language")))]:
+        train_vlm.main(flags(shards, folder / name, max_steps=20, **changes))
+        eval_vqa.main(eval_vqa.Config(run=str(folder / name), shards_dir=str(shards)))
+        export.main(export.Config(run=str(folder / name), shards_dir=str(shards), shard_gigabytes=1e-3))
+        made[name] = folder / name, folder / name / "export"
+    return made
+
+
+def some_tokens():
+    return torch.randint(512, (3, 40), generator=torch.Generator().manual_seed(1))
+
+
+def equal_tensors(these, those):
+    assert these.keys() == those.keys()
+    return [name for name in these if not torch.equal(these[name], those[name])] == []
+
+
+def merged(run):
+    """The language model of a run, its LoRA merged by lora.py, as {name: tensor}."""
+    model = VLM.from_run(run).language
+    for layer in lora_layers(model).values():
+        layer.merge()
+    return {name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items()
+            if ".lora_" not in name}
+
+
+def make_run(folder, model):
+    """A run's folder with a checkpoint of this model."""
+    model.save(folder / "partial")
+    seal(folder / "partial", folder / "step_000001", step=1, flags={})
+    return folder / "step_000001"
+
+
+def test_parts_of_a_run(runs):
+    names = {"vision", "language", "vlm", "README.md"}
+    assert {path.name for path in runs["full"][1].iterdir()} == names
+    assert {path.name for path in runs["lora"][1].iterdir()} == names | {"adapter", "vision_adapter"}
+
+
+# ----------------------------------------------------------------------------- transformers
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_language_model_is_transformers_and_comes_back(name, runs, tmp_path):
+    run, folder = runs[name]
+    files = sorted(folder.glob("language/*.safetensors"))
+    assert len(files) > 2 and all(file.stat().st_size < 1.01e6 for file in files)
+    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "language", output_loading_info=True)
+    assert not any(told.values()) and theirs.dtype == torch.float32
+    ids = (theirs.config.bos_token_id, theirs.config.eos_token_id, theirs.generation_config.eos_token_id)
+    assert ids == (1, 2, 2)
+    ours = VLM.from_run(run).language.eval()
+    assert relative_error(theirs(some_tokens()).logits, ours(some_tokens())) < TOLERANCE
+    assert equal_tensors(theirs.state_dict(), merged(run))
+    if name == "lora":
+        base = LLaMA.from_pretrained(runs["full"][1] / "language")
+        assert relative_error(ours(some_tokens()), base(some_tokens())) > 0.01
+    randomise(theirs).save_pretrained(tmp_path, max_shard_size="1MB")  # fine-tuned there
+    back = LLaMA.from_pretrained(tmp_path)
+    assert equal_tensors(back.state_dict(), theirs.state_dict())
+    assert relative_error(back(some_tokens()), theirs(some_tokens()).logits) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_other_dtypes_are_rounded_once(dtype, runs, tmp_path):
+    run = runs["lora"][0]
+    export.main(export.Config(run=str(run), folder=str(tmp_path), only="language", dtype=dtype))
+    assert not (tmp_path / "language/model.safetensors.index.json").exists()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "language")
+    assert theirs.dtype == getattr(torch, dtype)
+    assert equal_tensors(theirs.state_dict(), {key: tensor.to(theirs.dtype)
+                                               for key, tensor in merged(run).items()})
+
+
+def test_values_past_those_of_float16_are_refused(tmp_path):
+    model = VLM(ViT(VIT), LLaMA(LLAMA))
+    model.language.lm_head.weight.data[3, 5] = 7e4
+    checkpoint = make_run(tmp_path, model)
+    with pytest.raises(UserError, match="lm_head.weight has values past those of torch.float16; try"):
+        export.write_part(tmp_path / "new", export.write_language, checkpoint, None, torch.float16, 1e9)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
+
+
+def train_tokenizer(lines, **changes):
+    """A SentencePiece model with LLaMA's settings."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(**{**dict(
+        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=3000,
+        hard_vocab_limit=False, byte_fallback=True, split_digits=True, add_dummy_prefix=True,
+        remove_extra_whitespaces=False, normalization_rule_name="identity", unk_id=0, bos_id=1, eos_id=2,
+        pad_id=-1, num_threads=1, minloglevel=2), **changes})
+    return model.getvalue()
+
+
+def texts(lines):
+    """Texts on which tokenizers part ways, of words, spaces, runs, control pieces and other scripts."""
+    generator = random.Random(0)
+    pieces = [*" \n\t\r\0\u00a0\u3000\x1c\x85\u2028\u200b▁abest=-._0139éﬁ中", "the ", "</s>", "<s>",
+              "<unk>", "<0x0A>", "  ", " yes", "\r\n", "😀", "e\u0301", *generator.sample(lines, 50)]
+    for _ in range(2000):
+        yield "".join(generator.choices(pieces, k=generator.randint(0, 30)))
+        yield "".join(generator.choice("ab=-. e1\n") * generator.randint(1, 40) for _ in range(3))
+        yield "".join(map(chr, (number for number in (generator.randrange(1 << 17) for _ in range(8))
+                                if not 0xd800 <= number < 0xe000)))
+
+
+@pytest.mark.parametrize("kind", ["sample", "larger"])
+def test_tokenizer_gives_our_ids_for_any_text(kind, tmp_path):
+    lines = [line for path in sorted(Path(export.__file__).parent.glob("*.py"))
+             for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    (tmp_path / "tokenizer.model").write_bytes(
+        train_sample_tokenizer() if kind == "sample" else train_tokenizer(lines))
+    ours = Tokenizer(tmp_path / "tokenizer.model")
+    (tmp_path / "new").mkdir()
+    export.write_tokenizer(ours, 2048, tmp_path / "new")
+    (tmp_path / "new/config.json").write_text(json.dumps({"model_type": "llama"}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "new")
+    assert (theirs.unk_token_id, theirs.bos_token_id, theirs.eos_token_id) == (0, 1, 2)
+    assert len(theirs) == ours.vocab_size == (512 if kind == "sample" else 3000)
+    wrong = [text for text in texts(lines) if theirs(text).input_ids != [1, *ours.encode(text)]]
+    assert not wrong, wrong[:5]
+    for text in lines:
+        tokens = theirs(text, add_special_tokens=False).input_ids
+        assert tokens == ours.encode(text)
+        assert theirs.decode([1, *tokens, 2], skip_special_tokens=True).strip() == ours.decode(tokens)
+    assert (tmp_path / "new/tokenizer.model").read_bytes() == (tmp_path / "tokenizer.model").read_bytes()
+    theirs.save_pretrained(tmp_path / "again")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again(lines[:100]).input_ids == theirs(lines[:100]).input_ids
+
+
+@pytest.mark.parametrize("changes", [dict(model_type="unigram"), dict(byte_fallback=False)])
+def test_tokenizer_of_another_kind_is_refused(changes, tmp_path):
+    lines = [f"{word} of the {other}" for word in dir(torch) for other in ("lung", "heart")]
+    (tmp_path / "tokenizer.model").write_bytes(train_tokenizer(lines, **{"vocab_size": 600, **changes}))
+    with pytest.raises(UserError, match="tokenizer.model: no BPE with bytes; --only has parts that"):
+        export.write_tokenizer(Tokenizer(tmp_path / "tokenizer.model"), 2048, tmp_path)
+
+
+# ----------------------------------------------------------------------------- PEFT
+
+@torch.no_grad()
+def test_adapter_is_peft_s_and_comes_back(runs, tmp_path):
+    run, folder = runs["lora"]
+    base = transformers.AutoModelForCausalLM.from_pretrained(runs["full"][1] / "language")
+    theirs = peft.PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True).eval()
+    ours = VLM.from_run(run).language.eval()
+    assert relative_error(theirs(some_tokens()).logits, ours(some_tokens())) < TOLERANCE
+    randomise(theirs).save_pretrained(tmp_path)  # trained on there
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert saved.keys() == load_file(folder / "adapter/adapter_model.safetensors").keys()
+    assert read_adapter_config(tmp_path) == read_adapter_config(folder / "adapter")
+    load_adapter(ours, tmp_path)
+    for name, layer in lora_layers(ours).items():
+        assert torch.equal(layer.lora_A, saved[f"base_model.model.{name}.lora_A.weight"])
+        assert torch.equal(layer.lora_B, saved[f"base_model.model.{name}.lora_B.weight"])
+    assert relative_error(theirs(some_tokens()).logits, ours(some_tokens())) < TOLERANCE
+
+
+def test_adapter_trained_elsewhere_becomes_part_of_a_model(runs, tmp_path):
+    """With another rank and alpha, and all linear layers, as in README.md."""
+    run, base = runs["lora"][0], runs["full"][1] / "language"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(
+        r=3, lora_alpha=7, target_modules="all-linear", task_type="CAUSAL_LM"))
+    randomise(theirs).save_pretrained(tmp_path / "theirs")
+    settings = read_adapter_config(tmp_path / "theirs")
+    assert (settings["r"], settings["alpha"], len(settings["targets"].split(","))) == (3, 7, 7)
+    language = LLaMA.from_pretrained(base)
+    add_lora(language, **settings)
+    load_adapter(language, tmp_path / "theirs")
+    model = VLM(ViT.from_run(run), language)
+    model.projector, model.lora = VLM.from_run(run).projector, {"language": settings}
+    model.save(tmp_path / "model")
+    again = VLM.load(tmp_path / "model")
+    assert relative_error(again.language(some_tokens()), theirs.eval()(some_tokens()).logits) < TOLERANCE
+    assert equal_tensors(again.projector.state_dict(), VLM.from_run(run).projector.state_dict())
+
+
+# ----------------------------------------------------------------------------- the whole
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_whole_model_stands_alone_and_answers_the_same(name, runs, shards, tmp_path):  # noqa: F811
+    run, folder = runs[name]
+    moved = runs["full"][1].rename(tmp_path / "away")  # the second run's weights, and the first's export
+    try:
+        vlm = shutil.copytree(moved / "vlm" if name == "full" else folder / "vlm", tmp_path / "vlm")
+        model = VLM.from_run(vlm)
+        eval_vqa.main(eval_vqa.Config(run=str(vlm), shards_dir=str(shards)))
+    finally:
+        moved.rename(runs["full"][1])
+    assert set(model.lora) == ({"vision", "language"} if name == "lora" else set())
+    assert equal_tensors(model.state_dict(), VLM.from_run(run).state_dict())
+    for file in ("predictions.jsonl", "predictions_image_shuffled.jsonl"):
+        assert (vlm / file).read_bytes() == (run / file).read_bytes()
+    assert not list(vlm.rglob("optimizer*")) and newest_checkpoint(vlm).name == "step_000020"
+
+
+# ----------------------------------------------------------------------------- the card
+
+def test_card_says_what_the_run_says(runs, shards):  # noqa: F811
+    run, folder = runs["lora"]
+    card = huggingface_hub.ModelCard.load(folder / "README.md")
+    assert card.data.license == "unknown" and card.data.pipeline_tag == "visual-question-answering"
+    assert card.data.base_model == [] and card.data.datasets == []
+    text = card.text
+    assert "**Not for clinical use.**" in text and "{" not in text
+    manifest = json.loads((shards / "sample/train/manifest.json").read_text())
+    row = f"| sample | MIT | {manifest['samples']} | {manifest['images']} | 0, left out |"
+    assert row in text and "compared with sample/test." in text
+    rows = json.loads((run / "results.json").read_text())["results"]["sample/test"]["all"]["rows"]
+    assert list(rows) == ["model", "image shuffled", "question only", "the image adds"]
+    for name, cells in rows.items():
+        shown = ["{:.1f} [{:.1f} {:.1f}]".format(*cells[metric]) for metric in eval_vqa.METRICS]
+        assert f"| {name} | {' | '.join(shown)} |" in text
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    loss, held = ([entry[key] for entry in log if key in entry][-1] for key in ("loss", "held_out_loss"))
+    assert f"last loss logged is {loss:.3f} nats\na token, on held-out samples {held:.3f}." in text
+    for flag in ("--lora_r=4", "--learning_rate=0.03", "--language=lora", "--epochs=15.0"):
+        assert f"    {flag}\n" in text
+    assert "--shards_dir" not in text and str(run.parent) not in text  # places on a disk concern nobody
+    assert "The vision model started from model.safetensors (origin and licence unknown)." in text
+    assert "The vision model started from random values." in (runs["full"][1] / "README.md").read_text()
+
+
+def write_card(run, shards_dir, path):
+    trained = json.loads((run / "config.json").read_text())
+    export.write_card(newest_checkpoint(run), trained, export.training_data(trained, shards_dir), path)
+    return huggingface_hub.ModelCard.load(path)
+
+
+def test_card_says_what_is_not_known(runs, tmp_path):
+    run = shutil.copytree(runs["full"][0], tmp_path / "run", ignore=shutil.ignore_patterns("export"))
+    found, config = (json.loads((run / name).read_text()) for name in ("results.json", "config.json"))
+    (run / "results.json").write_text(json.dumps({**found, "checkpoint": "step_000010"}))
+    (run / "log.jsonl").write_text('{"step": 20, "loss": 1.5}\n{"step": 30, "loss": 9}\n{"st')
+    config["flags"] |= {"model": "paper", "data": "sample:2, path_vqa,mine,older"}
+    dropped = {"leaks": "drop", "tests": {"a/test": "x"}}
+    config["leaks"] = {"sample": {"leaks": "keep", "tests": {}}, "path_vqa": dropped, "mine": dropped}
+    config["machine"]["commit"] = ""
+    (run / "config.json").write_text(json.dumps(config))
+    card = write_card(run, tmp_path / "no_shards", tmp_path / "README.md")
+    assert card.data.datasets == ["flaviagiammarino/path-vqa"] and card.data.base_model == [
+        "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", "chaoyi-wu/PMC_LLAMA_7B"]
+    for line in ("| sample:2 | MIT | unknown | unknown | unknown, kept |",
+                 "| mine | unknown | unknown | unknown | unknown, left out |",
+                 "| older | unknown | unknown | unknown | unknown, unknown whether left out |",
+                 "made by nanoMedQ at commit unknown", "compared with a/test.",
+                 "Unknown: eval_vqa.py has not evaluated step_000020.",
+                 "the last loss logged is 1.500 nats\na token, on held-out samples unknown.",
+                 "pmc_llama_7b (https://huggingface.co/chaoyi-wu/PMC_LLAMA_7B, licence: LLaMA's)"):
+        assert line in card.text
+
+
+def test_card_counts_what_was_left_out_when_the_run_was_trained(runs, shards, tmp_path):  # noqa: F811
+    """And not for a test split that came later; samples of a known source, as ever."""
+    run = runs["full"][0]
+    for change, leaked in [({}, "2"), ({"other/test": "y"}, "2"), ({"sample/test": "z"}, "unknown")]:
+        copy = shutil.copytree(shards / "sample", tmp_path / f"{len(list(tmp_path.iterdir()))}/sample")
+        leaks = json.loads((copy / "train/leaks.json").read_text())
+        leaks["tests"] |= change
+        leaks["found"] = {"sample/test": {"alike": [4], "same id": [4]},
+                          "absent/test": {"known source": [7]},
+                          **{test: {"alike": [1, 2, 3]} for test in change.keys() - {"sample/test"}}}
+        leaks["checksum"] = manifest_checksum(leaks)
+        (copy / "train/leaks.json").write_text(json.dumps(leaks))
+        text = write_card(run, copy.parent, copy.parent / "README.md").text
+        assert f" | {leaked}, left out |" in text
+
+
+# ----------------------------------------------------------------------------- refusals
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(), r"export/vision: there already; remove it, or choose another --folder"),
+    (dict(only="card"), r"export/README.md: there already"),
+    (dict(only="vlm, lanugage"), "--only=lanugage: no such part; there are vision, language, adapter, "),
+    (dict(only="adapter"), "--only=adapter: .*full has no LoRA; leave it out"),
+    (dict(shard_gigabytes=0.0), "--shard_gigabytes=0.0: more than 0"),
+    (dict(run="nowhere"), "nowhere: no checkpoint here; run `python train_vlm.py --run=nowhere`")])
+def test_a_mistake_gets_a_line(changes, message, runs):
+    before = sorted(runs["full"][1].rglob("*"))
+    with pytest.raises(UserError, match=message) as caught:
+        export.main(export.Config(**{"run": str(runs["full"][0]), **changes}))
+    assert "\n" not in str(caught.value) and sorted(runs["full"][1].rglob("*")) == before
+
+
+def test_what_cannot_be_written_whole_is_not_there(runs, tmp_path, monkeypatch):
+    save, calls = export.save_file, []
+
+    def fill_the_disk(*arguments, **named):
+        save(*arguments, **named)
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(export, "save_file", fill_the_disk)
+    with pytest.raises(UserError, match="language: not written: No space left on device; see to it"):
+        export.main(export.Config(run=str(runs["full"][0]), folder=str(tmp_path), only="vision,language",
+                                  shard_gigabytes=1e-3))
+    assert [path.name for path in tmp_path.iterdir()] == ["vision"]
+
+
+# ----------------------------------------------------------------------------- timm and open_clip
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_encoder_is_timm_s_and_open_clip_s_too(name, runs, references, tmp_path):  # noqa: F811
+    run, folder = runs[name]
+    timm, open_clip = references
+    pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    theirs = timm.create_model(f"local-dir:{folder / 'vision'}", pretrained=True).eval()
+    wanted = VLM.from_run(run).vision.eval()(pixels)
+    assert relative_error(theirs.forward_features(pixels), wanted) < TOLERANCE
+    assert relative_error(theirs(pixels), wanted[:, 0]) < TOLERANCE and theirs.num_classes == 0
+    assert equal_tensors(theirs.state_dict(), ViT.from_run(run).state_dict())
+    if name == "lora":
+        base = load_encoder(runs["full"][1] / "vision/model.safetensors")
+        assert relative_error(base(pixels), wanted) > 0.01
+    assert timm.data.resolve_data_config(model=theirs) == {
+        "input_size": (3, 224, 224), "interpolation": "bicubic", "mean": list(CLIP_MEAN),
+        "std": list(CLIP_STD), "crop_pct": 1.0, "crop_mode": "squash"}
+    tower = open_clip.timm_model.TimmModel(f"local-dir:{folder / 'vision'}", theirs.num_features,
+                                           pool="token", proj="none", pretrained=True).eval()
+    assert torch.equal(tower(pixels), theirs(pixels))
+    save_file(fill(theirs).state_dict(), tmp_path / "tuned.safetensors")  # fine-tuned there
+    back = load_encoder(tmp_path / "tuned.safetensors")
+    assert back.config == ViT.from_run(run).config
+    assert equal_tensors(back.state_dict(), theirs.state_dict())
+    assert relative_error(back(pixels), theirs.forward_features(pixels)) < TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [VIT, CLIP_VIT])
+@pytest.mark.parametrize("resize, crop_mode", [("crop", "center"), ("pad", "border")])
+def test_other_sizes_and_clip_s(config, resize, crop_mode, references, tmp_path):  # noqa: F811
+    model = VLM(fill(ViT(config)), LLaMA(LLAMA))
+    export.write_vision(make_run(tmp_path, model), [("a", {"image": {"resize": resize}}), ("b", {})],
+                        tmp_path / "vision")
+    theirs = references[0].create_model(f"local-dir:{tmp_path / 'vision'}", pretrained=True).eval()
+    pixels = torch.randn(2, 3, config.image_size, config.image_size)
+    assert relative_error(theirs.forward_features(pixels), model.vision(pixels)) < TOLERANCE
+    assert references[0].data.resolve_data_config(model=theirs)["crop_mode"] == crop_mode
+
+
+@torch.no_grad()
+def test_open_clip_starts_a_model_from_the_tower(runs, references):  # noqa: F811
+    """Its own text tower is random: as little as there is in this model."""
+    folder = runs["full"][1] / "vision"
+    model = references[1].CustomTextCLIP(
+        16, {"timm_model_name": f"local-dir:{folder}", "timm_model_pretrained": True,
+             "timm_pool": "token"},
+        {"layers": 1, "width": 64, "heads": 1, "context_length": 7, "vocab_size": 50})
+    assert equal_tensors(model.visual.trunk.state_dict(), load_file(folder / "model.safetensors"))
+
+
+@torch.no_grad()
+def test_vision_adapter_is_peft_s(runs, references):  # noqa: F811
+    run, folder = runs["lora"]
+    base = references[0].create_model(f"local-dir:{runs['full'][1] / 'vision'}", pretrained=True)
+    theirs = peft.PeftModel.from_pretrained(base, folder / "vision_adapter").eval()
+    pixels = torch.randn(2, 3, 224, 224)
+    assert relative_error(theirs.base_model.model.forward_features(pixels),
+                          VLM.from_run(run).vision(pixels)) < TOLERANCE

@@ -25,6 +25,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -212,8 +213,13 @@ class ViT(nn.Module):
 
     @classmethod
     def from_run(cls, run, device="cpu"):
-        """The encoder alone of a train_vlm.py run, its LoRA, where it has one, merged into its weights."""
-        folder = newest_checkpoint(run)
+        """The encoder of a train_vlm.py run, from its newest checkpoint."""
+        return cls.load(newest_checkpoint(run), device)
+
+    @classmethod
+    def load(cls, folder, device="cpu"):
+        """The encoder alone of what VLM.save() wrote, its LoRA, where it has one, merged into its weights."""
+        folder = Path(folder)
         config = json.loads((folder / "config.json").read_text())
         model = cls.from_pretrained(config["weights"]["vision"] or folder / "vision.safetensors",
                                     device=device)
@@ -990,6 +996,8 @@ def seal(partial, folder, **facts):
     manifest = {**facts, "name": folder.name, "files": files}
     manifest["checksum"] = manifest_checksum(manifest)
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    for path in filter(Path.is_file, paths):  # safetensors makes its files unreadable to others
+        shutil.copymode(partial / "manifest.json", path)
     for path in [*paths, partial / "manifest.json", partial]:
         sync(path)
     if folder.exists():

@@ -329,6 +329,7 @@ def write_run(folder, config, mixture, tokenizer, device):
     write_whole(folder / "config.json", (json.dumps(
         {"flags": asdict(config), "tokenizer_sha256": tokenizer.sha256,
          "resize": mixture.shards[0].manifest["image"]["resize"],
+         "shards": {shard.folder.parent.name: shard.manifest["checksum"] for shard in mixture.shards},
          "leaks": {shard.folder.parent.name: {name: read_manifest(shard.folder, "leaks.json")[name]
                                               for name in ("leaks", "tests")}
                    for shard in mixture.shards},

@@ -71,14 +71,12 @@ def write_json(path, content):
 
 # ----------------------------------------------------------------------------- vision
 
-def write_vision(checkpoint, data, folder):
+def write_vision(checkpoint, how, folder):
     """The encoder, its LoRA merged, and the config.json by which timm builds and fills it."""
     folder.mkdir()
-    vit = ViT.from_run(checkpoint.parent)
+    vit = ViT.load(checkpoint)
     config, size = vit.config, vit.config.image_size
     save_file(tensors_of(vit), folder / "model.safetensors", metadata={"format": "pt"})
-    resized = {manifest["image"]["resize"] for _, manifest, *_ in data if manifest}
-    how = resized.pop() if len(resized) == 1 else "squash"  # not known: what prepare/all.py does untold
     crop_mode = {"squash": "squash", "crop": "center", "pad": "border"}[how]  # ours pads with black
     write_json(folder / "config.json", {
         "architecture": "vit_base_patch32_clip_quickgelu_224" if config.clip else "vit_base_patch16_224",
@@ -270,9 +268,9 @@ def training_data(trained, shards_dir):
         guard = trained.get("leaks", {}).get(name, {"leaks": "unknown", "tests": {}})
         manifest, leaks = (read_manifest(Path(shards_dir) / name / "train", file) or {}
                            for file in ("manifest.json", "leaks.json"))
-        if (manifest and leaks and guard["leaks"] != "unknown" and leaks["train"] == manifest["checksum"]
-                and guard["tests"].items() <= leaks["tests"].items()
-                and manifest["tokenizer_sha256"] == trained["tokenizer_sha256"]):
+        if (manifest and leaks and manifest["checksum"] == trained.get("shards", {}).get(name)
+                and leaks["train"] == manifest["checksum"]
+                and guard["tests"].items() <= leaks["tests"].items()):
             # Not those of test splits that were prepared since; known sources need no test split
             count = len({number for test, reasons in leaks["found"].items()
                          if test in guard["tests"] or test not in leaks["tests"]
@@ -353,7 +351,7 @@ def main(config):
     data = list(training_data(trained, config.shards_dir))
     lora = read_settings(checkpoint / "config.json")["lora"]
     parts = {  # part -> its files or folders, and what write_part is to call for each
-        "vision": {"vision": (write_vision, checkpoint, data)},
+        "vision": {"vision": (write_vision, checkpoint, trained.get("resize", "squash"))},
         "language": {"language": (write_language, checkpoint, tokenizer, getattr(torch, config.dtype),
                                   config.shard_gigabytes * 1e9)},
         "adapter": {ADAPTERS[part]: (shutil.copytree, checkpoint / ADAPTERS[part]) for part in lora},

@@ -373,8 +373,7 @@ def test_encoder_is_timm_s_and_open_clip_s_too(name, runs, references, tmp_path)
 @pytest.mark.parametrize("resize, crop_mode", [("crop", "center"), ("pad", "border")])
 def test_other_sizes_and_clip_s(config, resize, crop_mode, references, tmp_path):  # noqa: F811
     model = VLM(fill(ViT(config)), LLaMA(LLAMA))
-    export.write_vision(make_run(tmp_path, model), [("a", {"image": {"resize": resize}}), ("b", {})],
-                        tmp_path / "vision")
+    export.write_vision(make_run(tmp_path, model), resize, tmp_path / "vision")
     theirs = references[0].create_model(f"local-dir:{tmp_path / 'vision'}", pretrained=True).eval()
     pixels = torch.randn(2, 3, config.image_size, config.image_size)
     assert relative_error(theirs.forward_features(pixels), model.vision(pixels)) < TOLERANCE

@@ -34,7 +34,8 @@ def commands():
     found = []
     for name, text in texts.items():
         lines = re.findall(r"`((?:python|torchrun|streamlit|sbatch|pip) [^`\n]+)`", text)
-        blocks = re.findall(r"```\n(.*?)```", text, re.S) if name == "README.md" else [
+        blocks = re.findall(r"^```\n(.*?)^```", re.sub(r"^```python\n.*?^```\n", "", text, flags=re.M | re.S),
+                            re.M | re.S) if name == "README.md" else [
             re.sub(r"(\S)  +.*", r"\1", line) for line in re.findall(r"^    \w.*", text, re.M)]
         for line in [*lines, *"\n".join(blocks).splitlines()]:
             for command in line.split("#")[0].split("&&"):
@@ -100,6 +101,16 @@ def test_mix_is_the_table_that_the_script_prints(tmp_path):
     readme = (ROOT / "README.md").read_text().splitlines()
     begin = readme.index(done.stdout.splitlines()[0])
     assert [line.split("|")[1:3] for line in readme[begin:begin + len(lines)]] == lines and len(lines) > 20
+
+
+def test_python_of_the_readme_names_what_there_is():
+    """Its blocks compile, and what they import is there."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    imports = [line for block in blocks for line in block.splitlines() if re.match("(from|import) ", line)]
+    for block in blocks:
+        compile(block, "README.md", "exec")
+    exec("\n".join(imports), {})
+    assert len(blocks) >= 5 and len(imports) > 6
 
 
 def test_own_data_goes_in_by_the_blocks_of_the_readme(tmp_path, monkeypatch):

@@ -1,0 +1,413 @@
+"""
+Ask a trained model about images in the browser: what it answers, how surely, and where it looked.
+
+    python extras/demo.py --run=out/sample
+
+The page is at http://127.0.0.1:8501, for this machine alone. It is research software, not for clinical
+use. Images and questions stay in memory while the page is open: nothing is written to the disk or sent
+elsewhere. Where train_cls.py has trained a classifier, its probabilities stand beside the image.
+Needs `pip install -r extras/requirements.txt`.
+
+The command starts streamlit with the settings of server_settings(). `streamlit run extras/demo.py
+<settings> -- --run=out/sample` does the same; under other settings the page refuses to work.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
+
+import base64
+import html
+import io
+import os
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image
+
+import eval_vqa
+import train_cls
+from data import BOS, EOS, Tokenizer, UserError, format_prompt, load_image, resize_image, run
+from model import VLM, Cache, newest_checkpoint, pick_device
+
+try:
+    import streamlit as st
+except ImportError:
+    st = None  # main() says so
+
+MEGABYTES = 20  # of an upload, at most
+TYPES = ("png", "jpg", "jpeg", "tif", "tiff", "bmp", "webp")
+EXAMPLES = 12  # images to choose from, about
+MAX_NEW_TOKENS = 32  # an answer is cut here, as VLM.generate's is
+RUNNERS_UP = 3  # tokens listed beside the one that was taken
+SURE = (0.9, "#cfe6f2"), (0.7, "#e0efd6"), (0.5, "#fbeec2"), (0, "#f8d3b8")  # probability from, colour
+HEAT = (226, 88, 0)  # colour of the map
+STYLE = """<style>
+.block-container {padding-top: 1.2rem; max-width: 1180px}
+.name {font-size: 1.6rem; font-weight: 650; margin: 0}
+.note {color: #55656e; font-size: .85rem; margin: .25rem 0; overflow-wrap: anywhere}
+.notice {background: #fdf4e3; border-left: 4px solid #c98a12; padding: .5rem .8rem; margin: .4rem 0 0}
+.picture, .ramp {width: 100%; max-width: 22rem; border-radius: 4px; display: block}
+.ramp {height: .6rem; background: linear-gradient(to right, #eee, rgb(226, 88, 0))}
+.question {font-weight: 600; margin: .3rem 0; overflow-wrap: anywhere}
+.answer {font-size: 1.3rem; line-height: 1.7; margin: 0; overflow-wrap: anywhere}
+.word {color: #1d2b33; padding: .1em .35em; border-radius: 4px; margin: .1em; display: inline-block}
+.key {font-size: .8rem}
+.rows {font-size: .9rem; width: 100%}
+.rows td {border: 0; border-bottom: 1px solid #e3e9ec; padding: .25rem .5rem .25rem 0}
+progress {accent-color: #0b5c7a; width: 100%}
+[data-testid=stButtonGroup] [role] {flex-wrap: wrap; overflow: visible; mask: none}
+[data-testid=stButtonGroup] :is(button, button *) {white-space: normal; height: auto; max-width: 100%}
+@media (max-width: 640px) {.picture, .ramp {max-width: 13rem} .notice {font-size: .9rem}}
+</style>"""
+
+
+@dataclass(frozen=True)
+class Config:
+    run: str = ""  # folder of a train_vlm.py run; none: the newest in out/
+    shards_dir: str = "shards"  # where prepare/all.py put the data whose test images are the examples
+    classifier: str = ""  # folder .../seed_<n> of a train_cls.py run; none: the newest in out/cls
+    address: str = "127.0.0.1"  # to listen on; another one may let other machines in
+    port: int = 8501  # to listen on
+    device: str = "auto"  # cuda, mps or cpu
+
+
+# ----------------------------------------------------------------------------- the conversation
+
+class WatchedCache(Cache):
+    """A Cache of one row that notes where the last of the tokens that are run through it looks."""
+
+    def place(self, row, question):
+        self.weights, self.mask = [], super().place(row, question)
+        return self.mask
+
+    def part(self, q):
+        self.asking = super().part(q)
+        return self.asking
+
+    def store(self, layer, k, v):
+        k, v = super().store(layer, k, v)
+        q = self.asking[:, :, -1:].float()  # (1, nh, 1, hs)
+        keys = k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (1, nh, S, hs)
+        # No matrix product, which autocast would do in bfloat16
+        scores = (q * keys).sum(-1) / q.shape[-1] ** 0.5 + self.mask[:, :, -1].float()  # (1, nh, S)
+        self.weights.append(scores.softmax(-1).mean((0, 1)))  # (S,)
+        return k, v
+
+
+@dataclass
+class Token:
+    """A token of an answer."""
+    id: int
+    probability: float
+    runners_up: list  # (id, probability) of the next likely ones
+    looked: np.ndarray  # (N,) attention to each token of the image, mean over layers and heads
+
+
+@dataclass
+class Word:
+    """The tokens of an answer from one start of a word to the next."""
+    text: str
+    probability: float  # of all its tokens
+    looked: np.ndarray  # (N,) mean over its tokens
+
+
+class Conversation:
+    """Questions about one image (H, W, 3) uint8, which is run through the model once for all of them."""
+
+    def __init__(self, model, tokenizer, image, dtype):
+        self.model, self.tokenizer, self.image = model, tokenizer, image
+        self.asked = eval_vqa.QUESTIONS_PER_ROW  # so many, and the image starts another cache
+        self.autocast = torch.autocast(model.projector.weight.device.type, torch.bfloat16,
+                                       enabled=dtype == torch.bfloat16)
+
+    def start(self):
+        """Run <bos> and the image, which every question sees."""
+        embedding, N = self.model.language.model.embed_tokens.weight, self.model.vision.config.tokens
+        cache = WatchedCache(self.model.language.config, 1, embedding.dtype, embedding.device)
+        inputs = [(token, position, 0, 0) for position, token in enumerate([BOS] + [0] * N)]
+        with self.autocast:
+            self.model.run_through(cache, inputs, (), [self.image], [1])
+        self.cache, self.asked = cache, 0
+
+    @torch.no_grad()
+    def ask(self, question):
+        """
+        Yield the Tokens of the answer, <eos> the last unless it is cut: VLM.generate's greedy ones.
+        It may be left at any time: what it put into the cache is in no other question's sight.
+        """
+        if self.asked == eval_vqa.QUESTIONS_PER_ROW:
+            self.start()
+        self.asked += 1
+        N, q = self.model.vision.config.tokens, self.asked
+        prompt = self.tokenizer.encode(format_prompt(question))
+        inputs = [(token, position, 0, q) for position, token in enumerate(prompt, start=1 + N)]
+        for _ in range(MAX_NEW_TOKENS):
+            with self.autocast:
+                x = self.model.run_through(self.cache, inputs, [len(inputs) - 1])
+                logits = self.model.language.lm_head(x).float()[0]  # (V,)
+            token, probabilities = int(logits.argmax()), logits.softmax(0)
+            best, ids = probabilities.topk(RUNNERS_UP + 1)
+            others = [pair for pair in zip(ids.tolist(), best.tolist()) if pair[0] != token]
+            looked = torch.stack(self.cache.weights).mean(0)[1:1 + N].cpu().numpy()  # <bos> comes first
+            yield Token(token, float(probabilities[token]), others[:RUNNERS_UP], looked)
+            if token == EOS:
+                return
+            inputs = [(token, inputs[-1][1] + 1, 0, q)]
+
+
+def words_of(tokens, tokenizer):
+    """The Words of an answer's Tokens; their texts, joined by spaces, are the answer."""
+    groups = []
+    for token in tokens:
+        if token.id == EOS:
+            break
+        known = token.id < tokenizer.vocab_size
+        if not groups or known and tokenizer.model.id_to_piece(token.id).startswith("\u2581"):
+            groups.append([])
+        groups[-1].append(token)
+    return [Word(tokenizer.decode([token.id for token in group]),
+                 float(np.prod([token.probability for token in group])),
+                 np.mean([token.looked for token in group], axis=0)) for group in groups]
+
+
+def read_upload(content, at_least):
+    """The RGB image in a file's bytes. Raises UserError, in one sentence, where there is none."""
+    try:
+        return load_image(content, at_least)
+    except Exception as error:  # each decoder has its own ways to fail on a broken file
+        if isinstance(error, Image.DecompressionBombError) or str(error).startswith("an image of"):
+            raise UserError(f"This image has more than {Image.MAX_IMAGE_PIXELS // 10 ** 6} million "
+                            "pixels, the most that are read.") from None
+        raise UserError("This file is not an image that can be read, or it is damaged.") from None
+
+
+def heat_map(image, looked):
+    """An image (H, W, 3) uint8 in grey, its patches the more in colour the more was looked at them."""
+    patches = looked[1:] - looked[1:].min()  # the class token comes first, which is nowhere
+    side = round(len(patches) ** 0.5)
+    share = (patches / max(patches.max(), 1e-12)).reshape(side, side).astype(np.float32)
+    share = Image.fromarray(share).resize(image.shape[1::-1], Image.Resampling.NEAREST)
+    share = 0.75 * np.asarray(share)[..., None]  # (H, W, 1)
+    grey = np.asarray(Image.fromarray(image).convert("L"), np.float32)[..., None]
+    return (grey * (1 - share) + np.array(HEAT) * share).round().astype(np.uint8)
+
+
+# ----------------------------------------------------------------------------- what is loaded once
+
+def load(config):
+    """What all sessions share and none changes. There may be no examples and no classifier."""
+    folder = Path(config.run) if config.run else eval_vqa.newest_run()
+    checkpoint, tokenizer = newest_checkpoint(folder), Tokenizer(folder / "tokenizer.model")
+    device, dtype = pick_device(config.device, "auto")
+    model = VLM.load(checkpoint, dtype, device).eval()
+    try:
+        shards = eval_vqa.open_shards(eval_vqa.Config(shards_dir=config.shards_dir), tokenizer)
+    except UserError:
+        shards = []  # images of one's own alone
+    size = model.vision.config.image_size
+    shards = [shard for shard in shards if shard.manifest["image"]["size"] == size]
+    examples, frequent = [], Counter()
+    for shard in shards:
+        asked = defaultdict(dict)  # image -> {question: recorded answer}
+        for record, image in zip(shard.read_records(), shard.samples["image"].tolist()):
+            if image >= 0 and not record.get("context"):
+                asked[image][record["question"]] = record["answer"]
+                frequent[record["question"]] += 1
+        for image in sorted(asked)[::max(len(asked) * len(shards) // EXAMPLES, 1)]:
+            name = f"{shard.folder.relative_to(config.shards_dir)}, image {image + 1}"
+            examples.append((name, shard.read_image(image), asked[image]))
+    trained = Path("out/cls").glob("*/*/seed_*/model")
+    newest = max(trained, key=lambda path: path.stat().st_mtime, default=Path()).parent
+    where = Path(config.classifier) if config.classifier else newest
+    return SimpleNamespace(
+        model=model, tokenizer=tokenizer, device=device, dtype=dtype, size=size, examples=examples,
+        facts=f"{folder} · {checkpoint.name.replace('_', ' ')} · {device}",
+        resize=shards[0].manifest["image"]["resize"] if shards else "squash",
+        questions=dict.fromkeys(question for question, _ in frequent.most_common(4)),  # for other images
+        classifier=(*train_cls.load_model(where, device), where) if where.name else None)
+
+
+def classify(loaded, image):
+    """{class: probability} of an RGB image by train_cls.py's model."""
+    model, facts, _ = loaded.classifier
+    pixels = np.array(resize_image(image, facts["image"]["size"], facts["image"]["resize"]))
+    autocast = torch.autocast(loaded.device.type, torch.bfloat16, enabled=loaded.dtype == torch.bfloat16)
+    [found] = train_cls.predict(model, pixels[None], facts["thresholds"] is not None, train_cls.Config(),
+                                loaded.device, autocast)
+    return dict(zip(facts["classes"], found.tolist()))
+
+
+# ----------------------------------------------------------------------------- the page
+
+def picture(pixels, words):
+    """An <img> that holds the pixels itself, so that the server keeps none."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    content = base64.b64encode(stream.getvalue()).decode()
+    return f'<img class="picture" alt="{words}" src="data:image/png;base64,{content}">'
+
+
+def plain(text):
+    """A text that streamlit does not take for Markdown, which could name an image elsewhere."""
+    return re.sub(r"([^\w\s])", r"\\\1", text)
+
+
+def coloured(question, words, more=""):
+    """A question, and an answer's words on the colours of their probability."""
+    colours = [next(colour for least, colour in SURE if word.probability >= least) for word in words]
+    spans = [f'<span class="word" style="background:{colour}" title="{word.probability:.1%}">'
+             f"{html.escape(word.text)}</span>" for word, colour in zip(words, colours)]
+    return (f'<p class="question">{html.escape(question)}</p>'
+            f'<p class="answer">{" ".join(spans)}{more}</p>')
+
+
+def table(rows, note):
+    """Rows of cells that are HTML as a table, and a text under it."""
+    lines = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in rows)
+    return f'<table class="rows">{lines}</table><p class="note">{html.escape(note)}</p>'
+
+
+def choose_image(loaded):
+    """(what tells this image from others, a function that gives it, {question: answer}), or None."""
+    sources = ["Example", "Your own"] if loaded.examples else ["Your own"]
+    if st.radio("Image", sources, horizontal=True, label_visibility="collapsed") == "Example":
+        names = [name for name, _, _ in loaded.examples]
+        name, pixels, questions = loaded.examples[names.index(st.selectbox("Example image", names))]
+        return name, lambda: Image.fromarray(pixels), questions
+    file = st.file_uploader("An image without names or dates on it", TYPES)
+    return file and (file.file_id, lambda: read_upload(file.getvalue(), 2 * loaded.size),  # as prepare/
+                     loaded.questions)
+
+
+def show_image(pixels, classes, loaded):
+    """The image of a conversation, and the classes that the classifier gives it, if there is one."""
+    st.html(picture(pixels, "The image as the model sees it")
+            + f'<p class="note">As the model sees it: {loaded.size} × {loaded.size} pixels</p>')
+    if classes:
+        best = max(classes, key=classes.get)
+        rows = [(html.escape(name), f'<progress value="{share:.3f}"></progress>', f"{share:.1%}")
+                for name, share in classes.items()]
+        st.expander(plain(f"Classifier: {best} {classes[best]:.0%}")).html(
+            table(rows, f"{loaded.classifier[2]}, which knows these classes alone"))
+
+
+def show_details(tokens, words, image, tokenizer, key):
+    """Where the model looked for an answer, and what else it might have said."""
+    def cell(token, probability):
+        text = "(end)" if token == EOS else tokenizer.decode([token]) or "(space)"
+        return f"{html.escape(text)} {probability:.1%}"
+
+    legend = [f'<span class="word key" style="background:{colour}">'
+              f'{f"from {least:.0%}" if least else "less"}</span>' for least, colour in SURE]
+    chosen = st.pills("Where it looked, for the whole answer or for the word you choose",
+                      range(len(words)), key=key,
+                      format_func=lambda n: plain(f"{words[n].text} {words[n].probability:.1%}"))
+    looked = np.mean([one.looked for one in (tokens if chosen is None else [words[chosen]])], axis=0)
+    left, right = st.columns(2)
+    left.html(picture(heat_map(image, looked), "The image, coloured where the model looked"))
+    least, most = looked[1:].min(), looked[1:].max()
+    right.html(f'<div class="ramp"></div><p class="note">{least:.1%} to {most:.1%} of its attention on '
+               f"a patch; {looked.sum():.0%} on the whole image, the rest on words</p>"
+               '<p class="note">Attention is not an explanation of the answer.</p><br>' + "".join(legend)
+               + '<p class="note">How probable it found each word. It can be sure and wrong.</p>')
+    rows = [[cell(token.id, token.probability), *(cell(*other) for other in token.runners_up)]
+            for token in tokens]
+    right.expander("What else it might have said").html(
+        table(rows, "Each token of the answer, and the next likely ones in its place"))
+
+
+def converse(conversation, tokenizer, questions):
+    """Questions and answers about an image, the newest first. questions: {suggested: recorded answer}"""
+    state = st.session_state
+
+    def take_suggestion():
+        state.suggestion, state.suggested = state.suggested, None
+
+    typed = st.chat_input("Ask about this image", max_chars=300)
+    if questions:
+        st.pills("Or choose a question", list(questions), format_func=plain, key="suggested",
+                 on_change=take_suggestion)
+    question = (typed or state.pop("suggestion", None) or "").strip()
+    newest = st.empty()
+    if question:
+        tokens, words = [], []
+        for token in conversation.ask(question):
+            tokens.append(token)
+            words = words_of(tokens, tokenizer)
+            newest.html(coloured(question, words if token.id == EOS else words[:-1]))  # it may go on
+        state.turns.insert(0, (question, tokens, words))
+    for number, (question, tokens, words) in enumerate(state.turns):
+        cut = tokens[-1].id != EOS
+        shown = coloured(question, words, " …" if cut else "" if words else "(no answer)")
+        if recorded := questions.get(question):
+            shown += f'<p class="note">Recorded answer: {html.escape(recorded)}</p>'
+        if number:
+            st.html(shown)
+            continue
+        newest.html(shown)
+        show_details(tokens, words, conversation.image, tokenizer, f"{state.name} {len(state.turns)}")
+
+
+def show_page(config):
+    """One run of the page for one session, as streamlit makes it at every click."""
+    state = st.session_state
+    st.set_page_config("nanoMedQ", layout="wide")
+    st.html(STYLE)
+    if any(st.get_option(name) != value for name, value in server_settings(config).items()):
+        raise UserError("This server's settings do not keep the page private; start it with `python "
+                        "extras/demo.py` and the same flags.")
+    loaded = st.cache_resource(load, show_spinner="Loading the model")(config)
+    st.html(f'<p class="name">nanoMedQ</p><p class="note">{html.escape(loaded.facts)}</p>'
+            '<p class="notice"><b>Research software: not for diagnosis or treatment, not for clinical '
+            "use.</b> Its answers may be wrong. Images stay in memory while this page is open.</p>")
+    left, right = st.columns([2, 3], gap="medium")
+    with left:
+        if not (chosen := choose_image(loaded)):
+            return
+        name, read, questions = chosen
+        if state.get("name") != name:
+            image = read()
+            pixels = np.asarray(resize_image(image, loaded.size, loaded.resize))
+            classes = classify(loaded, image) if loaded.classifier else {}
+            state.conversation = Conversation(loaded.model, loaded.tokenizer, pixels, loaded.dtype)
+            state.name, state.classes, state.turns = name, classes, []
+        show_image(state.conversation.image, state.classes, loaded)
+    with right:
+        converse(state.conversation, loaded.tokenizer, questions)
+
+
+# ----------------------------------------------------------------------------- the server
+
+def server_settings(config):
+    """Streamlit's options without which the page would not be private."""
+    return {"server.address": config.address, "server.maxUploadSize": MEGABYTES,
+            "browser.gatherUsageStats": False, "client.showErrorDetails": "none"}
+
+
+def main(config):
+    if st is None:
+        raise UserError("no streamlit here; run `pip install -r extras/requirements.txt`")
+    if st.runtime.exists():  # it is streamlit that runs this file
+        if parser := sys.modules.get("starlette.formparsers"):
+            parser.MultiPartParser.spool_max_size = 2 * MEGABYTES << 20  # else through a file on disk
+        try:
+            return show_page(config)
+        except UserError as error:
+            return st.error(str(error))
+    newest_checkpoint(Path(config.run) if config.run else eval_vqa.newest_run())  # say now what is wrong
+    settings = {**server_settings(config), "server.port": config.port, "server.headless": True,
+                "server.fileWatcherType": "none", "client.toolbarMode": "minimal", "theme.base": "light",
+                "theme.primaryColor": "#0b5c7a", "theme.secondaryBackgroundColor": "#f2f6f8"}
+    flags = [f"--{name}={str(value).lower()}" for name, value in settings.items()]
+    os.execv(sys.executable, [sys.executable, "-m", "streamlit", "run", __file__, *flags, "--",
+                              *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,468 @@
+"""
+extras/demo.py: its conversation against VLM.generate and against attention written out; its page in a
+browser, without which those tests are skipped.
+
+The server of the page may write 1,000 bytes to a file, which no image has, and its home stays empty.
+"""
+
+import io
+import os
+import re
+import resource
+import socket
+import struct
+import subprocess
+import sys
+import time
+import urllib.request
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import train_cls
+from data import BOS, EOS, Shard, Tokenizer, UserError, format_prompt
+from extras import demo
+from model import VLM, LLaMA, LlamaConfig, ViT, ViTConfig, normalise, rotary_angles, rotate, seal
+from test_browse import chromium  # noqa: F401, the fixture
+from test_eval import TOKENIZER, write_questions
+from test_model import randomise
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZE, N = 32, 17  # pixels; tokens of an image
+CLASSES = ["no *cyst*", "<b>cyst</b>", "a_cyst_"]
+HOSTILE = "is ![this](http://192.0.2.1/x.png) <img src=http://192.0.2.1/y.png> *it*, :red[or] $x^2$?"
+LONG = "where is the lesion, and on which side of the body?"
+QUESTIONS = ["what is this?", "is it large?", LONG, "why?", HOSTILE]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(TOKENIZER)
+    return Tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    """Random, with two heads of queries to one of keys, and answers of different lengths."""
+    torch.manual_seed(0)
+    language = LlamaConfig(tokenizer.vocab_size, hidden_size=32, intermediate_size=48,
+                           num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+    model = VLM(ViT(ViTConfig(SIZE, patch_size=8, width=64, depth=2)), LLaMA(language))
+    randomise(model)
+    with torch.no_grad():
+        model.language.lm_head.weight[EOS] *= 1.5  # so that most answers end
+    return model.eval()
+
+
+def some_image(seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+
+
+def generated(model, tokenizer, image, questions):
+    """VLM.generate's answers, {question: token ids}."""
+    prompts = [tokenizer.encode(format_prompt(question)) for question in questions]
+    [(_, answers)] = model.generate([(image, prompts)])
+    return dict(zip(questions, answers, strict=True))
+
+
+def ids(tokens):
+    return [token.id for token in tokens if token.id != EOS]
+
+
+# ----------------------------------------------------------------------------- the conversation
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [4, 2, 2, 0, 3, 1, 0], [*range(5)] * 7])
+def test_answers_are_those_of_generate_in_any_order(order, model, tokenizer, monkeypatch):
+    expected = generated(model, tokenizer, some_image(), QUESTIONS)
+    lengths = {len(answer) for answer in expected.values()}
+    assert len(lengths) > 1 and min(lengths) > 0 and max(lengths) == demo.MAX_NEW_TOKENS
+    seen, encode = [], VLM.encode_images
+    monkeypatch.setattr(VLM, "encode_images", lambda *arguments: seen.append(1) or encode(*arguments))
+    conversation = demo.Conversation(model, tokenizer, some_image(), torch.float32)
+    for number in order:
+        tokens = list(conversation.ask(QUESTIONS[number]))
+        assert ids(tokens) == expected[QUESTIONS[number]]
+        assert tokens[-1].id == EOS or len(tokens) == demo.MAX_NEW_TOKENS
+    assert len(seen) == -(-len(order) // 32)  # once for all questions, up to 32
+
+
+def test_a_question_that_is_left_halfway_or_failed_disturbs_no_other(model, tokenizer, monkeypatch):
+    expected = generated(model, tokenizer, some_image(), QUESTIONS)
+    conversation = demo.Conversation(model, tokenizer, some_image(), torch.float32)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(VLM, "encode_images", lambda self, images: (_ for _ in ()).throw(MemoryError()))
+        next(conversation.ask(QUESTIONS[0]))
+    for question in QUESTIONS:
+        left = conversation.ask(QUESTIONS[2])
+        next(left), left.close()
+        assert ids(conversation.ask(question)) == expected[question]
+
+
+def test_conversations_in_turns_do_not_disturb_one_another(model, tokenizer):
+    images = [some_image(0), some_image(1)]
+    expected = [generated(model, tokenizer, image, QUESTIONS) for image in images]
+    both = [demo.Conversation(model, tokenizer, image, torch.float32) for image in images]
+    for question in QUESTIONS:
+        answers = [[], []]
+        asking = [one.ask(question) for one in both]
+        while asking[0] or asking[1]:
+            for which in (0, 1):
+                token = next(asking[which], None) if asking[which] else None
+                if token is None:
+                    asking[which] = None
+                else:
+                    answers[which].append(token)
+        assert [ids(tokens) for tokens in answers] == [one[question] for one in expected]
+    assert expected[0] != expected[1]
+
+
+@torch.no_grad()
+def dense(model, image, tokens):
+    """(V,) logits of the last of all tokens, (layers, nh, T) its attention; nothing is cached."""
+    language, config = model.language, model.language.config
+    x = language.embed(torch.tensor([[BOS] + [0] * N + tokens]))
+    x[:, 1:1 + N] = model.encode_images(torch.from_numpy(image)[None])
+    T = x.shape[1]
+    cos, sin = rotary_angles(torch.arange(T)[None], config.head_size, config.rope_theta)
+    weights = []
+    for block in language.model.layers:
+        attention, h = block.self_attn, block.input_layernorm(x)
+        q, k, v = (proj(h).view(1, T, -1, config.head_size).transpose(1, 2) for proj in
+                   (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        heads = []
+        for head in range(config.num_attention_heads):
+            of = head // (config.num_attention_heads // config.num_key_value_heads)
+            scores = (q[0, head] @ k[0, of].T / config.head_size ** 0.5).masked_fill(
+                torch.ones(T, T).triu(1).bool(), -torch.inf)
+            heads.append((scores.softmax(-1), v[0, of]))
+        weights.append(torch.stack([weight[-1] for weight, _ in heads]))
+        x = x + attention.o_proj(torch.cat([weight @ value for weight, value in heads], dim=-1))[None]
+        x = x + block.mlp(block.post_attention_layernorm(x))
+    return language.lm_head(language.model.norm(x))[0, -1], torch.stack(weights)
+
+
+def test_probabilities_and_attention_are_those_of_a_dense_recomputation(model, tokenizer):
+    conversation = demo.Conversation(model, tokenizer, some_image(), torch.float32)
+    for question in QUESTIONS[:3]:
+        before = tokenizer.encode(format_prompt(question))
+        shares = []
+        for token in conversation.ask(question):
+            logits, weights = dense(model, some_image(), before)
+            assert np.abs(token.looked - weights.mean((0, 1))[1:1 + N].numpy()).max() < 1e-5
+            best, found = logits.softmax(0).topk(1 + demo.RUNNERS_UP)
+            assert [token.id, *(other for other, _ in token.runners_up)] == found.tolist()
+            assert [token.probability, *(share for _, share in token.runners_up)] == pytest.approx(
+                best.tolist(), abs=1e-5)
+            before.append(token.id)
+            shares.append(token.looked)
+        assert np.ptp(shares, axis=0).max() > 1e-3 and np.ptp(shares[0]) > 1e-3  # none is flat
+
+
+def test_words_join_to_the_answer_and_their_tokens_count(model, tokenizer):
+    for seed in range(8):
+        conversation = demo.Conversation(model, tokenizer, some_image(seed), torch.float32)
+        tokens = list(conversation.ask("what is this?"))
+        words = demo.words_of(tokens, tokenizer)
+        assert " ".join(word.text for word in words).split() == tokenizer.decode(ids(tokens)).split()
+    space, e, s = (tokenizer.model.piece_to_id(piece) for piece in ("\u2581", "e", "s"))
+    tokens = [demo.Token(number, share, [], np.full(N, share)) for number, share in
+              zip([space, e, s, space, e, EOS], (0.5, 0.5, 0.8, 0.9, 0.4, 0.1))]
+    words = demo.words_of(tokens, tokenizer)
+    assert [word.text for word in words] == ["es", "e"]
+    assert [word.probability for word in words] == pytest.approx([0.2, 0.36])
+    assert [word.looked[0] for word in words] == pytest.approx([0.6, 0.65])
+    assert demo.words_of([demo.Token(EOS, 1.0, [], np.ones(N))], tokenizer) == []
+
+
+def test_the_map_colours_what_was_looked_at():
+    image = np.full((SIZE, SIZE, 3), (30, 60, 90), np.uint8)
+    grey = np.array(Image.fromarray(image).convert("RGB").convert("L"))[0, 0]
+    looked = np.full(N, 0.01, np.float32)
+    looked[[0, 1 + 6, 1 + 15]] = 0.9, 0.03, 0.02  # class token; row 1, column 2; row 3, column 3
+    found = demo.heat_map(image, looked).astype(int)
+    strong, half = (grey * (1 - share) + np.array(demo.HEAT) * share for share in (0.75, 0.375))
+    assert np.abs(found[8:16, 16:24] - strong).max() <= 1 and np.abs(found[24:, 24:] - half).max() <= 1
+    found[8:16, 16:24] = found[24:, 24:] = grey
+    assert (found == grey).all()
+    assert (demo.heat_map(image, np.ones(N, np.float32)) == grey).all()
+
+
+# ----------------------------------------------------------------------------- bad images
+
+def encoded(image, form="PNG"):
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, form)
+    return stream.getvalue()
+
+
+def png_that_claims(width, height):
+    content = encoded(some_image())
+    header = b"IHDR" + struct.pack(">II", width, height) + content[24:29]
+    return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
+
+
+@pytest.mark.parametrize("content, sentence", [
+    (b"a text", "not an image"), (b"", "not an image"), (encoded(some_image())[:-600], "not an image"),
+    (encoded(some_image(), "JPEG")[:300], "not an image"), (b"%PDF-1.4 not drawn", "not an image"),
+    (png_that_claims(10_000, 9_000), "89 million pixels"),
+    (png_that_claims(60_000, 60_000), "89 million pixels")])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bad_images_are_answered_by_a_sentence(content, sentence):
+    with pytest.raises(UserError, match=sentence) as error:
+        demo.read_upload(content, SIZE)
+    assert re.fullmatch(r"[A-Z][^.\n]*\.", str(error.value))
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "BMP", "WEBP"])
+def test_the_types_that_are_offered_are_read(form):
+    assert demo.read_upload(encoded(some_image(), form), SIZE).size == (SIZE, SIZE)
+
+
+# ----------------------------------------------------------------------------- in a browser
+
+@pytest.fixture(scope="module")
+def run(model, tokenizer, tmp_path_factory):
+    """A run, and the shards with two images to choose from."""
+    folder = tmp_path_factory.mktemp("demo")
+    partial = folder / "run" / "partial_step_000007"
+    model.save(partial)
+    seal(partial, folder / "run" / "step_000007")
+    (folder / "run" / "tokenizer.model").write_bytes(TOKENIZER)
+    write_questions(folder / "shards", "scans", {"test": [
+        ("what is this?", "a lung", 1), (HOSTILE, "no", 1), ("is it large?", "yes", 2)]})
+    torch.manual_seed(1)
+    classifier = train_cls.Classifier(randomise(ViT(model.vision.config)), 3)
+    (folder / "seed_0").mkdir()
+    train_cls.save_model(folder / "seed_0", classifier, {
+        "classes": CLASSES, "thresholds": None, "image": {"size": SIZE, "resize": "squash"}})
+    return folder
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def wait_for(server, port):
+    for _ in range(300):
+        try:
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health").close()
+        except OSError:
+            assert server.poll() is None, server.stdout.read()
+            time.sleep(0.1)
+    raise TimeoutError(f"no server on port {port}")
+
+
+@pytest.fixture(scope="module")
+def port(run, chromium):  # noqa: F811
+    pytest.importorskip("streamlit", reason="no streamlit here")
+    def write_little():  # as torch does when it is imported, to see where it could
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    port, home = free_port(), run / "home"
+    home.mkdir()
+    flags = {"run": run / "run", "shards_dir": run / "shards", "port": port,
+             "classifier": run / "seed_0"}
+    environment = {"HOME": str(home), "TMPDIR": str(home), "PATH": os.environ["PATH"],
+                   "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    server = subprocess.Popen(
+        [sys.executable, "extras/demo.py", *(f"--{name}={value}" for name, value in flags.items())],
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=write_little)
+    try:
+        wait_for(server, port)
+        yield port
+    finally:
+        server.terminate()
+        said = server.communicate(timeout=20)[0]
+    assert "Traceback" not in said and not any(question in said for question in QUESTIONS), said
+    left = [path for path in home.rglob("*") if not path.is_dir()]  # torch makes a folder
+    assert left == []
+
+
+@pytest.fixture
+def visit(port, chromium):  # noqa: F811
+    """visit() -> a page of its own session. In the end nothing was asked of another machine."""
+    asked, contexts = [], []
+
+    def open_page():
+        contexts.append(chromium.new_context(viewport={"width": 1280, "height": 900}))
+        page = contexts[-1].new_page()
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("websocket", lambda socket: asked.append(socket.url))
+        page.goto(f"http://127.0.0.1:{port}/")
+        page.get_by_placeholder("Ask about this image").wait_for()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    here = (f"http://127.0.0.1:{port}/", f"ws://127.0.0.1:{port}/", "data:", "blob:")
+    assert len(asked) > 10 and [url for url in asked if not url.startswith(here)] == []
+
+
+def rest(page):
+    page.locator("[data-test-script-state=notRunning]").wait_for()
+
+
+def ask(page, question):
+    page.get_by_placeholder("Ask about this image").fill(question)
+    page.keyboard.press("Enter")
+    page.locator(".question").first.get_by_text(question, exact=True).wait_for()
+    rest(page)
+
+
+def pill(page, text):
+    return page.locator("[data-testid=stButtonGroup] button").filter(has_text=text).last
+
+
+def upload(page, name, content):
+    page.set_input_files("input[type=file]", {"name": name, "mimeType": "image/png", "buffer": content})
+
+
+def answers(page):
+    """{question: words of its answer}, as the page shows them."""
+    found = [answer.locator(".word").all_text_contents() for answer in page.locator(".answer").all()]
+    return dict(zip(page.locator(".question").all_inner_texts(), found, strict=True))
+
+
+def words(model, tokenizer, image, question):
+    tokens = list(demo.Conversation(model, tokenizer, image, torch.float32).ask(question))
+    return [word.text for word in demo.words_of(tokens, tokenizer)]
+
+
+def test_upload_ask_and_follow_up(visit, run, model, tokenizer):
+    page = visit()
+    assert "not for diagnosis or treatment, not for clinical use" in page.locator(".notice").inner_text()
+    assert "step 000007" in page.locator(".note").first.inner_text()
+    page.get_by_text("Your own").click()
+    upload(page, "a.png", encoded(some_image(5)))
+    page.get_by_alt_text("The image as the model sees it").wait_for()
+    assert not page.get_by_alt_text("The image, coloured").count()
+    classifier, _ = train_cls.load_model(run / "seed_0", torch.device("cpu"))
+    with torch.no_grad():
+        shares = classifier(normalise(torch.from_numpy(some_image(5))[None])).softmax(1)[0].tolist()
+    page.get_by_text(f"Classifier: {CLASSES[int(np.argmax(shares))]} {max(shares):.0%}").click()
+    page.locator("progress").first.wait_for()
+    assert page.locator(".rows tr").all_text_contents() == [
+        f"{name}{share:.1%}" for name, share in zip(CLASSES, shares)]
+    ask(page, "what is this?")
+    expected = {question: words(model, tokenizer, some_image(5), question) for question in QUESTIONS}
+    assert answers(page) == {"what is this?": expected["what is this?"]}
+    chips = page.locator(".answer").first.locator(".word")
+    [*tokens] = demo.Conversation(model, tokenizer, some_image(5), torch.float32).ask("what is this?")
+    probabilities = [f"{word.probability:.1%}" for word in demo.words_of(tokens, tokenizer)]
+    assert chips.evaluate_all("all => all.map(one => one.title)") == probabilities
+    heat = page.get_by_alt_text("The image, coloured")
+    whole = heat.get_attribute("src")
+    pill(page, probabilities[-1]).click()
+    page.locator(f'[alt^="The image, coloured"]:not([src="{whole}"])').wait_for()
+    rest(page)
+    assert answers(page) == {"what is this?": expected["what is this?"]}
+    ask(page, "why?")
+    assert answers(page) == {question: expected[question] for question in ("why?", "what is this?")}
+
+
+def test_bad_uploads_get_one_sentence(visit, tmp_path):
+    page = visit()
+    page.get_by_text("Your own").click()
+    upload(page, "a.png", b"a text")
+    alert = page.get_by_role("alert")
+    alert.wait_for()
+    assert alert.inner_text().strip() == "This file is not an image that can be read, or it is damaged."
+    assert not page.get_by_placeholder("Ask about this image").count()
+    large = tmp_path / "large.png"
+    with open(large, "wb") as file:
+        file.truncate(60 << 20)
+    page.set_input_files("input[type=file]", large)
+    page.get_by_text("File must be 20.0MB or smaller.").wait_for()
+    noise = np.random.default_rng(0).integers(0, 256, (1000, 1200, 3), np.uint8)
+    upload(page, "b.png", encoded(noise))  # 3.6 MB, which must not pass through a file either
+    page.get_by_alt_text("The image as the model sees it").wait_for()
+
+
+def test_sessions_are_apart_and_examples_are_as_prepared(visit, run, model, tokenizer):
+    shard = Shard(run / "shards" / "scans" / "test")
+    pages = [visit(), visit()]
+    pages[1].get_by_role("combobox").click()
+    pages[1].get_by_role("option", name="scans/test, image 2").click()
+    pill(pages[1], "is it large?").wait_for()
+    for question in ("where is it?", "why?"):
+        for page in pages:  # both at once
+            page.get_by_placeholder("Ask about this image").fill(question)
+            page.keyboard.press("Enter")
+        for number, page in enumerate(pages):
+            page.locator(".question").first.get_by_text(question, exact=True).wait_for()
+            rest(page)
+            assert answers(page)[question] == words(model, tokenizer, shard.read_image(number), question)
+    assert pill(pages[0], "192.0.2.1").inner_text() == HOSTILE  # shown as it is, and never loaded
+    pill(pages[0], "192.0.2.1").click()
+    pages[0].locator(".question").first.get_by_text(HOSTILE, exact=True).wait_for()
+    rest(pages[0])
+    assert pages[0].get_by_text("Recorded answer: no").count() == 1
+    assert len(answers(pages[0])) == 3 and len(answers(pages[1])) == 2
+    assert not pages[0].locator("img[src^='http']").count()
+
+
+def test_no_width_needs_scrolling_sideways(visit):
+    page = visit()
+    ask(page, LONG)
+    for width in (1280, 800, 390):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.wait_for_function("width => innerWidth === width", arg=width)
+        boxes = page.locator(".picture, .word, .notice, .ramp, button p").evaluate_all(
+            "all => all.map(one => one.getBoundingClientRect()).map(box => [box.left, box.right])")
+        assert len(boxes) >= 20
+        assert min(left for left, _ in boxes) >= 0 and max(right for _, right in boxes) <= width
+
+
+def test_the_server_listens_on_this_machine_alone(port):
+    listening = []
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:] if Path(table).is_file() else []:
+            _, local, _, state, *_ = line.split()
+            address, _, number = local.partition(":")
+            if state == "0A" and int(number, 16) == port:
+                listening.append(address)
+    if not Path("/proc/net/tcp").is_file():
+        pytest.skip("no /proc here")
+    assert listening == ["0100007F"]
+
+
+@pytest.mark.parametrize("name", [None, "server.address", "server.maxUploadSize",
+                                  "browser.gatherUsageStats", "client.showErrorDetails"])
+def test_other_settings_are_refused(name, tmp_path, monkeypatch):
+    pytest.importorskip("streamlit", reason="no streamlit here")
+    config = demo.Config(run=str(tmp_path / "none"))
+    settings = demo.server_settings(config)
+    assert settings["server.address"] == "127.0.0.1" and len(settings) == 4
+    monkeypatch.setattr(demo.st, "get_option", lambda one: None if one == name else settings[one])
+    said = "start it with `python extras/demo.py`" if name else "no checkpoint"
+    with pytest.raises(UserError, match=said):
+        demo.show_page(config)
+
+
+# ----------------------------------------------------------------------------- the command line
+
+@pytest.mark.parametrize("argument, message", [
+    ("--run={}/none", "none: no checkpoint here; run `python train_vlm.py --run="),
+    ("--prot=1", "unknown flag '--prot=1': did you mean --port?"),
+    ("", "no streamlit here; run `pip install -r extras/requirements.txt`")])
+def test_mistakes_get_one_line(argument, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["demo.py", *filter(None, [argument.format(tmp_path)])])
+    if not argument:
+        monkeypatch.setattr(demo, "st", None)
+    elif demo.st is None:
+        pytest.skip("no streamlit here")
+    with pytest.raises(SystemExit) as stopped:
+        data.run(demo.main, demo.Config)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in said and said.count("\n") == 1

@@ -32,7 +32,8 @@ from PIL import Image
 
 import eval_vqa
 import train_cls
-from data import BOS, EOS, Tokenizer, UserError, format_prompt, load_image, resize_image, run
+from data import (BOS, EOS, Tokenizer, UserError, format_prompt, load_image, read_settings, resize_image,
+                  run)
 from model import VLM, Cache, newest_checkpoint, pick_device
 
 try:
@@ -228,7 +229,7 @@ def load(config):
     return SimpleNamespace(
         model=model, tokenizer=tokenizer, device=device, dtype=dtype, size=size, examples=examples,
         facts=f"{folder} · {checkpoint.name.replace('_', ' ')} · {device}",
-        resize=shards[0].manifest["image"]["resize"] if shards else "squash",
+        resize=read_settings(folder / "config.json").get("resize", "squash"),
         questions=dict.fromkeys(question for question, _ in frequent.most_common(4)),  # for other images
         classifier=(*train_cls.load_model(where, device), where) if where.name else None)
 

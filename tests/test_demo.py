@@ -235,6 +235,7 @@ def run(model, tokenizer, tmp_path_factory):
     model.save(partial)
     seal(partial, folder / "run" / "step_000007")
     (folder / "run" / "tokenizer.model").write_bytes(TOKENIZER)
+    (folder / "run" / "config.json").write_text('{"resize": "squash"}')
     write_questions(folder / "shards", "scans", {"test": [
         ("what is this?", "a lung", 1), (HOSTILE, "no", 1), ("is it large?", "yes", 2)]})
     torch.manual_seed(1)

@@ -20,13 +20,16 @@ ROOT = Path(__file__).resolve().parent.parent
 CAMPAIGNS = '''
 import contextlib, io, json, sys
 from data import UserError
-from extras.faults import calls, full_disk, kill, lost_writes, tiny
+from extras.faults import calls, full_disk, kill, lost_writes, ranks, tiny
 
 shards, told = tiny.prepare(sys.argv[1]), {}
-for module, settings in [(kill, dict(kills=25, steps=8)), (full_disk, dict(sizes=5)),
+for module, settings in [(kill, dict(kills=25, steps=8)),
+                         (full_disk, dict(sizes=5, parts="save,download")),
                          (lost_writes, dict(unfinished=False)),
                          (calls, dict(only="fsync,renameat,rename,unlinkat", errors="EIO", every=6,
-                                      limits=4))]:
+                                      limits=4)),
+                         (ranks, dict(ranks="2", places="backward,save", faults="kill",
+                                      torchrun=False))]:
     code, text = 0, io.StringIO()
     with contextlib.redirect_stdout(text):
         try:
@@ -51,8 +54,9 @@ def told(tmp_path_factory):
 
 
 @pytest.mark.parametrize("campaign, counted", [
-    ("kill", "25 kills"), ("full_disk", "5 disks"), ("lost_writes", "states that a crash may leave"),
-    ("calls", "system calls in a save")])
+    ("kill", "25 kills"), ("full_disk", "download: 15 disks"),
+    ("lost_writes", "states that a crash may leave"), ("calls", "system calls in a save"),
+    ("ranks", "3 groups")])
 def test_promises_hold(told, campaign, counted):
     code, text = told[campaign]
     if code == "refused":

@@ -21,10 +21,10 @@ import pytest
 import torch
 from PIL import Image
 
+import prepare.all
 from data import (PROMPT_VERSION, SHARD_VERSION, Record, Shard, Tokenizer, UserError, format_prompt,
                   load_image, manifest_checksum, resize_image)
 from model import VLM
-import prepare.all
 from prepare.datasets import DATASETS, Dataset, read_tar
 from prepare.questions import train_sample_tokenizer
 from prepare.shards import read_manifests, write_dataset

@@ -127,7 +127,8 @@ def launch_torchrun(ranks, config):
     words = [f"--{item.name}={getattr(config, item.name)}" for item in fields(config)
              if getattr(config, item.name) != item.default]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
-                           "--standalone", "--", __file__, *words], cwd=ROOT)
+                           "--standalone", f"--log-dir={config.run}.logs", "--", __file__, *words],
+                          cwd=ROOT)
     if done.returncode:
         raise UserError(f"torchrun ended with code {done.returncode}")
 

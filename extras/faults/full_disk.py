@@ -150,7 +150,8 @@ def try_prepare(config, folder, disk):
         with mounted(disk):
             leave_room(disk, room)
             code, text = prepare()
-            wrong, there = [], hashes(target)
+            wrong, there = [], {name: found for name, found in hashes(target).items()
+                                if not name.endswith(".partial")}
             told = [line for line in text.splitlines() if "o space left" in line]
             if code not in (SUCCESS, 1, USER_ERROR) or "Traceback" in text or len(told) != bool(code):
                 wrong.append(f"exit code {code}: ...{text[-300:]}")

@@ -30,6 +30,7 @@ M supervised positions. This file needs no torch: arrays leave it as numpy.
 
 import argparse
 import difflib
+import errno
 import functools
 import hashlib
 import inspect
@@ -72,12 +73,21 @@ def require_positive(config, *names):
 
 
 def run(main, Config):
-    """Parse the command line into a Config and call main with it; a UserError exits with code 2."""
+    """
+    Parse the command line into a Config and call main with it; a UserError, or a disk that is full,
+    exits with code 2.
+    """
     try:
         main(parse_flags(Config, sys.argv[1:]))
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"{Path(sys.argv[0]).name}: {error}; make space, then run it again", file=sys.stderr)
+    else:
+        return
+    sys.exit(2)
 
 
 def parse_flags(Config, arguments):

@@ -1,5 +1,7 @@
 """The command line: types from the dataclass, mistakes answered in one line."""
 
+import errno
+import os
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -65,3 +67,16 @@ def test_user_error_exits_with_2_and_one_line(capsys, monkeypatch):
     assert stop.value.code == 2
     assert capsys.readouterr().err == (
         "train_vlm.py: unknown flag '--stepz=1': did you mean --steps?\n")
+
+
+@pytest.mark.parametrize("number, told", [
+    (errno.ENOSPC, "x.py: [Errno 28] No space left on device: 'out/log'; make space, then run it again\n"),
+    (errno.EIO, None)])
+def test_a_full_disk_is_the_users_matter_and_a_broken_one_is_not(number, told, capsys, monkeypatch):
+    def main(config):
+        raise OSError(number, os.strerror(number), "out/log")
+
+    monkeypatch.setattr("sys.argv", ["x.py"])
+    with pytest.raises(SystemExit if told else OSError) as stop:
+        data.run(main, Config)
+    assert not told or (stop.value.code == 2 and capsys.readouterr().err == told)

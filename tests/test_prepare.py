@@ -1,6 +1,5 @@
 """From raw files to shards: what is stored, what is skipped, and what survives a kill or a flipped bit."""
 
-import errno
 import hashlib
 import io
 import json
@@ -21,7 +20,6 @@ import pytest
 import torch
 from PIL import Image
 
-import prepare.all
 from data import (PROMPT_VERSION, SHARD_VERSION, Record, Shard, Tokenizer, UserError, format_prompt,
                   load_image, manifest_checksum, resize_image)
 from model import VLM
@@ -312,15 +310,6 @@ def test_a_full_disk_fails_in_one_line_and_leaves_nothing(tmp_path):
     line, = [line for line in done.stdout.splitlines() if line.startswith("sample: failed")]
     assert done.returncode == 1 and "File too large" in line and "Traceback" not in done.stderr
     assert os.listdir(tmp_path / "shards") == []
-
-
-def test_a_disk_that_is_full_for_leaks_alone_is_told_in_one_line(tokenizer, tmp_path, monkeypatch):
-    def no_room(shards_dir, leaks):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(prepare.all, "guard", no_room)
-    with pytest.raises(UserError, match="leaks.json, without which .*No space left.*the same command again"):
-        prepare.all.print_leaks(prepare.all.Config(shards_dir=str(tmp_path)))
 
 
 def test_a_failed_dataset_keeps_what_was_there_and_stops_no_other(tokenizer, tmp_path):

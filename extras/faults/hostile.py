@@ -14,8 +14,8 @@ All of it runs in processes that may take so much memory and so many seconds a f
 used, or refused by an error that is listed here; a process must neither die, hang nor grow. An image
 may have 89 million pixels in few bytes: such a one takes 3 s and 1.4 GB.
 
-It found nothing BAD in 100,000 images, of which 30,363 were used, and in 5,000 files of each other kind
-but for what has been mended since: names that led outside of a dataset's folder, whole numbers in the
+It found nothing BAD in 100,000 images, of which 30,363 were used, 100,000 records, 100,000 tensors, 200,000
+tables and 5,000 files of each other kind but for what has been mended since: names that led outside of a dataset's folder, whole numbers in the
 place of weights, and broken pickles and settings that raised what nobody expected.
 """
 
@@ -70,7 +70,7 @@ class Config:
     images: int = 20_000  # spoiled images
     files: int = 5_000  # spoiled files of each other kind
     gigabytes: float = 2.0  # that a process may take beyond what it starts with
-    seconds: int = 20  # that one file may take
+    seconds: int = 20  # of a processor that one file may take
     seed: int = 0  # of what is drawn
     chunk: int = 1000  # files for one process
 
@@ -86,7 +86,7 @@ def guarded(work, config, *arguments):
         limit = pages * resource.getpagesize() + int(config.gigabytes * (1 << 30))
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        signal.signal(signal.SIGALRM, too_long)
+        signal.signal(signal.SIGPROF, too_long)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what C libraries complain of
         sender.send(work(config, *arguments))
 
@@ -113,7 +113,7 @@ def too_long(number, frame):
 
 def tried(config, use, listed=(), name=""):
     """(what became of it, details) of one use of a file: used, refused, or BAD."""
-    signal.alarm(config.seconds)
+    signal.setitimer(signal.ITIMER_PROF, config.seconds)  # of computing: others may need the machine
     try:
         return use() or "used", name
     except (UserError, *listed) as error:
@@ -129,7 +129,7 @@ def tried(config, use, listed=(), name=""):
         return "BAD", (f"{name} {type(error).__name__}: {error!s:.60} "
                        f"({Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno})")
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def resident():

@@ -20,6 +20,7 @@ The others': ViT-B/32 C=768 nh=12 N=50; ResNet-50 C=2048 nh=32 N=50, its outputs
 """
 
 import atexit
+import hashlib
 import itertools
 import json
 import os
@@ -559,7 +560,11 @@ class LLaMA(nn.Module):
         index = folder / "model.safetensors.index.json"
         names = ["model.safetensors"]
         if index.is_file():
-            weight_map = read_settings(index).get("weight_map")
+            settings = read_settings(index)
+            weight_map, facts = settings.get("weight_map"), settings.get("metadata")
+            if isinstance(facts, dict) and facts.get("config") not in (None, hash_file(folder / "config.json")):
+                raise UserError(f"{folder}/config.json: was altered; delete {folder}, and prepare/all.py "
+                                "makes it anew")
             names = list(weight_map.values()) if isinstance(weight_map, dict) else []
             if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
                 raise UserError(f"{index}: does not say which files beside it hold the weights")
@@ -943,9 +948,32 @@ def tensor_shapes(file):
         raise UserError(f"{file}: not a whole safetensors file ({error})") from None
 
 
+def tensor_hash(tensor):
+    """SHA-256 of a tensor's bytes, in hexadecimal digits."""
+    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+def read_tensor(file, key):
+    """
+    A tensor of a safetensors file, in memory of its own. Raises UserError where it is not the one whose
+    hash the file's metadata has under "tensors", as prepare/ writes it; others' files have none.
+    """
+    # Opened anew for each: pages of an open map would count as memory until its end
+    with safe_open(file, "pt") as tensors:
+        tensor = tensors.get_tensor(key).clone()
+        try:
+            wanted = json.loads((tensors.metadata() or {}).get("tensors", "{}")).get(key)
+        except (ValueError, AttributeError):
+            wanted = "damaged"
+    if wanted and wanted != tensor_hash(tensor):
+        raise UserError(f"{file}: {key} was altered; delete it, and prepare/all.py makes it anew")
+    return tensor
+
+
 def load_exactly(model, files, dtype, device, prefix="", dropped=r"(?!)"):
     """
-    Fill a model built on the meta device from safetensors files, in both directions completely.
+    Fill a model built on the meta device from safetensors files, in both directions completely. On the
+    meta device again nothing is read but names and shapes.
 
     prefix is taken off the files' keys; keys that fully match `dropped` are left out. Raises
     UserError with the first offenders when a key is unknown, missing, repeated or misshapen.
@@ -971,13 +999,14 @@ def load_exactly(model, files, dtype, device, prefix="", dropped=r"(?!)"):
         raise UserError(f"{files[0]}: does not fit this model: {'; '.join(problems[:3])}{more}")
     loaded = {}
     for name, (file, key) in found.items():
-        # Opened anew for each tensor: pages of an open map would count as memory until its end.
-        with safe_open(file, "pt") as tensors:
-            kind = dtype if state[name].is_floating_point() else state[name].dtype  # counts stay whole
-            tensor = tensors.get_tensor(key)
-            if tensor.is_floating_point() != state[name].is_floating_point():
-                raise UserError(f"{file}: {key} is {tensor.dtype}, which holds no weights")
-            loaded[name] = tensor.to(device, kind, copy=True)
+        kind = dtype if state[name].is_floating_point() else state[name].dtype  # counts stay whole
+        if str(device) == "meta":
+            loaded[name] = state[name].to(kind)
+            continue
+        tensor = read_tensor(file, key)
+        if tensor.is_floating_point() != state[name].is_floating_point():
+            raise UserError(f"{file}: {key} is {tensor.dtype}, which holds no weights")
+        loaded[name] = tensor.to(device, kind)
     model.load_state_dict(loaded, assign=True)
     return model
 

@@ -27,14 +27,14 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import train_vlm
 from data import BOS, EOS, Tokenizer, UserError, read_manifest, read_settings, run
 from eval_vqa import METRICS, newest_run
-from model import (ADAPTERS, CLIP_MEAN, CLIP_STD, VLM, ViT, newest_checkpoint, seal, sync, tensor_shapes,
-                   tensors_of)
+from model import (ADAPTERS, CLIP_MEAN, CLIP_STD, VLM, ViT, newest_checkpoint, read_tensor, seal, sync,
+                   tensor_shapes, tensors_of)
 from prepare.datasets import DATASETS
 from prepare.weights import WEIGHTS
 
@@ -103,14 +103,12 @@ def write_language(checkpoint, tokenizer, dtype, shard_bytes, folder):
         adapter = load_file(checkpoint / ADAPTERS["language"] / "adapter_model.safetensors")
 
     def read(name):
-        # Opened anew for each tensor: pages of an open map would count as memory until its end
-        with safe_open(base / files[name], "pt") as tensors:
-            tensor = tensors.get_tensor(name)
-            A, B = (adapter.get(f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight")
-                    for side in "AB")
-            if A is not None:  # as LoRALinear.merge does
-                tensor = tensor.float() + settings["alpha"] / settings["r"] * (B @ A)
-            tensor = tensor.to(dtype, copy=True)
+        tensor = read_tensor(base / files[name], name)
+        A, B = (adapter.get(f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight")
+                for side in "AB")
+        if A is not None:  # as LoRALinear.merge does
+            tensor = tensor.float() + settings["alpha"] / settings["r"] * (B @ A)
+        tensor = tensor.to(dtype)
         if not tensor.isfinite().all():
             raise UserError(f"{base}: {name} has values past those of {dtype}; try --dtype=bfloat16")
         return tensor

@@ -69,12 +69,14 @@ def read_pickle(source):
 
 
 def write_tensors(weights, source, tensors, target):
+    from model import tensor_hash
     from safetensors.torch import save_file
 
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, target, metadata={
         "format": "pt", "source": hub_revision(source.parent) or weights.page,
-        "source_sha256": hash_file(source)})
+        "source_sha256": hash_file(source),
+        "tensors": json.dumps({name: tensor_hash(tensor) for name, tensor in tensors.items()})})
     with open(target, "rb") as file:
         os.fsync(file.fileno())
 
@@ -121,9 +123,9 @@ def write_llama(weights, raw, target):
         tensors = read_pickle(source)
         write_tensors(weights, source, tensors, partial / name)
         weight_map |= dict.fromkeys(tensors, name)
-    (partial / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map}))
     shutil.copy(raw / "config.json", partial / "config.json")
+    (partial / "model.safetensors.index.json").write_text(json.dumps(
+        {"metadata": {"config": hash_file(raw / "config.json")}, "weight_map": weight_map}))
     partial.rename(target)
 
 

@@ -1,7 +1,9 @@
 """Published pickles to safetensors: bit for bit, loadable by both sides, and never run."""
 
 import json
+import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +13,11 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from data import UserError, hash_file
 from model import LLaMA, ResNet, ResNetConfig, ViT, load_encoder
-from prepare.weights import WEIGHTS
+from prepare.weights import WEIGHTS, write_llama
 from test_encoders import CLIP_VIT, fill
 from test_model import TOLERANCE, V, VIT, hub_llama, relative_error, some_tokens, tiny_vlm
 
@@ -151,8 +154,10 @@ def test_encoder_of_each_layout_is_kept_bit_for_bit(layouts, tmp_path, monkeypat
         wanted, target = layout()[0], tmp_path / "weights" / f"{name}.safetensors"
         loaded = load_encoder(target).state_dict()
         with safe_open(target, "pt") as tensors:
-            assert tensors.metadata() == {"format": "pt", "source": WEIGHTS[name].page,
-                                          "source_sha256": hash_file(tmp_path / "raw" / name / file)}
+            facts = tensors.metadata()
+            assert json.loads(facts.pop("tensors")).keys() == wanted.keys()
+            assert facts == {"format": "pt", "source": WEIGHTS[name].page,
+                             "source_sha256": hash_file(tmp_path / "raw" / name / file)}
             assert set(tensors.keys()) == wanted.keys() and len(loaded) == len(wanted)
             for key, tensor in wanted.items():
                 for found in (tensors.get_tensor(key), loaded[key.removeprefix("visual.trunk.")]):
@@ -204,6 +209,35 @@ def test_pmc_llama_s_shards_load_here_and_in_transformers(name, vocabulary, tmp_
     assert relative_error(LLaMA.from_pretrained(target)(some_tokens()), wanted) < TOLERANCE
     again = transformers.AutoModelForCausalLM.from_pretrained(target, pad_token_id=0).eval()
     assert relative_error(again(some_tokens()).logits, wanted) < TOLERANCE
+
+
+def test_a_number_that_was_altered_in_prepared_weights_is_refused(tmp_path):
+    """Each tensor has its hash in the file, and the settings theirs in the index, whatever the dtype."""
+    hub_llama(tmp_path / "hub", nkv=2, theta=10000.0)
+    raw, target = tmp_path / "raw", tmp_path / "llama"
+    raw.mkdir()
+    shutil.copy(tmp_path / "hub/config.json", raw)
+    tensors = {name: tensor.to(torch.bfloat16 if "mlp" in name else torch.float32) for name, tensor
+               in load_file(tmp_path / "hub/model.safetensors").items()}
+    torch.save(tensors, raw / "pytorch_model.bin")
+    write_llama(WEIGHTS["pmc_llama_7b"], raw, target)
+    right = LLaMA.from_pretrained(target).state_dict()
+    path = target / "model.safetensors"
+    content = path.read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    draw = random.Random(0)
+    for bit in [8 * begin, 8 * len(content) - 1, *draw.sample(range(8 * begin, 8 * len(content)), 60)]:
+        spoiled = bytearray(content)
+        spoiled[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(spoiled)
+        with pytest.raises(UserError, match="model.safetensors: .*weight was altered; delete it, and prepare/all.py"):
+            LLaMA.from_pretrained(target)
+    path.write_bytes(content)
+    assert all(torch.equal(tensor, right[name]) for name, tensor in LLaMA.from_pretrained(target).state_dict().items())
+    settings = json.loads((target / "config.json").read_text()) | {"rms_norm_eps": 1e-3}
+    (target / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="config.json: was altered; delete .*llama, and prepare/all.py makes it"):
+        LLaMA.from_pretrained(target)
 
 
 class Payload:

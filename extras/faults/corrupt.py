@@ -54,7 +54,7 @@ from prepare.datasets import Dataset
 from prepare.leaks import Split, guard
 from prepare.questions import train_sample_tokenizer
 from prepare.shards import write_dataset
-from prepare.weights import Weights, write_tensors
+from prepare.weights import Weights, write_llama, write_tensors
 
 OUTCOMES = ("found", "harmless", "not told", "MISSED")  # what may be said of a damage
 VIT = ViTConfig(image_size=16, patch_size=8, width=64, depth=1)
@@ -190,19 +190,15 @@ def spoil_weights(folder):
     source.write_bytes(b"")
     for name, seed in (("now", 1), ("older", 2)):
         torch.manual_seed(seed)
-        vision, language = folder / name / "vision", folder / name / "language"
-        for place in (vision, language):
-            place.mkdir(parents=True)
+        raw, vision = folder / f"raw_{name}", folder / name / "vision"
+        raw.mkdir()
+        vision.mkdir(parents=True)
         write_tensors(known, source, ViT(VIT).state_dict(), vision / "encoder.safetensors")
-        tensors = LLaMA(LLAMA).state_dict()
-        parts = {f"model-{number}.safetensors": dict(list(tensors.items())[number::2])
-                 for number in (0, 1)}
-        for file, part in parts.items():
-            write_tensors(known, source, part, language / file)
-        weight_map = {key: file for file, part in parts.items() for key in part}
-        (language / "model.safetensors.index.json").write_text(json.dumps(
-            {"metadata": {}, "weight_map": weight_map}))
-        (language / "config.json").write_text(json.dumps(asdict(LLAMA) | {"hidden_act": "silu"}))
+        tensors = list(LLaMA(LLAMA).state_dict().items())
+        for number in (0, 1):
+            torch.save(dict(tensors[number::2]), raw / f"pytorch_model-{number}.bin")
+        (raw / "config.json").write_text(json.dumps(asdict(LLAMA) | {"hidden_act": "silu"}))
+        write_llama(known, raw, folder / name / "language")
 
     def use_vision():
         model = load_encoder(folder / "now" / "vision" / "encoder.safetensors")

@@ -80,7 +80,7 @@ class Config:
     save_every: int = 0  # also after so many steps; 0: by minutes alone
     keep: int = 2  # newest checkpoints that stay
     shard: bool = False  # torchrun's processes split the language model between them, to save memory
-    rank_timeout: int = 600  # seconds that a process of torchrun's waits for the others before all end
+    rank_timeout: int = 600  # seconds that torchrun's processes wait for one another, and for a save, before all end
     wandb: bool = False  # also log to Weights & Biases, if installed
 
 

@@ -1,7 +1,7 @@
 """
 Kill prepare/all.py at random moments and see what it leaves: a dataset that is absent, or whole.
 
-    python extras/kill.py --data=path_vqa --times=30
+    python extras/faults/kill_prepare.py --data=path_vqa --times=30
 
 First the dataset is prepared undisturbed, which says how long that takes and which bytes are right.
 Then it is started again and again in one folder, killed by SIGKILL after a random part of that time,
@@ -11,7 +11,7 @@ and at last left to finish.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not extras/faults/
 
 import random
 import shutil

@@ -200,7 +200,10 @@ def test_training_and_evaluating_open_no_connection(shards, tmp_path):
     run = tmp_path / "run"
     words = [f"--{name}={value}" for name, value in vars(flags(shards, run, max_steps=2)).items()
              if value != getattr(train_vlm.Config, name)]
-    for script, given in [("train_vlm", words), ("eval_vqa", [f"--run={run}", f"--shards_dir={shards}"])]:
+    for script, given in [
+            ("train_vlm", words), ("eval_vqa", [f"--run={run}", f"--shards_dir={shards}"]),
+            ("train_cls", ["--dataset=sample", "--encoder=openmedq", f"--run={run}", "--epochs=1",
+                           f"--shards_dir={shards}", f"--out={tmp_path}/cls"])]:
         code = ("import sys, runpy\n"
                 "def refuse(event, arguments):\n"
                 "    if event.startswith('socket.') and event != 'socket.__new__':\n"

@@ -198,12 +198,13 @@ def test_missing_weights_name_the_command(shards, tmp_path):
 def test_training_and_evaluating_open_no_connection(shards, tmp_path):
     """What the core does with private images stays on the machine: a socket would end it."""
     run = tmp_path / "run"
+    command("prepare/all.py", "--only=sample", "--limit=400", f"--shards_dir={tmp_path}/more")  # 11 images a class
     words = [f"--{name}={value}" for name, value in vars(flags(shards, run, max_steps=2)).items()
              if value != getattr(train_vlm.Config, name)]
     for script, given in [
             ("train_vlm", words), ("eval_vqa", [f"--run={run}", f"--shards_dir={shards}"]),
             ("train_cls", ["--dataset=sample", "--encoder=openmedq", f"--run={run}", "--epochs=1",
-                           f"--shards_dir={shards}", f"--out={tmp_path}/cls"])]:
+                           f"--shards_dir={tmp_path}/more", f"--out={tmp_path}/cls"])]:
         code = ("import sys, runpy\n"
                 "def refuse(event, arguments):\n"
                 "    if event.startswith('socket.') and event != 'socket.__new__':\n"

@@ -13,6 +13,7 @@ import pytest
 import model
 import train_vlm
 from data import UserError
+from extras.faults import mutants
 from model import newest_checkpoint
 from test_checkpoints import make_checkpoint, write_folder
 
@@ -62,6 +63,21 @@ def test_promises_hold(told, campaign, counted):
     if code == "refused":
         pytest.skip(text)
     assert code == 0 and "0 violations" in text and counted in text, text
+
+
+@pytest.mark.parametrize("what, file, changes, test", mutants.MUTANTS, ids=[mutant[0] for mutant in mutants.MUTANTS])
+def test_a_planted_bug_still_fits_the_code(what, file, changes, test):
+    """mutants.py takes a quarter of an hour; that its words are still in the code is known at once."""
+    text = (ROOT / file).read_text()
+    for old, new in changes:
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    compile(text, file, "exec")
+    if "::" in test:
+        name, function = test.split("::")
+        assert f"def {function}" in (ROOT / "tests" / name).read_text()
+    else:
+        assert (ROOT / "extras/faults" / test.split()[0]).is_file()
 
 
 def test_a_million_steps_are_more_than_ten(tmp_path):

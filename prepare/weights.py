@@ -69,14 +69,13 @@ def read_pickle(source):
 
 
 def write_tensors(weights, source, tensors, target):
-    from model import tensor_hash
+    from lora import tensor_hashes
     from safetensors.torch import save_file
 
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, target, metadata={
         "format": "pt", "source": hub_revision(source.parent) or weights.page,
-        "source_sha256": hash_file(source),
-        "tensors": json.dumps({name: tensor_hash(tensor) for name, tensor in tensors.items()})})
+        "source_sha256": hash_file(source)} | tensor_hashes(tensors))
     with open(target, "rb") as file:
         os.fsync(file.fileno())
 

@@ -11,7 +11,7 @@ once more together with all later calls of its kind. At last files may not grow 
 that writes are cut short. Afterwards the old or the new checkpoint has to load, an error must not have
 been taken for success, and the run has to go on: it sweeps, and saves its next checkpoint.
 
-1,890 saves, 370 calls in five ways and 40 limits, found nothing. The sweep had two faults: an error in
+2,230 saves, 438 calls in five ways and 40 limits, found nothing. The sweep had two faults: an error in
 reading the newest checkpoint ended the run, where it should pass on to an older one, and one in reading
 its manifest a second time was a TypeError. Both are mended; still, an error that would not come again
 is taken for damage, and a checkpoint is set aside, not removed, that could be read a moment later.

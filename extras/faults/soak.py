@@ -8,6 +8,9 @@ been stopped by SIGTERM: no process of it, no shared memory. Memory in use is wh
 end of a step, by glibc's mallinfo2: a leak is there. Resident is what the process holds, without pages of
 the mapped shards; it also has what malloc keeps for later, which grows while batches come that are larger or
 cut otherwise than all before. Linux, by /proc.
+
+The small model on PathVQA, all questions of an image in one group, 40 minutes beside other work: in the second
+half 519 to 523 MB in use (+2 MB an hour), 2,881 to 2,988 resident (+68 MB an hour), nothing left.
 """
 
 import ctypes

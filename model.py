@@ -20,6 +20,7 @@ The others': ViT-B/32 C=768 nh=12 N=50; ResNet-50 C=2048 nh=32 N=50, its outputs
 """
 
 import atexit
+import hashlib
 import itertools
 import json
 import os
@@ -44,7 +45,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.utils.checkpoint import checkpoint
 
 from data import BOS, EOS, UserError, hash_file, manifest_checksum, read_manifest, read_settings, sync
-from lora import add_lora, load_adapter, lora_layers, read_tensor, save_adapter
+from lora import add_lora, load_adapter, lora_layers, save_adapter
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -945,6 +946,32 @@ def tensor_shapes(file):
             return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a whole safetensors file ({error})") from None
+
+
+def tensor_hashes(tensors):
+    """SHA-256 of each tensor's bytes, as a safetensors file's metadata for read_tensor to check."""
+    return {"tensors": json.dumps({name: tensor_hash(tensor) for name, tensor in tensors.items()})}
+
+
+def tensor_hash(tensor):
+    return hashlib.sha256(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+def read_tensor(file, key):
+    """
+    A tensor of a safetensors file, in memory of its own. Raises UserError where it is not the one whose
+    hash the file's metadata has, as those of prepare/ do; others have none.
+    """
+    # Opened anew for each: pages of an open map would count as memory until its end
+    with safe_open(file, "pt") as tensors:
+        tensor = tensors.get_tensor(key).clone()
+        try:
+            wanted = json.loads((tensors.metadata() or {}).get("tensors", "{}")).get(key)
+        except (ValueError, AttributeError):
+            wanted = "damaged"
+    if wanted and wanted != tensor_hash(tensor):
+        raise UserError(f"{file}: {key} was altered since it was written; fetch or make the file anew")
+    return tensor
 
 
 def load_exactly(model, files, dtype, device, prefix="", dropped=r"(?!)"):

@@ -33,9 +33,8 @@ from safetensors.torch import load_file, save_file
 import train_vlm
 from data import BOS, EOS, Tokenizer, UserError, read_manifest, read_settings, run
 from eval_vqa import METRICS, newest_run
-from lora import read_tensor
-from model import (ADAPTERS, CLIP_MEAN, CLIP_STD, VLM, ViT, newest_checkpoint, seal, sync, tensor_shapes,
-                   tensors_of)
+from model import (ADAPTERS, CLIP_MEAN, CLIP_STD, VLM, ViT, newest_checkpoint, read_tensor, seal, sync,
+                   tensor_shapes, tensors_of)
 from prepare.datasets import DATASETS
 from prepare.weights import WEIGHTS
 

@@ -69,7 +69,7 @@ def read_pickle(source):
 
 
 def write_tensors(weights, source, tensors, target):
-    from lora import tensor_hashes
+    from model import tensor_hashes
     from safetensors.torch import save_file
 
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}

@@ -141,7 +141,7 @@ class Config:
 def passes(test, repository, shards):
     """Whether a test or a campaign passes in this copy; None if it ended in another way."""
     if "::" in test:
-        words = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{test}"]
+        words = ["-m", "pytest", "-n0", "-x", "-q", "-p", "no:cacheprovider", f"tests/{test}"]
     else:
         words = [f"extras/faults/{test.split()[0]}", *test.split()[1:], f"--shards_dir={shards}"]
     try:

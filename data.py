@@ -78,15 +78,14 @@ def run(main, Config):
     exits with code 2.
     """
     try:
-        main(parse_flags(Config, sys.argv[1:]))
+        return main(parse_flags(Config, sys.argv[1:]))
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        message = str(error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"{Path(sys.argv[0]).name}: {error}; make space, then run it again", file=sys.stderr)
-    else:
-        return
+        message = f"{error}; make space, then run it again"
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
 
 

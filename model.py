@@ -954,7 +954,7 @@ def tensor_hashes(tensors):
 
 
 def tensor_hash(tensor):
-    return hashlib.sha256(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
 
 
 def read_tensor(file, key):

@@ -7,14 +7,13 @@ become those of model.py; each file's metadata says what it was made from.
 """
 
 import json
-import os
 import re
 import shutil
 import zipfile
 from dataclasses import dataclass
 from typing import Callable
 
-from data import UserError, hash_file
+from data import UserError, hash_file, sync
 from prepare.download import Source, hub_revision
 
 
@@ -76,8 +75,7 @@ def write_tensors(weights, source, tensors, target):
     save_file(tensors, target, metadata={
         "format": "pt", "source": hub_revision(source.parent) or weights.page,
         "source_sha256": hash_file(source)} | tensor_hashes(tensors))
-    with open(target, "rb") as file:
-        os.fsync(file.fileno())
+    sync(target)
 
 
 def write_encoder(weights, raw, target):

@@ -1,5 +1,5 @@
 """
-Everything that comes in from outside: flags, text, pixels, and the shards that prepare/ writes.
+Everything that comes in from outside: text, pixels, and the shards that prepare/ writes.
 
 A shard is one split of one dataset, a folder of files that are mapped, never loaded whole:
 
@@ -28,27 +28,24 @@ Letters: B samples in a step, R rows, T tokens in a row, I images, H height, W w
 M supervised positions. This file needs no torch: arrays leave it as numpy.
 """
 
-import argparse
-import difflib
-import errno
 import functools
 import hashlib
-import inspect
 import io
 import json
-import os
 import re
-import sys
-import typing
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from plumbing.files import read_manifest
+from plumbing.flags import UserError
+
 
 BOS, EOS = 1, 2  # LLaMA's ids; PMC-LLaMA's config.json says 0 and 1, which its tokenizer contradicts
 PROMPT_VERSION = 1  # raised when format_prompt changes, so that older shards are refused
@@ -59,69 +56,7 @@ SAMPLE = np.dtype([("offset", "<u8"), ("prompt", "<u4"), ("answer", "<u4"),
 IMAGE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("checksum", "<u4")])  # bytes
 
 
-# ----------------------------------------------------------------------------- flags
-
-class UserError(Exception):
-    """A mistake that the user can mend. The message is one line: what, where, what to run next."""
-
-
-def require_positive(config, *names):
-    """Raise UserError unless each of these flags is 1 or more."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name}={getattr(config, name)}: 1 or more")
-
-
-def run(main, Config):
-    """
-    Parse the command line into a Config and call main with it; a UserError, or a disk that is full,
-    exits with code 2.
-    """
-    try:
-        return main(parse_flags(Config, sys.argv[1:]))
-    except UserError as error:
-        message = str(error)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        message = f"{error}; make space, then run it again"
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def parse_flags(Config, arguments):
-    """
-    Turn ["--key=value", ...] into the dataclass Config, each value of its field's type.
-
-    The comment behind a field is its help text. Raises UserError on an unknown flag, with the
-    nearest name, and on a value of the wrong type.
-    """
-    def boolean(text):
-        if text.lower() not in ("true", "false"):
-            raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-        return text.lower() == "true"
-
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
-    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
-    for item in fields(Config):
-        assert item.default is not MISSING, f"{item.name} needs a default"
-        choices = typing.get_args(item.type) or None
-        kind = str if choices else boolean if item.type is bool else item.type
-        values = "|".join(choices) if choices else item.type.__name__
-        parser.add_argument("--" + item.name, type=kind, choices=choices, default=item.default,
-                            metavar=values, help=f"{comments[item.name]} (default: "
-                            f"{str(item.default) or 'none'})".replace("%", "%%"))
-    try:
-        known, unknown = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}; see --help") from None
-    if unknown:
-        name = unknown[0].split("=")[0].lstrip("-")
-        near = difflib.get_close_matches(name, [item.name for item in fields(Config)], n=1)
-        hint = f"did you mean --{near[0]}?" if near else "see --help"
-        raise UserError(f"unknown flag {unknown[0]!r}: {hint}")
-    return Config(**vars(known))
-
+# ----------------------------------------------------------------------------- text
 
 def read_settings(path):
     """The JSON object in a file that came with weights or an adapter. UserError where it holds none."""
@@ -133,8 +68,6 @@ def read_settings(path):
         raise UserError(f"{path}: no JSON object in it")
     return settings
 
-
-# ----------------------------------------------------------------------------- text
 
 @dataclass
 class Record:
@@ -242,48 +175,7 @@ def resize_image(image, size, how="squash"):
     return image.resize((size, size), bicubic)
 
 
-# ----------------------------------------------------------------------------- files
-
-def sync(path):
-    """Bring a file or a folder's list of names to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_whole(path, content):
-    """Write bytes to a file that is, whatever happens, as before or as wanted."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    sync(partial)
-    partial.replace(path)
-    sync(path.parent)
-
-
-def hash_file(path):
-    """A file's SHA-256, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # ----------------------------------------------------------------------------- shards
-
-def manifest_checksum(manifest):
-    """Hash of a manifest without its own "checksum" entry."""
-    rest = {key: value for key, value in manifest.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def read_manifest(folder, name="manifest.json"):
-    """The manifest of a shard, or its leaks.json; None where it is absent, cut short or altered."""
-    try:
-        manifest = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
-        return manifest if manifest["checksum"] == manifest_checksum(manifest) else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-
 
 def sample_checksum(sample, tokens):
     """CRC-32 over a SAMPLE record's own fields and its tokens."""

@@ -16,45 +16,53 @@ unigram precision times the brevity penalty, averaged over questions. Other publ
 other figures for the same answers, by up to 40 points.
 """
 
-import itertools
-import json
-import math
-import time
-from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from tqdm import tqdm
-
-from data import (Shard, Tokenizer, UserError, format_prompt, load_image, require_positive, resize_image,
-                  run, write_whole)
-from model import VLM, describe_machine, join_group, newest_checkpoint, pick_device
-
-QUESTIONS_PER_ROW = 32  # that share an image's keys and values; more of them start another row
-METRICS = ("BLEU-1", "exact match", "token F1", "closed accuracy", "open recall")
-TYPES_SHOWN = 10
+from plumbing.flags import Batch, Device, Range, Text, UserError, Whole, parse_command_line, run
 
 
 @dataclass(frozen=True)
 class Config:
     run: str = ""  # folder of a train_vlm.py run; none: the newest in out/
     image: str = ""  # with --question: the image file that it is about; none: it is about none
-    question: str = ""  # to answer instead of test splits
+    question: Text = ""  # to answer instead of test splits
     data: str = ""  # prepared datasets; none: all that ask about images
     split: str = "test"  # split to answer
     shards_dir: str = "shards"  # where prepare/all.py put them
     blind: Literal["both", "none", "shuffle"] = "both"  # images: right and exchanged, right, exchanged
-    batch_size: int = 32  # images answered together, with all their questions
-    max_new_tokens: int = 32  # longest answer
-    temperature: float = 0.0  # 0: greedy
-    limit: int = 0  # only the first so many questions of a dataset; 0: all
-    seed: int = 0  # of the exchange, of sampling and of the intervals
-    device: str = "auto"  # cuda, mps or cpu
+    batch_size: Batch = 32  # images answered together, with all their questions
+    max_new_tokens: Annotated[int, Range(1, 1 << 16)] = 32  # longest answer
+    temperature: Annotated[float, Range(0, 1e3)] = 0.0  # 0: greedy
+    limit: Whole = 0  # only the first so many questions of a dataset; 0: all
+    seed: Whole = 0  # of the exchange, of sampling and of the intervals
+    device: Device = "auto"  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the GPU has it
+
+
+if __name__ == "__main__":
+    CONFIG = parse_command_line(Config)  # before torch is imported: --help and a typo are answered at once
+
+import itertools
+import json
+import math
+import time
+from collections import Counter, defaultdict
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data import Shard, Tokenizer, format_prompt, load_image, resize_image
+from model import VLM, describe_machine, join_group, pick_device
+from plumbing.files import newest_checkpoint, write_whole
+
+QUESTIONS_PER_ROW = 32  # that share an image's keys and values; more of them start another row
+METRICS = ("BLEU-1", "exact match", "token F1", "closed accuracy", "open recall")
+TYPES_SHOWN = 10
 
 
 # ----------------------------------------------------------------------------- metrics
@@ -355,7 +363,6 @@ def open_shards(config, tokenizer):
 
 
 def main(config):
-    require_positive(config, "batch_size", "max_new_tokens")
     if config.image and not config.question:
         raise UserError("--image: give a --question about it, too")
     folder = Path(config.run) if config.run else newest_run()
@@ -424,4 +431,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, CONFIG)

@@ -16,7 +16,8 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from data import UserError, read_settings
+from data import read_settings
+from plumbing.flags import UserError
 
 
 class LoRALinear(nn.Module):

@@ -26,7 +26,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -44,8 +43,10 @@ from safetensors.torch import save_file
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from data import BOS, EOS, UserError, hash_file, manifest_checksum, read_manifest, read_settings, sync
+from data import BOS, EOS, read_settings
 from lora import add_lora, load_adapter, lora_layers, save_adapter
+from plumbing.files import hash_file, newest_checkpoint
+from plumbing.flags import UserError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -1015,74 +1016,7 @@ def load_exactly(model, files, dtype, device, prefix="", dropped=r"(?!)"):
     return model
 
 
-# ----------------------------------------------------------------------------- checkpoints
-
-def seal(partial, folder, **facts):
-    """
-    Make the folder `partial` the checkpoint `folder`, whole or not at all: its manifest names every file
-    with size and SHA-256, all of it is on the disk before the folder gets its name, and the name is on
-    the disk when this returns. No name is given twice.
-    """
-    paths = sorted(partial.rglob("*"))
-    files = {path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
-             for path in paths if path.is_file()}
-    manifest = {**facts, "name": folder.name, "files": files}
-    manifest["checksum"] = manifest_checksum(manifest)
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    for path in filter(Path.is_file, paths):  # safetensors makes its files unreadable to others
-        shutil.copymode(partial / "manifest.json", path)
-    for path in [*paths, partial / "manifest.json", partial]:
-        sync(path)
-    if folder.exists():
-        raise FileExistsError(f"{folder}: there already")
-    partial.rename(folder)
-    sync(folder.parent)
-
-
-def find_damage(folder):
-    """What is wrong with a checkpoint, in words; None if it is, byte for byte, what seal() saw."""
-    folder, manifest = Path(folder), read_manifest(folder)
-    if manifest is None or "name" not in manifest:
-        return "manifest.json is missing or altered"
-    if manifest["name"] != folder.name:
-        return f"by its manifest.json it is {manifest['name']}"
-    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    if added := there - {"manifest.json", *manifest["files"]}:
-        return f"{min(added)} was added"
-    for name, facts in manifest["files"].items():
-        path = folder / name
-        try:
-            if not path.is_file() or path.is_symlink():
-                return f"{name} is missing"
-            if path.stat().st_size != facts["bytes"]:
-                return f"{name} has {path.stat().st_size:,} bytes instead of {facts['bytes']:,}"
-            if hash_file(path) != facts["sha256"]:
-                return f"{name} was altered"
-        except OSError as error:  # a bad sector
-            return f"{name} cannot be read: {error}"
-    return None
-
-
-def checkpoints(run):
-    """The checkpoint folders of a run, newest first, whole or not."""
-    return sorted(Path(run).glob("step_*[0-9]"), key=lambda path: int(path.name[5:]), reverse=True)
-
-
-def newest_checkpoint(run):
-    """
-    The newest checkpoint of a run that is whole; of newer ones a line on stderr says what is wrong with
-    them. Raises UserError when there is none.
-    """
-    found = checkpoints(run)
-    for folder in found:
-        damage = find_damage(folder)
-        if damage is None:
-            return folder
-        print(f"{folder}: not used: {damage}", file=sys.stderr)
-    if found:
-        raise UserError(f"{run}: none of its {len(found)} checkpoints is whole, see above; start another run")
-    raise UserError(f"{run}: no checkpoint here; run `python train_vlm.py --run={run}`")
-
+# ----------------------------------------------------------------------------- devices
 
 def describe_machine(device):
     """Versions, hardware and commit, so that a run says what made it."""

@@ -15,37 +15,11 @@ Each run is a folder <out>/<dataset>/<name>/seed_<n>: model/ (encoder, head, cla
 (probabilities) and, written last, result.json (scores).
 """
 
-import csv
-import itertools
-import json
-import math
-import os
-import shutil
-import time
-from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn as nn
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-from tqdm import tqdm
-
-from data import (Shard, UserError, load_image, random_keys, require_positive, resize_image, run,
-                  write_whole)
-from model import (CONFIGS, ViT, checkpoints, describe_machine, find_damage, join_group, load_encoder,
-                   newest_checkpoint, normalise, pick_device, seal, tensors_of)
-
-EIGHT = ("cxr8", "med_fmc_chest", "med_fmc_colon", "med_fmc_endo", "busi", "chaoyang", "cbis_ddsm",
-         "mendeley_cxray")
-MEAN = "mean of the eight"
-PAPER = {"openmedq": 0.757, "biomedclip": 0.745, "pubmedclip": 0.746, "pmc_clip": 0.745,
-         "scratch": 0.616}  # the paper's mean macro-F1 over the eight
+from plumbing.flags import (Batch, Count, Device, Range, Scale, Share, UserError, Whole, parse_command_line,
+                            run)
 
 
 @dataclass(frozen=True)
@@ -55,27 +29,62 @@ class Config:
     run: str = ""  # with --encoder=openmedq: the train_vlm.py run whose encoder it is
     model: Literal["paper", "small", "sample"] = "paper"  # with --encoder=scratch: sizes of the ViT
     name: str = ""  # under which the run is filed and reported; none: the encoder's
-    seeds: int = 1  # runs, each with another seed
-    seed: int = 0  # the first one's: of the head, the order and the augmentation
-    epochs: int = 100  # passes over the training images
-    batch_size: int = 64  # images in an optimiser step
-    learning_rate: float = 5e-5  # peak
-    warmup: float = 0.05  # share of the steps in which it rises from 0; then a cosine down to 0
-    weight_decay: float = 0.01  # of matrices and convolutions
-    layer_decay: float = 1.0  # learning rate of each block, as a multiple of the next one's
-    clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    seeds: Annotated[int, Range(1, 10_000)] = 1  # runs, each with another seed
+    seed: Whole = 0  # the first one's: of the head, the order and the augmentation
+    epochs: Annotated[int, Range(1, 1_000_000)] = 100  # passes over the training images
+    batch_size: Batch = 64  # images in an optimiser step
+    learning_rate: Scale = 5e-5  # peak
+    warmup: Share = 0.05  # share of the steps in which it rises from 0; then a cosine down to 0
+    weight_decay: Scale = 0.01  # of matrices and convolutions
+    layer_decay: Share = 1.0  # learning rate of each block, as a multiple of the next one's
+    clip: Scale = 1.0  # largest norm of the gradient; 0: no clipping
     augment: Literal["light", "none"] = "light"  # light: shifted, turned, mirrored sideways
     frozen: bool = False  # train the head alone (linear probe)
-    patience: int = 0  # stop after so many epochs without a better one; 0: never
-    images_per_class: int = 0  # train on only so many, another choice for each seed; 0: all
+    patience: Whole = 0  # stop after so many epochs without a better one; 0: never
+    images_per_class: Whole = 0  # train on only so many, another choice for each seed; 0: all
     shards_dir: str = "shards"  # where prepare/all.py put the datasets
     weights_dir: str = "weights"  # where it put the encoders
     out: str = "out/cls"  # where runs go
-    save_every: int = 10  # epochs between two states from which a killed run goes on
-    device: str = "auto"  # cuda, mps or cpu
+    save_every: Count = 10  # epochs between two states from which a killed run goes on
+    device: Device = "auto"  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the GPU has it
     report: bool = False  # print the table of all runs and stop
     predict: str = ""  # folder of new images: write a csv of the trained model's probabilities and stop
+
+
+if __name__ == "__main__":
+    CONFIG = parse_command_line(Config)  # before torch is imported: --help and a typo are answered at once
+
+import csv
+import itertools
+import json
+import math
+import os
+import shutil
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from data import Shard, load_image, random_keys, resize_image
+from model import (CONFIGS, ViT, describe_machine, join_group, load_encoder, normalise, pick_device,
+                   tensors_of)
+from plumbing.files import checkpoints, find_damage, newest_checkpoint, seal, write_whole
+
+EIGHT = ("cxr8", "med_fmc_chest", "med_fmc_colon", "med_fmc_endo", "busi", "chaoyang", "cbis_ddsm",
+         "mendeley_cxray")
+MEAN = "mean of the eight"
+PAPER = {"openmedq": 0.757, "biomedclip": 0.745, "pubmedclip": 0.746, "pmc_clip": 0.745,
+         "scratch": 0.616}  # the paper's mean macro-F1 over the eight
 
 
 # ----------------------------------------------------------------------------- metrics
@@ -703,7 +712,6 @@ def find_datasets(config, image_size):
 
 
 def main(config):
-    require_positive(config, "seeds", "epochs", "batch_size", "save_every")
     if config.report:
         return report(config)
     device, dtype = pick_device(config.device, config.dtype)
@@ -729,4 +737,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, CONFIG)

@@ -9,6 +9,62 @@ newest checkpoint, which eval_vqa.py loads. The same command with --resume=true 
 bit for bit: the samples of a step, and any random number it draws, depend on seed and step alone.
 """
 
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from plumbing.flags import (Batch, Count, Datasets, Device, Range, Scale, Seconds, Share, ShareBelow1,
+                            Threads, UserError, Whole, parse_command_line, run)
+
+
+@dataclass(frozen=True)
+class Config:
+    data: Datasets = "path_vqa,vqa_rad,pubmed_qa"  # prepared datasets, each with an optional weight: name:2
+    shards_dir: str = "shards"  # where prepare/all.py put them
+    batch_size: Batch = 64  # samples in an optimiser step
+    questions_per_image: Whole = 1  # questions of a step that may share one copy of their image; 0: all
+    row_length: Annotated[int, Range(16, 1 << 20)] = 3584  # tokens of a packed row
+    micro_batch_tokens: Count = 8192  # tokens of a forward pass; trades memory for speed, not results
+    recompute: Share = 0.0  # share of the blocks whose activations are computed twice, to save memory
+    compile: bool = True  # the blocks' small operations into few kernels, on a GPU; takes a minute at first
+    held_out: Whole = 512  # samples kept from training for the validation loss
+    workers: Threads = 0  # that read and decode ahead of the trainer; 0: one a core
+    model: Literal["paper", "small", "sample"] = "paper"  # sizes of parts that have no weights file
+    vision_weights: str = "auto"  # safetensors file; auto: BiomedCLIP for the paper's; none: random
+    language_weights: str = "auto"  # hub folder; auto: PMC-LLaMA for the paper's; none: random
+    vision: Literal["full", "lora", "frozen"] = "full"  # what trains of the vision transformer
+    projector: Literal["full", "frozen"] = "full"  # what trains of the projection
+    language: Literal["lora", "full", "frozen"] = "lora"  # what trains of the language model
+    lora_targets: str = "q_proj,v_proj"  # matrices of the language model with LoRA
+    lora_vision_targets: str = "qkv"  # matrices of the vision transformer with --vision=lora
+    lora_r: Annotated[int, Range(1, 1 << 16)] = 8  # rank
+    lora_alpha: Scale = 16.0  # the update is scaled by alpha / r
+    lora_dropout: ShareBelow1 = 0.0  # on the input of the update
+    epochs: Annotated[float, Range(1e-6, 1e6)] = 15.0  # passes over the data
+    max_steps: Whole = 0  # stop after so many steps; 0: after the epochs
+    learning_rate: Scale = 5e-5  # peak
+    warmup: Share = 0.03  # share of the steps in which it rises from 0
+    final_learning_rate: Scale = 0.0  # where the cosine ends
+    weight_decay: Scale = 0.01  # of matrices; biases, norms, class token and positions have none
+    beta2: ShareBelow1 = 0.999  # AdamW's second-moment decay
+    clip: Scale = 1.0  # largest norm of the gradient; 0: no clipping
+    seed: Whole = 0  # of initialisation, order and dropout
+    device: Device = "auto"  # cuda, mps or cpu
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the GPU has it
+    run: str = ""  # folder of this run; none: out/<model>_<date>
+    resume: bool = False  # go on from the newest checkpoint of the run
+    log_every: Count = 10  # steps
+    evaluate_every: Count = 500  # steps
+    save_minutes: Scale = 30.0  # between two checkpoints; 0: by steps alone
+    save_every: Whole = 0  # also after so many steps; 0: by minutes alone
+    keep: Count = 2  # newest checkpoints that stay
+    shard: bool = False  # torchrun's processes split the language model between them, to save memory
+    rank_timeout: Seconds = 600  # that torchrun's processes wait for one another, and for a save, before all end
+    wandb: bool = False  # also log to Weights & Biases, if installed
+
+
+if __name__ == "__main__":
+    CONFIG = parse_command_line(Config)  # before torch is imported: --help and a typo are answered at once
+
 import contextlib
 import json
 import math
@@ -17,9 +73,8 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -31,57 +86,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
-from data import (Batch, Tokenizer, UserError, open_mixture, read_manifest, require_positive, run, sync,
-                  write_whole)
+from data import Batch, Tokenizer, open_mixture
 from lora import add_lora
-from model import (CONFIGS, HAS_TRITON, VLM, checkpoints, describe_machine, find_damage, is_trained,
-                   join_group, newest_checkpoint, pick_device, seal)
-
-
-@dataclass(frozen=True)
-class Config:
-    data: str = "path_vqa,vqa_rad,pubmed_qa"  # prepared datasets, each with an optional weight: name:2
-    shards_dir: str = "shards"  # where prepare/all.py put them
-    batch_size: int = 64  # samples in an optimiser step
-    questions_per_image: int = 1  # questions of a step that may share one copy of their image; 0: all
-    row_length: int = 3584  # tokens of a packed row
-    micro_batch_tokens: int = 8192  # tokens of a forward pass; trades memory for speed, not results
-    recompute: float = 0.0  # share of the blocks whose activations are computed twice, to save memory
-    compile: bool = True  # the blocks' small operations into few kernels, on a GPU; takes a minute at first
-    held_out: int = 512  # samples kept from training for the validation loss
-    workers: int = 0  # threads that read and decode ahead of the trainer; 0: one a core
-    model: Literal["paper", "small", "sample"] = "paper"  # sizes of parts that have no weights file
-    vision_weights: str = "auto"  # safetensors file; auto: BiomedCLIP for the paper's; none: random
-    language_weights: str = "auto"  # hub folder; auto: PMC-LLaMA for the paper's; none: random
-    vision: Literal["full", "lora", "frozen"] = "full"  # what trains of the vision transformer
-    projector: Literal["full", "frozen"] = "full"  # what trains of the projection
-    language: Literal["lora", "full", "frozen"] = "lora"  # what trains of the language model
-    lora_targets: str = "q_proj,v_proj"  # matrices of the language model with LoRA
-    lora_vision_targets: str = "qkv"  # matrices of the vision transformer with --vision=lora
-    lora_r: int = 8  # rank
-    lora_alpha: float = 16.0  # the update is scaled by alpha / r
-    lora_dropout: float = 0.0  # on the input of the update
-    epochs: float = 15.0  # passes over the data
-    max_steps: int = 0  # stop after so many steps; 0: after the epochs
-    learning_rate: float = 5e-5  # peak
-    warmup: float = 0.03  # share of the steps in which it rises from 0
-    final_learning_rate: float = 0.0  # where the cosine ends
-    weight_decay: float = 0.01  # of matrices; biases, norms, class token and positions have none
-    beta2: float = 0.999  # AdamW's second-moment decay
-    clip: float = 1.0  # largest norm of the gradient; 0: no clipping
-    seed: int = 0  # of initialisation, order and dropout
-    device: str = "auto"  # cuda, mps or cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the GPU has it
-    run: str = ""  # folder of this run; none: out/<model>_<date>
-    resume: bool = False  # go on from the newest checkpoint of the run
-    log_every: int = 10  # steps
-    evaluate_every: int = 500  # steps
-    save_minutes: float = 30.0  # between two checkpoints; 0: by steps alone
-    save_every: int = 0  # also after so many steps; 0: by minutes alone
-    keep: int = 2  # newest checkpoints that stay
-    shard: bool = False  # torchrun's processes split the language model between them, to save memory
-    rank_timeout: int = 600  # seconds that torchrun's processes wait for one another, and for a save, before all end
-    wandb: bool = False  # also log to Weights & Biases, if installed
+from model import CONFIGS, HAS_TRITON, VLM, describe_machine, is_trained, join_group, pick_device
+from plumbing.files import checkpoints, find_damage, newest_checkpoint, read_manifest, seal, sync, write_whole
 
 
 FREE_ON_RESUME = {"workers", "recompute", "compile", "device", "resume", "run", "log_every",
@@ -436,10 +444,6 @@ def catch_signals():
 
 
 def main(config):
-    require_positive(config, "batch_size", "row_length", "micro_batch_tokens", "lora_r", "log_every",
-                     "evaluate_every", "keep")
-    if not 0 <= config.recompute <= 1:
-        raise UserError(f"--recompute={config.recompute}: a share, from 0 to 1")
     device, dtype = pick_device(config.device, config.dtype)
     rank, ranks, device = join_group(device, config.rank_timeout)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
@@ -531,4 +535,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, CONFIG)

@@ -43,10 +43,11 @@ import torch.nn.functional as F
 import transformers
 
 import train_vlm
-from data import BOS, EOS, Mixture, Shard, Tokenizer, UserError, require_positive, run
+from data import BOS, EOS, Mixture, Shard, Tokenizer
 from extras.bench_cls import make_vit
 from extras.bench_eval import clock, measure_limits
 from model import HAS_TRITON, VLM, describe_machine, normalise, pick_device
+from plumbing.flags import Count, UserError, parse_command_line, run
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,13 @@ class Config:
     model: Literal["paper", "small", "sample"] = "small"  # sizes; weights are random
     data: str = "path_vqa"  # prepared dataset
     shards_dir: str = "shards"  # where prepare/all.py put it
-    batch_size: int = 64  # questions in a step
+    batch_size: Count = 64  # questions in a step
     vision: Literal["full", "lora", "frozen"] = "full"  # what trains of the vision transformer
     language: Literal["lora", "full", "frozen"] = "lora"  # what trains of the language model
-    row_length: int = 3584  # tokens of a packed row
-    dense_row_length: int = 448  # where attention is computed for the whole row
-    micro_batch_tokens: int = 4096  # tokens of a forward pass
-    rounds: int = 3  # timed steps of each row
+    row_length: Count = 3584  # tokens of a packed row
+    dense_row_length: Count = 448  # where attention is computed for the whole row
+    micro_batch_tokens: Count = 4096  # tokens of a forward pass
+    rounds: Count = 3  # timed steps of each row
     peer: bool = True  # time the peer, too
     questions: int = 500  # of the test split that are answered, 4 tokens each; 0: all of it
     raw_dir: str = ""  # raw files whose preparation is timed, too; none: it is not
@@ -275,8 +276,6 @@ def write_tables(rows, loader, others, peak, config, device, dtype):
 
 
 def main(config):
-    require_positive(config, "batch_size", "row_length", "dense_row_length", "micro_batch_tokens",
-                     "rounds")
     device, dtype = pick_device(config.device, config.dtype)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     shard = Shard(Path(config.shards_dir) / config.data / "train")
@@ -362,4 +361,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, parse_command_line(Config))

@@ -32,8 +32,9 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
 import train_cls
-from data import Shard, UserError, require_positive, run
+from data import Shard
 from model import CLIP_MEAN, CLIP_STD, CONFIGS, ViT, normalise, pick_device, tensors_of
+from plumbing.flags import Count, UserError, parse_command_line, run
 from prepare.datasets import DATASETS
 from train_cls import Classifier, make_optimizer, read_split, train_epoch
 
@@ -49,9 +50,9 @@ class Config:
     raw_dir: str = "raw"  # as prepare/all.py's
     shards_dir: str = "shards"  # where prepare/all.py put the datasets
     model: Literal["paper", "small", "sample"] = "small"  # sizes of the ViT
-    batch_size: int = 64  # images in an optimiser step
-    steps: int = 8  # of an epoch; images come again where there are too few
-    rounds: int = 5  # epochs of each
+    batch_size: Count = 64  # images in an optimiser step
+    steps: Count = 8  # of an epoch; images come again where there are too few
+    rounds: Count = 5  # epochs of each
     workers: int = 0  # the peer's; 0: one a core
     peak_tflops: float = 790.0  # of the GPU in bfloat16; an H200 reaches about so many
     device: str = "auto"  # cuda, mps or cpu
@@ -191,7 +192,6 @@ def flops_an_image(encoder):
 
 
 def main(config):
-    require_positive(config, "batch_size", "steps", "rounds")
     transformers.utils.logging.disable_progress_bar()
     device, dtype = pick_device(config.device, config.dtype)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
@@ -251,4 +251,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, parse_command_line(Config))

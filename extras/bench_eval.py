@@ -31,8 +31,9 @@ import torch
 import transformers
 
 import eval_vqa
-from data import BOS, EOS, Shard, Tokenizer, UserError, require_positive, run
+from data import BOS, EOS, Shard, Tokenizer
 from model import VLM, Linear, describe_machine, pick_device
+from plumbing.flags import Count, UserError, parse_command_line, run
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ class Config:
     data: str = "path_vqa"  # prepared dataset
     shards_dir: str = "shards"  # where prepare/all.py put it
     limit: int = 0  # only the first so many questions; 0: all
-    new_tokens: int = 32  # longest answer; with random weights of every answer
-    batch_size: int = 32  # images answered together, as eval_vqa.py's
-    peer_batch_size: int = 32  # questions
+    new_tokens: Count = 32  # longest answer; with random weights of every answer
+    batch_size: Count = 32  # images answered together, as eval_vqa.py's
+    peer_batch_size: Count = 32  # questions
     peer: bool = True  # time the peer, too
-    rounds: int = 3  # of each
+    rounds: Count = 3  # of each
     device: str = "auto"  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the GPU has it
 
@@ -139,7 +140,6 @@ def count_work(model, passes):
 
 
 def main(config):
-    require_positive(config, "new_tokens", "batch_size", "peer_batch_size", "rounds")
     device, dtype = pick_device(config.device, config.dtype)
     shard = Shard(Path(config.shards_dir) / config.data / "test")
     shard.require_questions()
@@ -200,4 +200,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, parse_command_line(Config))

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from data import Tokenizer, UserError, load_image, resize_image, run
+from data import Tokenizer, load_image, resize_image
+from plumbing.flags import UserError, parse_command_line, run
 from prepare.datasets import DATASETS
 from prepare.leaks import fingerprint
 from prepare.shards import ImageSettings, SplitWriter, encode_image
@@ -141,4 +142,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, parse_command_line(Config))

@@ -23,8 +23,9 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from data import Shard, UserError, run
+from data import Shard
 from eval_vqa import bleu1, exact_match
+from plumbing.flags import UserError, parse_command_line, run
 
 SIZE, QUALITY = 224, 80  # of the images: pixels of the longer side at most, and of the JPEG
 FIELDS = ("id", "dataset", "image", "question", "answer", "prediction", "type")
@@ -192,4 +193,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, parse_command_line(Config))

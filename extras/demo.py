@@ -32,9 +32,10 @@ from PIL import Image
 
 import eval_vqa
 import train_cls
-from data import (BOS, EOS, Tokenizer, UserError, format_prompt, load_image, read_settings, resize_image,
-                  run)
-from model import VLM, Cache, newest_checkpoint, pick_device
+from data import BOS, EOS, Tokenizer, format_prompt, load_image, read_settings, resize_image
+from model import VLM, Cache, pick_device
+from plumbing.files import newest_checkpoint
+from plumbing.flags import UserError, parse_command_line, run
 
 try:
     import streamlit as st
@@ -411,4 +412,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, parse_command_line(Config))

@@ -31,10 +31,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import train_vlm
-from data import BOS, EOS, Tokenizer, UserError, read_manifest, read_settings, run
+from data import BOS, EOS, Tokenizer, read_settings
 from eval_vqa import METRICS, newest_run
-from model import (ADAPTERS, CLIP_MEAN, CLIP_STD, VLM, ViT, newest_checkpoint, read_tensor, seal, sync,
-                   tensor_shapes, tensors_of)
+from model import ADAPTERS, CLIP_MEAN, CLIP_STD, VLM, ViT, read_tensor, tensor_shapes, tensors_of
+from plumbing.files import newest_checkpoint, read_manifest, seal, sync
+from plumbing.flags import UserError, parse_command_line, run
 from prepare.datasets import DATASETS
 from prepare.weights import WEIGHTS
 
@@ -371,4 +372,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, parse_command_line(Config))

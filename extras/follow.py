@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import Batch, Mixture, Shard, Tokenizer, format_prompt, run
+from data import Batch, Mixture, Shard, Tokenizer, format_prompt
 from eval_vqa import bleu1
 from model import VLM, normalise
+from plumbing.flags import parse_command_line, run
 from prepare.datasets import DATASETS
 
 
@@ -84,4 +85,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, parse_command_line(Config))

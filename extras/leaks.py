@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance
 
-from data import Shard, run
+from data import Shard
+from plumbing.flags import parse_command_line, run
 from prepare.leaks import ALIKE, FINGERPRINT, alike, fingerprint
 
 COPIES = {
@@ -116,4 +117,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, parse_command_line(Config))

@@ -22,8 +22,9 @@ from dataclasses import asdict, dataclass
 import torch
 from safetensors.torch import save_file
 
-from data import Tokenizer, format_prompt, run
+from data import Tokenizer, format_prompt
 from model import VLM, LLaMA, LlamaConfig, ViT, ViTConfig
+from plumbing.flags import parse_command_line, run
 
 
 @dataclass(frozen=True)
@@ -88,4 +89,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, parse_command_line(Config))

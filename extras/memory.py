@@ -42,8 +42,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train_vlm
-from data import Mixture, UserError, run
+from data import Mixture
 from model import CONFIGS, describe_machine, group_masks, pick_device
+from plumbing.flags import UserError, parse_command_line, run
 
 FLAGS = train_vlm.Config(vision_weights="none", language_weights="none", compile=False)
 DEVICE, DTYPE = pick_device("cuda" if torch.cuda.is_available() else "cpu", "auto")  # --check=true's
@@ -240,4 +241,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, parse_command_line(Config))

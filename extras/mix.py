@@ -14,7 +14,9 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not
 
 from dataclasses import dataclass
 
-from data import Shard, UserError, read_manifest, run
+from data import Shard
+from plumbing.files import read_manifest
+from plumbing.flags import UserError, parse_command_line, run
 from prepare.datasets import DATASETS
 
 PAPER = {"image and text": 2_940_000, "text alone": 410_000}  # arXiv 2606.12953, as it rounds them
@@ -68,4 +70,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, parse_command_line(Config))

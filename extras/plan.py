@@ -23,22 +23,22 @@ import numpy as np
 import torch
 
 import train_vlm
-from data import require_positive, run
 from extras.bench import count_flop
 from extras.memory import FLAGS, make
 from lora import lora_layers
+from plumbing.flags import Count, parse_command_line, run
 from prepare.datasets import DATASETS
 
 
 @dataclass(frozen=True)
 class Config:
-    samples: int = 3_350_000  # in the mix
-    images: int = 2_300_000  # among them, each stored once
-    text_tokens: int = 60  # of a sample, prompt and answer together
-    answer_tokens: int = 30  # among them
+    samples: Count = 3_350_000  # in the mix
+    images: Count = 2_300_000  # among them, each stored once
+    text_tokens: Count = 60  # of a sample, prompt and answer together
+    answer_tokens: Count = 30  # among them
     image_bytes: int = 43_000  # stored, at 224 pixels; PathVQA's as prepare/ measured
     epochs: float = 15.0  # passes
-    batch_size: int = 64  # samples in a step
+    batch_size: Count = 64  # samples in a step
     gpus: str = "1,8,64"  # numbers to work it out for
     tflops: float = 989.0  # peak of a GPU in bfloat16; H100 SXM's by its data sheet
     mfu: float = 0.35  # share of it that training reaches: assumed
@@ -67,7 +67,6 @@ def time_saving(model, flags):
 
 
 def main(config):
-    require_positive(config, "samples", "images", "text_tokens", "answer_tokens", "batch_size")
     with torch.device("meta"):
         model = make(FLAGS, torch.device("meta"), torch.bfloat16)
     pictures = config.batch_size * config.images / config.samples
@@ -103,4 +102,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, parse_command_line(Config))

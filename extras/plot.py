@@ -25,8 +25,8 @@ from typing import Literal
 
 import numpy as np
 
-from data import UserError, run
 from extras import mix
+from plumbing.flags import UserError, parse_command_line, run
 from train_cls import MEAN, PAPER, measured, read_results
 
 WIDTH = 12  # inches of 100 pixels
@@ -288,4 +288,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, parse_command_line(Config))

@@ -37,8 +37,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import Shard, UserError, require_positive, run
+from data import Shard
 from eval_vqa import bleu1, bootstrap, exact_match, is_closed, open_recall, token_f1
+from plumbing.flags import Count, UserError, run
 from prepare.questions import references
 
 
@@ -48,7 +49,7 @@ class Config:
     split: str = "test"  # its split
     shards_dir: str = "shards"  # where prepare/all.py put it
     alternatives: bool = False  # "#" parts alternatives, brackets may go; always so for vqa_med
-    resamples: int = 1000  # of the bootstrap
+    resamples: Count = 1000  # of the bootstrap
     show: int = 10  # questions to print of those that only one of two files has right
     seed: int = 0  # of the bootstrap
 
@@ -520,7 +521,6 @@ def print_comparison(name, pair, paths, config):
 def main(paths, config):
     if len(paths) not in (1, 2):
         raise UserError(f"{len(paths)} files named; name one predictions.jsonl, or two to compare them")
-    require_positive(config, "resamples")
     files = [read_answers(path, config) for path in paths]
     if len(files) == 2:
         require_same_ids(files[1], files[0], paths[1], paths[0])

@@ -12,28 +12,13 @@ same.
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: `data` lies above it
 
-import difflib
-import os
-import re
-import time
-import traceback
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
-from typing import Literal
-
-from data import PROMPT_VERSION, SHARD_VERSION, Tokenizer, UserError, hash_file, run
-from prepare.datasets import DATASETS
-from prepare.download import fetch, fetch_hub
-from prepare.leaks import REASONS, guard, report_rows
-from prepare.shards import ImageSettings, read_manifests, recover, why_stale, write_dataset
-from prepare.weights import WEIGHTS
-
-TOKENIZER = "huggyllama/llama-7b"  # hub repository; its tokenizer.model is Meta's, unchanged
-TOKENIZER_SHA256 = "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"
+from plumbing.flags import Range, Threads, UserError, Whole, parse_command_line, run
 
 
 @dataclass(frozen=True)
@@ -43,14 +28,37 @@ class Config:
     shards_dir: str = "shards"  # where prepared datasets go
     weights_dir: str = "weights"  # where prepared weights go
     tokenizer: str = "weights/llama_tokenizer/tokenizer.model"  # SentencePiece model; LLaMA's by default
-    workers: int = 0  # processes that decode images; 0: one a core
-    limit: int = 0  # take only the first so many samples of each split; 0: all
-    image_size: int = 224  # pixels, height and width of a stored image
+    workers: Threads = 0  # processes that decode images; 0: one a core
+    limit: Whole = 0  # take only the first so many samples of each split; 0: all
+    image_size: Annotated[int, Range(1, 1 << 12)] = 224  # pixels, height and width of a stored image
     resize: Literal["squash", "crop", "pad"] = "squash"  # how an image becomes square
     codec: Literal["jpeg", "png"] = "jpeg"  # of stored images; png is lossless and twice as large
-    quality: int = 97  # of jpeg, 1 to 100; 97 alters a pixel by 1.1 of 255 grey levels on average
+    quality: Annotated[int, Range(1, 100)] = 97  # of jpeg; 97 alters a pixel by 1.1 of 255 levels on average
     leaks: Literal["drop", "keep"] = "drop"  # train on images that a test split has, too? keep: as published
     list: bool = False  # show the datasets and stop
+
+
+if __name__ == "__main__":
+    CONFIG = parse_command_line(Config)  # before torch is imported: --help and a typo are answered at once
+
+import difflib
+import os
+import re
+import time
+import traceback
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+
+from data import PROMPT_VERSION, SHARD_VERSION, Tokenizer
+from plumbing.files import hash_file
+from prepare.datasets import DATASETS
+from prepare.download import fetch, fetch_hub
+from prepare.leaks import REASONS, guard, report_rows
+from prepare.shards import ImageSettings, read_manifests, recover, why_stale, write_dataset
+from prepare.weights import WEIGHTS
+
+TOKENIZER = "huggyllama/llama-7b"  # hub repository; its tokenizer.model is Meta's, unchanged
+TOKENIZER_SHA256 = "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"
 
 
 def select(only):
@@ -227,10 +235,6 @@ def print_list(names, config):
 
 
 def main(config):
-    if min(config.workers, config.limit) < 0 or config.image_size < 1:
-        raise UserError("--workers and --limit are 0 or more, and --image_size is 1 or more")
-    if not 1 <= config.quality <= 100:
-        raise UserError(f"--quality={config.quality}: of jpeg, 1 to 100")
     if config.list:
         return print_list(select(config.only) if config.only else [*DATASETS, *WEIGHTS], config)
     names = select(config.only)
@@ -259,4 +263,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, CONFIG)

@@ -17,7 +17,8 @@ from pathlib import PurePosixPath
 import numpy as np
 from PIL import Image
 
-from data import Record, UserError, load_image
+from data import Record, load_image
+from plumbing.flags import UserError
 from prepare.datasets import (DATASETS, dataset, open_zip, read_csv, read_image, read_json,
                               read_member, read_named_image, read_tar, refuse_damage)
 from prepare.leaks import FINGERPRINT, alike, fingerprint

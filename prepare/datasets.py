@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
-from data import UserError
+from plumbing.flags import UserError
 from prepare.download import Source
 
 LARGEST_MEMBER = 1 << 28  # bytes of one file in an archive: a larger one is no image

@@ -16,7 +16,9 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
-from data import UserError, hash_file
+from plumbing.files import hash_file
+from plumbing.flags import UserError
+
 
 ATTEMPTS = 6  # in a row that bring no byte more; then a download gives up
 SILENT = 2  # of a server that has never said a word: it is out of reach, and so may all others be

@@ -1,6 +1,7 @@
 """The large image sets: figures with their captions, and multiple choice over many modalities."""
 
-from data import Record, UserError
+from data import Record
+from plumbing.flags import UserError
 from prepare.datasets import (HUB_IMAGE, NO_NAME, dataset, expect, multiple_choice, open_zip, parse_json,
                               place, read_csv, read_json_lines, read_member, read_parquets,
                               refuse_damage, require_columns)

@@ -23,7 +23,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard, UserError, read_manifest
+from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard
+from plumbing.files import read_manifest
+from plumbing.flags import UserError
 from prepare.classify import group_alike, split_by_group
 from prepare.datasets import DATASETS, Dataset, read_image, require_columns
 from prepare.leaks import guard

@@ -25,7 +25,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from data import SHARD_VERSION, Shard, manifest_checksum, read_manifest, write_whole
+from data import SHARD_VERSION, Shard
+from plumbing.files import manifest_checksum, read_manifest, write_whole
 from prepare.datasets import DATASETS
 
 FINGERPRINT = np.dtype([("pixels", "<u8"), ("look", "u1", 32)])

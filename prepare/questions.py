@@ -7,7 +7,8 @@ import itertools
 import re
 from pathlib import Path
 
-from data import Record, UserError, format_prompt
+from data import Record, format_prompt
+from plumbing.flags import UserError
 from prepare.datasets import (HUB_IMAGE, NO_NAME, dataset, expect, multiple_choice, open_zip, place,
                               read_json, read_json_lines, read_member, read_named_image, read_parquets)
 

@@ -14,7 +14,8 @@ import re
 from pathlib import PurePosixPath
 from xml.etree import ElementTree
 
-from data import Record, UserError
+from data import Record
+from plumbing.flags import UserError
 from prepare.datasets import dataset, open_zip, read_csv, read_member, read_named_image, read_tar
 
 REPORT_QUESTIONS = {  # by the sections that the answer has, so that none is asked for in vain

@@ -24,8 +24,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import (IMAGE, SAMPLE, Tokenizer, UserError, format_prompt, hash_file, load_image,
-                  manifest_checksum, read_manifest, resize_image, sample_checksum)
+from data import IMAGE, SAMPLE, Tokenizer, format_prompt, load_image, resize_image, sample_checksum
+from plumbing.files import hash_file, manifest_checksum, read_manifest
+from plumbing.flags import UserError
 from prepare.download import hub_revision
 from prepare.leaks import fingerprint
 

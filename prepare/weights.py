@@ -13,7 +13,8 @@ import zipfile
 from dataclasses import dataclass
 from typing import Callable
 
-from data import UserError, hash_file, sync
+from plumbing.files import hash_file, sync
+from plumbing.flags import UserError
 from prepare.download import Source, hub_revision
 
 

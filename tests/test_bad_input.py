@@ -26,7 +26,8 @@ import test_figures as figures
 import test_questions as questions
 import test_reports as reports
 import prepare.datasets
-from data import UserError, load_image
+from data import load_image
+from plumbing.flags import UserError
 from prepare.datasets import (DATASETS, LARGEST_MEMBER, open_zip, read_csv, read_json, read_json_lines,
                               read_member, read_tar)
 from prepare.shards import ImageSettings, encode_image

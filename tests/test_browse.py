@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard, UserError
+from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard
 from eval_vqa import bleu1, exact_match
+from plumbing.flags import UserError
 from prepare.datasets import Dataset
 from prepare.questions import train_sample_tokenizer
 from prepare.shards import write_dataset

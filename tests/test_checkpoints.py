@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import train_vlm
-from data import UserError
-from model import checkpoints, find_damage, newest_checkpoint, seal
+from plumbing.files import checkpoints, find_damage, newest_checkpoint, seal
+from plumbing.flags import UserError
 from test_train import flags, read_log, shards  # noqa: F401, shards: a prepared part of the sample
 
 ROOT = Path(__file__).resolve().parent.parent

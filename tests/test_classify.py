@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data import Record, UserError
+from data import Record
+from plumbing.flags import UserError
 from prepare.classify import split_by_group
 from prepare.datasets import DATASETS
 

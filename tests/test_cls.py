@@ -17,9 +17,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train_cls
-from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard, UserError
+from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard
 from lora import add_lora
-from model import CONFIGS, Linear, ResNet, ResNetConfig, ViT, ViTConfig, checkpoints, seal
+from model import CONFIGS, Linear, ResNet, ResNetConfig, ViT, ViTConfig
+from plumbing.files import checkpoints, seal
+from plumbing.flags import UserError
 from prepare.datasets import DATASETS, Dataset
 from prepare.leaks import guard
 from prepare.questions import train_sample_tokenizer

@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import prepare.shards
-from data import Record, Shard, UserError, manifest_checksum, read_manifest, sample_checksum
+from data import Record, Shard, sample_checksum
 from extras.faults import corrupt, hostile
 from lora import read_adapter_config
 from model import LLaMA
+from plumbing.files import manifest_checksum, read_manifest
+from plumbing.flags import UserError
 from prepare.datasets import read_named_image
 from prepare.weights import read_pickle
 from test_prepare import picture, toy_records, tokenizer, write_toy  # noqa: F401, tokenizer: a fixture

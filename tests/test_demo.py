@@ -23,11 +23,12 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 import train_cls
-from data import BOS, EOS, Shard, Tokenizer, UserError, format_prompt
+from data import BOS, EOS, Shard, Tokenizer, format_prompt
 from extras import demo
-from model import VLM, LLaMA, LlamaConfig, ViT, ViTConfig, normalise, rotary_angles, rotate, seal
+from model import VLM, LLaMA, LlamaConfig, ViT, ViTConfig, normalise, rotary_angles, rotate
+from plumbing.files import seal
+from plumbing.flags import UserError, parse_command_line, run
 from test_browse import chromium  # noqa: F401, the fixture
 from test_eval import TOKENIZER, write_questions
 from test_model import randomise
@@ -464,6 +465,6 @@ def test_mistakes_get_one_line(argument, message, tmp_path, monkeypatch, capsys)
     elif demo.st is None:
         pytest.skip("no streamlit here")
     with pytest.raises(SystemExit) as stopped:
-        data.run(demo.main, demo.Config)
+        run(demo.main, parse_command_line(demo.Config))
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and message in said and said.count("\n") == 1

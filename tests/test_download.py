@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from data import UserError
 from prepare import download
+from plumbing.flags import UserError
 from prepare.download import ATTEMPTS, LONGEST_WAIT, PAUSE, SILENT, fetch, fetch_hub, hub_revision
 
 CONTENT = random.Random(0).randbytes(300_000)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 
-from data import UserError
 from model import LLaMA, ResNet, ResNetConfig, VLM, ViT, ViTConfig, load_encoder
+from plumbing.flags import UserError
 from prepare.weights import WEIGHTS
 from test_model import LLAMA, TOLERANCE, VIT, relative_error
 

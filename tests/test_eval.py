@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import eval_vqa
-from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard, Tokenizer, UserError
+from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard, Tokenizer
 from eval_vqa import (METRICS, bleu1, bootstrap, exact_match, find_seen, open_recall, open_shards,
                       question_only_answers, report, score, shuffled_images, summarise, token_f1)
+from plumbing.flags import UserError
 from prepare.datasets import Dataset
 from prepare.leaks import guard
 from prepare.questions import train_sample_tokenizer

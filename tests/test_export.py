@@ -19,10 +19,12 @@ from safetensors.torch import load_file, save_file
 
 import eval_vqa
 import train_vlm
-from data import Tokenizer, UserError, manifest_checksum
+from data import Tokenizer
 from extras import export
 from lora import add_lora, load_adapter, lora_layers, read_adapter_config
-from model import CLIP_MEAN, CLIP_STD, VLM, LLaMA, ViT, load_encoder, newest_checkpoint, seal
+from model import CLIP_MEAN, CLIP_STD, VLM, LLaMA, ViT, load_encoder
+from plumbing.files import manifest_checksum, newest_checkpoint, seal
+from plumbing.flags import UserError
 from prepare.questions import train_sample_tokenizer
 from test_encoders import CLIP_VIT, fill, references  # noqa: F401, the fixture: timm and open_clip
 from test_model import LLAMA, TOLERANCE, VIT, randomise, relative_error

@@ -10,18 +10,18 @@ from types import SimpleNamespace
 
 import pytest
 
-import model
+import plumbing.files
 import train_vlm
-from data import UserError
 from extras.faults import mutants
-from model import newest_checkpoint
+from plumbing.files import newest_checkpoint
+from plumbing.flags import UserError
 from test_checkpoints import make_checkpoint, write_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 CAMPAIGNS = '''
 import contextlib, io, json, sys
-from data import UserError
 from extras.faults import calls, full_disk, kill, lost_writes, ranks, tiny
+from plumbing.flags import UserError
 
 shards, told = tiny.prepare(sys.argv[1]), {}
 for module, settings in [(kill, dict(kills=25, steps=8)),
@@ -88,14 +88,14 @@ def test_a_million_steps_are_more_than_ten(tmp_path):
 
 def test_an_unreadable_checkpoint_is_passed_over(tmp_path, monkeypatch, capsys):
     older, newer = make_checkpoint(tmp_path, 1), make_checkpoint(tmp_path, 2)
-    hash_file = model.hash_file
+    hash_file = plumbing.files.hash_file
 
     def bad_sector(path):
         if path.parent == newer:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return hash_file(path)
 
-    monkeypatch.setattr(model, "hash_file", bad_sector)
+    monkeypatch.setattr(plumbing.files, "hash_file", bad_sector)
     assert newest_checkpoint(tmp_path) == older
     assert "vision.safetensors cannot be read: [Errno 5]" in capsys.readouterr().err
 

@@ -11,7 +11,8 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
-from data import Record, UserError
+from data import Record
+from plumbing.flags import UserError
 from prepare.datasets import DATASETS
 from prepare.figures import CAPTION_QUESTION
 from prepare.shards import SplitWriter

@@ -1,15 +1,19 @@
 """The command line: types from the dataclass, mistakes answered in one line."""
 
 import errno
-import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
-import data
-from data import UserError, parse_flags
+from plumbing.flags import (Count, Datasets, Device, ShareBelow1, UserError, parse_command_line, parse_flags,
+                            run)
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Config:
     (["--learning_rate=1"], {"learning_rate": 1.0}), (["--learning_rate=3."], {"learning_rate": 3}),
     (["--name=a=b"], {"name": "a=b"}), (["--name="], {"name": ""}), (["--name=3"], {"name": "3"}),
     (["--resume=true"], {"resume": True}), (["--resume=False"], {"resume": False}),
-    (["--how=lora"], {"how": "lora"}), (["--steps=1", "--steps=2"], {"steps": 2}),
+    (["--how=lora"], {"how": "lora"}), (["--resume"], {"resume": True}), (["--resume", "--steps=2"], {"resume": True, "steps": 2}),
     (["--name=a b", "--how=lora"], {"name": "a b", "how": "lora"})])
 def test_flags_take_the_type_of_their_field(arguments, changed):
     config = parse_flags(Config, arguments)
@@ -42,7 +46,7 @@ def test_flags_take_the_type_of_their_field(arguments, changed):
     ("--steps=1.5", "--steps: invalid int value: '1.5'"), ("--steps=", "--steps"),
     ("--learning_rate=fast", "--learning_rate: invalid float value: 'fast'"),
     ("--how=half", "--how: invalid choice: 'half'"), ("--resume=yes", "--resume"),
-    ("--resume=1", "--resume"), ("--resume", "--resume")])
+    ("--resume=1", "--resume"), ("--resume=", "--resume")])
 def test_mistaken_flag_is_named_in_one_line(argument, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
         parse_flags(Config, [argument])
@@ -63,20 +67,69 @@ def test_help_lists_every_comment_and_exits_with_0(capsys):
 def test_user_error_exits_with_2_and_one_line(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train_vlm.py", "--stepz=1"])
     with pytest.raises(SystemExit) as stop:
-        data.run(lambda config: None, Config)
+        parse_command_line(Config)
     assert stop.value.code == 2
     assert capsys.readouterr().err == (
         "train_vlm.py: unknown flag '--stepz=1': did you mean --steps?\n")
 
 
-@pytest.mark.parametrize("number, told", [
-    (errno.ENOSPC, "x.py: [Errno 28] No space left on device: 'out/log'; make space, then run it again\n"),
-    (errno.EIO, None)])
-def test_a_full_disk_is_the_users_matter_and_a_broken_one_is_not(number, told, capsys, monkeypatch):
+@pytest.mark.parametrize("error, told", [
+    (OSError(errno.ENOSPC, "No space left on device", "out/log"),
+     "[Errno 28] No space left on device: 'out/log'; make space, then run it again"),
+    (OSError(errno.EROFS, "Read-only file system", "out/log"),
+     "out/log: Read-only file system; see to it, then run it again"),
+    (UserError("a: b\nc"), "a: b c"), (OSError("of ours"), None), (ValueError("of ours"), None)])
+def test_what_a_user_can_mend_is_one_line_and_a_fault_of_ours_is_not(error, told, capsys, monkeypatch):
     def main(config):
-        raise OSError(number, os.strerror(number), "out/log")
+        raise error
 
     monkeypatch.setattr("sys.argv", ["x.py"])
-    with pytest.raises(SystemExit if told else OSError) as stop:
-        data.run(main, Config)
-    assert not told or (stop.value.code == 2 and capsys.readouterr().err == told)
+    with pytest.raises(SystemExit if told else type(error)) as stop:
+        run(main, Config())
+    assert not told or (stop.value.code == 2 and capsys.readouterr().err == f"x.py: {told}\n")
+
+
+@dataclass(frozen=True)
+class Ranged:
+    rows: Count = 1  # rows
+    free: int = 0  # any number
+    beta: ShareBelow1 = 0.9  # a share
+    rate: float = 0.1  # any rate
+    name: str = "x"  # a name
+    data: Datasets = "a,b:2"  # datasets
+    device: Device = "auto"  # where
+
+
+@pytest.mark.parametrize("argument, told", [
+    ("--rows=0", "--rows=0: 1 or more"), ("--rows=-5", "1 or more"), (f"--rows={2 ** 63}", "1 or more"),
+    (f"--free={2 ** 31}", "from -2147483647 to 2147483647"), (f"--free={'9' * 5000}", "--free: invalid int value"),
+    ("--beta=1", "--beta=1.0: from 0 to below 1"), ("--beta=nan", "--beta=nan: from 0 to below 1"),
+    ("--beta=-0.1", "below 1"), ("--rate=nan", "a finite number"), ("--rate=inf", "a finite number"),
+    ("--rate=1e999", "a finite number"), ("--name=" + "x" * 300, "at most 255 bytes a name"),
+    ("--name=" + "é" * 200, "at most 255 bytes a name"), ("--name=" + "x/" * 3000, "4095 in all"),
+    ("--name=a\nb", "without line breaks"), ("--data=,", "names with commas between"),
+    ("--data=a,,b", "names with commas between"), ("--data=", "names with commas between"),
+    ("--device=tpu", "auto, cpu, mps, cuda or cuda:0"), ("--device=cuda:x", "cuda:0"),
+    (["--rows=1", "--rows=1"], "--rows: given twice"), (["--name=", "--rows=2", "--name=a"], "--name: given twice")])
+def test_a_value_out_of_its_range_is_named_in_one_line(argument, told):
+    with pytest.raises(UserError, match=re.escape(told)) as error:
+        parse_flags(Ranged, argument if isinstance(argument, list) else [argument])
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("argument, value", [
+    ("--rows=2147483647", 2147483647), ("--free=-3", -3), ("--beta=0", 0.0), ("--rate=-1e30", -1e30),
+    ("--name=", ""), ("--name=" + "x" * 255, "x" * 255), ("--data=a", "a"), ("--data=a:0.5,b", "a:0.5,b"),
+    ("--device=cuda:7", "cuda:7")])
+def test_the_ends_of_a_range_are_in_it(argument, value):
+    name = argument.split("=")[0].lstrip("-")
+    assert getattr(parse_flags(Ranged, [argument]), name) == value
+
+
+@pytest.mark.parametrize("script", ["train_vlm.py", "train_cls.py", "eval_vqa.py", "prepare/all.py"])
+def test_a_typo_is_told_before_torch_is_imported(script):
+    """Neither torch nor NumPy is there to be imported."""
+    code = (f"import sys, runpy; sys.modules['torch'] = sys.modules['numpy'] = None; sys.path.insert(0, '.'); "
+            f"sys.argv = [{script!r}, '--xyzzy=1']; runpy.run_path({script!r}, run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == f"{Path(script).name}: unknown flag '--xyzzy=1': see --help\n"

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import Shard, UserError
+from data import Shard
+from plumbing.flags import UserError
 from prepare.folder import prepare_folder
 from prepare.shards import read_manifests
 

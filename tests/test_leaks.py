@@ -8,8 +8,9 @@ import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
 import prepare.leaks
-from data import (PROMPT_VERSION, SHARD_VERSION, Record, Shard, UserError, load_image, manifest_checksum,
-                  open_mixture)
+from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard, load_image, open_mixture
+from plumbing.files import manifest_checksum
+from plumbing.flags import UserError
 from prepare.classify import group_alike
 from prepare.datasets import DATASETS, Dataset
 from prepare.leaks import ALIKE, FINGERPRINT, alike, fingerprint, guard, report_rows

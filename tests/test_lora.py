@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data import UserError
 from lora import add_lora, load_adapter, lora_layers, read_adapter_config, save_adapter
 from model import LLaMA, ViT
+from plumbing.flags import UserError
 from test_model import (LLAMA, TOLERANCE, VIT, edit_json, hub_llama, randomise, relative_error,
                         some_tokens)
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from data import run
 from extras import memory
+from plumbing.flags import run
 
 LANGUAGE, OTHERS, LORA = 6_738_415_616, 85_798_656 + 3_149_824, 4_194_304  # the paper's parameters
 

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 
-from data import BOS, EOS, UserError
+from data import BOS, EOS
 from lora import add_lora, lora_layers
 from model import Linear, LLaMA, LlamaConfig, RMSNorm, VLM, ViT, ViTConfig, rotary_angles, rotate
+from plumbing.flags import UserError
 
 TOLERANCE = 1e-5  # relative, float32
 V = 307  # odd, as 32001 is

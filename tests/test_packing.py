@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import (BOS, EOS, IMAGE, PROMPT_VERSION, SAMPLE, SHARD_VERSION, Batch, Mixture,
-                  Shard, UserError, manifest_checksum, open_mixture, sample_checksum)
+from data import (BOS, EOS, IMAGE, PROMPT_VERSION, SAMPLE, SHARD_VERSION, Batch, Mixture, Shard,
+                  open_mixture, sample_checksum)
 import model as model_file
 from lora import add_lora
 from model import LLaMA, VLM, ViT, attend, block_mask, group_masks
+from plumbing.files import manifest_checksum
+from plumbing.flags import UserError
 from prepare.leaks import fingerprint, guard
 from test_model import LLAMA, TOLERANCE, VIT, randomise, relative_error
 

@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 
 import train_vlm
-from data import UserError, run
 from extras import mix, plot
 from lora import add_lora
 from model import VLM, packed_mask
+from plumbing.flags import UserError, run
 from prepare.datasets import DATASETS
 from test_cls import write_results
 from train_cls import EIGHT, measured

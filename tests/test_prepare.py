@@ -20,9 +20,11 @@ import pytest
 import torch
 from PIL import Image
 
-from data import (PROMPT_VERSION, SHARD_VERSION, Record, Shard, Tokenizer, UserError, format_prompt,
-                  load_image, manifest_checksum, resize_image)
+from data import (PROMPT_VERSION, SHARD_VERSION, Record, Shard, Tokenizer, format_prompt, load_image,
+                  resize_image)
 from model import VLM
+from plumbing.files import manifest_checksum
+from plumbing.flags import UserError
 from prepare.datasets import DATASETS, Dataset, read_tar
 from prepare.questions import train_sample_tokenizer
 from prepare.shards import read_manifests, write_dataset

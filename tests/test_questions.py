@@ -12,7 +12,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard, UserError
+from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard
+from plumbing.flags import UserError
 from prepare.datasets import DATASETS
 from prepare.questions import references, train_sample_tokenizer
 from prepare.shards import read_manifests, write_dataset

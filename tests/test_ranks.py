@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 import eval_vqa
 import train_vlm
 from data import Tokenizer
-from model import VLM, newest_checkpoint
+from model import VLM
+from plumbing.files import newest_checkpoint
 from test_packing import corpus, mix  # noqa: F401, corpus: a fixture
 from test_train import flags, read_log, shards  # noqa: F401, shards: a fixture
 

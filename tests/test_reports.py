@@ -9,7 +9,8 @@ import zipfile
 
 import pytest
 
-from data import Record, Shard, UserError
+from data import Record, Shard
+from plumbing.flags import UserError
 from prepare.datasets import DATASETS
 from prepare.questions import train_sample_tokenizer
 from prepare.reports import (LARGEST_REPORT, REPORT_QUESTIONS, join_sections, name_section,

@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from data import UserError
 from eval_vqa import bleu1, is_closed, question_only_answers
+from plumbing.flags import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 RAW = Path(os.environ.get("NANOMEDQ_RAW", ROOT / "raw"))

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 import eval_vqa
 import train_vlm
-from data import Shard, Tokenizer, UserError
+from data import Shard, Tokenizer
 from model import VLM
+from plumbing.flags import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 

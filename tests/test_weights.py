@@ -15,8 +15,9 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from data import UserError, hash_file
 from model import LLaMA, ResNet, ResNetConfig, ViT, load_encoder
+from plumbing.files import hash_file
+from plumbing.flags import UserError
 from prepare.weights import WEIGHTS, write_llama
 from test_encoders import CLIP_VIT, fill
 from test_model import TOLERANCE, V, VIT, hub_llama, relative_error, some_tokens, tiny_vlm

@@ -34,10 +34,10 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-import data
-from data import UserError
 from extras.faults.tiny import (AFTER, OS_ERROR, SUCCESS, USER_ERROR, OneSave, fork, newest_step,
                                 prepare, shrink, wait)
+from plumbing.flags import UserError, parse_command_line
+from plumbing.flags import run as run_script
 
 ENDS = {SUCCESS: "success", USER_ERROR: "UserError", OS_ERROR: "OSError", -signal.SIGKILL: "killed"}
 PR_SET_PTRACER, ANY = 0x59616D61, ctypes.c_ulong(-1)
@@ -145,4 +145,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    data.run(main, Config)
+    run_script(main, parse_command_line(Config))

@@ -45,10 +45,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import train_vlm
-from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard, UserError, run
+from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard
 from lora import add_lora, load_adapter, lora_layers, read_adapter_config, save_adapter
-from model import (VLM, LLaMA, LlamaConfig, ViT, ViTConfig, checkpoints, init_weights, load_encoder,
-                   newest_checkpoint, seal)
+from model import VLM, LLaMA, LlamaConfig, ViT, ViTConfig, init_weights, load_encoder
+from plumbing.files import checkpoints, newest_checkpoint, seal
+from plumbing.flags import UserError, parse_command_line, run
 from prepare.all import print_table
 from prepare.datasets import Dataset
 from prepare.leaks import Split, guard
@@ -347,4 +348,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, parse_command_line(Config))

@@ -38,10 +38,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 
-from data import UserError, hash_file, require_positive, run
 from extras.faults.tiny import (AFTER, ROOT, SUCCESS, USER_ERROR, OneSave, fork, leftovers, newest_step,
                                 shrink, wait)
 from extras.faults.tiny import prepare as prepare_sample
+from plumbing.files import hash_file
+from plumbing.flags import Count, UserError, parse_command_line, run
 from prepare import download
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
@@ -51,7 +52,7 @@ CONTENT = random.Random(0).randbytes(3_000_000)  # of the file that is downloade
 @dataclass(frozen=True)
 class Config:
     parts: str = "save,prepare,download"  # what is written
-    sizes: int = 20  # of the disk, from `smallest` to `largest`, and one that lacks a block
+    sizes: Count = 20  # of the disk, from `smallest` to `largest`, and one that lacks a block
     smallest: float = 0.2  # of what is to be written, that there is room for
     largest: float = 1.2  # the same on the largest disk
     dataset: str = "sample"  # what is prepared
@@ -254,7 +255,6 @@ PARTS = {"save": try_save, "prepare": try_prepare, "download": try_download}
 
 
 def main(config):
-    require_positive(config, "sizes")
     for part in config.parts.split(","):
         if part not in PARTS:
             raise UserError(f"--parts: {part} is none of {Config.parts}")
@@ -271,4 +271,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, parse_command_line(Config))

@@ -49,11 +49,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import (EOS, FORMATS, PROMPT_VERSION, SHARD_VERSION, Shard, Tokenizer, UserError, load_image,
-                  resize_image, run)
+from data import EOS, FORMATS, PROMPT_VERSION, SHARD_VERSION, Shard, Tokenizer, load_image, resize_image
 from extras.faults.corrupt import flipped, spoil_adapter, spoil_weights
 from lora import read_adapter_config
 from model import LLaMA, load_encoder
+from plumbing.flags import UserError, parse_command_line, run
 from prepare.all import print_table
 from prepare.datasets import DATASETS, open_zip, read_member, read_tar
 from prepare.questions import train_sample_tokenizer
@@ -615,4 +615,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, parse_command_line(Config))

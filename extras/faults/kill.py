@@ -29,17 +29,17 @@ from collections import Counter
 from dataclasses import dataclass
 
 import train_vlm
-from data import UserError, require_positive, run
 from extras.faults.tiny import (SUCCESS, contents, flags, fork, leftovers, newest_step, prepare, shrink,
                                 wait)
-from model import checkpoints, find_damage
+from plumbing.files import checkpoints, find_damage
+from plumbing.flags import Count, UserError, parse_command_line, run
 
 
 @dataclass(frozen=True)
 class Config:
-    kills: int = 1000  # runs are repeated until there were so many
-    steps: int = 24  # of a run
-    save_every: int = 2  # steps
+    kills: Count = 1000  # runs are repeated until there were so many
+    steps: Count = 24  # of a run
+    save_every: Count = 2  # steps
     shards_dir: str = ""  # of the sample at 32 pixels; none: they are prepared first
     seed: int = 0  # of the kills' moments
 
@@ -91,7 +91,6 @@ def violations(folder, before, save_every):
 
 
 def main(config):
-    require_positive(config, "kills", "steps", "save_every")
     shrink()
     draw, begin = random.Random(config.seed), time.perf_counter()
     phases, wrong, finished = Counter(), [], 0
@@ -139,4 +138,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, parse_command_line(Config))

@@ -22,7 +22,9 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from data import UserError, hash_file, run
+from plumbing.files import hash_file
+from plumbing.flags import UserError, parse_command_line, run
+
 
 
 @dataclass(frozen=True)
@@ -79,4 +81,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, parse_command_line(Config))

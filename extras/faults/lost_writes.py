@@ -36,10 +36,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import train_vlm
-from data import UserError, run
 from extras.faults.calls import traced
 from extras.faults.kill import read_losses
 from extras.faults.tiny import OS_ERROR, SUCCESS, contents, flags, fork, leftovers, prepare, shrink, wait
+from plumbing.flags import UserError, parse_command_line, run
 
 STEPS = 3  # each saved; with --keep=2 the last save removes the first checkpoint
 CALLS = ("openat,open,creat,write,pwrite64,writev,ftruncate,truncate,fsync,fdatasync,sync_file_range,"
@@ -301,4 +301,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, parse_command_line(Config))

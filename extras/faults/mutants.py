@@ -20,8 +20,8 @@ import tempfile
 import time
 from dataclasses import dataclass
 
-from data import UserError, run
 from extras.faults.tiny import prepare
+from plumbing.flags import UserError, parse_command_line, run
 
 LOST, DISK = "lost_writes.py --unfinished=false", "full_disk.py --sizes=4"
 KILLS = "kill.py --kills=25 --steps=12"
@@ -185,4 +185,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, parse_command_line(Config))

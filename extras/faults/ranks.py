@@ -42,10 +42,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import train_vlm
-from data import Mixture, UserError, require_positive, run
+from data import Mixture
 from extras.faults.tiny import (ROOT, SUCCESS, USER_ERROR, contents, flags, fork, leftovers, newest_step,
                                 prepare, shrink)
-from model import VLM, checkpoints, find_damage
+from model import VLM
+from plumbing.files import checkpoints, find_damage
+from plumbing.flags import Count, UserError, parse_command_line, run
 from prepare.all import print_table
 
 # What is struck: a function of a class or module, after so many of its calls in step STRUCK.
@@ -66,9 +68,9 @@ class Config:
     ranks: str = "2,3"  # processes of a group
     places: str = ",".join(PLACES)  # where it is struck
     faults: str = ",".join(FAULTS)  # what strikes it
-    rank_timeout: int = 10  # seconds that a process waits for the others
+    rank_timeout: Count = 10  # seconds that a process waits for the others
     torchrun: bool = True  # also each fault once under torchrun itself, in the first of the places
-    jobs: int = 4  # groups at a time; they wait most of the time
+    jobs: Count = 4  # groups at a time; they wait most of the time
     shards_dir: str = ""  # of the sample at 32 pixels; none: they are prepared first
 
 
@@ -213,7 +215,6 @@ def listed(flag, text, known):
 
 
 def main(config):
-    require_positive(config, "rank_timeout", "jobs")
     places, faults = listed("places", config.places, PLACES), listed("faults", config.faults, FAULTS)
     groups = [int(word) for word in listed("ranks", config.ranks, ["2", "3", "4"])]
     shrink()
@@ -252,6 +253,6 @@ def main(config):
 
 if __name__ == "__main__":
     if "FAULT" in os.environ:
-        run(member, train_vlm.Config)
+        run(member, parse_command_line(train_vlm.Config))
     else:
-        run(main, Config)
+        run(main, parse_command_line(Config))

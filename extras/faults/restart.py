@@ -17,11 +17,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from plumbing.files import newest_checkpoint
+from plumbing.flags import UserError, parse_command_line, run
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[0] = str(ROOT)  # the repository, not extras/faults/
 
-from data import UserError, run
-from model import newest_checkpoint
 
 FLAGS = ("--model=sample --data=sample --language=full --questions_per_image=0 --row_length=256 "
          "--micro_batch_tokens=512 --batch_size=12 --max_steps=60 --save_every=5 --log_every=1 --held_out=8 "
@@ -71,4 +72,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, parse_command_line(Config))

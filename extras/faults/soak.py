@@ -30,7 +30,8 @@ sys.path[0] = str(ROOT)  # the repository, not extras/faults/
 import numpy as np
 
 import train_vlm
-from data import UserError, run
+
+from plumbing.flags import UserError, parse_command_line, run
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,6 @@ def main(config):
 
 if __name__ == "__main__":
     if "SOAK" in os.environ:
-        run(train, train_vlm.Config)
+        run(train, parse_command_line(train_vlm.Config))
     else:
-        run(main, Config)
+        run(main, parse_command_line(Config))

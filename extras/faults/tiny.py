@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 import train_vlm
-from data import UserError, read_manifest
-from model import CONFIGS, LlamaConfig, ViTConfig, checkpoints, find_damage, newest_checkpoint
+from model import CONFIGS, LlamaConfig, ViTConfig
+from plumbing.files import checkpoints, find_damage, newest_checkpoint, read_manifest
+from plumbing.flags import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SUCCESS, USER_ERROR, OS_ERROR, UNEXPECTED = 0, 2, 3, 4  # how a child ends

@@ -1,0 +1,1 @@
+"""The ground that every script stands on; it imports nothing of the project above it."""

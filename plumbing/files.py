@@ -1,0 +1,232 @@
+"""
+Files that are whole or not there: syncing, manifests with hashes, sealed folders, and locks.
+
+A checkpoint is a folder that `seal` has given its name: its manifest.json names every file with size and
+SHA-256, and bears a checksum of its own. Whoever reads it asks `find_damage` first.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from plumbing.flags import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+# ----------------------------------------------------------------------------- one file
+
+def sync(path):
+    """Bring a file or a folder's list of names to the disk."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if os.path.isdir(path) and os.access(path, os.R_OK):
+            return  # Windows opens no folder, and keeps its names by itself
+        raise
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EBADF:  # Windows: a file that is open for reading alone
+            raise
+        with open(path, "r+b") as file:
+            os.fsync(file.fileno())
+    finally:
+        os.close(handle)
+
+
+def write_whole(path, content):
+    """Write bytes to a file that is, whatever happens, as before or as wanted."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
+
+
+def hash_file(path):
+    """A file's SHA-256, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_json(value):
+    """SHA-256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+# ----------------------------------------------------------------------------- manifests
+
+def manifest_checksum(manifest):
+    """Hash of a manifest without its own "checksum" entry."""
+    return hash_json({key: value for key, value in manifest.items() if key != "checksum"})
+
+
+def read_manifest(folder, name="manifest.json"):
+    """The manifest in a folder, or another file of that form; None where it is absent, cut short or altered."""
+    try:
+        manifest = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
+        return manifest if manifest["checksum"] == manifest_checksum(manifest) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def write_manifest(folder, name, facts):
+    """Write facts, whole, into a file that read_manifest reads."""
+    facts = facts | {"checksum": manifest_checksum(facts)}
+    write_whole(Path(folder) / name, (json.dumps(facts, indent=2) + "\n").encode())
+
+
+def differences(before, now, name=""):
+    """
+    What differs between two records of facts, nested dicts: a list of words such as "data.busi.images was
+    20, now 80". Hashes are cut to 12 digits.
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [words for key in sorted(before.keys() | now.keys(), key=str)
+                for words in differences(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))]
+    if before == now:
+        return []
+
+    def short(value):
+        if isinstance(value, dict):
+            return "there"
+        text = "not there" if value is None else str(value)
+        return text[:12] if len(text) == 64 else text[:80]
+
+    return [f"{name} was {short(before)}, now {short(now)}"]
+
+
+# ----------------------------------------------------------------------------- sealed folders
+
+def seal(partial, folder, **facts):
+    """
+    Make the folder `partial` the checkpoint `folder`, whole or not at all: its manifest names every file
+    with size and SHA-256, all of it is on the disk before the folder gets its name, and the name is on
+    the disk when this returns. No name is given twice.
+    """
+    paths = sorted(partial.rglob("*"))
+    files = {path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+             for path in paths if path.is_file()}
+    manifest = {**facts, "name": folder.name, "files": files}
+    manifest["checksum"] = manifest_checksum(manifest)
+    (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    for path in filter(Path.is_file, paths):  # safetensors makes its files unreadable to others
+        shutil.copymode(partial / "manifest.json", path)
+    for path in [*paths, partial / "manifest.json", partial]:
+        sync(path)
+    if folder.exists():
+        raise FileExistsError(errno.EEXIST, "there already", str(folder))
+    partial.rename(folder)
+    sync(folder.parent)
+
+
+def find_damage(folder):
+    """What is wrong with a checkpoint, in words; None if it is, byte for byte, what seal() saw."""
+    folder, manifest = Path(folder), read_manifest(folder)
+    if manifest is None or "name" not in manifest:
+        return "manifest.json is missing or altered"
+    if manifest["name"] != folder.name:
+        return f"by its manifest.json it is {manifest['name']}"
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    if added := there - {"manifest.json", *manifest["files"]}:
+        return f"{min(added)} was added"
+    for name, facts in manifest["files"].items():
+        path = folder / name
+        try:
+            if not path.is_file() or path.is_symlink():
+                return f"{name} is missing"
+            if path.stat().st_size != facts["bytes"]:
+                return f"{name} has {path.stat().st_size:,} bytes instead of {facts['bytes']:,}"
+            if hash_file(path) != facts["sha256"]:
+                return f"{name} was altered"
+        except OSError as error:  # a bad sector
+            return f"{name} cannot be read: {error}"
+    return None
+
+
+def checkpoints(run):
+    """The checkpoint folders of a run, newest first, whole or not."""
+    folders = [path for path in Path(run).glob("step_*") if path.name[5:].isdecimal()]
+    return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def newest_checkpoint(run):
+    """
+    The newest checkpoint of a run that is whole; of newer ones a line on stderr says what is wrong with
+    them. Raises UserError when there is none.
+    """
+    folders = checkpoints(run)
+    for folder in folders:
+        damage = find_damage(folder)
+        if damage is None:
+            return folder
+        print(f"{folder}: not used: {damage}", file=sys.stderr)
+    if folders:
+        raise UserError(f"{run}: none of its {len(folders)} checkpoints is whole, see above; start another run")
+    raise UserError(f"{run}: no checkpoint here; run `python train_vlm.py --run={run}`")
+
+
+# ----------------------------------------------------------------------------- places
+
+def require_writable(folder, flag):
+    """
+    Make a folder, unless it is there, and raise UserError where no file can be made in it. flag: the
+    name of the one that names another place.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to ({error.strerror}); name another place with "
+                        f"--{flag}=") from None
+
+
+@contextlib.contextmanager
+def lock(path, doing, wait=False):
+    """
+    Hold the lock file `path`, in a folder that is there, while the block runs. A process that ends,
+    however, lets go of it; the file stays.
+
+    doing: what is being done, as in "preparing scans". wait: wait for another process that holds it,
+    in place of raising UserError.
+    """
+    with open(path, "a+b") as file:
+        try:
+            hold(file, fcntl.LOCK_EX | fcntl.LOCK_NB if fcntl else 0)
+        except BlockingIOError:
+            file.seek(0)
+            other = file.read(100).decode("ascii", "replace") or "another process"
+            if not wait:
+                raise UserError(f"{path.parent}: {other} is {doing} there already; wait for its end, or "
+                                "choose another place") from None
+            print(f"waiting: {other} is {doing}", flush=True)
+            hold(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(f"process {os.getpid()}".encode())
+        file.flush()
+        yield
+
+
+def hold(file, how):
+    """flock, where there is such a thing."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, how)
+    except BlockingIOError:
+        raise
+    except OSError as error:  # some network file systems have no locks
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+            raise
+        print(f"{file.name}: this file system has no locks ({error.strerror}); run one command at a time",
+              file=sys.stderr)

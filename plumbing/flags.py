@@ -1,0 +1,213 @@
+"""
+The command line of every script: a dataclass of typed flags, and one line for a mistake of the user.
+
+A script parses its flags before it imports torch, so that --help and a typo are answered at once:
+
+    @dataclass(frozen=True)
+    class Config:
+        batch_size: Count = 64  # samples in an optimiser step
+
+    if __name__ == "__main__":
+        CONFIG = parse_command_line(Config)
+
+    import torch
+    ...
+    if __name__ == "__main__":
+        run(main, CONFIG)
+"""
+
+import argparse
+import difflib
+import errno
+import inspect
+import os
+import re
+import sys
+import typing
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+LARGEST = 2 ** 31 - 1  # of a whole number; torch and NumPy take these everywhere
+LONGEST_PART, LONGEST_PATH = 255, 4095  # bytes of a file's name and of a path, on Linux and macOS
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. The message is one line: what, where, what to run next."""
+
+
+# ----------------------------------------------------------------------------- ranges
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a flag may have, from low to high; `below`: high itself is out."""
+    low: float
+    high: float
+    below: bool = False
+
+    def __contains__(self, value):  # NaN is in no range
+        return self.low <= value < self.high if self.below else self.low <= value <= self.high
+
+    def __str__(self):
+        if self.high == LARGEST:
+            return f"{self.low} or more"
+        return f"from {self.low:g} to {'below ' * self.below}{self.high:g}"
+
+
+@dataclass(frozen=True)
+class Form:
+    """The texts that a flag may have: those that the pattern matches whole."""
+    pattern: str
+    words: str
+
+    def __contains__(self, value):
+        return re.fullmatch(self.pattern, value, re.S) is not None
+
+    def __str__(self):
+        return self.words
+
+
+Count = Annotated[int, Range(1, LARGEST)]
+Whole = Annotated[int, Range(0, LARGEST)]  # counts from 0, and seeds
+Batch = Annotated[int, Range(1, 1 << 20)]  # samples, images or rows that are worked on at a time
+Threads = Annotated[int, Range(0, 1024)]  # or processes; 0 leaves their number to the script
+Seconds = Annotated[int, Range(1, 30 * 24 * 3600)]
+Share = Annotated[float, Range(0, 1)]
+ShareBelow1 = Annotated[float, Range(0, 1, below=True)]
+Scale = Annotated[float, Range(0, 1e6)]  # rates, decays and other numbers that are not negative
+Device = Annotated[str, Form(r"auto|cpu|mps|cuda(:\d{1,3})?", "auto, cpu, mps, cuda or cuda:0")]
+Text = Annotated[str, Form(r".{0,20000}", "a text of at most 20,000 characters")]  # not a name or a path
+Datasets = Annotated[str, Form(  # train_vlm.py's mixture
+    r"[^,:]+(:[^,:]*)?(,[^,:]+(:[^,:]*)?)*", "names with commas between, each with an optional weight, as in a,b:2")]
+
+
+def find_fault(value, kind, limits):
+    """What is wrong with a flag's value, as "not one of ...", or ""."""
+    for limit in limits:
+        if value not in limit:
+            return str(limit)
+    if limits:
+        return ""
+    if kind is int and abs(value) > LARGEST:
+        return f"from {-LARGEST} to {LARGEST}"
+    if kind is float and not abs(value) < float("inf"):
+        return "a finite number"
+    if kind is str:
+        if re.search(r"[\x00-\x1f\x7f]", value):
+            return "a text without line breaks or other control characters"
+        name = os.fsencode(value)
+        if len(name) > LONGEST_PATH or any(len(part) > LONGEST_PART for part in re.split(b"[/,]", name)):
+            return f"at most {LONGEST_PART} bytes a name, and {LONGEST_PATH} in all"
+    return ""
+
+
+# ----------------------------------------------------------------------------- parsing
+
+class Once(argparse.Action):
+    """Stores a flag's value; a flag that is given twice is a mistake, of which neither value is meant."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        given = namespace.__dict__.setdefault("given", set())
+        if self.dest in given:
+            raise argparse.ArgumentError(self, "given twice")
+        given.add(self.dest)
+        setattr(namespace, self.dest, value)
+
+
+def boolean(text):
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is neither true nor false")
+    return text.lower() == "true"
+
+
+def type_of(item):
+    """A field's plain type, its choices, and the Range or Form of its values."""
+    if typing.get_origin(item.type) is Annotated:
+        kind, *limits = typing.get_args(item.type)
+        return kind, None, limits
+    choices = typing.get_args(item.type)
+    return (str, choices, []) if choices else (item.type, None, [])
+
+
+def make_parser(Config):
+    """An argparse parser of a dataclass, whose help texts are the comments behind its fields."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+    for item in fields(Config):
+        assert item.default is not MISSING, f"{item.name} needs a default"
+        kind, choices, limits = type_of(item)
+        values = "|".join(choices) if choices else kind.__name__
+        limit = f"; {limits[0]}" if limits else ""
+        parser.add_argument(
+            "--" + item.name, action=Once, type=boolean if kind is bool else kind, choices=choices,
+            default=item.default, metavar=values, **({"nargs": "?", "const": True} if kind is bool else {}),
+            help=f"{comments[item.name]} (default: {str(item.default) or 'none'}{limit})".replace("%", "%%"))
+    return parser
+
+
+def parse_flags(Config, arguments):
+    """
+    Turn ["--key=value", ...] into the dataclass Config, each value of its field's type; a boolean flag
+    alone is true.
+
+    The comment behind a field is its help text. Raises UserError on an unknown flag, with the nearest
+    name, on a flag given twice, and on a value of the wrong type or out of its range.
+    """
+    try:
+        known, unknown = make_parser(Config).parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{one_line(error):.200}; see --help") from None
+    if unknown:
+        name = unknown[0].split("=")[0].lstrip("-")
+        near = difflib.get_close_matches(name, [item.name for item in fields(Config)], n=1)
+        hint = f"did you mean --{near[0]}?" if near else "see --help"
+        raise UserError(f"unknown flag {unknown[0]!r:.80}: {hint}")
+    known = {name: value for name, value in vars(known).items() if name != "given"}
+    for item in fields(Config):
+        kind, _, limits = type_of(item)
+        if fault := find_fault(known[item.name], kind, limits):
+            raise UserError(f"--{item.name}={one_line(known[item.name]):.60}: {fault}")
+    return Config(**known)
+
+
+# ----------------------------------------------------------------------------- running
+
+def one_line(error):
+    return " ".join(str(error).split())
+
+
+def end(message, code=2):
+    """End the script with one line on stderr."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def parse_command_line(Config):
+    """The Config of sys.argv; a mistake in it ends the script with one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # a file's name need not be UTF-8
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        return parse_flags(Config, sys.argv[1:])
+    except UserError as error:
+        end(one_line(error))
+
+
+def run(main, config):
+    """
+    Call main with a Config. A UserError, and a file or disk that the system refuses, end the script
+    with one line and exit code 2; Ctrl-C ends it with 130.
+    """
+    try:
+        return main(config)
+    except UserError as error:
+        message = one_line(error)
+    except KeyboardInterrupt:
+        end("stopped", 130)
+    except OSError as error:  # without a number or a file's name, it is a mistake of ours
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"{one_line(error)}; make space, then run it again"
+        elif error.errno and error.filename is not None:
+            message = f"{error.filename}: {error.strerror}; see to it, then run it again"
+        else:
+            raise
+    end(message)

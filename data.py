@@ -9,7 +9,7 @@ A shard is one split of one dataset, a folder of files that are mapped, never lo
     images.idx      one IMAGE record an image
     fingerprints.bin  one record an image, by which prepare/leaks.py finds it again elsewhere
     records.jsonl   the words: id, question, answer, type, image name, one line a sample; and where
-                    there are any: context, labels, references
+                    there are any: context, labels, references, group
     manifest.json   written last: counts, settings, licence, and the size and hash of each file
     leaks.json      beside a training split: the samples whose image a test split has, too, and those
                     images of the test split
@@ -49,7 +49,7 @@ from plumbing.flags import UserError
 
 BOS, EOS = 1, 2  # LLaMA's ids; PMC-LLaMA's config.json says 0 and 1, which its tokenizer contradicts
 PROMPT_VERSION = 1  # raised when format_prompt changes, so that older shards are refused
-SHARD_VERSION = 3
+SHARD_VERSION = 4
 FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP", "JPEG2000", "PPM")  # others may run programs
 SAMPLE = np.dtype([("offset", "<u8"), ("prompt", "<u4"), ("answer", "<u4"),
                    ("image", "<i4"), ("checksum", "<u4")])  # lengths in tokens; image -1: none
@@ -84,6 +84,7 @@ class Record:
     type: str = ""  # question type, for the tables
     labels: tuple | None = None  # names of the image's classes, where a dataset has them
     references: tuple = ()  # every answer that counts as right, where `answer` is not the only one
+    group: str = ""  # such as its patient: what is never divided when images are held out
 
 
 def format_prompt(question, context=""):

@@ -192,9 +192,11 @@ class Split:
     pixels: np.ndarray  # (n, H, W, 3) uint8
     labels: np.ndarray  # (n, m) bool
     names: list
+    groups: list  # such as each image's patient; a name that no two images share where none is known
 
     def take(self, numbers):
-        return Split(self.pixels[numbers], self.labels[numbers], [self.names[n] for n in numbers])
+        return Split(self.pixels[numbers], self.labels[numbers], [self.names[n] for n in numbers],
+                     [self.groups[n] for n in numbers])
 
 
 def read_split(shard):
@@ -206,10 +208,14 @@ def read_split(shard):
         left_out = set(numbers.tolist()) if leaks == "drop" else set()
         if left_out:
             print(f"{shard.folder}: {len(left_out):,} images left out, which a test split has")
-    rows = {}  # (image number, its labels) -> its name
+        if left_out and len(left_out) == len(shard):
+            raise UserError(f"{shard.folder}: a test split has all of its {len(shard):,} images, too, so "
+                            "that none is left to train on; bring others")
+    rows = {}  # (image number, its labels) -> its name and its group
     for number, (record, image) in enumerate(zip(shard.read_records(), shard.samples["image"].tolist())):
         if number not in left_out and "labels" in record:
-            rows.setdefault((image, tuple(record["labels"])), record["image"])
+            rows.setdefault((image, tuple(record["labels"])),
+                            (record["image"], record.get("group") or f"image {image}"))
     numbers = [image for image, _ in rows]
     size = shard.manifest["image"]["size"]
     pixels = np.empty((len(numbers), size, size, 3), np.uint8)
@@ -218,17 +224,30 @@ def read_split(shard):
         for place, image in enumerate(tqdm(images, str(shard.folder), len(numbers), leave=False)):
             pixels[place] = image
     labels = np.array([[name in found for name in classes] for _, found in rows], bool)
-    return Split(pixels, labels.reshape(-1, len(classes)), list(rows.values()))
+    return Split(pixels, labels.reshape(-1, len(classes)), [name for name, _ in rows.values()],
+                 [group for _, group in rows.values()])
 
 
 def hold_out(split):
-    """A training Split in nine tenths and one tenth of each combination of labels, always the same."""
-    keys, held = random_keys(0, 0, 0, len(split.names)), []
-    for combination in np.unique(split.labels, axis=0):
-        numbers = np.flatnonzero((split.labels == combination).all(1))
-        held.append(numbers[np.argsort(keys[numbers])][5::10])  # none of fewer than 6
-    held = np.sort(np.concatenate(held))
-    return split.take(np.setdiff1d(np.arange(len(keys)), held)), split.take(held)
+    """
+    A training Split in nine tenths and one tenth of each combination of labels, always the same.
+
+    No group is divided. One of fewer than 6 groups is held out where they have 6 images or more, and
+    none of fewer images.
+    """
+    images, combinations = {}, defaultdict(list)  # of a group; groups by the labels of their first image
+    for number in np.argsort(random_keys(0, 0, 0, len(split.names))).tolist():
+        if split.groups[number] not in images:
+            combinations[tuple(split.labels[number])].append(split.groups[number])
+        images.setdefault(split.groups[number], []).append(number)
+    held = []
+    for groups in combinations.values():
+        chosen = groups[5::10]
+        if 1 < len(groups) < 6 <= sum(len(images[group]) for group in groups):
+            chosen = [min(groups, key=lambda group: len(images[group]))]
+        held += [number for group in chosen for number in images[group]]
+    kept = np.setdiff1d(np.arange(len(split.names)), held)
+    return split.take(kept), split.take(np.sort(held).astype(int))
 
 
 def choose_few(split, count, seed):
@@ -257,14 +276,14 @@ def open_dataset(name, config, image_size):
     for shard in shards.values():
         shard.require_image_size(image_size)
     splits = {split: read_split(shard) for split, shard in shards.items()}
-    if "validation" not in splits:
-        splits["train"], splits["validation"] = hold_out(splits["train"])
-        if not len(splits["validation"].names):
-            raise UserError(f"{folder}/train: fewer than 6 images of each class, too few to hold some out "
-                            "for validation; bring more, or a validation split")
     for split, found in splits.items():
         if not len(found.names):
             raise UserError(f"{folder}/{split}: no image in it; its manifest.json counts why")
+    if "validation" not in splits:
+        splits["train"], splits["validation"] = hold_out(splits["train"])
+        if not len(splits["validation"].names):
+            raise UserError(f"{folder}/train: fewer than 6 images of each class, or all of one patient, too "
+                            "few to hold some out for validation; bring more, or a validation split")
     present = splits["train"].labels.any(0)
     if not present.all():
         raise UserError(f"{folder}/train: no image of class {classes[int(np.argmin(present))]!r}; bring "
@@ -547,8 +566,7 @@ def make_run(dataset, splits, manifest, config, device, dtype):
     few = splits["train"]
     if config.images_per_class:
         few = choose_few(few, config.images_per_class, config.seed)
-    everyone = np.concatenate([split.labels for split in splits.values()])
-    multi_label = bool((everyone.sum(1) != 1).any())
+    multi_label = manifest["multi_label"]
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "config.json", (json.dumps(flags, indent=2) + "\n").encode())
     best_epoch, best = train(model, splits, few, multi_label, folder, config, device, autocast)

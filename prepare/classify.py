@@ -95,7 +95,7 @@ def read_lines(path):
          counts={"train": 77872, "validation": 8652, "test": 25596},
          classes=("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule",
                   "Pneumonia", "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis",
-                  "Pleural_Thickening", "Hernia"))
+                  "Pleural_Thickening", "Hernia"), multi_label=True)
 def cxr8(raw):
     """
     NIH ChestX-ray14 (Wang et al. 2017), its archives read in place or unpacked; multi-label.
@@ -198,7 +198,7 @@ MEDFMC = {"kind": "classification", "licence": "Apache-2.0 (as its page says)", 
                   "https://github.com/wllfore/MedFMC_fewshot_baseline (lists)"}
 
 
-@dataset(**MEDFMC, counts={"train": 881, "validation": 98, "test": 3869},
+@dataset(**MEDFMC, multi_label=True, counts={"train": 881, "validation": 98, "test": 3869},
          classes=("pleural_effusion", "nodule", "pneumonia", "cardiomegaly", "hilar_enlargement",
                   "fracture_old", "fibrosis", "aortic_calcification", "tortuous_aorta",
                   "thickened_pleura", "TB", "pneumothorax", "emphysema", "atelectasis",
@@ -223,7 +223,7 @@ def med_fmc_colon(raw):
                            lambda name: name.split("-lv1-")[0])
 
 
-@dataset(**MEDFMC, counts={"train": 816, "validation": 113, "test": 2936},
+@dataset(**MEDFMC, multi_label=True, counts={"train": 816, "validation": 113, "test": 2936},
          classes=("ulcer", "erosion", "polyp", "tumor"))
 def med_fmc_endo(raw):
     """

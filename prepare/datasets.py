@@ -35,7 +35,7 @@ from prepare.download import Source
 LARGEST_MEMBER = 1 << 28  # bytes of one file in an archive: a larger one is no image
 LARGEST_LINE = 1 << 20  # characters of a table's line; bytes of what a tar says of a member
 HUB_IMAGE = {"bytes": bytes, "path": str}  # the form of an image in the hub's files
-NO_NAME = "no name"  # an image's, in place of "", which would say that none is asked about
+NO_NAME = "no name"  # an image's, in place of "", which is the name of an archive's own folder
 DATASETS = {}  # name -> Dataset, in the order in which they are prepared
 
 
@@ -46,6 +46,7 @@ class Dataset(Source):
     kind: str  # image questions, text questions, captions, reports or classification
     counts: dict  # split -> published number of samples
     classes: tuple = ()  # names of the labels, in the order of a classifier's outputs
+    multi_label: bool = False  # an image may have several of them, or none; else each has exactly one
     shared_ids: str = ""  # a collection whose ids its image names, or those of its texts, are
     one_pattern: bool = False  # its images are drawn so alike that their looks do not tell them apart
     known_leaks: tuple = ()  # (part of an image's name, the dataset whose test split has such images)

@@ -106,6 +106,7 @@ class SplitWriter:
         folder.mkdir()
         self.folder, self.tokenizer = folder, tokenizer
         self.kind, self.asks, self.classes = dataset.kind, dataset.asks, dataset.classes
+        self.multi_label = dataset.multi_label
         self.encode, self.images_ahead = encode, images_ahead
         self.files = {name: HashedFile(folder / name) for name in FILES}
         self.vocab_size = tokenizer.vocab_size if dataset.asks else 0
@@ -122,10 +123,15 @@ class SplitWriter:
         question, answer, context = map(clean, (record.question, record.answer, record.context))
         prompt = self.tokenizer.encode(format_prompt(question, context)) if self.asks else []
         target = self.tokenizer.encode(answer) if self.asks else []
+        labels = set(record.labels or ())
+        named = record.image_name or self.kind != "text questions"  # where no image is a fault
         reason = ("empty question" if self.asks and not question else
                   "empty answer" if self.asks and not target else
-                  "image missing" if record.image is None and (record.image_name or not self.asks) else
-                  "unknown label" if set(record.labels or ()) - set(self.classes) else "")
+                  "no label" if record.labels is None and not self.asks else
+                  "no label" if record.labels == () and not self.multi_label else
+                  "several labels" if len(labels) > 1 and not self.multi_label else
+                  "image missing" if record.image is None and named else
+                  "unknown label" if labels - set(self.classes) else "")
         if reason:
             self.skipped[reason] += 1
             return
@@ -137,6 +143,7 @@ class SplitWriter:
         words |= {"context": context} if context else {}
         words |= {"labels": list(record.labels)} if record.labels is not None else {}
         words |= {"references": references} if references not in ([], [answer]) else {}
+        words |= {"group": record.group} if record.group else {}
         key = future = None
         if record.image is not None:
             key = hashlib.sha256(record.image).digest()
@@ -189,6 +196,7 @@ class SplitWriter:
         count = max(self.images, 1)
         manifest = facts | {
             "split": self.folder.name, "kind": self.kind, "classes": list(self.classes),
+            "multi_label": self.multi_label,
             "samples": self.samples, "images": self.images,
             "skipped": dict(sorted(self.skipped.items())), "token_dtype": self.token_dtype.name,
             "vocab_size": self.vocab_size,
@@ -262,13 +270,23 @@ def limited(records, limit, splits):
             return
 
 
-def write_dataset(target, dataset, raw, sources, tokenizer, facts, workers):
+def require_samples(where, writers):
+    """Raise UserError, which counts the reasons, where the SplitWriters have not one sample."""
+    if not any(writer.samples for writer in writers):
+        skipped = sum((writer.skipped for writer in writers), Counter())
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
+        raise UserError(f"{where}: no sample of it could be used ({reasons or 'there is none'}), so "
+                        "nothing is written; what was prepared before stays")
+
+
+def write_dataset(target, dataset, raw, sources, tokenizer, facts, workers, needed=()):
     """
     Prepare a dataset into the folder `target`, in place of what is there.
 
     tokenizer: content of a SentencePiece model, of which a dataset that asks nothing has no need;
-    facts: what every manifest is to say. On any error the folder keeps what it held. Raises
-    UserError, OSError, and BrokenProcessPool if a worker died.
+    facts: what every manifest is to say; needed: splits without which the others are of no use. On any
+    error, such as that no sample could be used, the folder keeps what it held. Raises UserError,
+    OSError, and BrokenProcessPool if a worker died.
     """
     partial, old = recover(target)
     partial.mkdir(parents=True)
@@ -300,10 +318,9 @@ def write_dataset(target, dataset, raw, sources, tokenizer, facts, workers):
                 writer.close(facts | {"splits": sorted(writers)})
         if not writers:
             raise UserError(f"{raw}: its files hold no sample")
-        skipped = sum((writer.skipped for writer in writers.values()), Counter())
-        if target.exists() and not any(writer.samples for writer in writers.values()):
-            raise UserError(f"{raw}: no sample of it could be used ({dict(skipped)}), so what was "
-                            "prepared before stays")
+        require_samples(raw, writers.values())
+        for split in needed:
+            require_samples(f"{raw}: {split}", [writers[split]] if split in writers else [])
         if target.exists():
             target.rename(old)
         partial.rename(target)

@@ -68,7 +68,7 @@ def write_shard(shards_dir, name, rows):
         content = None if image is None else picture(image, name)
         words = (f"{name}{number}.png", "") if content else ("", "We tried <b>it</b>.")
         records.append(("test", Record(f"id{number}", question, answer, content, *words, kind)))
-    dataset = Dataset(name=name, read=lambda raw: iter(records), kind="image questions", licence="none",
+    dataset = Dataset(name=name, read=lambda raw: iter(records), kind="text questions", licence="none",
                       access="open", megabytes=0, page="", layouts=(), counts={})
     manifest = {"dataset": name, "shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION,
                 "limit": 0, "licence": "none",

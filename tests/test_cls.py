@@ -54,10 +54,11 @@ def toy_records(classes, each={"train": 8, "validation": 4, "test": 4}, multi_la
     return rows
 
 
-def write(shards, name, records, classes, size=224):
+def write(shards, name, records, classes, size=224, multi_label=False):
     """A prepared classification dataset."""
     dataset = Dataset(name=name, read=lambda raw: iter(records), kind="classification", licence="none",
-                      access="open", megabytes=0, page="", layouts=(), counts={}, classes=tuple(classes))
+                      access="open", megabytes=0, page="", layouts=(), counts={}, classes=tuple(classes),
+                      multi_label=multi_label)
     facts = {"dataset": name, "shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION, "limit": 0,
              "licence": "none", "image": {"size": size, "resize": "squash", "codec": "png", "quality": 0}}
     write_dataset(shards / name, dataset, shards, {}, train_sample_tokenizer(), facts, 1)
@@ -176,7 +177,7 @@ def test_each_of_the_eight_runs_from_its_raw_files_to_its_test(name, tmp_path):
     records = list(dataset.read(raw))  # a handful; the rest is made up, so that each class is everywhere
     assert records
     records += toy_records(dataset.classes, {"train": 2, "validation": 1, "test": 1}, several)
-    write(tmp_path, name, records, dataset.classes)
+    write(tmp_path, name, records, dataset.classes, multi_label=several)
     config = settings(tmp_path, dataset=name, epochs=1)
     main(config)
     entry = read_results(config)[name, "scratch", 0]
@@ -320,7 +321,7 @@ def test_the_best_epoch_on_validation_is_tested_and_patience_stops(toy, monkeypa
 
 
 def test_thresholds_come_from_validation_alone(tmp_path, monkeypatch):
-    write(tmp_path, "toy", toy_records(("a", "b", "c"), multi_label=True), ("a", "b", "c"))
+    write(tmp_path, "toy", toy_records(("a", "b", "c"), multi_label=True), ("a", "b", "c"), multi_label=True)
     splits, seen = {}, []
     original_open, original_tune = train_cls.open_dataset, train_cls.tune_thresholds
     monkeypatch.setattr(train_cls, "open_dataset", lambda *rest: splits.setdefault("", original_open(*rest)))

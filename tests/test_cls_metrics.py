@@ -290,11 +290,11 @@ def test_learning_rate_at():
             assert 0 < min(rates) and max(rates) <= 2 and (rates[0] == 2) == (warmup == 0)
 
 
-def make_split(labels):
-    """A Split whose images say which number they have, in name and pixels."""
+def make_split(labels, groups=None):
+    """A Split whose images say which number they have, in name and pixels; each is its own group by default."""
     numbers = np.arange(len(labels), dtype=np.uint8)
     return Split(np.broadcast_to(numbers[:, None, None, None], (len(labels), 2, 2, 3)), labels,
-                 [str(n) for n in numbers])
+                 [str(n) for n in numbers], groups or [f"image {n}" for n in numbers])
 
 
 def check_part(part, whole):
@@ -319,6 +319,37 @@ def test_hold_out(seed):
         assert of_held[labels] == (count + 4) // 10, labels
     again = hold_out(split)
     assert [train.names, held.names] == [part.names for part in again]
+
+
+@pytest.mark.parametrize("patients, each", [(24, 5), (12, 7), (6, 6), (4, 20), (2, 3), (2, 9)])
+def test_hold_out_divides_no_group_and_leaves_each_class_on_both_sides(patients, each):
+    """So many patients of each of two classes, with so many images each."""
+    classes = np.repeat([0, 1], patients * each)
+    owners = [f"patient {number // each}" for number in range(len(classes))]
+    order = np.random.default_rng(patients).permutation(len(classes))
+    split = make_split((np.arange(2) == classes[:, None])[order], [owners[n] for n in order])
+    train, held = hold_out(split)
+    assert sorted(check_part(train, split) + check_part(held, split)) == list(range(len(classes)))
+    assert not set(train.groups) & set(held.groups)
+    for label in (0, 1):
+        of_held = {group for group, labels in zip(held.groups, held.labels) if labels[label]}
+        assert len(of_held) == max(1, (patients + 4) // 10) and train.labels[:, label].any()
+    assert hold_out(split)[1].names == held.names
+
+
+def test_hold_out_of_one_patient_or_of_few_images_is_empty():
+    two_classes = np.eye(2, dtype=bool)
+    for labels, groups in ((np.repeat(two_classes, 5, axis=0), None),
+                           (np.repeat(two_classes, 20, axis=0), ["patient"] * 40)):
+        train, held = hold_out(make_split(labels, groups))
+        assert held.names == [] and len(train.names) == len(labels)
+
+
+def test_a_patient_of_two_classes_is_held_out_whole_or_not_at_all():
+    labels = np.tile(np.eye(2, dtype=bool), (30, 1))  # each of 30 patients has one image of either class
+    train, held = hold_out(make_split(labels, [f"patient {n // 2}" for n in range(60)]))
+    assert len(held.names) in (4, 6, 8) and not set(train.groups) & set(held.groups)
+    assert held.labels.sum(0).tolist() == [len(held.names) // 2] * 2
 
 
 def test_choose_few_of_one_class():

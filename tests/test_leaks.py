@@ -130,7 +130,7 @@ def write(tokenizer, tmp_path, monkeypatch):
         records = [(split, Record(f"id{n}", "what is this?", "a lung",
                                   image if isinstance(image, bytes) or image is None else encoded(image), file))
                    for n, (split, file, image) in enumerate(rows)]
-        dataset = Dataset(name=name, read=lambda raw: iter(records), kind="image questions", licence="none",
+        dataset = Dataset(name=name, read=lambda raw: iter(records), kind="text questions", licence="none",
                           access="open", megabytes=0, page="", layouts=(), counts={}, **facts)
         monkeypatch.setitem(DATASETS, name, dataset)
         manifest = {"dataset": name, "shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION,

@@ -52,10 +52,11 @@ def tokenizer():
     return train_sample_tokenizer()
 
 
-def write_toy(folder, records, tokenizer, workers=1, kind="image questions", **image):
-    """Write (split, Record)s as a dataset; its one source is a file made here."""
+def write_toy(folder, records, tokenizer, workers=1, kind="text questions", multi_label=False, **image):
+    """Write (split, Record)s as a dataset; its one source is a file made here. Text alone needs no image."""
     toy = Dataset(name="toy", read=lambda raw: iter(records), kind=kind, licence="none", access="open",
-                  megabytes=0, page="", layouts=(), counts={"train": len(records)}, classes=("big", "small"))
+                  megabytes=0, page="", layouts=(), counts={"train": len(records)}, classes=("big", "small"),
+                  multi_label=multi_label)
     source = folder / "toy.json"
     source.write_text("{}")
     facts = {**FACTS, "image": {**FACTS["image"], **image}}
@@ -138,7 +139,7 @@ def test_images_with_labels_need_no_question(tokenizer, tmp_path):
     records = [("train", Record(str(n), image=picture(n), image_name=f"{n}.png", labels=labels))
                for n, labels in enumerate([("big",), (), ("big", "small"), ("bigg",)])]
     records.append(("train", Record("4", labels=("small",))))
-    shard = write_toy(tmp_path, records, b"", kind="classification")
+    shard = write_toy(tmp_path, records, b"", kind="classification", multi_label=True)
     assert (shard.manifest["tokenizer_sha256"], shard.manifest["vocab_size"], len(shard.tokens)) == ("", 0, 0)
     assert os.listdir(tmp_path / "toy") == ["train"]
     assert [record["labels"] for record in shard.read_records()] == [["big"], [], ["big", "small"]]
@@ -146,14 +147,42 @@ def test_images_with_labels_need_no_question(tokenizer, tmp_path):
     assert shard.samples["image"].tolist() == [0, 1, 2] and not shard.samples["prompt"].any()
     with pytest.raises(UserError, match="toy has labels but no questions"):
         shard.require_questions()
-    (tmp_path / "none").mkdir()
-    unusable = [("train", Record("1", "what?", "lung", None, "a.png"))]
-    shard = write_toy(tmp_path / "none", unusable, tokenizer)
-    with pytest.raises(UserError, match="toy/train: no question of it could be used"):
-        shard.require_questions()
-    with pytest.raises(UserError, match="'image missing': 1.*what was prepared before stays"):
-        write_toy(tmp_path, unusable, tokenizer)
-    assert len(Shard(tmp_path / "toy/train")) == 3
+
+
+@pytest.mark.parametrize("kind", ["image questions", "captions", "reports", "classification"])
+def test_where_there_must_be_an_image_a_record_without_one_is_skipped(kind, tokenizer, tmp_path):
+    records = [("train", Record(str(n), "what?", "lung", image, name, labels=("big",)))
+               for n, (image, name) in enumerate([(picture(0), "a.png"), (None, ""), (None, "gone.png")])]
+    shard = write_toy(tmp_path, records, tokenizer, kind=kind)
+    assert shard.manifest["skipped"] == {"image missing": 2} and shard.samples["image"].tolist() == [0]
+
+
+def test_what_of_several_labels_an_image_may_have_is_the_datasets_word(tokenizer, tmp_path):
+    given = [("big",), (), None, ("big", "small"), ("small", "small")]
+    records = [("train", Record(str(n), image=picture(n), image_name=f"{n}.png", labels=labels, group=f"p{n}"))
+               for n, labels in enumerate(given)]
+    for multi_label, skipped, kept in ((False, {"no label": 2, "several labels": 1}, ["0", "4"]),
+                                       (True, {"no label": 1}, ["0", "1", "3", "4"])):
+        shard = write_toy(tmp_path, records, b"", kind="classification", multi_label=multi_label)
+        assert shard.manifest["multi_label"] is multi_label and shard.manifest["skipped"] == skipped
+        assert [(record["id"], record["group"]) for record in shard.read_records()] == [
+            (name, f"p{name}") for name in kept]
+
+
+def test_a_dataset_of_which_nothing_can_be_used_is_not_written(tokenizer, tmp_path):
+    unusable = [("train", Record("1", "what?", "lung", None, "a.png")),
+                ("train", Record("2", "what?", "", picture(0), "b.png"))]
+    wanted = r"no sample of it could be used \(1 empty answer, 1 image missing\)"
+    for rows in ([], toy_records()):  # nothing, or something, was there before
+        if rows:
+            write_toy(tmp_path, rows, tokenizer)
+        with pytest.raises(UserError, match=wanted):
+            write_toy(tmp_path, unusable, tokenizer)
+        assert os.listdir(tmp_path) == (["toy.json", "toy"] if rows else ["toy.json"])
+    assert len(Shard(tmp_path / "toy/train")) == 4
+    write_toy(tmp_path, toy_records() + [("test", unusable[0][1])], tokenizer)  # of one split alone it may be so
+    with pytest.raises(UserError, match="toy/test: no question of it could be used"):
+        Shard(tmp_path / "toy/test").require_questions()
 
 
 def test_files_do_not_depend_on_the_number_of_workers(tokenizer, tmp_path):

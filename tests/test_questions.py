@@ -416,16 +416,15 @@ def test_what_cannot_be_used_is_counted(slake, tmp_path):
     facts = {"dataset": "slake", "shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION,
              "limit": 0, "licence": "none",
              "image": {"size": 32, "resize": "squash", "codec": "png", "quality": 0}}
-    dataset, target, skipped = DATASETS["slake"], tmp_path / "shards/slake", []
-    for _ in range(2):  # without and with the images
+    dataset, target = DATASETS["slake"], tmp_path / "shards/slake"
+    with pytest.raises(UserError, match=r"no sample of it could be used \(1 empty answer, 4 image missing\)"):
         write_dataset(target, dataset, slake, dataset.find(tmp_path), train_sample_tokenizer(), facts, 1)
-        skipped.append({split: (manifest["samples"], manifest["skipped"])
-                        for split, manifest in read_manifests(target).items()})
-        write_zip(slake / "imgs.zip", SLAKE_IMAGES)
-    assert skipped == [{"train": (0, {"empty answer": 1, "image missing": 2}),
-                        "validation": (0, {"image missing": 1}), "test": (0, {"image missing": 1})},
-                       {"train": (2, {"empty answer": 1}), "validation": (0, {"image missing": 1}),
-                        "test": (1, {})}]
+    assert not target.exists()  # nothing that the next run would call up to date
+    write_zip(slake / "imgs.zip", SLAKE_IMAGES)
+    write_dataset(target, dataset, slake, dataset.find(tmp_path), train_sample_tokenizer(), facts, 1)
+    assert {split: (manifest["samples"], manifest["skipped"])
+            for split, manifest in read_manifests(target).items()} == {
+        "train": (2, {"empty answer": 1}), "validation": (0, {"image missing": 1}), "test": (1, {})}
 
 
 # ----------------------------------------------------------------------------- real data

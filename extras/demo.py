@@ -5,11 +5,10 @@ Ask a trained model about images in the browser: what it answers, how surely, an
 
 The page is at http://127.0.0.1:8501, for this machine alone. It is research software, not for clinical
 use. Images and questions stay in memory while the page is open: nothing is written to the disk or sent
-elsewhere. Where train_cls.py has trained a classifier, its probabilities stand beside the image.
-Needs `pip install -r extras/requirements.txt`.
+elsewhere, at whatever --address the page is. Where train_cls.py has trained a classifier, its
+probabilities stand beside the image. Needs `pip install -r extras/requirements.txt`.
 
-The command starts streamlit with the settings of server_settings(). `streamlit run extras/demo.py
-<settings> -- --run=out/sample` does the same; under other settings the page refuses to work.
+Streamlit shows the page, with the settings of server_settings(); under others the page refuses to work.
 """
 
 import sys
@@ -20,8 +19,9 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not
 import base64
 import html
 import io
-import os
+import ipaddress
 import re
+import socket
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -46,6 +46,8 @@ MEGABYTES = 20  # of an upload, at most
 TYPES = ("png", "jpg", "jpeg", "tif", "tiff", "bmp", "webp")
 EXAMPLES = 12  # images to choose from, about
 MAX_NEW_TOKENS = 32  # an answer is cut here, as VLM.generate's is
+MAX_QUESTION = 512  # tokens of a question; some 2,000 letters
+MAX_CACHED = 4096  # tokens of questions and answers beside the image, then it starts another cache
 RUNNERS_UP = 3  # tokens listed beside the one that was taken
 SURE = (0.9, "#cfe6f2"), (0.7, "#e0efd6"), (0.5, "#fbeec2"), (0, "#f8d3b8")  # probability from, colour
 HEAT = (226, 88, 0)  # colour of the map
@@ -124,7 +126,7 @@ class Conversation:
 
     def __init__(self, model, tokenizer, image, dtype):
         self.model, self.tokenizer, self.image = model, tokenizer, image
-        self.asked = eval_vqa.QUESTIONS_PER_ROW  # so many, and the image starts another cache
+        self.asked, self.cached = eval_vqa.QUESTIONS_PER_ROW, 0  # so many, and another cache starts
         self.autocast = torch.autocast(model.projector.weight.device.type, torch.bfloat16,
                                        enabled=dtype == torch.bfloat16)
 
@@ -135,7 +137,7 @@ class Conversation:
         inputs = [(token, position, 0, 0) for position, token in enumerate([BOS] + [0] * N)]
         with self.autocast:
             self.model.run_through(cache, inputs, (), [self.image], [1])
-        self.cache, self.asked = cache, 0
+        self.cache, self.asked, self.cached = cache, 0, 0
 
     @torch.no_grad()
     def ask(self, question):
@@ -143,11 +145,12 @@ class Conversation:
         Yield the Tokens of the answer, <eos> the last unless it is cut: VLM.generate's greedy ones.
         It may be left at any time: what it put into the cache is in no other question's sight.
         """
-        if self.asked == eval_vqa.QUESTIONS_PER_ROW:
-            self.start()
-        self.asked += 1
-        N, q = self.model.vision.config.tokens, self.asked
         prompt = self.tokenizer.encode(format_prompt(question))
+        longest = len(prompt) + MAX_NEW_TOKENS
+        if self.asked == eval_vqa.QUESTIONS_PER_ROW or self.cached + longest > MAX_CACHED:
+            self.start()
+        self.asked, self.cached = self.asked + 1, self.cached + longest
+        N, q = self.model.vision.config.tokens, self.asked
         inputs = [(token, position, 0, q) for position, token in enumerate(prompt, start=1 + N)]
         for _ in range(MAX_NEW_TOKENS):
             with self.autocast:
@@ -208,6 +211,7 @@ def load(config):
     checkpoint, tokenizer = newest_checkpoint(folder), Tokenizer(folder / "tokenizer.model")
     device, dtype = pick_device(config.device, "auto")
     model = VLM.load(checkpoint, dtype, device).eval()
+    print(f"demo.py: {checkpoint} answers, on {device}", flush=True)
     try:
         shards = eval_vqa.open_shards(eval_vqa.Config(shards_dir=config.shards_dir), tokenizer)
     except UserError:
@@ -331,13 +335,18 @@ def converse(conversation, tokenizer, questions):
     def take_suggestion():
         state.suggestion, state.suggested = state.suggested, None
 
-    typed = st.chat_input("Ask about this image", max_chars=300)
+    typed = st.chat_input("Ask about this image")  # the browser would drop a paste past max_chars
     if questions:
         st.pills("Or choose a question", list(questions), format_func=plain, key="suggested",
                  on_change=take_suggestion)
     question = (typed or state.pop("suggestion", None) or "").strip()
     newest = st.empty()
-    if question:
+    count = len(tokenizer.encode(format_prompt(question)))
+    if count > MAX_QUESTION:
+        st.warning(f"This question is too long: {len(question):,} characters, {count:,} tokens, of which "
+                   f"{MAX_QUESTION} are read. Nothing was asked. Copy it from here and shorten it:")
+        st.code(question, language=None, wrap_lines=True, height=200)
+    elif question:
         tokens, words = [], []
         for token in conversation.ask(question):
             tokens.append(token)
@@ -361,7 +370,9 @@ def show_page(config):
     state = st.session_state
     st.set_page_config("nanoMedQ", layout="wide")
     st.html(STYLE)
-    if any(st.get_option(name) != value for name, value in server_settings(config).items()):
+    options = {name: st.get_option(name) for name in server_settings(config)}
+    options = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    if options != server_settings(config):
         raise UserError("This server's settings do not keep the page private; start it with `python "
                         "extras/demo.py` and the same flags.")
     loaded = st.cache_resource(load, show_spinner="Loading the model")(config)
@@ -386,10 +397,56 @@ def show_page(config):
 
 # ----------------------------------------------------------------------------- the server
 
+def is_loopback(address):
+    """Whether an IP address or a name is this machine's own, which no other one reaches."""
+    try:
+        return address == "localhost" or ipaddress.ip_address(address).is_loopback
+    except ValueError:  # another name
+        return False
+
+
 def server_settings(config):
     """Streamlit's options without which the page would not be private."""
+    # Elsewhere a site could give its own name this machine's address, and read the page in a browser here
+    hosts = ["localhost", "127.0.0.1", "::1"] if is_loopback(config.address) else []
     return {"server.address": config.address, "server.maxUploadSize": MEGABYTES,
-            "browser.gatherUsageStats": False, "client.showErrorDetails": "none"}
+            "server.allowedHosts": hosts, "browser.gatherUsageStats": False,
+            "client.showErrorDetails": "none", "logger.hideWelcomeMessage": True}
+
+
+def stay_here(address):
+    """
+    Let this process open no connection to another machine, nor ask for one's address. Streamlit would
+    ask a host on the internet for this machine's own address, to print it when it listens on all, and
+    to compare it with where a page says that it comes from.
+    """
+    def refuse(event, arguments):
+        if event == "socket.getaddrinfo":
+            host = arguments[0].decode() if isinstance(arguments[0], bytes) else arguments[0]
+        elif event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
+            host = arguments[1][0] if isinstance(arguments[1], tuple) else None  # None: within the machine
+        elif event in ("socket.gethostbyname", "socket.gethostbyaddr"):
+            host = arguments[0]
+        else:
+            return
+        if host not in (None, "", address) and not is_loopback(host):
+            raise PermissionError(f"{event} of {host}: the demo asks no other machine")
+
+    from streamlit import net_util
+    net_util.get_internal_ip = net_util.get_external_ip = lambda: None  # else it logs each refusal
+    sys.addaudithook(refuse)
+
+
+def require_address(config):
+    """Raise UserError unless the page can be at this address and port. A name is not looked up."""
+    family = socket.AF_INET6 if ":" in config.address else socket.AF_INET
+    try:
+        if config.address != "localhost":
+            ipaddress.ip_address(config.address)
+        socket.create_server((config.address, config.port), family=family).close()
+    except (OSError, OverflowError, ValueError) as error:
+        raise UserError(f"--address={config.address} --port={config.port}: {error}; choose an IP address of "
+                        "this machine and a free port from 1 to 65535") from None
 
 
 def main(config):
@@ -406,9 +463,14 @@ def main(config):
     settings = {**server_settings(config), "server.port": config.port, "server.headless": True,
                 "server.fileWatcherType": "none", "client.toolbarMode": "minimal", "theme.base": "light",
                 "theme.primaryColor": "#0b5c7a", "theme.secondaryBackgroundColor": "#f2f6f8"}
-    flags = [f"--{name}={str(value).lower()}" for name, value in settings.items()]
-    os.execv(sys.executable, [sys.executable, "-m", "streamlit", "run", __file__, *flags, "--",
-                              *sys.argv[1:]])
+    flags = [f"--{name}={str(value).lower()}" for name, values in settings.items()
+             for value in (values if isinstance(values, list) else [values])]
+    require_address(config)
+    from streamlit.web import cli
+    host = f"[{config.address}]" if ":" in config.address else config.address
+    print(f"demo.py: the page is at http://{host}:{config.port}; Ctrl-C ends it", flush=True)
+    stay_here(config.address)
+    cli.main(["run", __file__, *flags, "--", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

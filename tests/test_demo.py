@@ -6,6 +6,7 @@ The server of the page may write 1,000 bytes to a file, which no image has, and 
 """
 
 import io
+import multiprocessing
 import os
 import re
 import resource
@@ -149,6 +150,19 @@ def dense(model, image, tokens):
     return language.lm_head(language.model.norm(x))[0, -1], torch.stack(weights)
 
 
+def test_long_questions_start_another_cache_and_are_answered_the_same(model, tokenizer, monkeypatch):
+    long = [f"{number} " + "is the lesion there? " * 30 for number in range(3)]
+    expected = generated(model, tokenizer, some_image(), long)
+    seen, encode = [], VLM.encode_images
+    monkeypatch.setattr(VLM, "encode_images", lambda *arguments: seen.append(1) or encode(*arguments))
+    monkeypatch.setattr(demo, "MAX_CACHED", 600)
+    conversation = demo.Conversation(model, tokenizer, some_image(), torch.float32)
+    assert 200 < len(tokenizer.encode(long[0])) < 250
+    for number in (0, 1, 2, 0):
+        assert ids(conversation.ask(long[number])) == expected[long[number]]
+    assert len(seen) == 2
+
+
 def test_probabilities_and_attention_are_those_of_a_dense_recomputation(model, tokenizer):
     conversation = demo.Conversation(model, tokenizer, some_image(), torch.float32)
     for question in QUESTIONS[:3]:
@@ -286,6 +300,7 @@ def port(run, chromium):  # noqa: F811
         server.terminate()
         said = server.communicate(timeout=20)[0]
     assert "Traceback" not in said and not any(question in said for question in QUESTIONS), said
+    assert f"{run / 'run' / 'step_000007'} answers" in said  # which checkpoint it is
     left = [path for path in home.rglob("*") if not path.is_dir()]  # torch makes a folder
     assert left == []
 
@@ -391,6 +406,20 @@ def test_bad_uploads_get_one_sentence(visit, tmp_path):
     page.get_by_alt_text("The image as the model sees it").wait_for()
 
 
+def test_a_pasted_text_is_asked_or_comes_back(visit, model, tokenizer):
+    page = visit()
+    for text in ("is it " + "very " * 100 + "large?", "x" * 5000):
+        page.get_by_placeholder("Ask about this image").focus()
+        page.keyboard.insert_text(text)  # as a paste does
+        page.keyboard.press("Enter")
+        page.get_by_text(text, exact=True).first.wait_for()
+        rest(page)
+        if len(text) == 5000:
+            said = page.get_by_role("alert").inner_text()
+            assert "5,000 characters" in said and "of which 512 are read. Nothing was asked." in said
+        assert len(answers(page)) == 1
+
+
 def test_sessions_are_apart_and_examples_are_as_prepared(visit, run, model, tokenizer):
     shard = Shard(run / "shards" / "scans" / "test")
     pages = [visit(), visit()]
@@ -439,13 +468,86 @@ def test_the_server_listens_on_this_machine_alone(port):
     assert listening == ["0100007F"]
 
 
+RECORD = """
+import socket
+def record(function, place):
+    def recorded(*arguments, **named):
+        with open({path!r}, "a") as file:
+            print(place(arguments), file=file)
+        return function(*arguments, **named)
+    return recorded
+socket.getaddrinfo = record(socket.getaddrinfo, lambda given: given[0])
+socket.socket.connect = record(socket.socket.connect, lambda given: given[1])
+"""
+
+
+def connect(port, origin, host):
+    """The status line of an answer to a page of this origin that wants to talk to the server."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(f"GET /_stcore/stream HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\n"
+                           "Connection: Upgrade\r\nSec-WebSocket-Key: MDAwMDAwMDAwMDAwMDAwMA==\r\n"
+                           f"Sec-WebSocket-Version: 13\r\nOrigin: {origin}\r\n\r\n".encode())
+        return connection.recv(100).decode().split("\r\n")[0]
+
+
+def test_no_other_machine_is_asked_for_anything(run, tmp_path):
+    """Listening on all addresses, streamlit would ask a host elsewhere for this machine's own."""
+    pytest.importorskip("streamlit", reason="no streamlit here")
+    (tmp_path / "sitecustomize.py").write_text(RECORD.format(path=str(tmp_path / "asked")))
+    port = free_port()
+    server = subprocess.Popen(
+        [sys.executable, "extras/demo.py", f"--run={run / 'run'}", "--address=0.0.0.0", f"--port={port}"],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        wait_for(server, port)
+        assert " 403 " in connect(port, "http://192.0.2.1", f"127.0.0.1:{port}")  # another site's page
+        assert " 101 " in connect(port, f"http://127.0.0.1:{port}", f"127.0.0.1:{port}")
+    finally:
+        server.terminate()
+        said = server.communicate(timeout=20)[0]
+    asked = (tmp_path / "asked").read_text().split("\n") if (tmp_path / "asked").is_file() else []
+    assert [place for place in asked if place not in ("", "0.0.0.0", "127.0.0.1")] == []
+    assert f"the page is at http://0.0.0.0:{port}" in said and "external IP" not in said
+
+
+def test_a_site_that_takes_this_machines_address_for_its_name_gets_no_page(port):
+    assert " 403 " in connect(port, "http://scans.example", "scans.example")
+    assert " 101 " in connect(port, f"http://localhost:{port}", f"localhost:{port}")
+
+
+def attempt_in_vain(said):
+    demo.stay_here("127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        socket.create_connection(server.getsockname()).close()
+    for function, *arguments in (
+            (socket.getaddrinfo, "host.example", 80), (socket.gethostbyname, "host.example"),
+            (socket.create_connection, ("192.0.2.1", 80), 1),
+            (socket.socket(type=socket.SOCK_DGRAM).connect, ("192.0.2.1", 1))):
+        try:
+            said.put(function(*arguments))
+        except PermissionError as error:
+            said.put(str(error).split(":")[0])
+
+
+def test_a_process_that_stays_here_reaches_no_other_machine():
+    pytest.importorskip("streamlit", reason="no streamlit here")
+    context = multiprocessing.get_context("fork")  # what stay_here sets is for the rest of a process
+    said = context.Queue()
+    context.Process(target=attempt_in_vain, args=(said,)).start()
+    assert [said.get(timeout=20) for _ in range(4)] == [
+        "socket.getaddrinfo of host.example", "socket.gethostbyname of host.example",
+        "socket.getaddrinfo of 192.0.2.1", "socket.connect of 192.0.2.1"]
+
+
 @pytest.mark.parametrize("name", [None, "server.address", "server.maxUploadSize",
-                                  "browser.gatherUsageStats", "client.showErrorDetails"])
+                                  "server.allowedHosts", "browser.gatherUsageStats",
+                                  "client.showErrorDetails", "logger.hideWelcomeMessage"])
 def test_other_settings_are_refused(name, tmp_path, monkeypatch):
     pytest.importorskip("streamlit", reason="no streamlit here")
     config = demo.Config(run=str(tmp_path / "none"))
     settings = demo.server_settings(config)
-    assert settings["server.address"] == "127.0.0.1" and len(settings) == 4
+    assert settings["server.address"] == "127.0.0.1" and len(settings) == 6
     monkeypatch.setattr(demo.st, "get_option", lambda one: None if one == name else settings[one])
     said = "start it with `python extras/demo.py`" if name else "no checkpoint"
     with pytest.raises(UserError, match=said):
@@ -457,9 +559,13 @@ def test_other_settings_are_refused(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("argument, message", [
     ("--run={}/none", "none: no checkpoint here; run `python train_vlm.py --run="),
     ("--prot=1", "unknown flag '--prot=1': did you mean --port?"),
+    ("--run={}/run --address=host.example", "--address=host.example --port=8501: 'host.example' does not"),
+    ("--run={}/run --address=192.0.2.1", "Cannot assign requested address"),
+    ("--run={}/run --port=99999", "--port"),
     ("", "no streamlit here; run `pip install -r extras/requirements.txt`")])
-def test_mistakes_get_one_line(argument, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["demo.py", *filter(None, [argument.format(tmp_path)])])
+def test_mistakes_get_one_line(argument, message, run, tmp_path, monkeypatch, capsys):
+    arguments = argument.format(run if argument.startswith("--run={}/run") else tmp_path).split()
+    monkeypatch.setattr("sys.argv", ["demo.py", *arguments])
     if not argument:
         monkeypatch.setattr(demo, "st", None)
     elif demo.st is None:

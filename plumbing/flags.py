@@ -17,6 +17,7 @@ A script parses its flags before it imports torch, so that --help and a typo are
 """
 
 import argparse
+import atexit
 import difflib
 import errno
 import inspect
@@ -182,8 +183,19 @@ def end(message, code=2):
     sys.exit(code)
 
 
+def flush_or_drop():
+    """Write out what was printed; drop it where nobody reads on, as behind `| head`. Whether it was dropped."""
+    try:
+        sys.stdout.flush()
+        return False
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+
+
 def parse_command_line(Config):
     """The Config of sys.argv; a mistake in it ends the script with one line and exit code 2."""
+    atexit.register(flush_or_drop)  # else Python itself would flush, and print a traceback
     for stream in (sys.stdout, sys.stderr):  # a file's name need not be UTF-8
         stream.reconfigure(errors="backslashreplace")
     try:
@@ -203,6 +215,10 @@ def run(main, config):
         message = one_line(error)
     except KeyboardInterrupt:
         end("stopped", 130)
+    except BrokenPipeError:
+        if not flush_or_drop():  # another pipe than the one that is printed into
+            raise
+        sys.exit(141)  # as of a program that SIGPIPE ends
     except OSError as error:  # without a number or a file's name, it is a mistake of ours
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message = f"{one_line(error)}; make space, then run it again"

@@ -183,9 +183,10 @@ def end(message, code=2):
     sys.exit(code)
 
 
-def flush_or_drop():
+def flush_or_drop(more=""):
     """Write out what was printed; drop it where nobody reads on, as behind `| head`. Whether it was dropped."""
     try:
+        sys.stdout.write(more)
         sys.stdout.flush()
         return False
     except BrokenPipeError:
@@ -216,7 +217,7 @@ def run(main, config):
     except KeyboardInterrupt:
         end("stopped", 130)
     except BrokenPipeError:
-        if not flush_or_drop():  # another pipe than the one that is printed into
+        if not flush_or_drop("\n"):  # another pipe than the one that is printed into
             raise
         sys.exit(141)  # as of a program that SIGPIPE ends
     except OSError as error:  # without a number or a file's name, it is a mistake of ours

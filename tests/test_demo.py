@@ -29,7 +29,8 @@ from data import BOS, EOS, Shard, Tokenizer, format_prompt
 from extras import demo
 from model import VLM, LLaMA, LlamaConfig, ViT, ViTConfig, normalise, rotary_angles, rotate
 from plumbing.files import seal
-from plumbing.flags import UserError, parse_command_line, run
+from plumbing.flags import UserError, parse_command_line
+from plumbing.flags import run as run_script
 from test_browse import chromium  # noqa: F401, the fixture
 from test_eval import TOKENIZER, write_questions
 from test_model import randomise
@@ -571,6 +572,6 @@ def test_mistakes_get_one_line(argument, message, run, tmp_path, monkeypatch, ca
     elif demo.st is None:
         pytest.skip("no streamlit here")
     with pytest.raises(SystemExit) as stopped:
-        run(demo.main, parse_command_line(demo.Config))
+        run_script(demo.main, parse_command_line(demo.Config))
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and message in said and said.count("\n") == 1

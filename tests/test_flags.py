@@ -163,8 +163,8 @@ def test_a_reader_that_goes_away_is_no_fault_but_another_broken_pipe_is(argument
     reader, writer = os.pipe()
     os.close(reader)  # as head does once it has its lines
     try:
-        done = subprocess.run([sys.executable, tmp_path / "script.py", argument], stdout=writer, text=True,
-                              stderr=subprocess.PIPE, env={"PYTHONPATH": str(ROOT)})
+        done = subprocess.run([sys.executable, tmp_path / "script.py", argument], text=True,
+                              stdout=subprocess.PIPE if told else writer, stderr=subprocess.PIPE, env={"PYTHONPATH": str(ROOT)})
     finally:
         os.close(writer)
     assert done.returncode == code and told in done.stderr and bool(done.stderr) == bool(told)

@@ -253,6 +253,11 @@ class Shard:
             raise UserError(f"{self.folder}/images.bin: image {number} is damaged; {self.mend}")
         return np.asarray(Image.open(io.BytesIO(content)))
 
+    def describe(self):
+        """What a run that reads this shard records of it, to know it again: a dict."""
+        return {"checksum": self.manifest["checksum"], "samples": len(self), "images": len(self.image_index),
+                "images_sha256": self.manifest["images_sha256"], "image": self.manifest["image"]}
+
     def read_leaks(self):
         """
         What is to be done about the samples whose image a test split has, too, "drop" or "keep",
@@ -541,7 +546,11 @@ def open_mixture(names, shards_dir, split, **settings):
             weights.append(float(weight or 1))
         except ValueError:
             raise UserError(f"--data: {weight!r} is no weight; write name:2 or name") from None
+        if not 0 <= weights[-1] <= 1000:
+            raise UserError(f"--data: a weight of {weight} for {name}: from 0 to 1000")
         shards.append(Shard(Path(shards_dir) / name / split))
+        if shards[-1].folder in [shard.folder for shard in shards[:-1]]:
+            raise UserError(f"--data: {name} is named twice; write {name}:2 to see it twice as often")
         shards[-1].require_questions()
         leaks.append(shards[-1].read_leaks())
     tokenizers = {shard.manifest["tokenizer_sha256"] for shard in shards}

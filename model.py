@@ -20,6 +20,7 @@ The others': ViT-B/32 C=768 nh=12 N=50; ResNet-50 C=2048 nh=32 N=50, its outputs
 """
 
 import atexit
+import contextlib
 import hashlib
 import itertools
 import json
@@ -45,7 +46,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data import BOS, EOS, read_settings
 from lora import add_lora, load_adapter, lora_layers, save_adapter
-from plumbing.files import hash_file, newest_checkpoint
+from plumbing.files import hash_file, hash_json, newest_checkpoint
 from plumbing.flags import UserError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -222,9 +223,10 @@ class ViT(nn.Module):
     def load(cls, folder, device="cpu"):
         """The encoder alone of what VLM.save() wrote, its LoRA, where it has one, merged into its weights."""
         folder = Path(folder)
-        config = json.loads((folder / "config.json").read_text())
-        model = cls.from_pretrained(config["weights"]["vision"] or folder / "vision.safetensors",
-                                    device=device)
+        config = read_settings(folder / "config.json")
+        base = config["weights"]["vision"]
+        base = find_weights(base, config.get("hashes", {}).get("vision")) if base else folder / "vision.safetensors"
+        model = cls.from_pretrained(base, device=device)
         if "vision" not in config["lora"]:
             return model
         plain = cls(model.config).to(device)
@@ -729,6 +731,7 @@ class VLM(nn.Module):
         self.lora = {}  # part -> settings of its LoRA: r, alpha, dropout, targets
         self.weights = {"vision": "", "language": ""}  # part -> weights file or folder that it equals,
         # LoRA aside; none: made from scratch or trained in full, so that save() writes it
+        self.hashes = {"vision": "", "language": ""}  # part -> hash_weights of what it began with
         self.projector.apply(init_weights)
 
     @classmethod
@@ -745,7 +748,9 @@ class VLM(nn.Module):
                 raise UserError(f"{language_weights}: its {language.config.vocab_size} tokens are fewer "
                                 f"than the tokenizer's {vocab_size}; prepare with its own tokenizer")
             model = cls(vision, language)
-        model.weights = {"vision": str(vision_weights), "language": str(language_weights)}
+        for part, path in (("vision", vision_weights), ("language", language_weights)):
+            if path:  # absolute: a run is also read from other folders than the one it was started in
+                model.weights[part], model.hashes[part] = os.path.abspath(path), hash_weights(path)
         return model
 
     def encode_images(self, images):
@@ -892,7 +897,7 @@ class VLM(nn.Module):
                        "eos_token_id": EOS, "tie_word_embeddings": False}
                 (where / "config.json").write_text(json.dumps(hub, indent=2) + "\n")
         (folder / "config.json").write_text(
-            json.dumps({"weights": weights, "lora": self.lora}, indent=2) + "\n")
+            json.dumps({"weights": weights, "hashes": self.hashes, "lora": self.lora}, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder, dtype=torch.float32, device="cpu"):
@@ -900,14 +905,15 @@ class VLM(nn.Module):
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: no model here; run `python train_vlm.py`")
-        config = json.loads((folder / "config.json").read_text())
-        weights = config["weights"]
+        config = read_settings(folder / "config.json")
+        hashes = config.get("hashes", {})
+        weights = {part: path and find_weights(path, hashes.get(part)) for part, path in config["weights"].items()}
         vision = ViT.from_pretrained(weights["vision"] or folder / "vision.safetensors", device=device)
         language = LLaMA.from_pretrained(weights["language"] or folder / "language", dtype, device)
         with torch.device("meta"):
             model = cls(vision, language)
         load_exactly(model.projector, [folder / "projector.safetensors"], torch.float32, device)
-        model.weights, model.lora = weights, config["lora"]
+        model.weights, model.hashes, model.lora = weights, model.hashes | hashes, config["lora"]
         for part, settings in model.lora.items():
             add_lora(getattr(model, part), **settings)
             load_adapter(getattr(model, part), folder / ADAPTERS[part])
@@ -956,6 +962,45 @@ def tensor_hashes(tensors):
 
 def tensor_hash(tensor):
     return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+def hash_weights(path):
+    """
+    SHA-256 that tells a weights file, or a hub folder of them, from others. Of a file that holds the hash
+    of each of its tensors, which read_tensor checks, the header says all; of others every byte is read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        names = ["config.json", *sorted(file.name for file in path.glob("*.safetensors"))]
+        return hash_json({name: hash_weights(path / name) for name in names})
+    if path.suffix == ".safetensors":
+        with open(path, "rb") as file:
+            header = file.read(int.from_bytes(file.read(8), "little"))
+        with contextlib.suppress(ValueError, AttributeError):
+            tensors = json.loads(header)
+            if json.loads(tensors.pop("__metadata__", {}).get("tensors", "{}")).keys() == tensors.keys():
+                return hashlib.sha256(header).hexdigest()
+    return hash_file(path)
+
+
+def find_weights(path, sha256):
+    """
+    Where the base weights of a run are: where they were when it was saved, or in the folder weights/ here.
+    Raises UserError when they are in neither place, or are others than they were.
+    """
+    places = [Path(path), Path("weights") / Path(path).name]
+    place = next((place for place in places if place.exists()), None)
+    if place is None:
+        raise UserError(f"{path}: the run's base weights are not there; bring them back, or put them into "
+                        f"{places[1]}")
+    if sha256 is None:
+        print(f"{place}: not known whether these are the base weights that the run was trained on: it was "
+              "saved before that was recorded", file=sys.stderr)
+    elif hash_weights(place) != sha256:
+        raise UserError(f"{place}: not the base weights that the run was trained on; bring those back, or put "
+                        f"them into {places[1]}" if place == places[0] else
+                        f"{place}: not the base weights that the run was trained on, which were in {path}")
+    return str(place)
 
 
 def read_tensor(file, key):

@@ -4,9 +4,10 @@ Train the vision-language model: images and questions in, next-token cross-entro
     python train_vlm.py --batch_size=64                          the paper's recipe (section 3)
     python train_vlm.py --model=sample --data=sample --language=full      from scratch, on a laptop
 
-A run is a folder: config.json (flags, versions), tokenizer.model, log.jsonl, and step_N/ with the
-newest checkpoint, which eval_vqa.py loads. The same command with --resume=true goes on from there,
-bit for bit: the samples of a step, and any random number it draws, depend on seed and step alone.
+A run is a folder: config.json (flags, what it stands on, versions), tokenizer.model, log.jsonl, and
+step_N/ with the newest checkpoints, which eval_vqa.py loads. The same command with --resume=true goes
+on from there, bit for bit: the samples of a step, and any random number it draws, depend on seed and
+step alone. It is refused where the data, the tokenizer or the base weights are others by then.
 """
 
 from dataclasses import dataclass
@@ -89,7 +90,8 @@ from tqdm import tqdm
 from data import Batch, Tokenizer, open_mixture
 from lora import add_lora
 from model import CONFIGS, HAS_TRITON, VLM, describe_machine, is_trained, join_group, pick_device
-from plumbing.files import checkpoints, find_damage, newest_checkpoint, read_manifest, seal, sync, write_whole
+from plumbing.files import (checkpoints, differences, find_damage, hash_json, lock, newest_checkpoint, read_manifest,
+                            require_writable, seal, sync, write_manifest, write_whole)
 
 
 FREE_ON_RESUME = {"workers", "recompute", "compile", "device", "resume", "run", "log_every",
@@ -106,15 +108,26 @@ def learning_rate_at(step, steps, config):
     return config.final_learning_rate + cosine * (config.learning_rate - config.final_learning_rate)
 
 
-def open_run(config):
-    """The run's folder, and the checkpoint to go on from, or None."""
-    name = f"{config.model}_{time.strftime('%Y%m%d_%H%M%S')}"
-    folder = Path(config.run or Path("out") / name)
+def choose_folder(config):
+    """The run's folder, which is there when this returns."""
+    folder = Path(config.run or Path("out") / f"{config.model}_{time.strftime('%Y%m%d_%H%M%S')}")
     if config.resume and not config.run:
         runs = sorted(Path("out").glob("*/config.json"), key=lambda path: path.stat().st_mtime)
         if not runs:
             raise UserError("--resume=true: no run in out/; leave it out to start one")
         folder = runs[-1].parent
+    if (folder / "manifest.json").exists():
+        raise UserError(f"--run={folder}: this is a checkpoint or a shard; a run is the folder that it lies in")
+    folder = folder.absolute() if folder.is_symlink() else folder
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    require_writable(folder, "run")
+    for path in {folder, *new}:
+        sync(path.absolute().parent)  # else a power cut may take the whole run along
+    return folder
+
+
+def open_run(config, folder):
+    """The checkpoint to go on from, or None."""
     if checkpoints(folder) and not config.resume:
         raise UserError(f"{folder}: holds a run already; add --resume=true to go on with it, or "
                         "choose another --run")
@@ -124,13 +137,13 @@ def open_run(config):
         manifest = read_manifest(newest)
         if manifest is None:
             raise UserError(f"{newest}: whole a moment ago, now not to be read; see to the disk, then try again")
-        before = manifest["flags"]
-        for key, value in asdict(config).items():
-            if key not in FREE_ON_RESUME and before[key] != value:
-                raise UserError(f"--{key}={value}: the run in {folder} has {before[key]}; resume it with "
+        for item in fields(config):  # one that the run does not know came later, with a default that it had
+            value, before = getattr(config, item.name), manifest["flags"].get(item.name, item.default)
+            if item.name not in FREE_ON_RESUME and before != value:
+                raise UserError(f"--{item.name}={value}: the run in {folder} has {before}; resume it with "
                                 "the flags it was started with")
     sweep(folder, newest)
-    return folder, newest
+    return newest
 
 
 def sweep(folder, newest):
@@ -255,11 +268,11 @@ def make_optimizer(model, config):
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, config.beta2), fused=True)
 
 
-def save_checkpoint(model, optimizer, step, run, config):
+def save_checkpoint(model, optimizer, step, run, config, record):
     """
-    Write run/step_N whole or not at all; once it is found to be whole on the disk, remove the oldest
-    beyond the config.keep newest. Raises UserError when that fails; what was there stays. With
-    --shard=true all processes have to take part; the first one writes.
+    Write run/step_N whole or not at all, sealed with the run's record; once it is found to be whole on the
+    disk, remove the oldest beyond the config.keep newest. Raises UserError when that fails; what was
+    there stays. With --shard=true all processes have to take part; the first one writes.
     """
     folder = run / f"step_{step:06d}"
     partial = run / f"partial_{folder.name}"
@@ -274,7 +287,7 @@ def save_checkpoint(model, optimizer, step, run, config):
     try:
         model.save(partial, language)
         save_file(moments, partial / "optimizer.safetensors")
-        seal(partial, folder, step=step, flags=asdict(config))
+        seal(partial, folder, step=step, **record)
         if damage := find_damage(folder):
             raise OSError(f"{damage} right after it was written")
         for old in checkpoints(run)[config.keep:]:
@@ -326,22 +339,43 @@ def held_out_loss(model, mixture, config, device, autocast):
     return total / max(supervised, 1)
 
 
-def write_run(folder, config, mixture, tokenizer, device):
-    """What a run's folder holds beside its checkpoints and its log."""
-    folder = folder.absolute()
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in {folder, *new}:
-        sync(path.parent)  # else a power cut may take the whole run along
+def describe_run(config, mixture, tokenizer, model, device):
+    """
+    What config.json and each checkpoint's manifest say of the run: its flags, its inputs, which are the
+    same whenever it goes on, the test splits that its data were compared with, and the machine.
+    """
+    data, tests = {}, {}
+    for shard, (leaks, numbers) in zip(mixture.shards, mixture.leaks):
+        name = shard.folder.parent.name
+        data[name] = {**shard.describe(), "leaks": leaks, "leaked": len(numbers),
+                      "leaked_sha256": hash_json(numbers.tolist())}
+        tests[name] = read_manifest(shard.folder, "leaks.json")["tests"]
+    inputs = {"data": data, "tokenizer": tokenizer.sha256, "weights": model.hashes}
+    return {"flags": asdict(config), "inputs": inputs, "tests": tests, "machine": describe_machine(device),
+            "resize": mixture.shards[0].manifest["image"]["resize"],
+            "tokenizer_sha256": tokenizer.sha256,
+            "shards": {name: facts["checksum"] for name, facts in data.items()},
+            "leaks": {name: {"leaks": facts["leaks"], "tests": tests[name]} for name, facts in data.items()}}
+
+
+def require_same_inputs(checkpoint, inputs):
+    """The record that a checkpoint was sealed with. Raises UserError where its inputs are others by now."""
+    record = read_manifest(checkpoint)
+    if "inputs" not in record:
+        raise UserError(f"{checkpoint}: saved before runs recorded what they were trained on, so that nobody "
+                        "knows whether these are the same data; start another --run")
+    if changes := differences(record["inputs"], inputs):
+        more = f", and {len(changes) - 3} more" if len(changes) > 3 else ""
+        raise UserError(f"{checkpoint.parent}: cannot go on, since it stands on other inputs: "
+                        f"{'; '.join(changes[:3])}{more}; bring those back, or start another --run")
+    return {name: fact for name, fact in record.items() if name not in ("checksum", "files", "name", "step")}
+
+
+def write_run(folder, record, tokenizer, checkpoint):
+    """What a run's folder holds beside its checkpoints and its log; the record stays as it was at the start."""
     write_whole(folder / "tokenizer.model", tokenizer.path.read_bytes())
-    write_whole(folder / "config.json", (json.dumps(
-        {"flags": asdict(config), "tokenizer_sha256": tokenizer.sha256,
-         "resize": mixture.shards[0].manifest["image"]["resize"],
-         "shards": {shard.folder.parent.name: shard.manifest["checksum"] for shard in mixture.shards},
-         "leaks": {shard.folder.parent.name: {name: read_manifest(shard.folder, "leaks.json")[name]
-                                              for name in ("leaks", "tests")}
-                   for shard in mixture.shards},
-         "machine": describe_machine(device)}, indent=2) + "\n").encode())
+    if checkpoint is None or read_manifest(folder, "config.json") is None:
+        write_manifest(folder, "config.json", record)
 
 
 def open_log(config, folder, first):
@@ -446,13 +480,25 @@ def catch_signals():
 def main(config):
     device, dtype = pick_device(config.device, config.dtype)
     rank, ranks, device = join_group(device, config.rank_timeout)
+    folder = agree(lambda: choose_folder(config))
+    with lock(folder / ".lock", "training") if rank == 0 else contextlib.nullcontext():
+        train(config, folder, rank, ranks, device, dtype)
+
+
+def agree(decide):
+    """What the first process decides, for all of them."""
+    if not dist.is_initialized():
+        return decide()
+    decided = [decide() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(decided)
+    return decided[0]
+
+
+def train(config, folder, rank, ranks, device, dtype):
+    """All steps of a run, or those that are left of it."""
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     torch.manual_seed(config.seed)
-    found = [open_run(config) if rank == 0 else None]
-    if ranks > 1:
-        dist.broadcast_object_list(found)
-    folder, checkpoint = found[0]
-
+    checkpoint = agree(lambda: open_run(config, folder))
     mixture, tokenizer = open_data(config, rank, ranks)
     model = make_model(config, tokenizer, checkpoint, device, dtype)
     if model.vision.config.tokens != mixture.image_tokens:
@@ -462,6 +508,9 @@ def main(config):
         shard.require_image_size(model.vision.config.image_size)
     if config.shard:
         shard_language(model, config)
+    record = describe_run(config, mixture, tokenizer, model, device)
+    if checkpoint:
+        record = require_same_inputs(checkpoint, record["inputs"])
     optimizer = make_optimizer(model, config)
     steps = config.max_steps or max(1, int(config.epochs * mixture.samples_per_epoch / config.batch_size))
     first = 0
@@ -474,7 +523,7 @@ def main(config):
         return print(f"finished already; now run `python eval_vqa.py --run={folder}`")
 
     if rank == 0:
-        write_run(folder, config, mixture, tokenizer, device)
+        write_run(folder, record, tokenizer, checkpoint)
     write_log = open_log(config, folder, first) if rank == 0 else lambda entry: None
 
     model.train()
@@ -522,7 +571,7 @@ def main(config):
             if rank == 0:
                 sync(folder / "log.jsonl")  # resumed from there, its steps up to here do not come again
             if rank == 0 or config.shard:
-                save_checkpoint(model, optimizer, done, folder, config)
+                save_checkpoint(model, optimizer, done, folder, config, record)
             saved = time.perf_counter()
         if stopped and done < steps:
             bar.close()

@@ -61,7 +61,7 @@ def time_saving(model, flags):
     model.weights["language"] = "weights/pmc_llama_7b"  # so that its frozen weights are not saved
     with tempfile.TemporaryDirectory(dir=".") as folder:
         begin = time.perf_counter()
-        train_vlm.save_checkpoint(model, optimizer, 1, Path(folder), flags)
+        train_vlm.save_checkpoint(model, optimizer, 1, Path(folder), flags, {})
         seconds = time.perf_counter() - begin
         return seconds, sum(path.stat().st_size for path in Path(folder).rglob("*.*"))
 

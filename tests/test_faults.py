@@ -110,5 +110,5 @@ def test_what_a_disk_alters_while_it_is_saved_is_told_at_once(tmp_path, monkeypa
     monkeypatch.setattr(train_vlm, "seal", seal_on_a_bad_disk)
     nothing = SimpleNamespace(named_parameters=list, save=lambda folder, _: write_folder(folder), state={})
     with pytest.raises(UserError, match="step_000002: not saved: vision.safetensors has 100 bytes"):
-        train_vlm.save_checkpoint(nothing, nothing, 2, tmp_path, train_vlm.Config(keep=1))
+        train_vlm.save_checkpoint(nothing, nothing, 2, tmp_path, train_vlm.Config(keep=1), {})
     assert newest_checkpoint(tmp_path) == older

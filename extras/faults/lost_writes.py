@@ -229,7 +229,7 @@ def violations(config, run, returned, right):
     """What is wrong, in words, when a run goes on in such a state; which step it goes on from."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            _, newest = train_vlm.open_run(config)
+            newest = train_vlm.open_run(config, Path(config.run))
     except (UserError, OSError) as error:
         return [f"{error}"], None
     step = int(newest.name[5:]) if newest else 0

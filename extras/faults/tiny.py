@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import traceback
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -120,6 +119,8 @@ class OneSave:
         self.original, self.copies, self.copied = folder / "run", folder, 0
         with contextlib.redirect_stdout(io.StringIO()):
             self.model, self.optimizer = open_saver(self.config, self.original / f"step_{BEFORE:06d}")
+        sealed = read_manifest(self.original / f"step_{BEFORE:06d}")
+        self.record = {name: sealed[name] for name in sealed.keys() - {"checksum", "files", "name", "step"}}
         undisturbed = self.copy()
         self.save(undisturbed, AFTER)
         self.right = {step: contents(undisturbed, step) for step in (BEFORE, AFTER)}
@@ -140,10 +141,10 @@ class OneSave:
     def sweep(self, run):
         """What a resumed run does before it loads anything. Returns the step that it goes on from."""
         with contextlib.redirect_stderr(io.StringIO()):
-            return int(train_vlm.open_run(replace(self.config, run=str(run)))[1].name[5:])
+            return int(train_vlm.open_run(self.config, run).name[5:])
 
     def save(self, run, step):
-        train_vlm.save_checkpoint(self.model, self.optimizer, step, run, self.config)
+        train_vlm.save_checkpoint(self.model, self.optimizer, step, run, self.config, self.record)
 
     def violations(self, run, code):
         """

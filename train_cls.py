@@ -8,18 +8,19 @@ Fine-tune an image encoder with a linear head to classify images, and compare en
 
 The head reads the class token and the mean of the patch tokens side by side, Linear(2d, classes)
 (OpenMedQ, arXiv 2606.12953). One recipe serves all encoders. The epoch that is best on the
-validation split is the one that is tested. A run that was killed goes on where it stopped when the
+validation validation split is the one that is tested. A run that was killed goes on where it stopped when the
 same command is given again, and one that is finished is not made twice.
 
 Each run is a folder <out>/<dataset>/<name>/seed_<n>: model/ (encoder, head, classes), log.jsonl, test.csv
-(probabilities) and, written last, result.json (scores).
+(probabilities) and, written last, result.json (scores). What a run stands on, its images, labels and
+encoder, is written down with it, and a command that finds it changed is refused.
 """
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from plumbing.flags import (Batch, Count, Device, Range, Scale, Share, UserError, Whole, parse_command_line,
-                            run)
+from plumbing.flags import (Batch, Count, Device, Form, Range, Scale, Share, UserError, Whole,
+                            parse_command_line, run)
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Config:
     encoder: Literal["openmedq", "biomedclip", "pubmedclip", "pmc_clip", "scratch"] = "biomedclip"  # to start from
     run: str = ""  # with --encoder=openmedq: the train_vlm.py run whose encoder it is
     model: Literal["paper", "small", "sample"] = "paper"  # with --encoder=scratch: sizes of the ViT
-    name: str = ""  # under which the run is filed and reported; none: the encoder's
+    name: Annotated[str, Form(r"(?!\.{1,2}$)[^/]*", "a name without /")] = ""  # under which the run is filed and reported; none: the encoder's
     seeds: Annotated[int, Range(1, 10_000)] = 1  # runs, each with another seed
     seed: Whole = 0  # the first one's: of the head, the order and the augmentation
     epochs: Annotated[int, Range(1, 1_000_000)] = 100  # passes over the training images
@@ -42,6 +43,7 @@ class Config:
     frozen: bool = False  # train the head alone (linear probe)
     patience: Whole = 0  # stop after so many epochs without a better one; 0: never
     images_per_class: Whole = 0  # train on only so many, another choice for each seed; 0: all
+    leaks: Literal["recorded", "drop", "keep"] = "recorded"  # training images that a test split has, too
     shards_dir: str = "shards"  # where prepare/all.py put the datasets
     weights_dir: str = "weights"  # where it put the encoders
     out: str = "out/cls"  # where runs go
@@ -49,22 +51,27 @@ class Config:
     device: Device = "auto"  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the GPU has it
     report: bool = False  # print the table of all runs and stop
-    predict: str = ""  # folder of new images: write a csv of the trained model's probabilities and stop
+    predict: str = ""  # folder or file of new images: write a csv of the model's probabilities and stop
 
 
 if __name__ == "__main__":
     CONFIG = parse_command_line(Config)  # before torch is imported: --help and a typo are answered at once
 
+import contextlib
+import copy
 import csv
+import hashlib
+import io
 import itertools
 import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -75,157 +82,74 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from data import Shard, load_image, random_keys, resize_image
+from data import Shard, load_image, random_keys, read_settings, resize_image
 from model import (CONFIGS, ViT, describe_machine, join_group, load_encoder, normalise, pick_device,
                    tensors_of)
-from plumbing.files import checkpoints, find_damage, newest_checkpoint, seal, write_whole
-
-EIGHT = ("cxr8", "med_fmc_chest", "med_fmc_colon", "med_fmc_endo", "busi", "chaoyang", "cbis_ddsm",
-         "mendeley_cxray")
-MEAN = "mean of the eight"
-PAPER = {"openmedq": 0.757, "biomedclip": 0.745, "pubmedclip": 0.746, "pmc_clip": 0.745,
-         "scratch": 0.616}  # the paper's mean macro-F1 over the eight
-
-
-# ----------------------------------------------------------------------------- metrics
-# actual and predicted are (n, m) bool: n images, m classes. Where each image has one class, a row of
-# either has one True. weights (..., n): how often each image counts, for the bootstrap.
-
-def f1_scores(predicted, actual, weights):
-    """(..., m) F1 of each class, 0 for one that does not occur, and whether it occurs at all."""
-    both = weights @ (predicted & actual)
-    either = weights @ predicted + weights @ actual  # 2 tp + fp + fn
-    return 2 * both / np.maximum(either, 1), either > 0
-
-
-def macro_f1(predicted, actual, multi_label, weights=None):
-    """
-    Mean of the classes' F1: (...).
-
-    Where an image has one class, over those that occur in the labels or predictions, which is
-    scikit-learn's average="macro". Where it has several labels, each label counts as two classes,
-    having it and not having it: with one label this is the macro-F1 of a task with two classes.
-    """
-    weights = np.ones(len(actual)) if weights is None else weights
-    f1, occurs = f1_scores(predicted, actual, weights)
-    if multi_label:
-        return (f1 + f1_scores(~predicted, ~actual, weights)[0]).mean(-1) / 2
-    return (f1 * occurs).sum(-1) / occurs.sum(-1)
-
-
-def positive_f1(predicted, actual):
-    """The other macro-F1 of several labels: the mean over labels of the F1 of having it."""
-    return f1_scores(predicted, actual, np.ones(len(actual)))[0].mean()
-
-
-def auroc(scores, actual):
-    """Area under the ROC curve of (n,) scores, how often a positive is above a negative; or NaN."""
-    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]  # from 1; the same scores share the mean
-    positives, negatives = actual.sum(), (~actual).sum()
-    if not positives or not negatives:
-        return math.nan
-    return float((ranks[actual].sum() - positives * (positives + 1) / 2) / (positives * negatives))
-
-
-def tune_thresholds(probabilities, actual):
-    """(m,) the threshold of each label at which its F1 is best; 0.5 for one that never occurs."""
-    thresholds = np.full(actual.shape[1], 0.5)
-    for label in np.flatnonzero(actual.any(0)):
-        order = np.argsort(-probabilities[:, label], kind="stable")
-        sorted_probabilities = probabilities[order, label]
-        taken = np.arange(1, len(order) + 1)
-        f1 = 2 * np.cumsum(actual[order, label]) / (taken + actual[:, label].sum())
-        lower = np.append(sorted_probabilities[1:], -1e-9)  # one may be 0
-        best = np.argmax(np.where(sorted_probabilities > lower, f1, -1))  # not between the same two
-        thresholds[label] = (sorted_probabilities[best] + lower[best]) / 2
-    return thresholds
-
-
-def decide(probabilities, thresholds):
-    """(n, m) bool: the most probable class, or every label that reaches its threshold, if there are any."""
-    if thresholds is not None:
-        return probabilities >= thresholds
-    return np.arange(probabilities.shape[1]) == probabilities.argmax(1)[:, None]
-
-
-def score(probabilities, actual, thresholds, classes):
-    """All metrics of a split as a dict. thresholds: (m,), tuned elsewhere; None: an image has one class."""
-    multi_label, n = thresholds is not None, len(actual)
-    predicted = decide(probabilities, thresholds)
-    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=1000)  # images, drawn anew
-    resampled = macro_f1(predicted, actual, multi_label, draws.astype(np.float32))
-    f1, _ = f1_scores(predicted, actual, np.ones(n))
-    recall = (predicted & actual).sum(0) / np.maximum(actual.sum(0), 1)
-    areas = [auroc(column, truth) for column, truth in zip(probabilities.T, actual.T)]
-    if multi_label:
-        without = (~predicted & ~actual).sum(0) / np.maximum((~actual).sum(0), 1)
-        balanced = (recall + without).mean() / 2
-    else:
-        balanced = recall[actual.any(0)].mean()
-    found = {"macro_f1": float(macro_f1(predicted, actual, multi_label)),
-             "interval": np.quantile(resampled, [0.025, 0.975]).tolist(),
-             "accuracy": float((predicted == actual).mean() if multi_label else
-                               (predicted & actual).any(1).mean()),
-             "balanced_accuracy": float(balanced),
-             "auroc": float(np.nanmean(areas)) if not np.isnan(areas).all() else None,
-             "images": n,
-             "classes": {name: {"f1": float(f1[k]), "recall": float(recall[k]),
-                                "auroc": None if math.isnan(areas[k]) else areas[k],  # NaN is no JSON
-                                "images": int(actual[:, k].sum())} for k, name in enumerate(classes)}}
-    if multi_label:
-        plain = decide(probabilities, 0.5)
-        found |= {"macro_f1_at_0.5": float(macro_f1(plain, actual, True)),
-                  "positive_f1": float(positive_f1(predicted, actual)),
-                  "positive_f1_at_0.5": float(positive_f1(plain, actual)),
-                  "thresholds": thresholds.tolist()}
-    else:  # rows: labels, columns: predictions
-        found["confusion"] = (actual.T.astype(int) @ predicted.astype(int)).tolist()
-    return found
+from plumbing.files import (checkpoints, differences, find_damage, hash_file, hash_json, lock,
+                            newest_checkpoint, read_manifest, require_writable, sealed, write_manifest,
+                            write_whole)
+from plumbing.results import EIGHT, newest_state, print_run, read_result, report, require_same, run_folder
+from plumbing.scores import decide, macro_f1, score, tune_thresholds
 
 
 # ----------------------------------------------------------------------------- images and labels
 
 @dataclass
 class Split:
-    """Images of one split in memory, and their labels."""
-    pixels: np.ndarray  # (n, H, W, 3) uint8
+    """Images of one split, and their labels."""
     labels: np.ndarray  # (n, m) bool
     names: list
     groups: list  # such as each image's patient; a name that no two images share where none is known
+    images: np.ndarray  # (n,) int64, their numbers in the shard
+    pixels: np.ndarray | None = None  # (n, H, W, 3) uint8, once read_pixels has read them
 
-    def take(self, numbers):
-        return Split(self.pixels[numbers], self.labels[numbers], [self.names[n] for n in numbers],
-                     [self.groups[n] for n in numbers])
+    def take(self, places):
+        return Split(self.labels[places], [self.names[n] for n in places],
+                     [self.groups[n] for n in places], self.images[places],
+                     None if self.pixels is None else self.pixels[places])
+
+    def read_pixels(self, shard):
+        """Read the images from the Shard that they are of."""
+        size = shard.manifest["image"]["size"]
+        self.pixels = np.empty((len(self.images), size, size, 3), np.uint8)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets go of the interpreter lock
+            images = pool.map(shard.read_image, self.images.tolist())
+            for place, image in enumerate(tqdm(images, str(shard.folder), len(self.images), leave=False)):
+                self.pixels[place] = image
+
+    def describe(self, shard):
+        """How many images it has, and a hash of all that is used of them."""
+        pixels = shard.manifest["files"]["images.bin"]["sha256"]
+        return {"images": len(self.names), "sha256": hash_json([
+            pixels, self.images.tolist(), self.labels.astype(int).tolist(), self.names, self.groups])}
 
 
-def read_split(shard):
-    """The Split that a shard holds: each image once, however many questions are asked about it."""
-    classes = shard.manifest["classes"]
-    left_out = set()
+def read_split(shard, leaks="recorded"):
+    """
+    The Split that a shard holds, without pixels, and what is left out of it: each image once, however many
+    questions are asked about it. leaks: as --leaks.
+    """
+    classes, left_out, facts = shard.manifest["classes"], set(), {}
     if shard.folder.name == "train":
-        leaks, numbers = shard.read_leaks()
-        left_out = set(numbers.tolist()) if leaks == "drop" else set()
-        if left_out:
+        recorded, numbers = shard.read_leaks()
+        facts = {"told": recorded if leaks == "recorded" else leaks, "left out": 0}
+        if facts["told"] == "drop" and len(numbers):
+            left_out = set(numbers.tolist())
+            facts |= {"left out": len(left_out), "sha256": hash_json(sorted(left_out))}
             print(f"{shard.folder}: {len(left_out):,} images left out, which a test split has")
-        if left_out and len(left_out) == len(shard):
-            raise UserError(f"{shard.folder}: a test split has all of its {len(shard):,} images, too, so "
-                            "that none is left to train on; bring others")
     rows = {}  # (image number, its labels) -> its name and its group
     for number, (record, image) in enumerate(zip(shard.read_records(), shard.samples["image"].tolist())):
         if number not in left_out and "labels" in record:
             rows.setdefault((image, tuple(record["labels"])),
                             (record["image"], record.get("group") or f"image {image}"))
-    numbers = [image for image, _ in rows]
-    size = shard.manifest["image"]["size"]
-    pixels = np.empty((len(numbers), size, size, 3), np.uint8)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets go of the interpreter lock
-        images = pool.map(shard.read_image, numbers)
-        for place, image in enumerate(tqdm(images, str(shard.folder), len(numbers), leave=False)):
-            pixels[place] = image
-    labels = np.array([[name in found for name in classes] for _, found in rows], bool)
-    return Split(pixels, labels.reshape(-1, len(classes)), [name for name, _ in rows.values()],
-                 [group for _, group in rows.values()])
+    if not rows:
+        raise UserError(f"{shard.folder}: a test split has all of its images, too, so that none is left; "
+                        "bring others" if left_out else
+                        f"{shard.folder}: no image in it; its manifest.json counts why")
+    labels = np.array([[name in given for name in classes] for _, given in rows], bool)
+    names, groups = map(list, zip(*rows.values()))
+    images = np.array([image for image, _ in rows], np.int64)
+    return Split(labels.reshape(-1, len(classes)), names, groups, images), facts
 
 
 def hold_out(split):
@@ -250,6 +174,8 @@ def hold_out(split):
     return split.take(kept), split.take(np.sort(held).astype(int))
 
 
+
+
 def choose_few(split, count, seed):
     """So many training images of each class, and of none where there are such, drawn with the seed."""
     labels = np.column_stack([split.labels, ~split.labels.any(1)])
@@ -261,38 +187,54 @@ def choose_few(split, count, seed):
     return split.take(np.sort(chosen))
 
 
+def require_learnable(folder, splits, classes, images_per_class):
+    """Raise UserError where there is nothing that could be learnt or tested."""
+    for split, images in splits.items():
+        if split != "validation" and len(classes) > 1 and (images.labels == images.labels[0]).all():
+            raise UserError(f"{folder}/{split}: all of its {len(images.names)} images have the same label: "
+                            "nothing to tell apart")
+    counts = splits["train"].labels.sum(0)
+    if not counts.all():
+        raise UserError(f"{folder}/train: no image of class {classes[int(np.argmin(counts))]!r} to train on; "
+                        "bring some, or leave the class out")
+    if images_per_class > counts.max():
+        raise UserError(f"--images_per_class={images_per_class}: {folder}/train has at most {counts.max()} "
+                        "of a class; choose fewer, or leave it out")
+    for name, count in zip(classes, counts):
+        if count < images_per_class:
+            print(f"{folder}/train: class {name!r} has {count} images, fewer than --images_per_class: all of "
+                  "them are used")
+
+
 def open_dataset(name, config, image_size):
     """
-    {split: Split} of train, validation and test, and the manifest that says of what.
-
-    Raises UserError where there is nothing that could be learnt or tested.
+    {split: Split} of train, validation and test, without pixels; {split: its Shard}; and what a run on
+    them stands on, as nested facts to compare. Raises UserError where there is nothing to learn or to test.
     """
     folder = Path(config.shards_dir) / name
     shards = {split: Shard(folder / split) for split in ("train", "validation", "test")
               if split != "validation" or (folder / split).is_dir()}
-    classes = shards["train"].manifest["classes"]
+    manifest = shards["train"].manifest
+    classes = manifest["classes"]
     if not classes:
         raise UserError(f"--dataset: {name} has no labels; those with labels: {', '.join(EIGHT)}")
-    for shard in shards.values():
+    splits, facts = {}, {}
+    for split, shard in shards.items():
         shard.require_image_size(image_size)
-    splits = {split: read_split(shard) for split, shard in shards.items()}
-    for split, found in splits.items():
-        if not len(found.names):
-            raise UserError(f"{folder}/{split}: no image in it; its manifest.json counts why")
-    if "validation" not in splits:
+        splits[split], facts[split] = read_split(shard, config.leaks)
+    made = "validation" not in splits
+    if made:
         splits["train"], splits["validation"] = hold_out(splits["train"])
-        if not len(splits["validation"].names):
+        shards["validation"] = shards["train"]
+        if not splits["validation"].names:
             raise UserError(f"{folder}/train: fewer than 6 images of each class, or all of one patient, too "
                             "few to hold some out for validation; bring more, or a validation split")
-    present = splits["train"].labels.any(0)
-    if not present.all():
-        raise UserError(f"{folder}/train: no image of class {classes[int(np.argmin(present))]!r}; bring "
-                        "some, or leave the class out")
-    for split in ("train", "test"):
-        if len(classes) > 1 and (splits[split].labels == splits[split].labels[0]).all():
-            raise UserError(f"{folder}/{split}: all of its {len(splits[split].names)} images have the "
-                            "same label: nothing to tell apart")
-    return splits, shards["train"].manifest
+    require_learnable(folder, splits, classes, config.images_per_class)
+    facts = {split: images.describe(shards[split]) for split, images in splits.items()} | {
+        "classes": classes, "image": {key: manifest["image"][key] for key in ("size", "resize")},
+        "multi_label": manifest["multi_label"],
+        "leaks": facts["train"], "held out of train": made}
+    return splits, shards, facts
 
 
 # ----------------------------------------------------------------------------- the model
@@ -314,19 +256,29 @@ class Classifier(nn.Module):
         return self.head(features).float()
 
 
-def make_encoder(config, device):
-    """The encoder that is asked for, in float32."""
+def make_encoder(config):
+    """
+    The encoder to start from, in float32 on the CPU, and what it is, as nested facts to compare. One from
+    scratch has no weights yet: each run draws its own.
+    """
+    if config.encoder == "scratch":
+        with torch.device("meta"):
+            encoder = ViT(CONFIGS[config.model][0])
+        return encoder, {"sizes": asdict(encoder.config)}
     if config.encoder == "openmedq":
         if not config.run:
             raise UserError("--encoder=openmedq: name the train_vlm.py run that it is of with --run")
-        return ViT.from_run(config.run, device)
-    if config.encoder == "scratch":
-        with torch.device(device):
-            return ViT(CONFIGS[config.model][0])
+        checkpoint = newest_checkpoint(config.run)
+        encoder, manifest = ViT.load(checkpoint), read_manifest(checkpoint)
+        base = read_settings(checkpoint / "config.json")["weights"]["vision"]
+        if manifest is None:
+            raise UserError(f"{checkpoint}: gone while it was read; run the same command again")
+        return encoder, {"checkpoint": checkpoint.name, "sha256": manifest["checksum"],
+                         "base": hash_file(base) if base else "within"}
     file = Path(config.weights_dir) / f"{config.encoder}.safetensors"
     if not file.is_file():
         raise UserError(f"{file}: not there; run `python prepare/all.py --only={config.encoder}`")
-    return load_encoder(file, device=device)
+    return load_encoder(file), {"sha256": hash_file(file)}
 
 
 def augment(images, generator):
@@ -436,24 +388,31 @@ def train_epoch(model, optimizer, split, epoch, multi_label, config, device, aut
     return (total / count).item()
 
 
-def save_state(folder, **state):
+def save_state(folder, model, optimizer, best_weights, **facts):
     """Write what a killed run goes on from, whole or not at all, and remove what was there before."""
-    partial = folder / "partial_state"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    torch.save(state, partial / "state.pt")
-    seal(partial, folder / f"step_{state['epoch']:06d}")
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    tensors = {f"model:{name}": tensor for name, tensor in tensors_of(model).items()}
+    tensors |= {f"best:{name}": tensor for name, tensor in best_weights.items()}
+    tensors |= {f"{key}:{names[parameter]}": value.contiguous()
+                for parameter, moments in optimizer.state.items() for key, value in moments.items()}
+    with sealed(folder / f"step_{facts['epoch']:06d}", **facts) as partial:
+        save_file(tensors, partial / "state.safetensors")
     for old in checkpoints(folder)[1:]:
         shutil.rmtree(old)
 
 
-def load_state(folder, device):
-    """The state of a killed run, verified."""
-    newest = newest_checkpoint(folder)
-    for other in checkpoints(folder):
-        if other != newest:  # older, or damaged and to be made again
-            shutil.rmtree(other)
-    return torch.load(newest / "state.pt", map_location=device, weights_only=True)
+def load_state(state, model, optimizer):
+    """Put what save_state wrote back into model and optimizer. Returns the weights of the best epoch."""
+    parts = defaultdict(dict)
+    for name, tensor in load_file(state / "state.safetensors").items():
+        part, name = name.split(":", 1)
+        parts[part][name] = tensor
+    model.load_state_dict(parts.pop("model"))
+    best_weights, parameters = parts.pop("best"), dict(model.named_parameters())
+    for key, moments in parts.items():
+        for name, value in moments.items():
+            optimizer.state[parameters[name]][key] = value.to(parameters[name].device, copy=True)
+    return best_weights
 
 
 def copy_of(model):
@@ -461,15 +420,16 @@ def copy_of(model):
 
 
 def save_model(folder, model, facts):
-    """Write folder/model: encoder.safetensors, head.safetensors, and config.json with these facts."""
-    partial = folder / "model.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    for part in ("encoder", "head"):
-        save_file(tensors_of(getattr(model, part)), partial / f"{part}.safetensors", {"format": "pt"})
-    (partial / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
-    shutil.rmtree(folder / "model", ignore_errors=True)
-    seal(partial, folder / "model")
+    """
+    Write folder/model: encoder.safetensors, head.safetensors, and config.json with these facts. Returns its
+    manifest's checksum.
+    """
+    with sealed(folder / "model") as partial:
+        for part in ("encoder", "head"):
+            save_file(tensors_of(getattr(model, part)), partial / f"{part}.safetensors", {"format": "pt"})
+        (partial / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
+        shutil.rmtree(folder / "model", ignore_errors=True)
+    return read_manifest(folder / "model")["checksum"]
 
 
 def load_model(folder, device):
@@ -486,233 +446,189 @@ def load_model(folder, device):
 
 
 def write_csv(path, header, rows):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *rows])
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([header, *rows])
+    write_whole(path, text.getvalue().encode("utf-8", "backslashreplace"))  # a file's name need not be UTF-8
 
 
-FREE = ("seeds", "shards_dir", "weights_dir", "out", "save_every", "device", "report", "predict")
+FREE = ("seeds", "leaks", "shards_dir", "weights_dir", "out", "save_every", "device", "report",
+        "predict")  # flags that change no number, or whose effect is among what a run stands on
 
 
-def read_results(config):
-    """The result.json of every run that is finished, {(dataset, name, seed): result}."""
-    entries = [json.loads(path.read_text()) for path in Path(config.out).glob("*/*/seed_*/result.json")]
-    return {(entry["dataset"], entry["name"], entry["seed"]): entry for entry in entries}
+@dataclass
+class Run:
+    """One dataset, one encoder and one seed: what is asked for, and what there is of it."""
+    config: Config
+    folder: Path
+    splits: dict  # {split: Split}
+    flags: dict
+    inputs: dict  # what it stands on: nested facts of its images, labels and encoder
+    shards: dict  # {split: its shard's checksum}, to be found again by; one made anew may hold the same
+    result: dict | None = None  # of a finished run
+    state: Path | None = None  # of a stopped one
 
 
-def train(model, splits, few, multi_label, folder, config, device, autocast):
+def open_run(run, held):
+    """
+    Find what there is of a Run: its result, or else its newest state. One that is not finished is locked,
+    until `held` closes, and known to be writable. Raises UserError where what there is stands on something
+    else than is asked for now: nothing recorded is ever rewritten.
+    """
+    run.result = read_result(run.folder)
+    if run.result is None:
+        require_writable(run.folder, "out")
+        held.enter_context(lock(run.folder.with_name(f".{run.folder.name}.lock"),
+                                f"training {run.folder.name}"))
+        run.result = read_result(run.folder)  # another process may have ended just now
+    if run.result is None:
+        run.state = newest_state(run.folder)
+    if record := run.result or run.state and read_manifest(run.state):
+        defaults = {item.name: item.default for item in fields(Config)}
+        require_same(run.folder, record, run.flags, run.inputs, defaults)
+
+
+def train(model, run, few, device, autocast):
     """
     All epochs, or those that are left of a run that was stopped. The model ends with the weights of
     the best one; returns that epoch's number and its macro-F1 on validation.
     """
-    optimizer = make_optimizer(model, config)
-    log_file = folder / "log.jsonl"
-    first, best, best_epoch, best_weights, lines = 0, -1.0, 0, None, []
-    if checkpoints(folder):
-        state = load_state(folder, device)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, best, best_epoch = state["epoch"], state["best"], state["best_epoch"]
-        best_weights = state["best_weights"]
-        lines = log_file.read_text(encoding="utf-8").splitlines(keepends=True)[:first]
-    actual = splits["validation"].labels
-    with open(log_file, "w", encoding="utf-8") as log:
-        log.writelines(lines)
-        for epoch in (bar := tqdm(range(first, config.epochs), str(folder), unit=" epochs")):
-            try:
-                loss = train_epoch(model, optimizer, few, epoch, multi_label, config, device, autocast)
-            except FloatingPointError as error:
-                raise UserError(f"{folder}: epoch {epoch + 1}: {error}; try a lower "
-                                "--learning_rate") from None
-            found = predict(model, splits["validation"].pixels, multi_label, config, device, autocast)
-            thresholds = tune_thresholds(found, actual) if multi_label else None
-            validation = float(macro_f1(decide(found, thresholds), actual, multi_label))
-            if validation > best:
-                best, best_epoch, best_weights = validation, epoch + 1, copy_of(model)
-            bar.set_postfix_str(f"loss {loss:.3f}, validation {validation:.3f}, best {best:.3f}")
-            log.write(json.dumps({"epoch": epoch + 1, "loss": loss, "validation": validation}) + "\n")
-            log.flush()
-            if config.patience and epoch + 1 - best_epoch >= config.patience:
-                break
-            if (epoch + 1) % config.save_every == 0:
-                save_state(folder, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                           epoch=epoch + 1, best=best, best_epoch=best_epoch, best_weights=best_weights)
+    config, folder, multi_label = run.config, run.folder, run.inputs["multi_label"]
+    optimizer, validation = make_optimizer(model, config), run.splits["validation"]
+    epoch, best, best_epoch, best_weights, log = 0, -1.0, 0, None, []
+    if run.state:
+        facts = read_manifest(run.state)
+        best_weights = load_state(run.state, model, optimizer)
+        epoch, best, best_epoch, log = (facts[key] for key in ("epoch", "best", "best_epoch", "log"))
+    write_whole(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log).encode())
+    bar = tqdm(total=config.epochs, initial=epoch, desc=str(folder), unit=" epochs")
+    while epoch < config.epochs and not 0 < config.patience <= epoch - best_epoch:
+        try:
+            loss = train_epoch(model, optimizer, few, epoch, multi_label, config, device, autocast)
+        except FloatingPointError as error:
+            raise UserError(f"{folder}: epoch {epoch + 1}: {error}; try a lower --learning_rate") from None
+        epoch += 1
+        probabilities = predict(model, validation.pixels, multi_label, config, device, autocast)
+        thresholds = tune_thresholds(probabilities, validation.labels) if multi_label else None
+        value = float(macro_f1(decide(probabilities, thresholds), validation.labels, multi_label))
+        if value > best:
+            best, best_epoch, best_weights = value, epoch, copy_of(model)
+        bar.set_postfix_str(f"loss {loss:.3f}, validation {value:.3f}, best {best:.3f}")
+        bar.update()
+        log.append({"epoch": epoch, "loss": loss, "validation": value})
+        with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(log[-1]) + "\n")
+        if epoch % config.save_every == 0:
+            save_state(folder, model, optimizer, best_weights, epoch=epoch, best=best, best_epoch=best_epoch,
+                       log=log, flags=run.flags, inputs=run.inputs)
+    bar.close()
     model.load_state_dict(best_weights)
     return best_epoch, best
 
 
-def make_run(dataset, splits, manifest, config, device, dtype):
-    """Train and test with one seed, unless that was done; returns what result.json holds."""
-    name, classes = config.name or config.encoder, manifest["classes"]
-    folder = Path(config.out) / dataset / name / f"seed_{config.seed}"
-    flags = {key: value for key, value in asdict(config).items() if key not in FREE}
-    flags["dataset"] = dataset
-    done = read_results(config).get((dataset, name, config.seed))
-    before = done["flags"] if done else (json.loads((folder / "config.json").read_text())
-                                         if checkpoints(folder) else flags)
-    for key, value in flags.items():
-        if before.get(key) != value:
-            raise UserError(f"--{key}={value}: the run in {folder} has {before.get(key)}; choose another "
-                            "--name")
-    if done:
-        print(f"{folder}: finished already")
-        return done
-
-    start = time.perf_counter()
+def make_run(run, encoder, device, dtype):
+    """Train and test, unless that was done; returns what result.json holds."""
+    if run.result:
+        print(f"{run.folder}: finished already")
+        return run.result
+    config, folder, splits, facts = run.config, run.folder, run.splits, run.inputs
+    start, classes, multi_label = time.perf_counter(), facts["classes"], facts["multi_label"]
     torch.manual_seed(config.seed)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    model = Classifier(make_encoder(config, device), len(classes)).to(device)
+    with torch.device(device):
+        encoder = ViT(encoder.config) if config.encoder == "scratch" else copy.deepcopy(encoder)
+    model = Classifier(encoder, len(classes)).to(device)
     # No part of an encoder acts otherwise in training, but for batch norms, which keep their statistics.
     model.eval().encoder.requires_grad_(not config.frozen)
     few = splits["train"]
     if config.images_per_class:
         few = choose_few(few, config.images_per_class, config.seed)
-    multi_label = manifest["multi_label"]
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "config.json", (json.dumps(flags, indent=2) + "\n").encode())
-    best_epoch, best = train(model, splits, few, multi_label, folder, config, device, autocast)
+    write_manifest(folder, "config.json", {"flags": run.flags, "inputs": facts, "shards": run.shards})
+    best_epoch, best = train(model, run, few, device, autocast)
 
     validation, test = (predict(model, splits[split].pixels, multi_label, config, device, autocast)
                         for split in ("validation", "test"))
     actual = splits["test"].labels
     thresholds = tune_thresholds(validation, splits["validation"].labels) if multi_label else None
-    entry = {"dataset": dataset, "name": name, "seed": config.seed, "best_epoch": best_epoch,
-             "validation": best, "test": score(test, actual, thresholds, classes),
+    entry = {"dataset": run.flags["dataset"], "name": folder.parent.name, "seed": config.seed,
+             "best_epoch": best_epoch, "validation": best,
+             "test": score(test, actual, thresholds, classes, splits["test"].groups),
              "train_images": len(few.names), "seconds": round(time.perf_counter() - start, 1),
-             "flags": flags, "shards": manifest["images_sha256"], "machine": describe_machine(device)}
-    save_model(folder, model, {
-        "classes": classes, "image": manifest["image"],
+             "flags": run.flags, "inputs": facts, "shards": run.shards, "machine": describe_machine(device)}
+    entry["model"] = save_model(folder, model, {
+        "classes": classes, "image": facts["image"],
         "thresholds": None if thresholds is None else thresholds.tolist()})
     write_csv(folder / "test.csv", ["image", "labels", *classes], [
         [image, "|".join(np.array(classes)[labels]), *(f"{p:.6f}" for p in probabilities)]
         for image, labels, probabilities in zip(splits["test"].names, actual, test)])
-    write_whole(folder / "result.json", (json.dumps(entry, indent=2) + "\n").encode())
-    for state in [folder / "partial_state", *checkpoints(folder)]:
+    write_manifest(folder, "result.json", entry)
+    for state in [*folder.glob("partial_*"), *folder.glob("damaged_*"), *checkpoints(folder)]:
         shutil.rmtree(state, ignore_errors=True)
     return entry
 
 
-def print_run(entry):
-    """A run's metrics, its classes, and, where an image has one class, its confusion matrix."""
-    test = entry["test"]
-    low, high = test["interval"]
-    print(f"\n{entry['dataset']}, {entry['name']}, seed {entry['seed']}: {test['images']:,} test "
-          f"images, epoch {entry['best_epoch']}\n"
-          f"  macro-F1 {test['macro_f1']:.3f} ({low:.3f} to {high:.3f}), "
-          f"accuracy {test['accuracy']:.3f}, balanced {test['balanced_accuracy']:.3f}, "
-          f"AUROC {math.nan if test['auroc'] is None else test['auroc']:.3f}")
-    if "positive_f1" in test:
-        print(f"  at thresholds of 0.5: {test['macro_f1_at_0.5']:.3f}; of having a label alone: "
-              f"{test['positive_f1']:.3f}, at 0.5 {test['positive_f1_at_0.5']:.3f}")
-    width = max(map(len, test["classes"]))
-    confusion = test.get("confusion", [[]] * len(test["classes"]))
-    taken_for = "   taken for, in this order" * bool(confusion[0])
-    print(f"  {'':{width}}     F1  recall  AUROC  images{taken_for}")
-    for (name, found), counts in zip(test["classes"].items(), confusion):
-        row = "  ".join(f"{count:4}" for count in counts)
-        area = math.nan if found["auroc"] is None else found["auroc"]
-        print(f"  {name:{width}}  {found['f1']:.3f}   {found['recall']:.3f}  {area:.3f}  "
-              f"{found['images']:6,}   {row}")
-
-
-# ----------------------------------------------------------------------------- all runs
-
-def sign_flip(differences):
-    """
-    How often paired differences would have a mean as far from 0 if each had either sign with the
-    same chance: a two-sided p, exact up to 16 of them, else by 100,000 draws.
-    """
-    differences, count = np.array(differences), len(differences)
-    signs = (np.array(list(itertools.product((1, -1), repeat=count))) if count <= 16 else
-             np.random.default_rng(0).choice((1, -1), (100_000, count)))
-    signs[0] = 1  # what was found is one of the draws
-    return float((np.abs(signs @ differences) >= abs(differences.sum()) - 1e-12).mean())
-
-
-def measured(results):
-    """
-    {group: {encoder: (macro-F1 on test, its standard deviation over seeds)}}, a group being a dataset or
-    the mean of the eight, and the names of the encoders, each in the order in which they are shown.
-
-    What was not run is not among them. The mean of the eight is there for encoders that were run on all
-    of them; its deviation is that of the means of the seeds that all of them have. A deviation is
-    NaN where there is one seed.
-    """
-    scores = defaultdict(lambda: defaultdict(dict))
-    for (dataset, name, seed), entry in results.items():
-        scores[dataset][name][seed] = entry["test"]["macro_f1"]
-    names = sorted({name for _, name, _ in results}, key=lambda name: ([*PAPER, name].index(name), name))
-    groups = {}
-    for dataset in [*filter(scores.get, EIGHT), *sorted(scores.keys() - set(EIGHT))]:
-        cells = {name: list(scores[dataset][name].values()) for name in names if name in scores[dataset]}
-        groups[dataset] = {name: (np.mean(values), deviation(values)) for name, values in cells.items()}
-    whole = [name for name in names if all(name in groups.get(dataset, {}) for dataset in EIGHT)]
-    if whole:
-        groups[MEAN] = {}
-    for name in whole:
-        common = set.intersection(*(set(scores[dataset][name]) for dataset in EIGHT))
-        means = [np.mean([scores[dataset][name][seed] for dataset in EIGHT]) for seed in common]
-        groups[MEAN][name] = np.mean([groups[dataset][name][0] for dataset in EIGHT]), deviation(means)
-    return groups, names
-
-
-def deviation(values):
-    return np.std(values, ddof=1) if len(values) > 1 else math.nan
-
-
-def report(config):
-    """Print the runs made so far as a table, the paper's means beside it, and what differs reliably."""
-    results = read_results(config)
-    if not results:
-        raise UserError(f"{config.out}: no run yet; make one with --dataset and --encoder")
-    groups, names = measured(results)
-    means = groups.pop(MEAN, {})
-    rows = [["macro-F1 on test", *names]]
-    for group, found in groups.items():
-        cells = {name: f"{mean:.3f}" + ("" if math.isnan(spread) else f" ± {spread:.3f}")
-                 for name, (mean, spread) in found.items()}
-        rows.append([group, *(cells.get(name, "") for name in names)])
-    rows += [[MEAN, *(f"{means[name][0]:.3f}" if name in means else "" for name in names)],
-             ["the paper's mean", *(f"{PAPER[name]:.3f}" if name in PAPER else "" for name in names)]]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
-    print("mean over seeds ± their standard deviation; a mean of the eight where all eight were run")
-    for other in names[1:]:
-        differences = [entry["test"]["macro_f1"] - results[dataset, other, seed]["test"]["macro_f1"]
-                       for (dataset, name, seed), entry in results.items()
-                       if name == names[0] and (dataset, other, seed) in results]
-        if differences:
-            print(f"{names[0]} - {other}: {np.mean(differences):+.3f} over {len(differences)} pairs of "
-                  f"dataset and seed, higher in {sum(d > 0 for d in differences)}, "
-                  f"p = {sign_flip(differences):.3f} (signs flipped)")
-
-
 # ----------------------------------------------------------------------------- new images
 
-def predict_folder(dataset, config, device, dtype):
-    """Write a csv of a trained model's probabilities for every image file below --predict."""
-    folder = Path(config.out) / dataset / (config.name or config.encoder) / f"seed_{config.seed}"
-    model, facts = load_model(folder, device)
+def image_files(source):
+    """The files of --predict, a folder or a file, as (name in the csv, path); hidden ones are passed over."""
+    from prepare.folder import files_below
+
+    if source.is_dir():
+        files = [(path.relative_to(source).as_posix(), path) for path in files_below(source)
+                 if path.name[0] != "."]
+        if not files:
+            raise UserError(f"--predict={source}: an empty folder")
+        return files
+    if not os.path.lexists(source):
+        raise UserError(f"--predict={source}: no such folder or file")
+    return [(source.name, source)]
+
+
+def predict_new(dataset, config, device, dtype):
+    """Write a csv of a trained model's probabilities for the image that --predict names, or all below it."""
+    folder = run_folder(config.out, dataset, config.name or config.encoder, config.seed)
     source = Path(config.predict)
-    files = sorted(path for path in source.rglob("*") if path.is_file() and path.name[0] != ".")
-    if not files:
-        raise UserError(f"--predict={source}: no file there")
+    model, facts = load_model(folder, device)
+    result = read_result(folder)
+    if result is None or result["model"] != read_manifest(folder / "model")["checksum"]:
+        raise UserError(f"{folder}: model/ is not the one that its result.json is of; run the same command "
+                        "without --predict first, or restore it")
+    require_same_classes(dataset, config, facts)
+    files = image_files(source)
+    require_writable(folder, "out")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    size, thresholds, rows, unreadable = facts["image"]["size"], facts["thresholds"], [], 0
-    for path in tqdm(files, unit=" images", leave=False):
+    size, thresholds, rows, unreadable = facts["image"]["size"], facts["thresholds"], [], []
+    for name, path in tqdm(files, unit=" images", leave=False):
         try:
+            if not path.is_file():
+                raise ValueError("no file, or a link to none")
             image = resize_image(load_image(path.read_bytes(), 2 * size), size, facts["image"]["resize"])
         except Exception as error:  # each decoder has its own ways to fail on a broken file
-            unreadable += 1
-            print(f"{path}: not an image that can be read ({error})")
+            unreadable.append(f"{path}: not an image that can be read ({error})")
+            print(unreadable[-1])
             continue
-        found = predict(model, np.asarray(image)[None], thresholds is not None, config, device, autocast)
-        said = decide(found, None if thresholds is None else np.array(thresholds))[0]
-        rows.append([path.relative_to(source).as_posix(), "|".join(np.array(facts["classes"])[said]),
-                     *(f"{p:.6f}" for p in found[0])])
-    target = folder / f"predicted_{source.resolve().name}.csv"
+        [found] = predict(model, np.array(image)[None], thresholds is not None, config, device, autocast)
+        said = decide(found[None], None if thresholds is None else np.array(thresholds))[0]
+        rows.append([name, "|".join(np.array(facts["classes"])[said]), *(f"{p:.6f}" for p in found)])
+    if not rows:
+        raise UserError(f"--predict={source}: {len(files):,} files, none of them an image that can be read, "
+                        f"the first: {unreadable[0]}")
+    # Two folders of the same name are told apart by a hash of where they are
+    where = hashlib.sha256(os.fsencode(source.resolve())).hexdigest()[:8]
+    target = folder / f"predicted_{source.resolve().stem}_{where}.csv"
     write_csv(target, ["image", "predicted", *facts["classes"]], rows)
-    print(f"{target}: {len(rows):,} images, {unreadable:,} files that could not be read")
+    print(f"{target}: {len(rows):,} images, {len(unreadable):,} files that could not be read"
+          + ", see above" * bool(unreadable))
+
+
+def require_same_classes(dataset, config, facts):
+    """Raise UserError where a model has other classes or image settings than its dataset, if that is here."""
+    manifest = read_manifest(Path(config.shards_dir) / dataset / "train")
+    if manifest:
+        image = {key: manifest["image"][key] for key in ("size", "resize")}
+        before = {"classes": facts["classes"], "image": {key: facts["image"][key] for key in image}}
+        if changed := differences(before, {"classes": manifest["classes"], "image": image}):
+            raise UserError(f"--predict: of the model's dataset {dataset} {', '.join(changed)}; train again "
+                            "under another --name")
 
 
 def find_datasets(config, image_size):
@@ -726,32 +642,83 @@ def find_datasets(config, image_size):
 
             name = prepare_folder(name, config.shards_dir, image_size)
         found.append(name)
-    return found
+    return list(dict.fromkeys(found))
+
+
+def together(work):
+    """
+    What work() returns. Of torchrun's processes none goes on before all have done theirs; where one raises
+    UserError all end, and the first one says why.
+    """
+    value = error = None
+    try:
+        value = work()
+    except UserError as raised:
+        error = str(raised)
+    errors = [error]
+    if dist.is_initialized():
+        errors *= dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        if any(errors) and dist.get_rank():
+            sys.exit(2)
+    for error in filter(None, errors):
+        raise UserError(error)
+    return value
+
+
+def plan(names, encoder_facts, image_size, config, held):
+    """
+    Every run that is asked for, opened: [(its dataset's shards, its Run)]. What is to be refused is refused
+    here, before the first image is read. names: [(dataset, seeds)].
+    """
+    runs = []
+    for name, seeds in names:
+        splits, shards, facts = open_dataset(name, config, image_size)
+        inputs = json.loads(json.dumps({**facts, "encoder": encoder_facts}))  # as it will be read again
+        for seed in seeds:
+            flags = {key: value for key, value in asdict(config).items() if key not in FREE}
+            folder = run_folder(config.out, name, config.name or config.encoder, seed)
+            checksums = {split: shard.manifest["checksum"] for split, shard in shards.items()}
+            run = Run(replace(config, seed=seed), folder, splits, flags | {"dataset": name, "seed": seed},
+                      inputs, checksums)
+            open_run(run, held)
+            runs.append((shards, run))
+    return runs
 
 
 def main(config):
     if config.report:
-        return report(config)
+        return report(config.out)
     device, dtype = pick_device(config.device, config.dtype)
     rank, ranks, device = join_group(device, timeout=30 * 24 * 3600)  # each is done when it is done
-    image_size = make_encoder(config, "meta" if config.encoder == "scratch" else "cpu").config.image_size
-    names = [find_datasets(config, image_size) if rank == 0 else None]
+    encoder, encoder_facts = together(lambda: make_encoder(config))
+    image_size = encoder.config.image_size
+    names = [together(lambda: find_datasets(config, image_size) if rank == 0 else None)]
     if ranks > 1:
         dist.broadcast_object_list(names)
     if config.predict:
-        for name in names[0][rank::ranks]:
-            predict_folder(name, config, device, dtype)
-        return
-    runs = list(itertools.product(names[0], range(config.seed, config.seed + config.seeds)))
-    for name, mine in itertools.groupby(runs[rank::ranks], key=lambda pair: pair[0]):
-        splits, manifest = open_dataset(name, config, image_size)
-        for _, seed in mine:
-            print_run(make_run(name, splits, manifest, replace(config, seed=seed), device, dtype))
+        return together(lambda: [predict_new(name, config, device, dtype) for name in names[0][rank::ranks]])
+    pairs = list(itertools.product(names[0], range(config.seed, config.seed + config.seeds)))
+    mine = [(name, [seed for _, seed in group]) for name, group in
+            itertools.groupby(pairs[rank::ranks], key=lambda pair: pair[0])]
+    with contextlib.ExitStack() as held:
+        runs = together(lambda: plan(mine, encoder_facts, image_size, config, held))
+        for number, (shards, run) in enumerate(runs):
+            for split, images in run.splits.items():
+                if not run.result and images.pixels is None:
+                    images.read_pixels(shards[split])
+            print_run(make_run(run, encoder, device, dtype))
+            if number + 1 == len(runs) or runs[number + 1][1].splits is not run.splits:
+                for images in run.splits.values():
+                    images.pixels = None  # the memory is the next dataset's
     if ranks > 1:
-        dist.barrier()
-    if len(runs) > 1 and rank == 0:
+        try:
+            dist.barrier()
+        except RuntimeError:  # another process has ended, and has said why
+            sys.exit(2)
+    if len(pairs) > 1 and rank == 0:
         print()
-        report(config)
+        report(config.out)
 
 
 if __name__ == "__main__":

@@ -195,9 +195,11 @@ def main(config):
     transformers.utils.logging.disable_progress_bar()
     device, dtype = pick_device(config.device, config.dtype)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    split = read_split(Shard(Path(config.shards_dir) / config.data / "train"))
-    if not split.labels.size:
+    shard = Shard(Path(config.shards_dir) / config.data / "train")
+    if not shard.manifest["classes"]:
         raise UserError(f"--data: {config.data} has no labelled images")
+    split, _ = read_split(shard)
+    split.read_pixels(shard)
     multi_label = bool((split.labels.sum(1) != 1).any())
     settings = train_cls.Config(epochs=config.rounds + 1, batch_size=config.batch_size)
     workers = config.workers or os.cpu_count()

@@ -27,7 +27,7 @@ import numpy as np
 
 from extras import mix
 from plumbing.flags import UserError, parse_command_line, run
-from train_cls import MEAN, PAPER, measured, read_results
+from plumbing.results import MEAN, PAPER, measured, read_results
 
 WIDTH = 12  # inches of 100 pixels
 FONT = 12  # points of 1.4 pixels
@@ -90,7 +90,7 @@ def add_legend(figure, handles):
 
 def draw_classification(config):
     """Macro-F1 of every dataset and encoder, like the paper's figure 1a."""
-    results = read_results(config)
+    results = read_results(config.out)
     if not results:
         raise UserError(f"{config.out}: no run yet; make one with `python train_cls.py`")
     bars, names = measured(results)

@@ -15,6 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from plumbing.flags import UserError
 
 try:
@@ -128,6 +130,21 @@ def seal(partial, folder, **facts):
         raise FileExistsError(errno.EEXIST, "there already", str(folder))
     partial.rename(folder)
     sync(folder.parent)
+
+
+@contextlib.contextmanager
+def sealed(folder, **facts):
+    """A new folder to write into, which gets the name `folder` at the block's end, whole or not at all."""
+    partial = folder.with_name(f"partial_{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        yield partial
+        seal(partial, folder, **facts)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{folder}: not saved: {error}; see to the disk, then the same command goes "
+                        "on") from None
 
 
 def find_damage(folder):

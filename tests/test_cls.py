@@ -20,15 +20,16 @@ import train_cls
 from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard
 from lora import add_lora
 from model import CONFIGS, Linear, ResNet, ResNetConfig, ViT, ViTConfig
-from plumbing.files import checkpoints, seal
+from plumbing.files import checkpoints, read_manifest, seal, write_manifest
 from plumbing.flags import UserError
+from plumbing.results import EIGHT, read_results
 from prepare.datasets import DATASETS, Dataset
 from prepare.leaks import guard
 from prepare.questions import train_sample_tokenizer
 from prepare.shards import write_dataset
 from test_bad_input import WRITERS
 from test_model import TOLERANCE, randomise, relative_error
-from train_cls import EIGHT, Classifier, Config, copy_of, main, open_dataset, read_results
+from train_cls import Classifier, Config, copy_of, main, open_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,7 +79,7 @@ def write_results(out, entries):
     for entry in entries:
         folder = Path(out) / entry["dataset"] / entry["name"] / f"seed_{entry['seed']}"
         folder.mkdir(parents=True)
-        (folder / "result.json").write_text(json.dumps(entry))
+        write_manifest(folder, "result.json", {"flags": {}, "inputs": {}} | entry)
 
 
 @pytest.fixture
@@ -91,19 +92,19 @@ def toy(tmp_path):
 def test_a_run_learns_what_there_is_to_see_and_leaves_a_model(toy, capsys):
     config = settings(toy, epochs=6, seeds=2)
     main(config)
-    results = read_results(config)
+    results = read_results(config.out)
     assert results.keys() == {("toy", "scratch", 0), ("toy", "scratch", 1)}
     for entry in results.values():
         assert entry["test"]["macro_f1"] == 1 and entry["test"]["confusion"] == [[4, 0], [0, 4]]
     printed = capsys.readouterr().out
-    assert "toy, scratch, seed 1: 8 test images" in printed and "macro-F1 1.000 (1.000 to 1.000)" in printed
+    assert "toy, scratch, seed 1: 8 test images" in printed and "macro-F1 1.000 (1.000 to 1.000, images drawn)" in printed
     assert "1.000 ± 0.000" in printed  # the table, after several seeds
     folder = toy / "cls/toy/scratch/seed_0"
     assert sorted(os.listdir(folder)) == ["config.json", "log.jsonl", "model", "result.json", "test.csv"]
     rows = list(csv.DictReader(open(folder / "test.csv")))
     assert len(rows) == 8 and all(float(row[row["labels"]]) > 0.5 for row in rows)
     main(config)  # finished: nothing is made twice
-    assert "finished already" in capsys.readouterr().out and read_results(config) == results
+    assert "finished already" in capsys.readouterr().out and read_results(config.out) == results
 
 
 def test_the_head_reads_the_class_token_beside_the_mean_of_the_patches():
@@ -180,7 +181,7 @@ def test_each_of_the_eight_runs_from_its_raw_files_to_its_test(name, tmp_path):
     write(tmp_path, name, records, dataset.classes, multi_label=several)
     config = settings(tmp_path, dataset=name, epochs=1)
     main(config)
-    entry = read_results(config)[name, "scratch", 0]
+    entry = read_results(config.out)[name, "scratch", 0]
     assert list(entry["test"]["classes"]) == list(dataset.classes)
     assert ("confusion" in entry["test"]) != several and ("positive_f1" in entry["test"]) == several
     assert entry["test"]["images"] >= len(dataset.classes) and 0 <= entry["test"]["macro_f1"] <= 1
@@ -191,11 +192,12 @@ def test_questions_about_an_image_are_one_image_of_it(tmp_path):
     rows = [(split, replace(record, question=f"{n}?", answer="yes"))
             for split, record in rows for n in range(3)]
     write(tmp_path, "toy", rows, ("dark", "light"))
-    splits, manifest = open_dataset("toy", settings(tmp_path), 224)
+    splits, shards, _ = open_dataset("toy", settings(tmp_path), 224)
     assert {name: len(split.names) for name, split in splits.items()} == {
         "train": 36, "test": 8, "validation": 4}  # no validation split: a tenth of train
     assert not set(splits["train"].names) & set(splits["validation"].names)
     shard = Shard(tmp_path / "toy/test")
+    splits["test"].read_pixels(shards["test"])
     assert np.array_equal(splits["test"].pixels[3], shard.read_image(3))
     assert splits["test"].labels.tolist() == [[True, False], [False, True]] * 4
 
@@ -204,10 +206,13 @@ def test_training_images_of_a_test_split_are_left_out(tmp_path):
     rows = toy_records(("dark", "light"))
     rows.append(("train", replace(rows[-1][1], id="leak", image_name="leak.png")))
     write(tmp_path, "toy", rows, ("dark", "light"))
-    splits, _ = open_dataset("toy", settings(tmp_path), 224)
-    assert len(splits["train"].names) == 16 and "leak.png" not in splits["train"].names
-    guard(tmp_path, "keep")
-    assert "leak.png" in open_dataset("toy", settings(tmp_path), 224)[0]["train"].names
+    for recorded, asked, told, images in [("drop", "recorded", "drop", 16), ("drop", "keep", "keep", 17),
+                                          ("keep", "recorded", "keep", 17), ("keep", "drop", "drop", 16)]:
+        guard(tmp_path, recorded)
+        splits, _, facts = open_dataset("toy", settings(tmp_path, leaks=asked), 224)
+        assert facts["train"]["images"] == len(splits["train"].names) == images
+        assert ("leak.png" in splits["train"].names) == (told == "keep")
+        assert (facts["leaks"]["told"], facts["leaks"]["left out"]) == (told, 17 - images)
 
 
 # ----------------------------------------------------------------------------- stopped and resumed
@@ -237,7 +242,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(killed_in, toy, monke
     for name in ("model/encoder.safetensors", "model/head.safetensors", "model/config.json", "test.csv",
                  "log.jsonl"):
         assert (stopped / name).read_bytes() == (undisturbed / name).read_bytes(), name
-    one, other = (read_results(settings(toy, out=folder))["toy", "scratch", 0]
+    one, other = (read_results(folder)["toy", "scratch", 0]
                   for folder in (out, str(toy / "cls")))
     assert one["test"] == other["test"] and one["best_epoch"] == other["best_epoch"]
 
@@ -256,19 +261,20 @@ def test_a_damaged_state_or_model_is_refused_and_an_older_whole_state_is_used(to
     with pytest.raises(KeyboardInterrupt):
         main(settings(toy, **flags))
     monkeypatch.setattr(train_cls, "train_epoch", original)
-    state = folder / "step_000004/state.pt"
+    state = folder / "step_000004/state.safetensors"
     content = bytearray(state.read_bytes())
-    content[len(content) // 2] ^= 1  # in a weight, where torch.load would not see it
+    content[len(content) // 2] ^= 1  # in a weight, where nothing but its hash tells
     state.write_bytes(content)
     for _ in range(2):
-        with pytest.raises(UserError, match="none of its 1 checkpoints is whole"):
+        with pytest.raises(UserError, match="none of its 1 states is whole, the newest: state.safetensors was alt"):
             main(settings(toy, **flags))
     content[len(content) // 2] ^= 1
     state.write_bytes(content)
     partial = folder / "partial_older"
     partial.mkdir()
     shutil.copy(state, partial)
-    seal(partial, folder / "step_000003")
+    facts = read_manifest(folder / "step_000004")
+    seal(partial, folder / "step_000003", **{name: facts[name] for name in facts.keys() - {"files", "checksum", "name"}})
     state.write_bytes(content[:-1])
     main(settings(toy, **flags))
     assert not checkpoints(folder) and (folder / "result.json").is_file()
@@ -289,7 +295,7 @@ def test_two_processes_share_the_runs_and_make_what_one_makes(toy):
                           env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("mean over seeds") == 1
-    one, two = read_results(settings(toy)), read_results(config)
+    one, two = read_results(toy / "cls"), read_results(config.out)
     assert one.keys() == two.keys() and len(two) == 3
     for key, entry in one.items():
         assert entry["test"] == two[key]["test"] and entry["best_epoch"] == two[key]["best_epoch"]
@@ -313,7 +319,7 @@ def test_the_best_epoch_on_validation_is_tested_and_patience_stops(toy, monkeypa
     monkeypatch.setattr(train_cls, "score", lambda *rest: {"macro_f1": 0})
     monkeypatch.setattr(train_cls, "print_run", lambda entry: None)
     main(settings(toy, epochs=6, patience=3))
-    entry = read_results(settings(toy))["toy", "scratch", 0]
+    entry = read_results(toy / "cls")["toy", "scratch", 0]
     assert (entry["best_epoch"], entry["validation"], len(weights)) == (2, 0.9, 5)
     saved = load_file(toy / "cls/toy/scratch/seed_0/model/head.safetensors")
     assert torch.equal(saved["weight"], weights[1]["head.weight"])
@@ -331,7 +337,7 @@ def test_thresholds_come_from_validation_alone(tmp_path, monkeypatch):
     validation = splits[""][0]["validation"].labels
     assert len(seen) == 2 and all(actual is validation for actual in seen)
     facts = json.loads((tmp_path / "cls/toy/scratch/seed_0/model/config.json").read_text())
-    entry = read_results(settings(tmp_path))["toy", "scratch", 0]
+    entry = read_results(tmp_path / "cls")["toy", "scratch", 0]
     assert facts["thresholds"] == entry["test"]["thresholds"] and len(facts["thresholds"]) == 3
 
 
@@ -361,12 +367,12 @@ def test_own_images_are_trained_on_and_new_ones_predicted(kind, tmp_path):
              f"--shards_dir={tmp_path}/shards", f"--out={tmp_path}/cls", "--device=cpu"]
     done = command(*words)
     assert done.returncode == 0, done.stderr
-    results, = read_results(Config(out=str(tmp_path / "cls"))).values()
+    results, = read_results(tmp_path / "cls").values()
     assert results["test"]["macro_f1"] > (0.9 if kind == "folder" else 0.4)
     assert list(results["test"]["classes"]) == ["broken", "whole"] if kind == "folder" else ["broken", "old", "whole"]
     done = command(*words, f"--predict={new}")
     assert done.returncode == 0 and "notes.txt: not an image" in done.stdout, done.stderr
-    table, = (tmp_path / "cls").glob("*/scratch/seed_0/predicted_new.csv")
+    table, = (tmp_path / "cls").glob("*/scratch/seed_0/predicted_new_????????.csv")
     rows = {row["image"]: row for row in csv.DictReader(open(table))}
     assert rows.keys() == {"a/light.png", "dark.PNG"}
     assert "broken" in rows["a/light.png"]["predicted"] and "whole" in rows["dark.PNG"]["predicted"]
@@ -433,5 +439,6 @@ def test_the_table_leaves_blank_what_was_not_run(tmp_path, capsys):
     assert cells["cxr8"] == ["0.710 ± 0.010", "0.510 ± 0.010"] and cells["busi"] == ["0.710 ± 0.010", "0.600"]
     assert cells["mean of the eight"] == ["0.710"]  # the others lack some
     assert cells["the paper's mean"] == ["0.757", "0.745", "0.616"]
-    assert "openmedq - scratch: +0.200 over 6 pairs of dataset and seed, higher in 6, p = 0.031" in printed[-1]
+    assert printed[-1] == ("openmedq - scratch: +0.200 over n = 2 dataset(s), each the mean of 3 seed(s), higher in 2, "
+                           "p = 0.500 (whole datasets' signs flipped)")
     assert not [line for line in printed if "biomedclip:" in line]  # no seed in common

@@ -14,9 +14,11 @@ from sklearn import metrics as sk
 
 import train_cls
 from model import ResNet, ResNetConfig, ViT, ViTConfig
-from train_cls import (Classifier, Config, Split, augment, auroc, choose_few, decide, f1_scores, hold_out,
-                       learning_rate_at, macro_f1, make_optimizer, positive_f1, print_run, score, sign_flip,
-                       tune_thresholds)
+from plumbing.results import print_run
+from plumbing.scores import (auroc, decide, f1_scores, macro_f1, positive_f1, score, sign_flip,
+                             tune_thresholds)
+from train_cls import (Classifier, Config, Run, Split, augment, choose_few, hold_out, learning_rate_at,
+                       make_optimizer)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # scikit-learn's, of classes that are absent
 CLOSE = 1e-12  # the order of a sum may differ from scikit-learn's, nothing else
@@ -293,14 +295,15 @@ def test_learning_rate_at():
 def make_split(labels, groups=None):
     """A Split whose images say which number they have, in name and pixels; each is its own group by default."""
     numbers = np.arange(len(labels), dtype=np.uint8)
-    return Split(np.broadcast_to(numbers[:, None, None, None], (len(labels), 2, 2, 3)), labels,
-                 [str(n) for n in numbers], groups or [f"image {n}" for n in numbers])
+    return Split(labels, [str(n) for n in numbers], groups or [f"image {n}" for n in numbers], numbers,
+                 np.broadcast_to(numbers[:, None, None, None], (len(labels), 2, 2, 3)))
 
 
 def check_part(part, whole):
     """Pixels and labels went with the names. Returns the numbers taken."""
     numbers = [int(name) for name in part.names]
     assert (part.pixels[:, 0, 0, 0] == numbers).all() and (part.labels == whole.labels[numbers]).all()
+    assert part.images.tolist() == numbers and part.groups == [whole.groups[n] for n in numbers]
     assert len(set(numbers)) == len(numbers)
     return numbers
 
@@ -494,12 +497,13 @@ def test_frozen_leaves_the_head_alone(tmp_path, monkeypatch):
         raise Stop(groups_of(model, make_optimizer(model, config)))
 
     monkeypatch.setattr(train_cls, "make_optimizer", stop)
-    monkeypatch.setattr(train_cls, "make_encoder", lambda config, device: tiny_vit())
-    splits = {"train": make_split(np.eye(3, dtype=bool))}
+    splits = dict.fromkeys(("train", "validation"), make_split(np.eye(3, dtype=bool)))
     for frozen in True, False:
         with pytest.raises(Stop) as stopped:
-            train_cls.make_run("d", splits, {"classes": ["a", "b", "c"]}, Config(
-                out=str(tmp_path), frozen=frozen), torch.device("cpu"), torch.float32)
+            train_cls.make_run(
+                Run(Config(frozen=frozen), tmp_path, splits, flags={}, shards={},
+                    inputs={"classes": ["a", "b", "c"], "multi_label": False}),
+                tiny_vit(), torch.device("cpu"), torch.float32)
         groups = stopped.value.args[0]
         assert {"head.weight", "head.bias"} <= set(groups)
         assert (len(groups) == 2) == frozen

@@ -23,9 +23,9 @@ from extras import mix, plot
 from lora import add_lora
 from model import VLM, packed_mask
 from plumbing.flags import UserError, run
+from plumbing.results import EIGHT, measured
 from prepare.datasets import DATASETS
 from test_cls import write_results
-from train_cls import EIGHT, measured
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # matplotlib's, where labels do not fit

@@ -1,0 +1,217 @@
+"""
+What is recorded of train_cls.py's runs, and the table of all.
+
+A run is the folder <out>/<dataset>/<name>/seed_<n>. While it trains it holds states, step_<epoch>/; once it
+is finished, result.json. Both say by which flags it was made and what it stands on, its `inputs`: nested
+facts of its images, labels and encoder. Numbers are compared only where they stand on the same.
+"""
+
+import itertools
+import math
+import os
+import sys
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from plumbing.files import checkpoints, differences, find_damage, hash_json, read_manifest
+from plumbing.flags import UserError
+from plumbing.scores import sign_flip
+
+EIGHT = ("cxr8", "med_fmc_chest", "med_fmc_colon", "med_fmc_endo", "busi", "chaoyang", "cbis_ddsm",
+         "mendeley_cxray")
+MEAN = "mean of the eight"
+PAPER = {"openmedq": 0.757, "biomedclip": 0.745, "pubmedclip": 0.746, "pmc_clip": 0.745,
+         "scratch": 0.616}  # the paper's mean macro-F1 over the eight
+
+
+# ----------------------------------------------------------------------------- one run
+
+def run_folder(out, dataset, name, seed):
+    return Path(out) / dataset / name / f"seed_{seed}"
+
+
+def read_result(folder):
+    """The result.json of a finished run, or None. Raises UserError where it is damaged."""
+    path = folder / "result.json"
+    if not os.path.lexists(path):
+        return None
+    result = read_manifest(folder, "result.json")
+    if result is None or "inputs" not in result:
+        raise UserError(f"{path}: damaged, or of an earlier version; delete {folder} and train again, or "
+                        "restore it")
+    return result
+
+
+def newest_state(folder):
+    """The newest whole state of a stopped run, or None without any; newer, damaged ones are set aside."""
+    damaged = []
+    for state in checkpoints(folder):
+        if not (damage := find_damage(state)):
+            for other in damaged:
+                other.rename(folder / f"damaged_{time.time_ns()}_{other.name}")
+            return state
+        damaged.append(state)
+        print(f"{state}: not used: {damage}", file=sys.stderr)
+    if damaged:
+        raise UserError(f"{folder}: none of its {len(damaged)} states is whole, the newest: {damage}; delete "
+                        f"{folder} and train again")
+    return None
+
+
+def require_same(folder, record, flags, inputs, defaults):
+    """
+    Raise UserError where a run's record, its result or its newest state's manifest, is not of these flags and
+    inputs. defaults: of flags that did not exist when it was written, by name.
+    """
+    if "inputs" not in record:
+        raise UserError(f"{folder}: begun by an earlier version; delete {folder} and train again")
+    for key, value in flags.items():
+        there = record["flags"].get(key, defaults[key])
+        if there != value:
+            raise UserError(f"--{key}={value}: the run in {folder} has {there}; choose another --name")
+    if changed := differences(record["inputs"], inputs):
+        raise UserError(f"{folder}: {', '.join(changed)}; choose another --name, or delete {folder}")
+
+
+def print_run(entry):
+    """A run's metrics, its classes, and, where an image has one class, its confusion matrix."""
+    test = entry["test"]
+    drawn = "images" if test["groups"] == test["images"] else f"{test['groups']:,} groups of them"
+    interval = ("no interval: all images are of one group" if test["interval"] is None else
+                "{:.3f} to {:.3f}, {} drawn".format(*test["interval"], drawn))
+    print(f"\n{entry['dataset']}, {entry['name']}, seed {entry['seed']}: {test['images']:,} test "
+          f"images, epoch {entry['best_epoch']}\n"
+          f"  macro-F1 {test['macro_f1']:.3f} ({interval}), "
+          f"accuracy {test['accuracy']:.3f}, balanced {test['balanced_accuracy']:.3f}, "
+          f"AUROC {math.nan if test['auroc'] is None else test['auroc']:.3f}")
+    if "positive_f1" in test:
+        print(f"  at thresholds of 0.5: {test['macro_f1_at_0.5']:.3f}; of having a label alone: "
+              f"{test['positive_f1']:.3f}, at 0.5 {test['positive_f1_at_0.5']:.3f}")
+    width = max(map(len, test["classes"]))
+    confusion = test.get("confusion", [[]] * len(test["classes"]))
+    taken_for = "   taken for, in this order" * bool(confusion[0])
+    print(f"  {'':{width}}     F1  recall  AUROC  images{taken_for}")
+    for (name, found), counts in zip(test["classes"].items(), confusion):
+        row = "  ".join(f"{count:4}" for count in counts)
+        area = math.nan if found["auroc"] is None else found["auroc"]
+        print(f"  {name:{width}}  {found['f1']:.3f}   {found['recall']:.3f}  {area:.3f}  "
+              f"{found['images']:6,}   {row}")
+
+
+# ----------------------------------------------------------------------------- all runs
+
+def read_results(out):
+    """
+    The results of all finished runs that can be compared, {(dataset, name, seed): result}; says which are
+    left out: damaged ones, and those that do not stand on the same as most of their name do.
+    """
+    results, others = {}, 0
+    for folder in sorted(Path(out).glob("*/*/seed_*")):
+        try:
+            result = read_result(folder)
+        except UserError as error:
+            others += 1
+            print(f"left out: {error}")
+            continue
+        key = result and tuple(result[name] for name in ("dataset", "name", "seed"))
+        if key and folder != run_folder(out, *key):
+            others += 1
+            print(f"left out: {folder}: the result in it is that of {run_folder(out, *key)}")
+        elif key:
+            results[key] = result
+    for _, keys in itertools.groupby(sorted(results), key=lambda key: key[:2]):
+        stands = {key: {"flags": results[key]["flags"] | {"seed": 0}, **results[key]["inputs"]}
+                  for key in keys}
+        hashes = {key: hash_json(facts) for key, facts in stands.items()}
+        counts = Counter(hashes.values())
+        most = max(hashes, key=lambda key: counts[hashes[key]])  # of as many, that of the lowest seed
+        for key in [key for key in hashes if hashes[key] != hashes[most]]:
+            others += 1
+            print(f"left out: {run_folder(out, *key)}: does not stand on the same as seed_{most[2]}: "
+                  f"{', '.join(differences(stands[most], stands[key]))}")
+            del results[key]
+    if others:
+        print(f"{others} of {others + len(results)} finished runs are left out")
+    return results
+
+
+def measured(results):
+    """
+    {group: {encoder: (macro-F1 on test, its standard deviation over seeds)}}, a group being a dataset or
+    the mean of the eight, and the names of the encoders, each in the order in which they are shown.
+
+    What was not run is not among them. The mean of the eight is there for encoders that were run on all
+    of them; its deviation is that of the means of the seeds that all of them have. A deviation is
+    NaN where there is one seed.
+    """
+    scores = defaultdict(lambda: defaultdict(dict))
+    for (dataset, name, seed), entry in results.items():
+        scores[dataset][name][seed] = entry["test"]["macro_f1"]
+    names = sorted({name for _, name, _ in results}, key=lambda name: ([*PAPER, name].index(name), name))
+    groups = {}
+    for dataset in [*filter(scores.get, EIGHT), *sorted(scores.keys() - set(EIGHT))]:
+        cells = {name: list(scores[dataset][name].values()) for name in names if name in scores[dataset]}
+        groups[dataset] = {name: (np.mean(values), deviation(values)) for name, values in cells.items()}
+    whole = [name for name in names if all(name in groups.get(dataset, {}) for dataset in EIGHT)]
+    if whole:
+        groups[MEAN] = {}
+    for name in whole:
+        common = set.intersection(*(set(scores[dataset][name]) for dataset in EIGHT))
+        means = [np.mean([scores[dataset][name][seed] for dataset in EIGHT]) for seed in common]
+        groups[MEAN][name] = np.mean([groups[dataset][name][0] for dataset in EIGHT]), deviation(means)
+    return groups, names
+
+
+def deviation(values):
+    return np.std(values, ddof=1) if len(values) > 1 else math.nan
+
+
+def report(out):
+    """Print the runs made so far as a table, the paper's means beside it, and what differs reliably."""
+    results = read_results(out)
+    if not results:
+        raise UserError(f"{out}: no run yet; make one with --dataset and --encoder")
+    groups, names = measured(results)
+    means = groups.pop(MEAN, {})
+    rows = [["macro-F1 on test", *names]]
+    for group, found in groups.items():
+        cells = {name: f"{mean:.3f}" + ("" if math.isnan(spread) else f" ± {spread:.3f}")
+                 for name, (mean, spread) in found.items()}
+        rows.append([group, *(cells.get(name, "") for name in names)])
+    rows += [[MEAN, *(f"{means[name][0]:.3f}" if name in means else "" for name in names)],
+             ["the paper's mean", *(f"{PAPER[name]:.3f}" if name in PAPER else "" for name in names)]]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
+    print("mean over seeds ± their standard deviation; a mean of the eight where all eight were run")
+    for other in names[1:]:
+        compare(results, names[0], other)
+
+
+def data_of(result):
+    """What a run stands on but for its encoder."""
+    return {name: facts for name, facts in result["inputs"].items() if name != "encoder"}
+
+
+def compare(results, one, other):
+    """
+    Print how two encoders differ, a dataset at a time, each the mean over the seeds that both have, and how
+    likely that is by chance. Seeds of a dataset share its test images: they are no samples of their own.
+    """
+    apart, others = defaultdict(list), 0
+    for (dataset, name, seed), result in results.items():
+        twin = results.get((dataset, other, seed))
+        if name == one and twin and data_of(result) == data_of(twin):
+            apart[dataset].append(result["test"]["macro_f1"] - twin["test"]["macro_f1"])
+        others += bool(name == one and twin and data_of(result) != data_of(twin))
+    if others:
+        print(f"{one} - {other}: {others} pairs of runs are left out, whose images or labels differ")
+    if apart:
+        means, counts = [np.mean(values) for values in apart.values()], sorted(set(map(len, apart.values())))
+        print(f"{one} - {other}: {np.mean(means):+.3f} over n = {len(means)} dataset(s), each the mean of "
+              f"{' or '.join(map(str, counts))} seed(s), higher in {sum(mean > 0 for mean in means)}, "
+              + (f"p = {sign_flip(means):.3f} (whole datasets' signs flipped)" if len(means) > 1 else
+                 "p not known from one dataset"))

@@ -174,8 +174,6 @@ def hold_out(split):
     return split.take(kept), split.take(np.sort(held).astype(int))
 
 
-
-
 def choose_few(split, count, seed):
     """So many training images of each class, and of none where there are such, drawn with the seed."""
     labels = np.column_stack([split.labels, ~split.labels.any(1)])

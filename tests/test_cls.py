@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard
 from lora import add_lora
 from model import CONFIGS, Linear, ResNet, ResNetConfig, ViT, ViTConfig
 from plumbing.files import checkpoints, read_manifest, seal, write_manifest
-from plumbing.flags import UserError
+from plumbing.flags import UserError, parse_flags
 from plumbing.results import EIGHT, read_results
 from prepare.datasets import DATASETS, Dataset
 from prepare.leaks import guard
@@ -398,7 +399,9 @@ def test_what_cannot_be_learnt_or_tested_is_refused_in_one_line(tmp_path):
     assert "train: no image of class 'other'" in message(rows, ("dark", "light", "other"))
     assert "test: all of its 4 images have the same label" in message(
         [row for row in rows if row[0] != "test" or row[1].labels == ("dark",)])
-    assert "has no labels; those with labels" in message(rows, ())
+    bare = [(split, replace(record, labels=())) for split, record in rows]
+    write(tmp_path, "bare", bare, (), multi_label=True)
+    assert "has no labels; those with labels" in refused(settings(tmp_path, dataset="bare"))
     assert "images of 32 pixels, but the model reads 224" in refused(settings(
         write(tmp_path, "small", rows, ("dark", "light"), size=32), dataset="small"))
     unseen = rows + [("test", replace(rows[-1][1], labels=("grey",)))]  # not trained on: no such class
@@ -415,7 +418,9 @@ def test_what_is_not_there_is_named_with_what_brings_it(toy):
     assert "no checkpoint here" in refused(settings(toy, encoder="openmedq", run=str(toy / "none")))
     assert "no trained model" in refused(settings(toy, predict=str(toy)))
     assert "no run yet" in refused(settings(toy, report=True))
-    assert "--epochs=0: 1 or more" in refused(settings(toy, epochs=0))
+    for word, fault in (("--epochs=0", "from 1 to"), ("--name=a/b", "a name without /"), ("--name=..", "a name")):
+        with pytest.raises(UserError, match=f"{re.escape(word)}: {fault}"):
+            parse_flags(Config, [word])
     save_file({"x": torch.zeros(2)}, toy / "pubmedclip.safetensors")
     assert "no ViT in timm's layout" in refused(settings(toy, encoder="pubmedclip"))
     with pytest.raises(UserError, match="lower --learning_rate"):

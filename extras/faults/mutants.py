@@ -126,8 +126,8 @@ MUTANTS = [  # what is wrong, in which file, [(its words, the words instead), ..
     ("split gradients are averaged", "train_vlm.py",
      [("        module.set_gradient_divide_factor(1.0)\n", "")],
      RANKS + "test_a_split_language_model_that_trains_in_full_learns_the_same"),
-    ("a classifier goes on from a damaged state", "train_cls.py",
-     [("newest = newest_checkpoint(folder)", "newest = checkpoints(folder)[0]")], STATE),
+    ("a classifier goes on from a damaged state", "plumbing/results.py",
+     [("if not (damage := find_damage(state)):", "if not (damage := None):")], STATE),
     ("a damaged classifier predicts", "train_cls.py",
      [("if damage := find_damage(path):", "if damage := None:")], STATE),
 ]

@@ -82,10 +82,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from data import Shard, load_image, random_keys, read_settings, resize_image
-from model import (CONFIGS, ViT, describe_machine, join_group, load_encoder, normalise, pick_device,
-                   tensors_of)
-from plumbing.files import (checkpoints, differences, find_damage, hash_file, hash_json, lock,
+from data import Shard, load_image, random_keys, resize_image
+from model import (CONFIGS, ViT, describe_machine, hash_weights, join_group, load_encoder, normalise,
+                   pick_device, tensors_of)
+from plumbing.files import (checkpoints, differences, find_damage, hash_json, lock,
                             newest_checkpoint, read_manifest, require_writable, sealed, write_manifest,
                             write_whole)
 from plumbing.results import EIGHT, newest_state, print_run, read_result, report, require_same, run_folder
@@ -187,14 +187,14 @@ def choose_few(split, count, seed):
 
 def require_learnable(folder, splits, classes, images_per_class):
     """Raise UserError where there is nothing that could be learnt or tested."""
-    for split, images in splits.items():
-        if split != "validation" and len(classes) > 1 and (images.labels == images.labels[0]).all():
-            raise UserError(f"{folder}/{split}: all of its {len(images.names)} images have the same label: "
-                            "nothing to tell apart")
     counts = splits["train"].labels.sum(0)
     if not counts.all():
         raise UserError(f"{folder}/train: no image of class {classes[int(np.argmin(counts))]!r} to train on; "
                         "bring some, or leave the class out")
+    for split, images in splits.items():
+        if split != "validation" and len(classes) > 1 and (images.labels == images.labels[0]).all():
+            raise UserError(f"{folder}/{split}: all of its {len(images.names)} images have the same label: "
+                            "nothing to tell apart")
     if images_per_class > counts.max():
         raise UserError(f"--images_per_class={images_per_class}: {folder}/train has at most {counts.max()} "
                         "of a class; choose fewer, or leave it out")
@@ -268,15 +268,13 @@ def make_encoder(config):
             raise UserError("--encoder=openmedq: name the train_vlm.py run that it is of with --run")
         checkpoint = newest_checkpoint(config.run)
         encoder, manifest = ViT.load(checkpoint), read_manifest(checkpoint)
-        base = read_settings(checkpoint / "config.json")["weights"]["vision"]
         if manifest is None:
             raise UserError(f"{checkpoint}: gone while it was read; run the same command again")
-        return encoder, {"checkpoint": checkpoint.name, "sha256": manifest["checksum"],
-                         "base": hash_file(base) if base else "within"}
+        return encoder, {"checkpoint": checkpoint.name, "sha256": manifest["checksum"]}
     file = Path(config.weights_dir) / f"{config.encoder}.safetensors"
     if not file.is_file():
         raise UserError(f"{file}: not there; run `python prepare/all.py --only={config.encoder}`")
-    return load_encoder(file), {"sha256": hash_file(file)}
+    return load_encoder(file), {"sha256": hash_weights(file)}
 
 
 def augment(images, generator):

@@ -1,0 +1,390 @@
+"""A classification run is tied to what it stands on, nothing of it is lost, and each mistake is one line."""
+
+import csv
+import errno
+import json
+import os
+import shutil
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+import prepare.shards
+import test_cls
+import train_cls
+from model import CONFIGS, ViT, ViTConfig
+from plumbing import files
+from plumbing.files import checkpoints, hash_file, lock, read_manifest, seal, write_manifest
+from plumbing.flags import UserError
+from plumbing.results import read_results
+from plumbing.scores import interval_of, score
+from prepare.leaks import guard
+from test_cls import picture, refused, settings, toy_records, write
+from train_cls import main
+
+EACH = {"train": 10, "validation": 4, "test": 4}
+
+
+@pytest.fixture(autouse=True)
+def tiny_encoder(monkeypatch):
+    monkeypatch.setitem(CONFIGS, "sample", (ViTConfig(image_size=32, width=64, depth=1), CONFIGS["sample"][1]))
+
+
+def prepare_toy(folder, classes, each, **changes):
+    """A dataset of 32 pixels below the folder, encoded by a thread: starting processes takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare.shards, "ProcessPoolExecutor", lambda *rest: ThreadPoolExecutor(1))
+        patch.setattr(test_cls, "train_sample_tokenizer", bytes)  # which labels alone do not need
+        return write(folder, "toy", changes.pop("records", None) or toy_records(classes, each), classes, 32,
+                     **changes)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """The same dataset as it was, with more images, and with another class."""
+    folder = tmp_path_factory.mktemp("shards")
+    (folder / "was").mkdir(), (folder / "grown").mkdir(), (folder / "other").mkdir()
+    prepare_toy(folder / "was", ("dark", "light"), EACH)
+    prepare_toy(folder / "grown", ("dark", "light"), EACH | {"test": 12})
+    prepare_toy(folder / "other", ("dark", "grey", "light"), EACH)
+    return folder
+
+
+@pytest.fixture
+def asked(shards, tmp_path):
+    """A function that gives the Config of a run on one version of the dataset."""
+    def ask(version="was", **flags):
+        return settings(shards / version, **{"out": str(tmp_path / "cls"), "epochs": 3, "save_every": 2, **flags})
+
+    ask.folder = tmp_path / "cls/toy/scratch/seed_0"
+    return ask
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != ".seed_0.lock"}
+
+
+def stop_in(monkeypatch, epoch, config):
+    """Start a run that is stopped in an epoch, counted from 0."""
+    original = train_cls.train_epoch
+
+    def stop(model, optimizer, split, number, *rest):
+        if number == epoch:
+            raise KeyboardInterrupt
+        return original(model, optimizer, split, number, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_cls, "train_epoch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            main(config)
+
+
+# ----------------------------------------------------------------------------- what a run stands on
+
+def test_a_stopped_or_finished_run_is_not_taken_for_one_of_other_images(asked, monkeypatch, tmp_path):
+    stop_in(monkeypatch, 2, asked())
+    before = contents(asked.folder)
+    assert "step_000002/state.safetensors" in before
+    told = refused(asked("grown"))
+    assert "test.images was 8, now 24" in told and f"choose another --name, or delete {asked.folder}" in told
+    assert "classes was ['dark', 'light'], now ['dark', 'grey', 'light']" in refused(asked("other"))
+    assert contents(asked.folder) == before  # nothing recorded is rewritten
+    main(asked())
+    main(asked(out=str(tmp_path / "undisturbed")))
+    ours, undisturbed = contents(asked.folder), contents(tmp_path / "undisturbed/toy/scratch/seed_0")
+    assert {**ours, "result.json": ""} == {**undisturbed, "result.json": ""}
+    assert "test.images was 8, now 24" in refused(asked("grown"))
+    assert "leaks.told was drop, now keep" in refused(asked(leaks="keep"))
+    assert contents(asked.folder) == ours
+    main(asked("grown", name="again"))  # under another name it is another run
+    result = read_results(asked().out)["toy", "again", 0]
+    assert result["inputs"]["test"]["images"] == result["test"]["images"] == 24
+
+
+def test_images_that_are_prepared_again_are_the_same(asked, shards, tmp_path, capsys):
+    main(asked(epochs=1))
+    shutil.copytree(shards / "was", tmp_path / "again")
+    manifest = read_manifest(tmp_path / "again/toy/test")
+    write_manifest(tmp_path / "again/toy/test", "manifest.json", manifest | {"licence": "another"})
+    guard(tmp_path / "again", "")
+    main(replace(asked(epochs=1), shards_dir=str(tmp_path / "again")))
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_an_encoder_that_was_trained_further_is_another(asked, tmp_path):
+    for step in (2, 4):
+        partial = tmp_path / "vlm/partial"
+        partial.mkdir(parents=True)
+        save_file(ViT(CONFIGS["sample"][0]).state_dict(), partial / "vision.safetensors")
+        (partial / "config.json").write_text(json.dumps({"weights": {"vision": ""}, "lora": {}}))
+        seal(partial, tmp_path / f"vlm/step_{step:06d}")
+        config = asked(encoder="openmedq", run=str(tmp_path / "vlm"), epochs=1)
+        if step == 2:
+            main(config)
+    told = refused(config)
+    assert "encoder.checkpoint was step_000002, now step_000004" in told and "choose another --name" in told
+    (tmp_path / "biomedclip.safetensors").write_bytes((tmp_path / "vlm/step_000002/vision.safetensors").read_bytes())
+    config = asked(encoder="biomedclip", weights_dir=str(tmp_path), epochs=1)
+    main(config)
+    shutil.copy(tmp_path / "vlm/step_000004/vision.safetensors", tmp_path / "biomedclip.safetensors")
+    assert "encoder.sha256 was" in refused(config)
+
+
+def test_seeds_that_stand_on_other_images_are_not_averaged(asked, capsys):
+    main(asked(seeds=2, epochs=1))
+    main(asked("grown", seed=2, epochs=1))
+    main(asked("grown", seed=3, epochs=1, save_every=1, name="scratch"))
+    capsys.readouterr()
+    main(asked(report=True))
+    printed = capsys.readouterr().out
+    assert "left out: " in printed and "seed_2: does not stand on the same as seed_0: test.images was 8" in printed
+    assert "2 of 4 finished runs are left out" in printed and printed.count(" ± ") == 2  # one in the legend
+    main(asked("was", name="other", seeds=1, epochs=1))
+    main(asked("grown", name="third", seed=1, epochs=1))
+    capsys.readouterr()
+    main(asked(report=True))
+    printed = capsys.readouterr().out
+    assert "scratch - third: 1 pairs of runs are left out, whose images or labels differ" in printed
+    assert "scratch - other: " in printed and "over n = 1 dataset(s), each the mean of 1 seed(s)" in printed
+    assert "p not known from one dataset" in printed
+    write_manifest(asked.folder.with_name("seed_1"), "result.json", {
+        **read_manifest(asked.folder, "result.json"), "test": {"macro_f1": 9}})
+    main(asked(report=True))
+    assert "seed_1: the result in it is that of" in capsys.readouterr().out
+
+
+def test_a_record_is_read_by_later_versions_and_without_inputs_refused(asked):
+    main(asked())
+    result = read_manifest(asked.folder, "result.json")
+    flags = {name: value for name, value in result["flags"].items() if name != "patience"}
+    write_manifest(asked.folder, "result.json", result | {"flags": flags | {"a_flag_that_was": 3}})
+    main(asked())
+    assert "--patience=5: the run in " in refused(asked(patience=5))
+    write_manifest(asked.folder, "result.json", {name: fact for name, fact in result.items() if name != "inputs"})
+    assert "result.json: damaged, or of an earlier version; delete" in refused(asked())
+
+
+def test_an_older_state_without_inputs_is_refused(asked, monkeypatch):
+    stop_in(monkeypatch, 2, asked())
+    state = asked.folder / "step_000002"
+    facts = read_manifest(state)
+    write_manifest(state, "manifest.json", {name: facts[name] for name in facts if name not in ("inputs", "checksum")})
+    assert "begun by an earlier version; delete" in refused(asked())
+
+
+# ----------------------------------------------------------------------------- nothing is lost
+
+@pytest.mark.parametrize("name, told", [
+    ("result.json", "result.json: damaged"), ("model/head.safetensors", None), ("config.json", None),
+    ("log.jsonl", None)])
+def test_a_flipped_bit_in_a_finished_run_is_one_line_or_harmless(name, told, asked, capsys):
+    main(asked())
+    path = asked.folder / name
+    content = path.read_bytes()
+    path.write_bytes(content[:200] + bytes([content[200] ^ 4]) + content[201:] if len(content) > 200 else
+                     bytes([content[0] ^ 4]) + content[1:])
+    if told:
+        assert told in refused(asked())
+        with pytest.raises(UserError, match="no run yet"):
+            main(asked(report=True))
+        assert "left out: " in capsys.readouterr().out
+        path.write_bytes(content)
+    main(asked())
+    if name.startswith("model"):
+        assert "head.safetensors was altered" in refused(asked(predict=str(asked.folder / "test.csv")))
+
+
+def test_the_log_is_whole_although_a_run_was_killed_right_after_it_went_on(asked, monkeypatch):
+    stop_in(monkeypatch, 2, asked(epochs=5))
+    log = (asked.folder / "log.jsonl").read_bytes()
+    assert log.count(b"\n") == 2
+    (asked.folder / "log.jsonl").write_bytes(b"")
+    for epoch in (2, 3):
+        stop_in(monkeypatch, epoch, asked(epochs=5))
+    assert (asked.folder / "log.jsonl").read_bytes().startswith(log)
+    (asked.folder / "log.jsonl").write_bytes(b'{"epo')  # torn
+    main(asked(epochs=5))
+    lines = [json.loads(line) for line in (asked.folder / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("what", ["state", "model", "csv"])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(what, asked, monkeypatch, tmp_path):
+    main(asked(out=str(tmp_path / "undisturbed")))
+
+    def full(tensors, path, *rest):
+        if what == "state" or "encoder" in path.name:
+            path.write_bytes(b"half")
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        return save_file(tensors, path, *rest)
+
+    def full_csv(path, content):
+        if path.name == "test.csv":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return files.write_whole(path, content)
+
+    with monkeypatch.context() as patch:
+        if what == "csv":
+            patch.setattr(train_cls, "write_whole", full_csv)
+            with pytest.raises(OSError, match="No space left"):  # plumbing.flags.run makes one line of it
+                main(asked())
+        else:
+            patch.setattr(train_cls, "save_file", full)
+            told = refused(asked())
+            assert "not saved: " in told and "No space left" in told and "the same command goes on" in told
+    assert not list(asked.folder.glob("partial_*")) and not (asked.folder / "result.json").exists()
+    assert len(checkpoints(asked.folder)) == (what != "state")
+    main(asked())
+    ours, undisturbed = contents(asked.folder), contents(tmp_path / "undisturbed/toy/scratch/seed_0")
+    assert {**ours, "result.json": ""} == {**undisturbed, "result.json": ""}
+
+
+@pytest.mark.parametrize("what", ["a file", "a dangling link", "a file above"])
+def test_a_place_that_cannot_be_written_to_is_told_before_the_work(what, asked, tmp_path, monkeypatch):
+    if what == "a file above":
+        (tmp_path / "cls").write_text("mine")
+    else:
+        asked.folder.parent.mkdir(parents=True)
+        if what == "a file":
+            asked.folder.write_text("mine")
+        else:
+            asked.folder.symlink_to(tmp_path / "gone" / "away")
+    monkeypatch.setattr(train_cls.Split, "read_pixels", None)  # no image is read
+    told = refused(asked())
+    assert "cannot be written to" in told and "name another place with --out=" in told
+
+
+def test_two_commands_do_not_share_a_run(asked):
+    asked.folder.mkdir(parents=True)
+    with lock(asked.folder.with_name(".seed_0.lock"), "training seed_0"):
+        told = refused(asked())
+        assert f"process {os.getpid()} is training seed_0 there already" in told
+        assert not os.listdir(asked.folder)
+        main(asked(seed=1, epochs=1))
+    main(asked(epochs=1))
+
+
+# ----------------------------------------------------------------------------- new images
+
+@pytest.fixture(scope="module")
+def trained(shards, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CONFIGS, "sample", (ViTConfig(image_size=32, width=64, depth=1), CONFIGS["sample"][1]))
+        config = settings(shards / "was", out=str(tmp_path_factory.mktemp("trained") / "cls"), epochs=1)
+        main(config)
+    return config
+
+
+def tables(config):
+    return {path.name: [row["image"] for row in csv.DictReader(open(path))]
+            for path in Path(config.out).glob("toy/scratch/seed_0/predicted_*.csv")}
+
+
+def test_new_images_of_folders_files_and_links_are_predicted(trained, tmp_path, capsys):
+    for name in ("a/images/1.png", "b/images/2.png", "b/images/3.png", "elsewhere/4.png", "mixed/5.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(picture(1, 60))
+    (tmp_path / "mixed/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "mixed/loop").symlink_to(tmp_path / "mixed")
+    (tmp_path / "mixed/gone.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "mixed/cut.png").write_bytes(picture(1, 60)[:200])
+    (tmp_path / "mixed/.hidden.png").write_bytes(b"")
+    before = tables(trained)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("a/images", "b/images", "mixed", "elsewhere/4.png", "a/images/"):
+            main(replace(trained, predict=str(tmp_path / name)))
+    printed = capsys.readouterr().out
+    found = {name: rows for name, rows in tables(trained).items() if name not in before}
+    assert sorted(found.values()) == [["1.png"], ["2.png", "3.png"], ["4.png"], ["5.png", "linked/4.png"]]
+    assert "2 images, 2 files that could not be read, see above" in printed and "cut.png: not an image" in printed
+    assert "gone.png: not an image that can be read (no file, or a link to none)" in printed
+
+
+def test_what_cannot_be_predicted_is_refused_and_leaves_what_there_was(trained, tmp_path, shards):
+    def refusal(name):
+        return refused(replace(trained, predict=str(tmp_path / name)))
+
+    (tmp_path / "empty/.hidden").mkdir(parents=True)
+    assert "empty: an empty folder" in refusal("empty")
+    assert "gone: no such folder or file" in refusal("gone")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/1.png").write_bytes(picture(1, 60))
+    main(replace(trained, predict=str(tmp_path / "new")))
+    before = contents(Path(trained.out))
+    (tmp_path / "new/1.png").write_bytes(b"no image")
+    assert "1 files, none of them an image that can be read, the first: " in refusal("new")
+    (tmp_path / "new/1.png").write_bytes(picture(1, 60))
+    told = refused(replace(trained, predict=str(tmp_path / "new"), shards_dir=str(shards / "other")))
+    assert "classes was ['dark', 'light'], now ['dark', 'grey', 'light']" in told
+    assert contents(Path(trained.out)) == before
+
+
+def test_a_model_and_a_result_of_two_runs_do_not_predict(trained, tmp_path):
+    copy = replace(trained, out=str(tmp_path / "cls"), predict=str(tmp_path))
+    shutil.copytree(trained.out, copy.out)
+    folder = tmp_path / "cls/toy/scratch/seed_0"
+    result = read_manifest(folder, "result.json")
+    write_manifest(folder, "result.json", result | {"model": "of another"})
+    assert "model/ is not the one that its result.json is of" in refused(copy)
+    (folder / "result.json").unlink()
+    assert "model/ is not the one that its result.json is of" in refused(copy)
+
+
+# ----------------------------------------------------------------------------- what cannot be learnt
+
+def test_too_few_images_are_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_cls.Split, "read_pixels", None)
+    rows = toy_records(("dark", "light"), {"train": 7, "test": 2})
+
+    def refusal(records, **flags):
+        shutil.rmtree(tmp_path / "toy", ignore_errors=True)
+        prepare_toy(tmp_path, ("dark", "light"), {}, records=records)
+        return refused(settings(tmp_path, **flags))
+
+    train, test = ([row for row in rows if row[0] == split] for split in ("train", "test"))
+    copies = [("test", record) for _, record in train]
+    assert "a test split has all of its images, too, so that none is left; bring others" in refusal(train + copies)
+    dark = [("test", record) for _, record in train if record.labels == ("dark",)]
+    assert "no image of class 'dark' to train on" in refusal(train + test + dark)
+    assert "fewer than 6 images of each class, or all of one patient" in refusal(train[:10] + test)
+    assert "--images_per_class=9: " in refusal(rows, images_per_class=9)
+    few = [row for number, row in enumerate(train) if number != 1]  # one light image less
+    assert "has at most 6 of a class" in refusal(few + test, images_per_class=7)
+    with pytest.raises(TypeError):  # as soon as it would read images
+        prepare_toy(tmp_path, ("dark", "light"), {}, records=few + test)
+        main(settings(tmp_path, images_per_class=6))
+    assert "class 'light' has 5 images, fewer than --images_per_class" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------- evidence
+
+def test_the_interval_draws_patients():
+    """Ten films of each of 20 patients, all right or all wrong: no more is known than of 20 images."""
+    right = np.random.default_rng(0).random(20) < 0.7
+    actual = np.eye(2, dtype=bool)[np.arange(20) % 2]
+    predicted = np.where(right[:, None], actual, ~actual)
+    alone = interval_of(predicted, actual, False, list(range(20)))
+    films = [np.repeat(rows, 10, axis=0) for rows in (predicted, actual)]
+    patients = [f"patient {n // 10}" for n in range(200)]
+    grouped, images = interval_of(*films, False, patients), interval_of(*films, False, list(range(200)))
+    assert np.ptp(grouped) == pytest.approx(np.ptp(alone), rel=0.1) and np.ptp(images) < 0.5 * np.ptp(alone)
+    scores = score(films[0].astype(np.float32), films[1], None, ["a", "b"], patients)
+    assert scores["groups"] == 20 and scores["interval"] == grouped
+    one = score(films[0].astype(np.float32), films[1], None, ["a", "b"], ["patient"] * 200)
+    assert one["interval"] is None and one["groups"] == 1
+    train_cls.print_run({"dataset": "d", "name": "n", "seed": 0, "best_epoch": 1, "test": one})
+
+
+def test_a_draw_without_a_class_gives_a_number():
+    actual = np.eye(3, dtype=bool)[[0, 0, 0, 1, 2]]
+    for groups in (range(5), ["a", "a", "b", "b", "c"]):
+        low, high = interval_of(actual, actual, False, list(groups))
+        assert low == high == 1

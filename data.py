@@ -30,7 +30,6 @@ M supervised positions. This file needs no torch: arrays leave it as numpy.
 
 import functools
 import hashlib
-import io
 import json
 import re
 import zlib
@@ -41,16 +40,14 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from plumbing.files import read_manifest
 from plumbing.flags import UserError
-
+from plumbing.pixels import load_image, open_stored, resize_image  # noqa: F401 - two of them for others
 
 BOS, EOS = 1, 2  # LLaMA's ids; PMC-LLaMA's config.json says 0 and 1, which its tokenizer contradicts
 PROMPT_VERSION = 1  # raised when format_prompt changes, so that older shards are refused
-SHARD_VERSION = 4
-FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP", "JPEG2000", "PPM")  # others may run programs
+SHARD_VERSION = 5
 SAMPLE = np.dtype([("offset", "<u8"), ("prompt", "<u4"), ("answer", "<u4"),
                    ("image", "<i4"), ("checksum", "<u4")])  # lengths in tokens; image -1: none
 IMAGE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("checksum", "<u4")])  # bytes
@@ -127,55 +124,6 @@ class Tokenizer:
         return self.model.decode([int(token) for token in tokens if token < self.vocab_size]).strip()
 
 
-# ----------------------------------------------------------------------------- pixels
-
-def load_image(content, at_least=0):
-    """
-    Decode an image file's bytes to an upright 8-bit RGB PIL image, whatever its mode.
-
-    at_least: pixels along each side that suffice; a larger JPEG may be decoded at 1/2, 1/4 or 1/8
-    of its size, which is several times as fast. 16-bit, integer and float pixels are stretched
-    from their minimum and maximum to 0..255, since a cast would keep only the low bits.
-    Transparent pixels are laid over black. Raises what Pillow raises on a broken file, and
-    ValueError on another format and on more pixels than fit into 2 GiB of memory.
-    """
-    try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
-    except UnidentifiedImageError:  # Pillow's words name an object in memory
-        raise ValueError(f"none of {', '.join(FORMATS)}") from None
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself refuses twice as many
-        raise ValueError(f"an image of {image.width} x {image.height} pixels")
-    if at_least:
-        image.draft(None, (at_least, at_least))  # JPEG alone; others are decoded whole
-    image.load()  # decode now: a truncated file must fail here
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        pixels = np.array(image, dtype=np.float32)  # in place: it may have 89 million of them
-        pixels -= pixels.min()
-        pixels *= 255 / max(pixels.max(), 1e-12)
-        image = Image.fromarray(pixels.round(out=pixels).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    return image.convert("RGB")
-
-
-def resize_image(image, size, how="squash"):
-    """
-    Bring an RGB image to size x size, bicubic and antialiased.
-
-    squash: the whole image, its aspect changed (the paper's "resized to 224x224");
-    crop: shortest side to size, then the centre (BiomedCLIP's own); pad: black borders.
-    """
-    bicubic = Image.Resampling.BICUBIC
-    if how == "crop":
-        return ImageOps.fit(image, (size, size), bicubic)
-    if how == "pad":
-        return ImageOps.pad(image, (size, size), bicubic)
-    assert how == "squash", how
-    return image.resize((size, size), bicubic)
-
-
 # ----------------------------------------------------------------------------- shards
 
 def sample_checksum(sample, tokens):
@@ -245,13 +193,17 @@ class Shard:
         return tokens[:middle - begin], tokens[middle - begin:]
 
     def read_image(self, number):
-        """Pixels of an image: (H, W, 3) uint8."""
+        """Pixels of an image: (H, W, 3) uint8. Raises UserError where it is not what was stored."""
         entry = self.image_index[number]
         begin = int(entry["offset"])
         content = self.pixels[begin:begin + int(entry["length"])].tobytes()
         if zlib.crc32(content) != entry["checksum"]:
             raise UserError(f"{self.folder}/images.bin: image {number} is damaged; {self.mend}")
-        return np.asarray(Image.open(io.BytesIO(content)))
+        try:
+            return open_stored(content, self.manifest["image"]["size"])
+        except Exception as error:  # a checksum proves no good will, and each decoder fails in its own way
+            raise UserError(f"{self.folder}/images.bin: image {number} is none that prepare/ stores "
+                            f"({error}); {self.mend}") from None
 
     def describe(self):
         """What a run that reads this shard records of it, to know it again: a dict."""

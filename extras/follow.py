@@ -22,6 +22,7 @@ from data import Batch, Mixture, Shard, Tokenizer, format_prompt
 from eval_vqa import bleu1
 from model import VLM, normalise
 from plumbing.flags import parse_command_line, run
+from plumbing.pixels import FORMATS
 from prepare.datasets import DATASETS
 
 
@@ -42,7 +43,7 @@ def main(config):
     dataset = DATASETS[config.data]
     record = next(record for split, record in dataset.read(dataset.raw(config.raw_dir))
                   if split == config.split and record.id == words["id"])
-    image = Image.open(io.BytesIO(record.image))
+    image = Image.open(io.BytesIO(record.image), formats=FORMATS)
     print(f"{config.data + '(raw)':16} Record {record.id!r}: {record.question!r} -> {record.answer!r}, "
           f"{image.format} {image.mode} {image.size}, {len(record.image):,} bytes")
 

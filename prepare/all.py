@@ -252,6 +252,9 @@ def main(config):
     print()
     print_table(rows)
     for name, manifests in found.items():
+        for split, manifest in manifests.items():
+            for reason, first in manifest["first_skipped"].items():
+                print(f"{name} {split}: {reason}: {first} is the first of {manifest['skipped'][reason]:,}")
         if not config.limit:
             compare_counts(DATASETS[name], manifests)
     print_leaks(config)

@@ -17,8 +17,9 @@ from pathlib import PurePosixPath
 import numpy as np
 from PIL import Image
 
-from data import Record, load_image
+from data import Record
 from plumbing.flags import UserError
+from plumbing.pixels import FORMATS, load_image
 from prepare.datasets import (DATASETS, dataset, open_zip, read_csv, read_image, read_json,
                               read_member, read_named_image, read_tar, refuse_damage)
 from prepare.leaks import FINGERPRINT, alike, fingerprint
@@ -298,7 +299,7 @@ def film_record(raw, name, image, path, labels):
 
 def pixels_of(path):
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return image.width * image.height
     except Exception:  # each decoder has its own ways to fail on a broken file
         return 0  # so that it is chosen, and counted as unreadable

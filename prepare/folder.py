@@ -26,12 +26,12 @@ from typing import NamedTuple
 from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard
 from plumbing.files import read_manifest
 from plumbing.flags import UserError
+from plumbing.pixels import SUFFIXES
 from prepare.classify import group_alike, split_by_group
 from prepare.datasets import DATASETS, Dataset, read_image, require_columns
 from prepare.leaks import guard
 from prepare.shards import ImageSettings, clean, recover, why_stale, write_dataset
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp")
 SPLITS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
           "val": "validation", "test": "test", "testing": "test"}
 COLUMNS = {"path": ("path", "file", "image", "filename"), "label": ("label", "labels"),
@@ -199,7 +199,8 @@ def write(target, path, items, classes, facts, workers):
         shard = Shard(target / split)
         found = Counter(label for record in shard.read_records() for label in record["labels"] or [""])
         held = ", ".join(f"{count:,} {label or 'of none'}" for label, count in sorted(found.items()))
-        skipped = "".join(f"; skipped: {n:,} {why}" for why, n in shard.manifest["skipped"].items())
+        skipped = "".join(f"; skipped: {n:,} {why} ({shard.manifest['first_skipped'][why]} the first)"
+                          for why, n in shard.manifest["skipped"].items())
         print(f"  {split}: {len(shard):,} images, {held}{skipped}")
 
 

@@ -21,12 +21,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from data import IMAGE, SAMPLE, Tokenizer, format_prompt, load_image, resize_image, sample_checksum
+from data import IMAGE, SAMPLE, Tokenizer, format_prompt, sample_checksum
 from plumbing.files import hash_file, manifest_checksum, read_manifest
 from plumbing.flags import UserError
+from plumbing.pixels import DEEP_PIXELS, Unreadable, load_image, open_stored, resize_image
 from prepare.download import hub_revision
 from prepare.leaks import fingerprint
 
@@ -42,6 +42,7 @@ class ImageSettings:
     resize: str
     codec: str
     quality: int  # of JPEG, 1 to 100; 0 for PNG, which is lossless
+    deep: str = DEEP_PIXELS  # what becomes of more than 8 bits, in words, so that another rule is noticed
 
 
 def encode_image(content, settings):
@@ -49,21 +50,24 @@ def encode_image(content, settings):
     Decode, resize and encode one image file, in a worker process.
 
     Returns the encoded bytes, their pixel error, which is the mean absolute difference in grey
-    levels (0 to 255) that the codec makes, and the image's fingerprint; None if it cannot be decoded.
+    levels (0 to 255) that the codec makes, and the image's fingerprint; where it cannot be used, the
+    reason alone, in words.
     """
     try:
         # Decoding at no less than twice the size alters a pixel less than the codec does.
         source = load_image(content, at_least=2 * settings.size)
         image = resize_image(source, settings.size, settings.resize)
         mark = fingerprint(source)
-    except Exception:  # each decoder has its own ways to fail on a broken file
-        return None
+    except Unreadable as error:
+        return str(error)
+    except MemoryError:
+        return "too large for the memory"
     stream = io.BytesIO()
     if settings.codec == "png":
         image.save(stream, "PNG")
     else:  # colour at full resolution: halving it costs stains more than a lower quality does
         image.save(stream, "JPEG", quality=settings.quality, subsampling="4:4:4")
-    stored = np.asarray(Image.open(stream), dtype=np.int16)
+    stored = open_stored(stream.getvalue(), settings.size).astype(np.int16)
     return stream.getvalue(), float(np.abs(stored - np.asarray(image)).mean()), mark
 
 
@@ -112,8 +116,8 @@ class SplitWriter:
         self.vocab_size = tokenizer.vocab_size if dataset.asks else 0
         self.token_dtype = np.dtype(np.uint16 if self.vocab_size <= 65536 else np.uint32)
         self.samples = self.tokens = self.images = self.pixel_error = 0
-        self.skipped = Counter()  # reason -> samples
-        self.image_numbers = {}  # sha256 of a source image -> its place in images.idx, or None
+        self.skipped, self.first_skipped = Counter(), {}  # reason -> samples; -> the first one's name
+        self.image_numbers = {}  # sha256 of a source image -> its place in images.idx, or why it has none
         self.images_hash = hashlib.sha256()  # over those sha256, in the order of images.idx
         self.pending = deque()  # (words, prompt, answer, sha256 of the image, its future)
         self.images_pending = 0
@@ -133,8 +137,7 @@ class SplitWriter:
                   "image missing" if record.image is None and named else
                   "unknown label" if labels - set(self.classes) else "")
         if reason:
-            self.skipped[reason] += 1
-            return
+            return self.skip(reason, record.image_name or record.id)
         assert max(prompt + target, default=-1) < self.vocab_size, record.id
         assert not isinstance(record.references, str), record.id  # one text is no tuple of texts
         references = list(dict.fromkeys(filter(None, map(clean, record.references))))
@@ -155,6 +158,11 @@ class SplitWriter:
         while len(self.pending) > RECORDS_AHEAD or self.images_pending > self.images_ahead:
             self.write_next()
 
+    def skip(self, reason, name):
+        """Count a sample that is left out, and keep the name of the first for each reason."""
+        self.skipped[reason] += 1
+        self.first_skipped.setdefault(reason, clean(str(name)))
+
     def write_next(self):
         """Write the longest-waiting sample, after its image if it is the first with that one."""
         words, prompt, answer, key, future = self.pending.popleft()
@@ -162,9 +170,8 @@ class SplitWriter:
             self.images_pending -= 1
             self.write_image(key, future.result())
         image = -1 if key is None else self.image_numbers[key]
-        if image is None:
-            self.skipped["image unreadable"] += 1
-            return
+        if isinstance(image, str):
+            return self.skip(f"image unreadable: {image}", words["image"] or words["id"])
         tokens = np.array(prompt + answer, self.token_dtype)
         sample = np.array([(self.tokens, len(prompt), len(answer), image, 0)], SAMPLE)
         sample["checksum"] = sample_checksum(sample[0], tokens)
@@ -176,7 +183,8 @@ class SplitWriter:
         self.samples += 1
 
     def write_image(self, key, encoded):
-        if encoded is None:
+        if isinstance(encoded, str):
+            self.image_numbers[key] = encoded
             return
         content, pixel_error, mark = encoded
         entry = np.array([(self.files["images.bin"].bytes, len(content), zlib.crc32(content))], IMAGE)
@@ -198,7 +206,8 @@ class SplitWriter:
             "split": self.folder.name, "kind": self.kind, "classes": list(self.classes),
             "multi_label": self.multi_label,
             "samples": self.samples, "images": self.images,
-            "skipped": dict(sorted(self.skipped.items())), "token_dtype": self.token_dtype.name,
+            "skipped": dict(sorted(self.skipped.items())),
+            "first_skipped": dict(sorted(self.first_skipped.items())), "token_dtype": self.token_dtype.name,
             "vocab_size": self.vocab_size,
             "pixel_error": round(self.pixel_error / count, 4),
             "mean_image_bytes": round(files["images.bin"]["bytes"] / count),

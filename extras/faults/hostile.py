@@ -35,6 +35,7 @@ import random
 import resource
 import shutil
 import signal
+import struct
 import tarfile
 import tempfile
 import time
@@ -49,19 +50,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import EOS, FORMATS, PROMPT_VERSION, SHARD_VERSION, Shard, Tokenizer, load_image, resize_image
+from data import EOS, PROMPT_VERSION, SHARD_VERSION, Shard, Tokenizer
 from extras.faults.corrupt import flipped, spoil_adapter, spoil_weights
 from lora import read_adapter_config
 from model import LLaMA, load_encoder
 from plumbing.flags import UserError, parse_command_line, run
+from plumbing.pixels import FORMATS, Unreadable, load_image, resize_image
 from prepare.all import print_table
 from prepare.datasets import DATASETS, open_zip, read_member, read_tar
 from prepare.questions import train_sample_tokenizer
 from prepare.shards import ImageSettings, SplitWriter, encode_image
 from prepare.weights import ENCODERS, WEIGHTS, read_pickle
 
-# What Pillow raises on a broken file.
-IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+# What Pillow raises on a broken file, and struct on a TIFF's broken list of pages.
+IMAGE_ERRORS = (OSError, ValueError, SyntaxError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,7 @@ def pictures():
     """(format, file) of each way to store an image that datasets use, small ones."""
     colour = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8))
     deep = Image.fromarray(np.random.default_rng(1).integers(0, 1 << 16, (24, 32), np.uint16))
+    yield from deep_pictures()
     exif = Image.Exif()
     exif[0x0112] = 6  # turned
     several = {"save_all": True, "append_images": [colour.rotate(90), colour.rotate(180)]}
@@ -197,6 +200,35 @@ def pictures():
         stream = io.BytesIO()
         image.save(stream, form, **settings)
         yield form, stream.getvalue()
+
+
+def deep_pictures():
+    """(format, file) of what plumbing/pixels.py reads beyond Pillow: PNG and TIFF, written by hand."""
+    draw = np.random.default_rng(2)
+    for channels, kind in ((1, 0), (3, 2), (2, 4), (4, 6)):
+        pixels = draw.integers(0, 1 << 16, (24, 32 * channels), np.uint16).astype(">u2")
+        rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+        chunks = ((b"IHDR", struct.pack(">IIBBBBB", 32, 24, 16, kind, 0, 0, 0)),
+                  (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+        yield "PNG", b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+            for name, body in chunks)
+        for order in "<>":
+            for packing in (1, 8):
+                for sign, bits in ((1, 16), *(((1, 32), (2, 16), (3, 32), (3, 64)) if channels == 1 else ())):
+                    for zero_is_black in (0, 1):
+                        body = draw.bytes(24 * 32 * channels * bits // 8)
+                        body = zlib.compress(body) if packing == 8 else body
+                        tags = {256: 32, 257: 24, 258: bits, 259: packing,
+                                262: 2 if channels > 2 else zero_is_black, 273: 8, 277: channels, 278: 24,
+                                279: len(body), 339: sign} | ({} if channels % 2 else {338: 2})
+                        if channels > 1:  # one value stands for all channels, as readers allow
+                            tags.pop(339)
+                        fields = b"".join(struct.pack(order + "HHII", tag, 4, 1, value)
+                                          for tag, value in sorted(tags.items()))
+                        yield "TIFF", ((b"II*\0" if order == "<" else b"MM\0*")
+                                       + struct.pack(order + "I", 8 + len(body)) + body
+                                       + struct.pack(order + "H", len(tags)) + fields + bytes(4))
 
 
 def whole_chunks(content):
@@ -224,7 +256,10 @@ def try_images(config, chunk, count, folder):
             content = whole_chunks(content)
 
         def use():
-            image = resize_image(load_image(content, draw.choice((0, 16))), 16)
+            try:
+                image = resize_image(load_image(content, draw.choice((0, 16))), 16)
+            except Unreadable as error:
+                raise error.__cause__ or error  # what it was before it got words
             assert (image.size, image.mode) == ((16, 16), "RGB")
 
         now = time.process_time()

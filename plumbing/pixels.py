@@ -1,0 +1,303 @@
+"""
+Pixels: an image file's bytes as upright 8-bit RGB, or in words why they cannot be used.
+
+What happens to each kind of file is the table in docs/images.md, whose rows tests/test_pixels.py
+tries. Pillow decodes; this file adds what Pillow leaves out or gets wrong of pixels deeper than 8
+bits: the low byte of 16-bit colour, the order of bytes in compressed big-endian TIFFs, numbers
+beyond 2^31, and which of black and white is zero.
+"""
+
+import io
+import re
+import struct
+import sys
+
+import numpy as np
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+
+FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP", "JPEG2000", "PPM")  # others may run programs
+SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".gif", ".bmp", ".webp",
+            ".jp2", ".j2k", ".jpf", ".jpx", ".j2c", ".jpc", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm")
+
+# A single dead pixel, marker or NaN would darken all others, if least and greatest value became 0 and
+# 255. Half a percent at each end is what segmentation of CT has long cut off (nnU-Net's rule), and a
+# film's own range of grey lies within.
+TAIL = 0.5
+DEEP_PIXELS = f"percentiles {TAIL:g} and {100 - TAIL:g} of the finite pixels become 0 and 255"  # in manifests
+SAMPLED = 1 << 22  # of a larger image, rows and columns at even distances give the percentiles
+
+# Reasons, each without names and numbers, so that few kinds are counted.
+EVEN = "even: all pixels alike"
+DAMAGED = "damaged or cut short"
+TOO_LARGE = "too many pixels"
+UNKNOWN = "no image, or of a format that is not read"
+UNKNOWN_TIFF = "a damaged TIFF, or one of a kind that is not read; save it as PNG"
+SEVERAL = "several pages; save each as a file of its own"
+NOT_FINITE = "no pixel has a finite value"
+DEEP_COLOUR = "16 bits a channel in colour; save it as 8 bits, or as a plain RGB PNG"
+
+BITS, WHICH_IS_ZERO, PLANES, COLOUR_MAP = 258, 262, 284, 320  # numbers of TIFF's tags
+EXTRA, SIGN, SUBSAMPLING = 338, 339, 530
+
+
+
+class Unreadable(ValueError):
+    """An image that cannot be used. Its message is the reason, one of few, for a person to read."""
+
+
+def teach_pillow():
+    """
+    Name to Pillow those grey TIFFs whose pixels it can unpack, but whose tags it does not know:
+    of big-endian ones and those where zero is white it knows only some, of doubles none. Grey with
+    alpha of 16 bits is unpacked as if each byte were a channel.
+    """
+    for order, big in ((b"II", ""), (b"MM", "B")):
+        for zero_is_black in (0, 1):
+            for sign, bits, mode, raw in ((1, 16, f"I;16{big}", f"I;16{big}"), (2, 16, "I", f"I;16{big}S"),
+                                          (1, 32, "I", f"I;32{big}"), (2, 32, "I", f"I;32{big}S"),
+                                          (3, 32, "F", f"F;32{big}F"), (3, 64, "F", f"F;64{big}F")):
+                TiffImagePlugin.OPEN_INFO[order, zero_is_black, (sign,), 1, (bits,), ()] = mode, raw
+            for extra in (0, 1, 2):
+                TiffImagePlugin.OPEN_INFO[order, zero_is_black, (1,), 1, (16, 16), (extra,)] = "RGBA", "RGBA"
+
+
+teach_pillow()
+
+
+# ----------------------------------------------------------------------------- a file's bytes
+
+def load_image(content, at_least=0):
+    """
+    Decode an image file's bytes to an upright 8-bit RGB PIL image, whatever its mode.
+
+    at_least: pixels along each side that suffice; a larger JPEG may be decoded at 1/2, 1/4 or 1/8
+    of its size, which is several times as fast. Pixels of 8 bits are what they were. Deeper ones are
+    stretched, as DEEP_PIXELS says. An alpha channel is laid over black, as a scan's surrounding is; a
+    single colour that a file declares transparent stays that colour. Raises Unreadable, with the
+    reason: what is broken, has several pages, or is all of one colour.
+    """
+    try:
+        image = decode(content, at_least)
+    except (Unreadable, MemoryError):
+        raise
+    except Image.DecompressionBombError:
+        raise Unreadable(TOO_LARGE) from None
+    except Exception as error:  # each decoder has its own ways to fail on a broken file
+        raise Unreadable(DAMAGED) from error
+    few = image.resize((8, 8), Image.Resampling.NEAREST)  # nearly all images differ here already
+    if not uneven(few) and not uneven(image):
+        raise Unreadable(EVEN)
+    return image
+
+
+def uneven(image):
+    return any(low != high for low, high in image.getextrema())
+
+
+def decode(content, at_least):
+    image = open_page(content)
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    tile = image.tile[0] if image.format in ("PNG", "TIFF") else None
+    raw = "" if tile is None else tile.args if isinstance(tile.args, str) else tile.args[0]
+    inverted = bool(tags) and tags[WHICH_IS_ZERO] == 0  # Pillow itself inverts up to 8 bits
+    if re.search(r"[a-zA-Z]{2};16", raw) or tags.get(BITS) == (16, 16):
+        pixels = stretch_channels(*read_channels(content, image, raw), inverted)
+        return lay_over_black(Image.fromarray(pixels))
+    if tags and tile.codec_name == "libtiff":  # which gives numbers in the machine's order of bytes
+        unpack(image, re.sub(r"^([IF];(?:16|32|64))B?([SF]?)$", r"\1N\2", raw))
+    if tags and image.mode in ("P", "PA") and max(tags[COLOUR_MAP]) < 256:  # 8-bit colours, by mistake
+        colours = bytes(tags[COLOUR_MAP])
+    else:
+        colours = b""
+    if at_least:
+        image.draft(None, (at_least, at_least))  # JPEG alone; others are decoded whole
+    image.load()  # decode now: a truncated file must fail here
+    if colours:
+        image.putpalette(colours, "RGB;L")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        pixels = np.asarray(image)
+        unsigned = image.mode == "I" and tags and tags.get(SIGN, (1,))[0] == 1
+        image = Image.fromarray(stretch(pixels.view(np.uint32) if unsigned else pixels, inverted))
+    return lay_over_black(image)
+
+
+def open_page(content):
+    """The one page of an image file as a PIL image, not decoded yet. Raises Unreadable, or as Pillow does."""
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError:  # Pillow's words name an object in memory
+        raise Unreadable(UNKNOWN_TIFF if content[:4] in TiffImagePlugin.PREFIXES else UNKNOWN) from None
+    if image.format == "TIFF":
+        image.seek(only_page(content))
+        refuse_tiff(image)
+    elif image.format in ("PNG", "GIF", "WEBP") and image.is_animated:  # a JPEG's further ones are previews
+        raise Unreadable(SEVERAL)
+    elif image.format == "PPM" and image.mode == "RGB" and max(
+            [value for value in image.tile[0].args if isinstance(value, int)], default=0) > 255:
+        raise Unreadable(DEEP_COLOUR)
+    elif image.format == "JPEG2000" and not image.mode.startswith("I"):
+        depth = content.find(b"\xff\x4f\xff\x51") + 42  # of the first channel, in the codestream's header
+        if content[depth] & 0x7f >= 8:
+            raise Unreadable(DEEP_COLOUR)
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself refuses twice as many
+        raise Unreadable(TOO_LARGE)
+    return image
+
+
+# ----------------------------------------------------------------------------- TIFF
+
+def only_page(content):
+    """
+    Number of a TIFF's one page that is no thumbnail, overview or mask of another. Raises Unreadable
+    where there are more, and struct.error where the list of pages leads out of the file.
+    """
+    order, large = "<" if content[:2] == b"II" else ">", content[2] == 43  # large: a BigTIFF
+    count_type, offset_type, field_size = ("Q", "Q", 20) if large else ("H", "I", 12)
+    (place,) = struct.unpack_from(order + offset_type, content, 8 if large else 4)
+    whole, places = [], []
+    while place and place not in places:
+        if len(places) == 64:  # no pyramid is that high, and each takes time
+            raise Unreadable(SEVERAL)
+        (count,) = struct.unpack_from(order + count_type, content, place)
+        first = place + struct.calcsize(order + count_type)
+        end = first + field_size * count
+        part = False
+        for at in range(first, min(end, first + 8 * field_size), field_size):  # sorted: these come first
+            tag, number_type = struct.unpack_from(order + "HH", content, at)
+            value_at = at + field_size - struct.calcsize(order + offset_type)
+            (value,) = struct.unpack_from(order + ("H" if number_type == 3 else "I"), content, value_at)
+            part |= tag == 254 and value & 5 != 0 or tag == 255 and value == 2
+        if not part:
+            whole.append(len(places))
+        places.append(place)
+        (place,) = struct.unpack_from(order + offset_type, content, end)
+    if len(whole) > 1 or not whole and len(places) > 1:
+        raise Unreadable(SEVERAL)
+    return whole[0] if whole else 0
+
+
+def refuse_tiff(image):
+    """Raise Unreadable for a TIFF that Pillow would read wrongly."""
+    tags, raw, kind = image.tag_v2, image.tile[0].args[0], image.tile[0].codec_name
+    if WHICH_IS_ZERO not in tags:
+        raise Unreadable("a TIFF that does not say whether zero is black or white")
+    if image.mode == "L" and tags.get(SIGN, (1,))[0] == 2:
+        raise Unreadable("a TIFF of signed 8-bit numbers; save it as unsigned ones")
+    if image.mode == "YCbCr" and kind == "raw" and tuple(tags.get(SUBSAMPLING, (2, 2))) != (1, 1):
+        raise Unreadable("a TIFF of uncompressed YCbCr; save it as RGB")
+    channels = tags.get(BITS, (1,))
+    if channels[0] == 16 and (raw.startswith("CMYK") or len(channels) > 1 and (
+            tags.get(PLANES, 1) == 2 or tags.get(EXTRA, (2,))[0] == 1)):  # 1: multiplied by alpha
+        raise Unreadable(DEEP_COLOUR)
+
+
+# ----------------------------------------------------------------------------- more than 8 bits
+
+def unpack(image, raw):
+    """Let Pillow unpack an opened image as `raw` (its word for the order of bits and channels)."""
+    image.tile = [tile._replace(args=raw if isinstance(tile.args, str) else (raw, *tile.args[1:]))
+                  for tile in image.tile]
+    return image
+
+
+def read_channels(content, image, raw):
+    """
+    Channels of 16 bits: colour (H, W) or (H, W, 3) uint16, and alpha (H, W) uint16 or None.
+
+    Pillow gives 8 bits of colour, the high byte. So it is decoded twice, for the low byte as if the
+    bytes stood in the other order. Grey with alpha fits into Pillow's four channels of 8 bits.
+    """
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    if raw in ("LA;16B", "RGBA"):
+        order = "=" if image.tile[0].codec_name == "libtiff" else "<" if content[:2] == b"II" else ">"
+        pixels = np.asarray(ImageOps.exif_transpose(unpack(image, "RGBA")))
+        pixels = pixels.view(f"{order}u2").astype(np.uint16)
+    else:
+        other = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}[raw[-1]]
+        pixels = np.asarray(ImageOps.exif_transpose(unpack(image, raw))).astype(np.uint16) << 8
+        pixels |= np.asarray(ImageOps.exif_transpose(unpack(open_page(content), raw[:-1] + other)))
+    if pixels.shape[-1] == 3:
+        return pixels, None
+    colour = pixels[..., 0] if pixels.shape[-1] == 2 else pixels[..., :3]
+    return colour, None if tags.get(EXTRA, (2,))[0] == 0 else pixels[..., -1]  # 0: it is no alpha
+
+
+def stretch_channels(colour, alpha, inverted):
+    """What read_channels gives as uint8, stretched by the pixels that can be seen: (H, W[, channels])."""
+    if alpha is None:
+        return stretch(colour, inverted)
+    seen = alpha > 0
+    if not seen.any():
+        raise Unreadable(EVEN)
+    pixels = stretch(colour, inverted, colour[seen].reshape(-1))
+    return np.dstack([pixels, (alpha >> 8).astype(np.uint8)])
+
+
+def stretch(pixels, inverted=False, counted=None):
+    """
+    Numbers of any type, (H, W) or (H, W, C), as uint8: see DEEP_PIXELS. NaN becomes 0.
+
+    inverted: zero is white. counted: the numbers that give the range, where not all do.
+    """
+    counted = pixels if counted is None else counted
+    step = -(-counted.size // SAMPLED)
+    steps = (slice(None, None, step),) if counted.ndim == 1 else (slice(None, None, round(step ** 0.5)),) * 2
+    some = counted[steps]
+    some = some[np.isfinite(some)]
+    low, high = np.percentile(some, (TAIL, 100 - TAIL)).tolist() if some.size else (0, 0)
+    if low == high:  # such as a few bright spots on an even ground
+        every = counted[np.isfinite(counted)]
+        if not every.size:
+            raise Unreadable(NOT_FINITE)
+        low, high = float(every.min()), float(every.max())
+    width = high - low or 1.0
+    stretched = np.empty(pixels.shape, np.uint8)
+    for first in range(0, len(pixels), 64):  # a few rows at a time: it may have 89 million pixels
+        with np.errstate(invalid="ignore"):  # some NaNs warn
+            rows = pixels[first:first + 64].astype(np.float64)
+        grey = np.nan_to_num(rows, nan=low, posinf=high, neginf=low) - low
+        grey = np.clip(grey * 255 / width, 0, 255).round()
+        grey = 255 - grey if inverted else grey
+        stretched[first:first + 64] = np.where(np.isnan(rows), 0, grey)
+    return stretched
+
+
+def lay_over_black(image):
+    """An image of 8 bits a channel as RGB, its alpha channel, or a palette's, laid over black."""
+    if image.mode in ("La", "RGBa"):
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    if image.mode in ("LA", "PA", "RGBA") or isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
+    image.info.pop("transparency", None)  # one colour, which stays
+    return image.convert("RGB")
+
+
+# ----------------------------------------------------------------------------- stored images
+
+def open_stored(content, size):
+    """
+    Pixels of an image that prepare/ stored, (size, size, 3) uint8. Raises ValueError where the bytes
+    are no RGB JPEG or PNG of that size, whatever else they may be, or as Pillow does.
+    """
+    image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
+    if (image.size, image.mode) != ((size, size), "RGB"):
+        raise ValueError(f"{image.mode} of {image.width} x {image.height} pixels")
+    return np.asarray(image)
+
+
+def resize_image(image, size, how="squash"):
+    """
+    Bring an RGB image to size x size, bicubic and antialiased.
+
+    squash: the whole image, its aspect changed (the paper's "resized to 224x224");
+    crop: shortest side to size, then the centre (BiomedCLIP's own); pad: black borders.
+    """
+    bicubic = Image.Resampling.BICUBIC
+    if how == "crop":
+        return ImageOps.fit(image, (size, size), bicubic)
+    if how == "pad":
+        return ImageOps.pad(image, (size, size), bicubic)
+    assert how == "squash", how
+    return image.resize((size, size), bicubic)

@@ -32,10 +32,11 @@ from PIL import Image
 
 import eval_vqa
 import train_cls
-from data import BOS, EOS, Tokenizer, format_prompt, load_image, read_settings, resize_image
+from data import BOS, EOS, Tokenizer, format_prompt, read_settings
 from model import VLM, Cache, pick_device
 from plumbing.files import newest_checkpoint
 from plumbing.flags import UserError, parse_command_line, run
+from plumbing.pixels import TOO_LARGE, Unreadable, load_image, resize_image
 
 try:
     import streamlit as st
@@ -185,11 +186,11 @@ def read_upload(content, at_least):
     """The RGB image in a file's bytes. Raises UserError, in one sentence, where there is none."""
     try:
         return load_image(content, at_least)
-    except Exception as error:  # each decoder has its own ways to fail on a broken file
-        if isinstance(error, Image.DecompressionBombError) or str(error).startswith("an image of"):
+    except Unreadable as error:
+        if str(error) == TOO_LARGE:
             raise UserError(f"This image has more than {Image.MAX_IMAGE_PIXELS // 10 ** 6} million "
                             "pixels, the most that are read.") from None
-        raise UserError("This file is not an image that can be read, or it is damaged.") from None
+        raise UserError(f"This file is not an image that can be read: {error}.") from None
 
 
 def heat_map(image, looked):

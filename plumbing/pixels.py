@@ -34,7 +34,10 @@ UNKNOWN = "no image, or of a format that is not read"
 UNKNOWN_TIFF = "a damaged TIFF, or one of a kind that is not read; save it as PNG"
 SEVERAL = "several pages; save each as a file of its own"
 NOT_FINITE = "no pixel has a finite value"
-DEEP_COLOUR = "16 bits a channel in colour; save it as 8 bits, or as a plain RGB PNG"
+DEEP_COLOUR = "more than 8 bits a channel in a way that is not read; save it as PNG"
+NO_ZERO = "a TIFF that does not say whether zero is black or white"
+SIGNED_BYTES = "a TIFF of signed 8-bit numbers; save it as unsigned ones"
+SUBSAMPLED = "a TIFF of uncompressed YCbCr; save it as RGB"
 
 BITS, WHICH_IS_ZERO, PLANES, COLOUR_MAP = 258, 262, 284, 320  # numbers of TIFF's tags
 EXTRA, SIGN, SUBSAMPLING = 338, 339, 530
@@ -91,16 +94,20 @@ def load_image(content, at_least=0):
 
 
 def uneven(image):
+    """Whether an RGB image has pixels of more than one colour."""
     return any(low != high for low, high in image.getextrema())
 
 
 def decode(content, at_least):
+    """load_image without its check of the result; raises what Pillow raises, too."""
     image = open_page(content)
     tags = image.tag_v2 if image.format == "TIFF" else {}
     tile = image.tile[0] if image.format in ("PNG", "TIFF") else None
     raw = "" if tile is None else tile.args if isinstance(tile.args, str) else tile.args[0]
     inverted = bool(tags) and tags[WHICH_IS_ZERO] == 0  # Pillow itself inverts up to 8 bits
     if re.search(r"[a-zA-Z]{2};16", raw) or tags.get(BITS) == (16, 16):
+        if image.width * image.height * len(image.mode) > 2 * Image.MAX_IMAGE_PIXELS:  # twice as many bytes
+            raise Unreadable(TOO_LARGE)
         pixels = stretch_channels(*read_channels(content, image, raw), inverted)
         return lay_over_black(Image.fromarray(pixels))
     if tags and tile.codec_name == "libtiff":  # which gives numbers in the machine's order of bytes
@@ -181,11 +188,11 @@ def refuse_tiff(image):
     """Raise Unreadable for a TIFF that Pillow would read wrongly."""
     tags, raw, kind = image.tag_v2, image.tile[0].args[0], image.tile[0].codec_name
     if WHICH_IS_ZERO not in tags:
-        raise Unreadable("a TIFF that does not say whether zero is black or white")
+        raise Unreadable(NO_ZERO)
     if image.mode == "L" and tags.get(SIGN, (1,))[0] == 2:
-        raise Unreadable("a TIFF of signed 8-bit numbers; save it as unsigned ones")
+        raise Unreadable(SIGNED_BYTES)
     if image.mode == "YCbCr" and kind == "raw" and tuple(tags.get(SUBSAMPLING, (2, 2))) != (1, 1):
-        raise Unreadable("a TIFF of uncompressed YCbCr; save it as RGB")
+        raise Unreadable(SUBSAMPLED)
     channels = tags.get(BITS, (1,))
     if channels[0] == 16 and (raw.startswith("CMYK") or len(channels) > 1 and (
             tags.get(PLANES, 1) == 2 or tags.get(EXTRA, (2,))[0] == 1)):  # 1: multiplied by alpha
@@ -231,7 +238,8 @@ def stretch_channels(colour, alpha, inverted):
     if not seen.any():
         raise Unreadable(EVEN)
     pixels = stretch(colour, inverted, colour[seen].reshape(-1))
-    return np.dstack([pixels, (alpha >> 8).astype(np.uint8)])
+    opaque = alpha.max()  # 4095 where somebody wrote 12 bits in 16
+    return np.dstack([pixels, (alpha * np.uint32(255) // opaque).astype(np.uint8)])
 
 
 def stretch(pixels, inverted=False, counted=None):

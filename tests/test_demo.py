@@ -395,7 +395,8 @@ def test_bad_uploads_get_one_sentence(visit, tmp_path):
     upload(page, "a.png", b"a text")
     alert = page.get_by_role("alert")
     alert.wait_for()
-    assert alert.inner_text().strip() == "This file is not an image that can be read, or it is damaged."
+    assert alert.inner_text().strip() == ("This file is not an image that can be read: no image, or of a format "
+                                          "that is not read.")
     assert not page.get_by_placeholder("Ask about this image").count()
     large = tmp_path / "large.png"
     with open(large, "wb") as file:

@@ -53,6 +53,7 @@ def write_shard(folder, samples, images=(), tokenizer="one", kind="image questio
         (folder / name).write_bytes(content)
     manifest = {"shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION, "kind": kind,
                 "token_dtype": "uint16", "tokenizer_sha256": tokenizer,
+                "image": {"size": len(images[0]) if len(images) else 0},
                 "files": {name: {"bytes": len(file), "sha256": hashlib.sha256(file).hexdigest()}
                           for name, file in files.items()}}
     (folder / "manifest.json").write_text(

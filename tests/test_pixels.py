@@ -1,0 +1,394 @@
+"""Every cell of the table in docs/images.md: files of each kind, written here byte by byte where Pillow cannot."""
+
+import io
+import re
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import plumbing.pixels
+from plumbing.pixels import DEEP_PIXELS, FORMATS, SUFFIXES, Unreadable, load_image, open_stored
+from prepare.shards import ImageSettings, encode_image
+
+RANDOM = np.random.default_rng(0)
+GREY = np.asarray(Image.fromarray(RANDOM.integers(0, 256, (6, 8), np.uint8)).resize((32, 24)))
+COLOUR = np.asarray(Image.fromarray(RANDOM.integers(0, 256, (6, 8, 3), np.uint8)).resize((32, 24)))
+FILM = GREY.astype(np.uint16) * 16 + 7  # 12 bits in 16
+SLIDE = COLOUR.astype(np.uint16) * 16 + 7
+GREYS = np.repeat(GREY[..., None], 3, -1)
+REASONS = [value for value in vars(plumbing.pixels).values() if isinstance(value, str)]
+
+
+# ----------------------------------------------------------------------------- files
+
+def saved(pixels, form, mode=None, **settings):
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    stream = io.BytesIO()
+    (image.convert(mode) if mode else image).save(stream, form, **settings)
+    return stream.getvalue()
+
+
+def png(pixels, *chunks):
+    """A PNG of uint16: (H, W), or (H, W, C) of grey and alpha, RGB, or RGB and alpha; chunks go before its pixels."""
+    H, W, C = np.atleast_3d(pixels).shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", W, H, 16, {1: 0, 2: 4, 3: 2, 4: 6}[C], 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in ((b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")))
+
+
+def tiff(*pages, order="<", packed=False):
+    """A TIFF of pages, each an array (H, W) or (H, W, C) of any type with a dict of tags; None takes one away."""
+    content = (b"II*\0" if order == "<" else b"MM\0*") + bytes(4)
+    link = 4  # where the place of the next page's tags is to be written
+    for pixels, tags in pages:
+        H, W, C = np.atleast_3d(pixels).shape
+        body = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
+        body = zlib.compress(body) if packed else body
+        tags = {256: W, 257: H, 258: (8 * pixels.itemsize,) * C, 259: 8 if packed else 1, 262: 1 if C < 3 else 2,
+                273: len(content), 277: C, 278: H, 279: len(body),
+                339: ({"u": 1, "i": 2, "f": 3}[pixels.dtype.kind],) * C} | tags
+        content += body
+        fields = b""
+        for tag, value in sorted(tags.items()):
+            values = value if isinstance(value, tuple) else () if value is None else (value,)
+            packed_values = struct.pack(f"{order}{len(values)}I", *values)
+            if len(values) > 1:
+                content, packed_values = content + packed_values, struct.pack(order + "I", len(content))
+            fields += struct.pack(order + "HHI", tag, 4, len(values)) + packed_values if values else b""
+        content = content[:link] + struct.pack(order + "I", len(content)) + content[link + 4:]
+        link = len(content) + 2 + len(fields)
+        content += struct.pack(order + "H", len(fields) // 12) + fields + bytes(4)
+    return content
+
+
+def tiffs(pixels, **tags):
+    """The same page in both orders of bytes, compressed and not."""
+    tags = {int(name[1:]): value for name, value in tags.items()}
+    return [tiff((pixels, tags), order=order, packed=packed) for order in "<>" for packed in (False, True)]
+
+
+def stretched(values, counted=None):
+    """What values of more than 8 bits become, as (H, W, 3): percentiles 0.5 and 99.5 become 0 and 255."""
+    values = values.astype(np.float64)
+    counted = values if counted is None else counted.astype(np.float64)
+    low, high = np.percentile(counted[np.isfinite(counted)], (0.5, 99.5))
+    with np.errstate(invalid="ignore"):
+        grey = np.nan_to_num(np.rint(((values - low) * 255 / (high - low)).clip(0, 255)))
+    return grey if grey.ndim == 3 else np.repeat(grey[..., None], 3, -1)
+
+
+def with_alpha(pixels, opaque):
+    """The pixels with an alpha channel: nothing can be seen of four rows, and of two the half."""
+    alpha = np.full(pixels.shape[:2], opaque, pixels.dtype)
+    alpha[:4], alpha[4:6] = 0, opaque // 2
+    return np.dstack([pixels, alpha])
+
+
+def over_black(rgb):
+    rgb = rgb.astype(np.float64)
+    rgb[:4], rgb[4:6] = 0, rgb[4:6] / 2
+    return rgb
+
+
+def turned(form, pixels):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return saved(pixels, form, exif=exif)
+
+
+def all_forms(pixels, *others, tolerance=0):
+    """{column: cases} of 8-bit pixels that Pillow writes in every format."""
+    wanted = np.asarray(Image.fromarray(pixels).convert("RGB"))
+    return {"PNG": [(saved(pixels, "PNG"), wanted, 0)],
+            "TIFF": [(content, wanted, 0) for content in (saved(pixels, "TIFF"), *tiffs(pixels))],
+            "other formats": [(saved(pixels, form, **settings), wanted, tolerance) for form, settings in others]}
+
+
+FINE = {"quality": 100, "subsampling": 0}
+LOSSLESS = [("BMP", {}), ("PPM", {}), ("WEBP", {"lossless": True}), ("JPEG2000", {})]
+PALETTE = Image.fromarray(COLOUR).quantize(64)
+COLOURS = np.array(PALETTE.getpalette()).reshape(-1, 3)
+MAP = tuple(np.pad(COLOURS, ((0, 256 - len(COLOURS)), (0, 0))).T.flatten().tolist())  # all reds, greens, blues
+WHITE = COLOUR.copy()
+WHITE[:8] = 255
+SEVERAL = {"save_all": True, "append_images": [Image.fromarray(COLOUR[::-1]), Image.fromarray(COLOUR[:, ::-1])]}
+EVEN = np.full((24, 32), 900, np.uint16)
+FLOATS = FILM / np.float32(1000) - 2
+HOLES = FLOATS.copy()
+HOLES[:3], HOLES[3, 0], HOLES[3, 1] = np.nan, np.inf, -np.inf
+
+
+def refused(**contents):
+    """{column: cases} of files that are refused."""
+    return {name.replace("_", " "): [(content, None, 0) for content in (value if isinstance(value, list) else [value])]
+            for name, value in contents.items()}
+
+
+def kinds():
+    """{row of the table: {column: [(file, wanted pixels or None, tolerance)]}}."""
+    ones = np.asarray(Image.fromarray(GREY).convert("1"))
+    bilevel = np.repeat(ones[..., None], 3, -1) * 255
+    deep_la, deep_rgba = with_alpha(FILM, 65535), with_alpha(SLIDE, 65535)
+    seen_la, seen_rgba = (over_black(stretched(values, values[4:])) for values in (FILM, SLIDE))
+    low_alpha = np.dstack([FILM, np.full_like(FILM, 4095)])
+    long = (GREY.astype(np.uint64) * 0x01010101).astype(np.uint32)
+    signed = (long.astype(np.int64) - (1 << 31)).astype(np.int32)
+    half_res = tiff((COLOUR, {262: 6, 530: (2, 2)}))
+    rgba, la = with_alpha(COLOUR, 255), with_alpha(GREY, 255)
+    thumbnail, mask = (GREY[::4, ::4], {254: 1}), (GREY, {254: 4})
+    hole = io.BytesIO()
+    Image.fromarray(COLOUR).save(hole, "MPO", save_all=True, append_images=[Image.fromarray(GREYS[::2, ::2])])
+    cmyk, ycbcr = Image.fromarray(COLOUR).convert("CMYK"), Image.fromarray(COLOUR).convert("YCbCr")
+    return {
+        "1 bit": {"PNG": [(saved(ones, "PNG"), bilevel, 0)],
+                  "TIFF": [(saved(ones, "TIFF", compression=name), bilevel, 0) for name in (None, "group4")],
+                  "other formats": [(saved(ones, form), bilevel, 0) for form in ("BMP", "PPM")]},
+        "8-bit grey or RGB": {name: cases + all_forms(COLOUR, *LOSSLESS, ("JPEG", FINE), tolerance=9)[name]
+                              for name, cases in all_forms(GREY, *LOSSLESS).items()},
+        "16-bit grey, or 12 bits in 16": {
+            "PNG": [(png(FILM), stretched(FILM), 0)],
+            "TIFF": [(content, stretched(FILM), 0) for content in tiffs(FILM)],
+            "other formats": [(saved(FILM, "JPEG2000"), stretched(FILM), 0), *(
+                (b"P5\n32 24\n%d\n" % most + FILM.astype(">u2").tobytes(), stretched(FILM), 1)
+                for most in (65535, 4095))]},
+        "16-bit RGB": {"PNG": [(png(SLIDE), stretched(SLIDE), 0)],
+                       "TIFF": [(content, stretched(SLIDE), 0) for content in tiffs(SLIDE)],
+                       **refused(other_formats=[b"P6\n32 24\n65535\n" + SLIDE.astype(">u2").tobytes(),
+                                                b"P3\n1 2\n4095\n1 2 3 4 5 6\n", jpeg_2000_of_16_bits()])},
+        "16-bit grey with alpha": {
+            "PNG": [(png(deep_la), seen_la, 1), (png(low_alpha), stretched(FILM), 0)],
+            "TIFF": [(content, seen_la, 1) for content in tiffs(deep_la, _338=2)]
+            + [(content, stretched(FILM), 0) for content in tiffs(deep_la, _338=0)]},
+        "16-bit RGB with alpha": {
+            "PNG": [(png(deep_rgba), seen_rgba, 1)],
+            "TIFF": [(content, seen_rgba, 1) for content in tiffs(deep_rgba, _338=2)]
+            + [(content, stretched(SLIDE), 0) for content in tiffs(deep_rgba, _338=0)]},
+        "16-bit CMYK, planes apart, or colour times alpha": refused(
+            TIFF=tiffs(deep_rgba, _262=5) + tiffs(deep_rgba, _338=1) + tiffs(SLIDE, _284=2)[1::2]),
+        "signed 16-bit numbers": {"TIFF": [(content, stretched(FILM), 0) for content in
+                                           tiffs((FILM.astype(int) - 2000).astype(np.int16))]},
+        "signed 8-bit numbers": refused(TIFF=tiffs((GREY.astype(int) - 128).astype(np.int8))[:2]),
+        "32-bit numbers, signed or not, beyond 2^31 too": {
+            "TIFF": [(content, stretched(GREY), 0) for pixels in (long, signed) for content in tiffs(pixels)]},
+        "floats of 32 or 64 bits": {
+            "TIFF": [(content, stretched(FLOATS.astype(kind)), 0) for kind in (np.float32, np.float64)
+                     for content in tiffs(FLOATS.astype(kind))],
+            "other formats": [(b"Pf\n32 24\n-1.0\n" + FLOATS[::-1].astype("<f4").tobytes(), stretched(FLOATS), 0)]},
+        "floats, some of them NaN or infinite": {
+            "TIFF": [(content, stretched(HOLES), 0) for content in tiffs(HOLES)]},
+        "floats, all of them NaN": refused(TIFF=tiffs(np.full_like(HOLES, np.nan))),
+        "floats of 16 bits, numbers of 64 bits": refused(
+            TIFF=[*tiffs(FLOATS.astype(np.float16)), *tiffs(FILM.astype(np.uint64))]),
+        "zero is white, up to 8 bits": {
+            "TIFF": [*((content, 255 - GREYS, 0) for content in tiffs(GREY, _262=0)),
+                     (tiff((np.packbits(ones, axis=1), {256: 32, 258: 1, 262: 0})), 255 - bilevel, 0)]},
+        "zero is white, 16 bits, 32 bits or float": {
+            "TIFF": [*((content, 255 - stretched(pixels), 0) for pixels in (
+                FILM, FILM.astype(np.int16), long, signed, FLOATS, FLOATS.astype(np.float64))
+                for content in tiffs(pixels, _262=0)),
+                *((content, 255 - stretched(FILM), 0) for content in tiffs(
+                    np.dstack([FILM, np.full_like(FILM, 65535)]), _262=0, _338=2)),
+                *((content, np.where(np.isnan(HOLES)[..., None], 0, 255 - stretched(HOLES)), 0)
+                  for content in tiffs(HOLES, _262=0))]},
+        "nothing said of which is white": refused(TIFF=tiffs(GREY, _262=None) + tiffs(FILM, _262=None)),
+        "a palette": all_palettes(),
+        "a palette of 8-bit colours in 16-bit places": {
+            "TIFF": [(tiff((np.asarray(PALETTE), {262: 3, 320: MAP})), np.asarray(PALETTE.convert("RGB")), 0)]},
+        "CMYK": {"TIFF": [(saved(cmyk, "TIFF"), COLOUR, 1), (saved(cmyk, "TIFF", compression="tiff_lzw"), COLOUR, 1)],
+                 "other formats": [(saved(cmyk, "JPEG", quality=100), COLOUR, 12)]},
+        "YCbCr": {"TIFF": [(saved(ycbcr, "TIFF"), COLOUR, 4),
+                           *((content, COLOUR, 4) for content in tiffs(np.asarray(ycbcr), _262=6, _530=(1, 1))),
+                           (saved(COLOUR, "TIFF", compression="jpeg", quality=100), COLOUR, 9)],
+                  "other formats": [(saved(COLOUR, "JPEG", **FINE), COLOUR, 9)]},
+        "YCbCr, uncompressed, colour at half resolution": refused(
+            TIFF=[half_res, tiff((COLOUR, {262: 6}))]),  # which is what no word about it means
+        "LAB": {"TIFF": [(saved(soft(), "TIFF", mode="LAB", compression=name), soft(), 6)
+                         for name in (None, "tiff_lzw")]},
+        "EXIF says that it lies on its side": {
+            "PNG": [(turned("PNG", COLOUR), np.rot90(COLOUR, -1), 0),
+                    (turned("PNG", FILM), np.rot90(stretched(FILM), -1), 0),
+                    *((png(pixels, (b"eXIf", exif_of_6())), np.rot90(wanted, -1), 1) for pixels, wanted in (
+                        (SLIDE, stretched(SLIDE)), (deep_la, seen_la), (deep_rgba, seen_rgba)))],
+            "TIFF": [(content, np.rot90(wanted, -1), 1) for pixels, wanted, extra in (
+                (COLOUR, COLOUR, None), (FILM, stretched(FILM), None), (SLIDE, stretched(SLIDE), None),
+                (FLOATS, stretched(FLOATS), None), (deep_la, seen_la, 2), (deep_rgba, seen_rgba, 2))
+                for content in tiffs(pixels, _274=6, _338=extra)],
+            "other formats": [(turned("JPEG", GREY), np.rot90(GREYS, -1), 12),
+                              (turned("WEBP", COLOUR), np.rot90(COLOUR, -1), 99)]},
+        "an alpha channel": {
+            "PNG": [(saved(rgba, "PNG"), over_black(COLOUR), 1), (saved(la, "PNG"), over_black(GREYS), 1),
+                    (saved(PALETTE, "PNG", transparency=bytes([0, 128] + [255] * 62)), half_seen(), 1)],
+            "TIFF": [(content, over_black(wanted), 1) for pixels, wanted in ((rgba, COLOUR), (la, GREYS))
+                     for content in tiffs(pixels, _338=2)],
+            "other formats": [(saved(rgba, "WEBP", lossless=True), over_black(COLOUR), 1)]},
+        "one colour is declared transparent": {
+            "PNG": [(saved(WHITE[..., 0], "PNG", transparency=255), np.repeat(WHITE[..., :1], 3, -1), 0),
+                    (saved(WHITE, "PNG", transparency=(255, 255, 255)), WHITE, 0),
+                    (png(FILM, (b"tRNS", struct.pack(">H", FILM.max()))), stretched(FILM), 0),
+                    (saved(PALETTE, "PNG", transparency=3), np.asarray(PALETTE.convert("RGB")), 0)],
+            "other formats": [(saved(PALETTE, "GIF", transparency=3), np.asarray(PALETTE.convert("RGB")), 0)]},
+        "several pages or frames": refused(
+            PNG=saved(COLOUR, "PNG", **SEVERAL),
+            TIFF=[saved(COLOUR, "TIFF", **SEVERAL), tiff((FILM, {}), (FILM[::-1], {}), order=">"),
+                  tiff((FILM, {254: 2}), (FILM[::-1], {254: 2})), tiff((GREY, {254: 1}), (GREY[::-1], {254: 1}))],
+            other_formats=[saved(COLOUR, "GIF", **SEVERAL), saved(COLOUR, "WEBP", **SEVERAL)]),
+        "one page, and its thumbnail, overview or mask": {
+            "TIFF": [(tiff((COLOUR, {}), thumbnail, mask), COLOUR, 0), (tiff(thumbnail, (COLOUR, {})), COLOUR, 0),
+                     (tiff(thumbnail, (SLIDE, {}), mask, order=">", packed=True), stretched(SLIDE), 0),
+                     (tiff((COLOUR, {}), (GREY[::2], {255: 2})), COLOUR, 0), (tiff((GREY, {254: 1})), GREYS, 0)],
+            "other formats": [(hole.getvalue(), np.asarray(Image.open(hole).convert("RGB")), 0)]},
+        "pixels that are all alike": refused(
+            PNG=[saved(GREY * 0 + 9, "PNG"), png(EVEN), png(np.dstack([EVEN] * 3)), png(with_alpha(FILM, 0)),
+                 saved(with_alpha(COLOUR, 0), "PNG")],
+            TIFF=tiffs(EVEN) + tiffs(EVEN.astype(np.float32)) + tiffs(EVEN.astype(np.int32), _262=0),
+            other_formats=[saved(COLOUR * 0 + 200, form) for form in ("JPEG", "BMP", "GIF", "WEBP", "PPM")]),
+        "less than its header says": refused(
+            PNG=[saved(COLOUR, "PNG")[:-600], png(SLIDE)[:-900]],
+            TIFF=[*tiffs(COLOUR, _257=240, _278=240), *tiffs(SLIDE, _257=240, _278=240),
+                  *tiffs(FILM, _257=240, _278=240), tiff((COLOUR, {}))[:-4] + b"\xff\xff\0\0"],
+            other_formats=[saved(COLOUR, "JPEG")[:-400], saved(COLOUR, "WEBP")[:-90], saved(COLOUR, "BMP")[:-90]]),
+        "more than 89 million pixels": refused(
+            PNG=[claims(saved(COLOUR, "PNG"), 9500, 9500), claims(png(SLIDE), 8000, 7500),
+                 claims(png(deep_rgba), 7000, 6500), claims(saved(COLOUR, "PNG"), 60000, 60000)],
+            TIFF=tiff((COLOUR, {256: 9500, 257: 9500})),
+            other_formats=b"P5\n9500 9500\n255\n" + bytes(99)),
+        "no image, or another format, such as DICOM": refused(
+            other_formats=[b"", b"a text", bytes(128) + b"DICM" + bytes(99), saved(COLOUR, "EPS")])}
+
+
+# ----------------------------------------------------------------------------- odd files
+
+def jpeg_2000_of_16_bits():
+    """The start of a raw codestream of three channels, which is all that is looked at before it is refused."""
+    size = struct.pack(">HHIIIIIIIIH", 47, 0, 32, 24, 0, 0, 32, 24, 0, 0, 3) + b"\x0f\1\1" * 3
+    return b"\xff\x4f\xff\x51" + size + b"\xff\xd9"
+
+
+def all_palettes():
+    wanted = np.asarray(PALETTE.convert("RGB"))
+    sixteen = tuple(257 * value for value in MAP)
+    return {"PNG": [(saved(PALETTE, "PNG"), wanted, 0)],
+            "TIFF": [(saved(PALETTE, "TIFF"), wanted, 0), (saved(PALETTE, "TIFF", compression="tiff_lzw"), wanted, 0),
+                     *((tiff((np.asarray(PALETTE), {262: 3, 320: sixteen}), order=order), wanted, 0) for order in "<>")],
+            "other formats": [(saved(PALETTE, form), wanted, 0) for form in ("GIF", "BMP")]}
+
+
+def soft():
+    """Colours that LAB holds: pale ones."""
+    return (COLOUR // 4 + 96).astype(np.uint8)
+
+
+def exif_of_6():
+    return b"MM\0*\0\0\0\x08\0\1\x01\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"
+
+
+def half_seen():
+    """PALETTE where nothing is seen of its colour 0, and half of colour 1."""
+    indices, wanted = np.asarray(PALETTE), np.asarray(PALETTE.convert("RGB")).astype(np.float64)
+    wanted[indices == 0] = 0
+    wanted[indices == 1] /= 2
+    return wanted
+
+
+def claims(content, width, height):
+    """A PNG whose header says another size."""
+    header = b"IHDR" + struct.pack(">II", width, height) + content[24:29]
+    return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
+
+
+# ----------------------------------------------------------------------------- the table
+
+def read_table():
+    """[(row, column, cell)] of docs/images.md, where the cell says something."""
+    text = (Path(__file__).parent.parent / "docs/images.md").read_text(encoding="utf-8")
+    lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    columns = lines[0][1:]
+    return [(row[0], column, cell) for row in lines[2:] for column, cell in zip(columns, row[1:], strict=True) if cell]
+
+
+KINDS = kinds()
+
+
+@pytest.mark.parametrize("row, column, cell", read_table(), ids=lambda text: text)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_each_kind_of_file_becomes_what_the_table_says(row, column, cell):
+    cases = KINDS[row][column]
+    assert cases
+    for content, wanted, tolerance in cases:
+        assert (cell in REASONS) == (wanted is None)
+        if wanted is None:
+            with pytest.raises(Unreadable, match=f"^{re.escape(cell)}$"):
+                load_image(content)
+            assert encode_image(content, ImageSettings(16, "squash", "png", 0)) == cell
+        else:
+            image = load_image(content, 16)
+            assert image.mode == "RGB" and np.asarray(image).shape == wanted.shape
+            assert np.abs(np.asarray(image) - wanted.astype(np.float64)).max() <= tolerance
+
+
+def test_the_table_names_every_kind_that_is_tried():
+    assert {(row, column) for row, column, _ in read_table()} == {
+        (row, column) for row, columns in KINDS.items() for column in columns}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied(orientation):
+    upright = np.zeros((32, 48, 3), np.uint8)
+    upright[:16, :16] = 255  # bright at the top left, whatever way the camera was held
+    undo = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
+            5: lambda a: a.transpose(1, 0, 2), 6: np.rot90,
+            7: lambda a: np.rot90(a, 2).transpose(1, 0, 2), 8: lambda a: np.rot90(a, -1)}
+    stored = Image.fromarray(np.ascontiguousarray(undo[orientation](upright)))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    found = np.asarray(load_image(saved(stored, "JPEG", quality=100, exif=exif))).astype(int)
+    assert found.shape == upright.shape and np.abs(found - upright).max() < 10
+
+
+# ----------------------------------------------------------------------------- range, names, stored images
+
+def test_a_dead_pixel_darkens_nothing_and_a_few_bright_spots_are_seen():
+    film = np.tile(np.linspace(0, 4095, 64).astype(np.uint16), (64, 1))  # 12 bits in 16
+    grey = np.asarray(load_image(png(film)))
+    dead = film.copy()
+    dead[5, 7] = 65535
+    assert (grey[0, 0, 0], grey[0, 32, 0], grey[0, -1, 0]) == (0, 130, 255)
+    assert (np.asarray(load_image(png(dead))) != grey).sum() == 3  # that pixel alone
+    spots = np.full((64, 64), 100, np.uint16)
+    spots[5, 7:9] = 3000, 900
+    found = np.asarray(load_image(png(spots)))[..., 0]
+    assert (found[5, 7], found[5, 8], found[0, 0]) == (255, 70, 0) and (found > 0).sum() == 2
+
+
+def test_the_channels_of_a_colour_keep_their_proportion():
+    slide = np.zeros((32, 32, 3), np.uint16)
+    slide[..., 0], slide[..., 1] = np.arange(32) * 100, np.arange(32) * 50
+    found = np.asarray(load_image(png(slide))).astype(int)
+    assert found[..., 0].max() == 255 and np.abs(found[..., 0] - 2 * found[..., 1]).max() <= 1 and not found[..., 2].any()
+
+
+def test_every_format_has_names_and_a_folder_takes_them():
+    forms = Image.registered_extensions()
+    assert {forms[name] for name in SUFFIXES} == set(FORMATS)
+    assert {".jfif", ".jp2", ".ppm", ".pgm", ".tif"} < set(SUFFIXES) and ".eps" not in SUFFIXES
+
+
+def test_a_stored_image_is_a_jpeg_or_png_of_the_size_that_was_stored():
+    square = COLOUR[:, :24]
+    assert np.array_equal(open_stored(saved(square, "PNG"), 24), square)
+    assert open_stored(saved(square, "JPEG"), 24).shape == (24, 24, 3)
+    for content in (saved(square, "EPS"), saved(square, "TIFF"), saved(square, "GIF"), b"", saved(square, "PNG")[:-40],
+                    saved(COLOUR, "PNG"), saved(square[..., 0], "PNG"), claims(saved(square, "PNG"), 50_000, 50_000)):
+        with pytest.raises((ValueError, OSError, Image.DecompressionBombError)):
+            open_stored(content, 24)
+
+
+def test_the_rule_for_deep_pixels_stands_in_the_image_settings():
+    assert ImageSettings(224, "squash", "jpeg", 97).deep == DEEP_PIXELS
+    assert "0.5" in DEEP_PIXELS and "99.5" in DEEP_PIXELS

@@ -10,6 +10,10 @@ Write what a train_vlm.py run has learnt as folders that other libraries load as
     vlm/        a run that needs nothing beside it: python eval_vqa.py --run=<folder>
     README.md   a model card, of what the run's own files say
 
+All of it is of one checkpoint, whole and unaltered, even where the run trains on meanwhile: its name is
+printed, and exported_from.json in each folder has its checksum. What is written names neither private
+datasets nor places on this machine. The tokenizer and the base weights have to be those of the training.
+
 Two things are not there, since they would not be this model. transformers' LLaVA has two layers where
 we have one projection, and its ViT leaves out the last norm. open_clip's whole models have a text
 tower, which nobody trained here: its TimmModel is the image tower alone. What comes back from those
@@ -24,7 +28,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not
 import json
 import shutil
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -34,10 +38,13 @@ import train_vlm
 from data import BOS, EOS, Tokenizer, read_settings
 from eval_vqa import METRICS, newest_run
 from model import ADAPTERS, CLIP_MEAN, CLIP_STD, VLM, ViT, read_tensor, tensor_shapes, tensors_of
-from plumbing.files import newest_checkpoint, read_manifest, seal, sync
-from plumbing.flags import UserError, parse_command_line, run
+from plumbing.files import (newest_checkpoint, read_manifest, require_writable, seal, sync,
+                            write_manifest)
+from plumbing.flags import Range, UserError, parse_command_line, run
 from prepare.datasets import DATASETS
 from prepare.weights import WEIGHTS
+
+SOURCE = "exported_from.json"  # in each folder: which checkpoint it is of
 
 
 @dataclass(frozen=True)
@@ -46,24 +53,141 @@ class Config:
     folder: str = ""  # where the parts go; none: export/ in the run's folder
     only: str = ""  # parts, of vision, language, adapter, vlm, card; none: all
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of language/; others are as trained
-    shard_gigabytes: float = 5.0  # largest file of language/, and about the memory that writing it takes
-    shards_dir: str = "shards"  # where the training data are, which the card describes
+    shard_gigabytes: Annotated[float, Range(1e-6, 1e6)] = 5.0  # largest file of language/; its memory, too
 
 
-def write_part(target, write, *arguments):
-    """write(*arguments, path) under a hidden name, which becomes the target once all is on the disk."""
+# ----------------------------------------------------------------------------- one checkpoint
+
+def look(checkpoint, record):
+    """{file: what tells it from another one} of a checkpoint's files; None for one that is not there."""
+    found = {}
+    for name in ["manifest.json", *record["files"]]:
+        try:
+            stat = (checkpoint / name).stat()
+            found[name] = stat.st_ino, stat.st_size, stat.st_mtime_ns
+        except OSError:
+            found[name] = None
+    return found
+
+
+def require_same(checkpoint, record, before):
+    """Raise UserError unless a checkpoint's files are still those that were there before."""
+    if look(checkpoint, record) != before or None in before.values():
+        raise UserError(f"{checkpoint}: removed or altered while it was exported, as by a run that trains on "
+                        "(train_vlm.py --keep); nothing of another one was taken: run it again")
+
+
+def require_one_source(folder, record):
+    """Raise UserError where a folder already has parts of another checkpoint."""
+    for path in sorted(folder.glob(f"*/{SOURCE}")):
+        other = read_settings(path)
+        if other.get("manifest") != record["checksum"]:
+            raise UserError(f"{path.parent}: is of {other.get('checkpoint')}, another checkpoint than this "
+                            f"{record['name']}; choose another --folder, or remove it")
+
+
+def require_room(folder, checkpoint, model, parts, dtype):
+    """Raise UserError where a disk has less room than these parts take, about: others write there, too."""
+    count = {part: sum(p.numel() for name, p in getattr(model, part).named_parameters()
+                       if ".lora_" not in name) for part in ("vision", "language")}
+    own = sum(path.stat().st_size for path in checkpoint.rglob("*") if "optimizer" not in path.name)
+    bases = [Path(path) for path in model.weights.values() if path]
+    files = [file for base in bases for file in ([base] if base.is_file() else base.glob("*.safetensors"))]
+    sizes = {"vision": 4 * count["vision"], "language": dtype.itemsize * count["language"], "adapter": 0,
+             "vlm": own + sum(file.stat().st_size for file in files), "card": 0}
+    wanted, free = sum(sizes[part] for part in parts), shutil.disk_usage(folder).free
+    if wanted > free:
+        raise UserError(f"{folder}: {wanted / 1e9:,.3f} GB are to be written, {free / 1e9:,.3f} GB are free; "
+                        "make space, choose another --folder, or some parts by --only")
+
+
+def write_part(target, write, *arguments, unchanged=lambda: None):
+    """
+    write(*arguments, path) under a hidden name, which becomes the target once all is on the disk and
+    unchanged() has not raised UserError.
+    """
     partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    remove(partial)  # of a process that was killed
     try:
         write(*arguments, partial)
         for path in [*partial.rglob("*"), partial]:
             sync(path)
+        unchanged()
         partial.rename(target)
-    except (OSError, SafetensorError) as error:
+        sync(target.parent)
+    except (UserError, OSError, SafetensorError) as error:
+        unchanged()  # what the run has removed is why
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{target}: not written: {error}; see to it, then run it again") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    print(f"{target} written")
+        remove(partial)
+    print(f"{target} written", flush=True)
+
+
+def remove(path):
+    """Remove a file or a folder, where it is there."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------- what may be told
+
+def is_public(name):
+    """Whether a dataset is one of those that anybody may know to be there."""
+    known = DATASETS.get(name)
+    return known is not None and known.licence != "private" and known.access not in ("ours", "yours")
+
+
+def make_public(record):
+    """
+    What a run wrote down of itself, without what concerns nobody else: private datasets are called
+    private_1, private_2, ..., those that it was only compared with are not named; of paths the last name
+    is left, and the command is not there.
+    """
+    trained = [entry.partition(":")[0].strip() for entry in record["flags"]["data"].split(",")]
+    private = [name for name in dict.fromkeys(trained) if not is_public(name)]
+    alias = {name: f"private_{number}" for number, name in enumerate(private, start=1)}
+
+    def renamed(facts):
+        return {alias.get(name, name): fact for name, fact in facts.items()}
+
+    def compared(tests):
+        """Test splits by their names; of private ones that did not take part, only that they were there."""
+        names = {test: test.partition("/")[0] for test in tests}
+        told = {alias.get(name, name) + test[len(name):]: tests[test] for test, name in names.items()
+                if name in trained or is_public(name)}
+        more = len(tests) - len(told)
+        return told | ({f"{more} private": ""} if more else {})
+
+    flags = {name: Path(value).name if isinstance(value, str) and name not in ("data", "device") else value
+             for name, value in record["flags"].items()}
+    entries = [entry.strip().partition(":") for entry in record["flags"]["data"].split(",")]
+    flags |= {"data": ",".join(alias.get(name.strip(), name.strip()) + colon + weight
+                               for name, colon, weight in entries)}
+    told = {name: record[name] for name in ("resize", "tokenizer_sha256") if name in record}
+    machine = {name: fact for name, fact in record["machine"].items() if name != "command"}
+    told |= {"flags": flags, "machine": machine,
+             "shards": renamed(record.get("shards", {})),
+             "leaks": {name: guard | {"tests": compared(guard["tests"])}
+                       for name, guard in renamed(record.get("leaks", {})).items()}}
+    if "inputs" in record:
+        told["inputs"] = record["inputs"] | {"data": renamed(record["inputs"]["data"])}
+    if "tests" in record:
+        told["tests"] = {name: compared(tests) for name, tests in renamed(record["tests"]).items()}
+    return told
+
+
+def open_tokenizer(run, record):
+    """A run's tokenizer. Raises UserError where it is not the one that the run was trained with."""
+    tokenizer = Tokenizer(run / "tokenizer.model")
+    recorded = {record.get("tokenizer_sha256"), record.get("inputs", {}).get("tokenizer")} - {None}
+    if recorded - {tokenizer.sha256}:
+        raise UserError(f"{tokenizer.path}: altered, or not the one that the run was trained with; bring "
+                        "that back, as from shards/<dataset>/tokenizer.model")
+    if not recorded:
+        print(f"{tokenizer.path}: not known whether the run was trained with it: it does not say",
+              file=sys.stderr)
+    return tokenizer
 
 
 def write_json(path, content):
@@ -189,21 +313,38 @@ def write_tokenizer(tokenizer, longest, folder):
 
 # ----------------------------------------------------------------------------- the whole
 
-def write_vlm(checkpoint, flags, folder):
+def write_adapter(checkpoint, part, folder):
+    """PEFT's folder of a part. The base model's place was one on this machine, and is its last name here."""
+    shutil.copytree(checkpoint / ADAPTERS[part], folder)
+    settings = read_settings(folder / "adapter_config.json")
+    base = Path(settings.get("base_model_name_or_path") or "").name
+    hub = next((entry.hub for entry in WEIGHTS.values() if entry.target == base), base)
+    write_json(folder / "adapter_config.json", {**settings, "base_model_name_or_path": hub})
+
+
+def write_vlm(checkpoint, told, folder):
     """A run of this checkpoint alone, with the weights files that it takes from elsewhere in it."""
     folder.mkdir()
-    for name in ("config.json", "tokenizer.model"):
-        shutil.copyfile(checkpoint.parent / name, folder / name)
+    shutil.copyfile(checkpoint.parent / "tokenizer.model", folder / "tokenizer.model")
+    write_manifest(folder, "config.json", told)
     step, config = folder / "partial", read_settings(checkpoint / "config.json")
-    shutil.copytree(checkpoint, step, ignore=shutil.ignore_patterns("optimizer.*", "manifest.json"))
-    if vision := config["weights"]["vision"]:
-        shutil.copyfile(vision, step / "vision.safetensors")
-    if language := config["weights"]["language"]:
+    weights = VLM.load(checkpoint, device="meta").weights  # where they are, and are what they were
+    parts = {ADAPTERS[part]: part for part in config["lora"]}
+    shutil.copytree(checkpoint, step, ignore=shutil.ignore_patterns("optimizer.*", "manifest.json", *parts))
+    for name, part in parts.items():
+        write_adapter(checkpoint, part, step / name)
+    if weights["vision"]:
+        shutil.copyfile(weights["vision"], step / "vision.safetensors")
+    if weights["language"]:
         (step / "language").mkdir()
-        for source in [*Path(language).glob("*.json"), *Path(language).glob("*.safetensors")]:
+        base = Path(weights["language"])
+        for source in [*base.glob("*.safetensors"), *base.glob("model.safetensors.index.json")]:
             shutil.copyfile(source, step / "language" / source.name)
+        settings = read_settings(base / "config.json")
+        write_json(step / "language/config.json", {key: value for key, value in settings.items()
+                                                   if key != "_name_or_path"})  # a place on a disk, often
     write_json(step / "config.json", {**config, "weights": {"vision": "", "language": ""}})
-    seal(step, folder / checkpoint.name, step=int(checkpoint.name[5:]), flags=flags)
+    seal(step, folder / checkpoint.name, step=int(checkpoint.name[5:]), **told)
 
 
 # ----------------------------------------------------------------------------- the card
@@ -240,7 +381,7 @@ nothing else; other kinds of images, questions and languages than those below ar
 {data}
 
 Of these samples, about {held_out:,} were held out. Training images were compared with {tests}.
-What is unknown was not there when this card was written, or not as the run found it.
+What is not known the run did not record.
 
 ## Recipe
 
@@ -257,24 +398,16 @@ None was chosen for these weights. They were trained on the data above, each und
 """
 
 
-def training_data(trained, shards_dir):
-    """
-    Of each training split: entry of --data, manifest, how many of its samples have an image of a test
-    split, and what the run says of those. {} and "unknown" where it is not here or not as it was then.
-    """
-    for entry in map(str.strip, trained["flags"]["data"].split(",")):
-        name, count = entry.partition(":")[0], "unknown"
-        guard = trained.get("leaks", {}).get(name, {"leaks": "unknown", "tests": {}})
-        manifest, leaks = (read_manifest(Path(shards_dir) / name / "train", file) or {}
-                           for file in ("manifest.json", "leaks.json"))
-        if (manifest and leaks and manifest["checksum"] == trained.get("shards", {}).get(name)
-                and leaks["train"] == manifest["checksum"]
-                and guard["tests"].items() <= leaks["tests"].items()):
-            # Not those of test splits that were prepared since; known sources need no test split
-            count = len({number for test, reasons in leaks["found"].items()
-                         if test in guard["tests"] or test not in leaks["tests"]
-                         for numbers in reasons.values() for number in numbers})
-        yield entry, {} if count == "unknown" else manifest, count, guard
+def training_rows(told):
+    """Of each training split a row of the card's table: what the run recorded of it, and nothing newer."""
+    for entry in told["flags"]["data"].split(","):
+        name = entry.partition(":")[0]
+        facts = told.get("inputs", {}).get("data", {}).get(name, {})
+        known, guard = DATASETS.get(name), told.get("leaks", {}).get(name, {})
+        done = {"drop": "left out", "keep": "kept"}.get(guard.get("leaks"), "not known whether left out")
+        cells = entry, known.licence if known else "not known", *(
+            facts.get(key, "not known") for key in ("samples", "images", "leaked"))
+        yield f"| {' | '.join(map(str, cells))}, {done} |"
 
 
 def describe_results(run, checkpoint):
@@ -290,9 +423,10 @@ def describe_results(run, checkpoint):
              "*question only* the most frequent training answer to the same words. Neither sees the",
              "right image: a score is worth what it has above them."]
     for name, tables in found["results"].items():
+        name = name if is_public(name.partition("/")[0]) else "a private dataset"
         for title, table in (("all questions", tables["all"]), ("those new to the run", tables["new"])):
-            if isinstance(table, str):  # why it is not known
-                lines += ["", f"{name}, {title}: {table}"]
+            if isinstance(table, str):  # the reason names places and data
+                lines += ["", f"{name}, {title}: not known"]
                 continue
             lines += ["", f"| {name}, {title}: {table['questions']:,} | {' | '.join(METRICS)} |",
                       "|---|" + "--:|" * len(METRICS)]
@@ -303,72 +437,102 @@ def describe_results(run, checkpoint):
     return "\n".join(lines)
 
 
-def write_card(checkpoint, trained, data, path):
-    """The card, with the hub's front matter. What neither the run nor a manifest says is unknown."""
-    model, flags, step = VLM.load(checkpoint, device="meta"), trained["flags"], int(checkpoint.name[5:])
-    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    starts, bases, rows, hub, tests, default = [], [], [], [], set(), asdict(train_vlm.Config())
+def describe_starts(told):
+    """What each part started from, a line each; the hub's names of those that have one."""
+    starts, bases, flags = [], [], told["flags"]
     for part, of_the_paper in (("vision", "biomedclip.safetensors"), ("language", "pmc_llama_7b")):
-        weights = flags[f"{part}_weights"]
-        if weights == "auto":
-            weights = of_the_paper if flags["model"] == "paper" else "none"
-        start = Path(weights).name  # by its name, one that prepare/all.py has brought
+        start = flags[f"{part}_weights"]
+        if start == "auto":
+            start = of_the_paper if flags["model"] == "paper" else "none"
+        # by its name, one that prepare/all.py has brought
         if entry := next((entry for entry in WEIGHTS.values() if entry.target == start), None):
             bases.append(entry.hub)
-        origin = f"{entry.page}, licence: {entry.licence}" if entry else "origin and licence unknown"
-        start = "random values" if weights == "none" else f"{start} ({origin})"
-        starts.append(f"The {part} model started from {start}.")
-    for entry, manifest, count, guard in data:
-        known = DATASETS.get(entry.partition(":")[0])
-        licence = manifest.get("licence", known.licence if known else "unknown")
-        done = {"drop": "left out", "keep": "kept"}.get(guard["leaks"], "unknown whether left out")
-        cells = (entry, licence, *(manifest.get(key, "unknown") for key in ("samples", "images")))
-        rows.append(f"| {' | '.join(map(str, cells))} | {count}, {done} |")
-        hub += [known.hub] if known and known.hub else []
-        tests |= guard["tests"].keys()
-    log, last = checkpoint.parent / "log.jsonl", {"loss": "unknown", "held_out_loss": "unknown"}
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    for entry in (json.loads(line) for line in lines if line.endswith("}")):  # the last may be torn
-        last |= {key: f"{entry[key]:.3f}" for key in last if key in entry and entry["step"] <= step}
+        origin = f"{entry.page}, licence: {entry.licence}" if entry else "origin and licence not known"
+        starts.append(f"The {part} model started from "
+                      f"{'random values' if start == 'none' else f'{start} ({origin})'}.")
+    return starts, bases
+
+
+def last_losses(run, step):
+    """The newest losses in a run's log up to a step, as text."""
+    log, last = run / "log.jsonl", {"loss": "not known", "held_out_loss": "not known"}
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []:
+        try:
+            entry = json.loads(line)
+            last |= {key: f"{entry[key]:.3f}" for key in last if key in entry and entry["step"] <= step}
+        except (ValueError, TypeError, KeyError, RecursionError):  # torn, or not by train_vlm.py
+            continue
+    return last
+
+
+def write_card(checkpoint, told, path):
+    """The card, with the hub's front matter. What the run did not record is not known."""
+    model, flags, step = VLM.load(checkpoint, device="meta"), told["flags"], int(checkpoint.name[5:])
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    default, (starts, bases) = asdict(train_vlm.Config()), describe_starts(told)
+    known = [DATASETS.get(entry.partition(":")[0]) for entry in flags["data"].split(",")]
+    hub = [dataset.hub for dataset in known if dataset and dataset.hub]
+    tests = {test for guard in told.get("leaks", {}).values() for test in guard["tests"]}
     shown = [f"--{key}={value}" for key, value in flags.items() if key in SHOWN or not (
              key in train_vlm.FREE_ON_RESUME or key.endswith("_weights") or value == default.get(key))]
     path.write_text(CARD.format(
-        **sizes, **last, vit=model.vision.config, llama=model.language.config, steps=step,
-        **{key: str(value).strip() or "unknown" for key, value in trained["machine"].items()},
+        **sizes, **last_losses(checkpoint.parent, step), vit=model.vision.config, llama=model.language.config,
+        **{key: str(value).strip() or "not known" for key, value in told["machine"].items()}, steps=step,
         name=checkpoint.parent.resolve().name, flags="\n    ".join(shown), held_out=flags["held_out"],
-        data="\n".join(rows), tests=", ".join(sorted(tests)) or "no test split",
+        data="\n".join(training_rows(told)), tests=", ".join(sorted(tests)) or "no test split",
         bases=json.dumps(bases), datasets=json.dumps([*dict.fromkeys(hub)]), starts="\n".join(starts),
         results=describe_results(checkpoint.parent, checkpoint)), encoding="utf-8")
 
 
-def main(config):
-    if config.shard_gigabytes <= 0:
-        raise UserError(f"--shard_gigabytes={config.shard_gigabytes}: more than 0")
-    source = Path(config.run) if config.run else newest_run()
-    checkpoint, trained = newest_checkpoint(source), read_settings(source / "config.json")
-    tokenizer, folder = Tokenizer(source / "tokenizer.model"), Path(config.folder or source / "export")
-    data = list(training_data(trained, config.shards_dir))
-    lora = read_settings(checkpoint / "config.json")["lora"]
-    parts = {  # part -> its files or folders, and what write_part is to call for each
-        "vision": {"vision": (write_vision, checkpoint, trained.get("resize", "squash"))},
-        "language": {"language": (write_language, checkpoint, tokenizer, getattr(torch, config.dtype),
-                                  config.shard_gigabytes * 1e9)},
-        "adapter": {ADAPTERS[part]: (shutil.copytree, checkpoint / ADAPTERS[part]) for part in lora},
-        "vlm": {"vlm": (write_vlm, checkpoint, trained["flags"])},
-        "card": {"README.md": (write_card, checkpoint, trained, data)}}
-    only = [part.strip() for part in config.only.split(",")] if config.only else list(parts)
+def write_with_source(write, record, *arguments):
+    """write(*arguments), whose last is a folder, and into it which checkpoint it is of."""
+    write(*arguments)
+    write_json(arguments[-1] / SOURCE, {"checkpoint": record["name"], "manifest": record["checksum"]})
+
+
+def choose_parts(config, run, lora):
+    """The parts to write, in order. Raises UserError for one that is not there."""
+    parts = ["vision", "language", "adapter", "vlm", "card"]
+    only = [part.strip() for part in config.only.split(",")] if config.only else parts
     for part in only:
         if part not in parts:
             raise UserError(f"--only={part}: no such part; there are {', '.join(parts)}")
-        if config.only and not parts[part]:
-            raise UserError(f"--only={part}: {source} has no LoRA; leave it out")
-    jobs = {folder / name: job for part in only for name, job in parts[part].items()}
+        if config.only and part == "adapter" and not lora:
+            raise UserError(f"--only={part}: {run} has no LoRA; leave it out")
+    return list(dict.fromkeys(only))
+
+
+def main(config):
+    run = Path(config.run) if config.run else newest_run()
+    checkpoint = newest_checkpoint(run)
+    sealed = read_manifest(checkpoint)
+    before = look(checkpoint, sealed)
+    require_same(checkpoint, sealed, before)
+    record = read_settings(run / "config.json") | sealed  # what it was sealed with counts
+    lora, dtype = read_settings(checkpoint / "config.json")["lora"], getattr(torch, config.dtype)
+    tokenizer, told = open_tokenizer(run, record), make_public(record)
+    folder = Path(config.folder or run / "export")
+    jobs = {  # part -> its files or folders, and what write_part is to call for each
+        "vision": {"vision": (write_vision, checkpoint, record.get("resize", "squash"))},
+        "language": {"language": (write_language, checkpoint, tokenizer, dtype,
+                                  config.shard_gigabytes * 1e9)},
+        "adapter": {ADAPTERS[part]: (write_adapter, checkpoint, part) for part in lora},
+        "vlm": {"vlm": (write_vlm, checkpoint, told)}}
+    parts = choose_parts(config, run, lora)
+    jobs = {folder / name: (write_with_source, job[0], sealed, *job[1:]) for part in parts
+            for name, job in jobs.get(part, {}).items()}
+    if "card" in parts:
+        jobs[folder / "README.md"] = write_card, checkpoint, told
     for target in jobs:
         if target.exists():
             raise UserError(f"{target}: there already; remove it, or choose another --folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    require_one_source(folder, sealed)
+    model = VLM.load(checkpoint, device="meta")  # no values, but its base weights are those of the training
+    require_writable(folder, "folder")
+    require_room(folder, checkpoint, model, parts, dtype)
+    print(f"of {checkpoint}, into {folder}:", flush=True)
     for target, job in jobs.items():
-        write_part(target, *job)
+        write_part(target, *job, unchanged=lambda: require_same(checkpoint, sealed, before))
 
 
 if __name__ == "__main__":

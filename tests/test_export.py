@@ -6,6 +6,7 @@ again comes back, bit for bit. The second run starts from the parts that the fir
 import io
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -25,10 +26,13 @@ from lora import add_lora, load_adapter, lora_layers, read_adapter_config
 from model import CLIP_MEAN, CLIP_STD, VLM, LLaMA, ViT, load_encoder
 from plumbing.files import manifest_checksum, newest_checkpoint, seal
 from plumbing.flags import UserError
+from prepare.leaks import guard
 from prepare.questions import train_sample_tokenizer
 from test_encoders import CLIP_VIT, fill, references  # noqa: F401, the fixture: timm and open_clip
 from test_model import LLAMA, TOLERANCE, VIT, randomise, relative_error
 from test_train import flags, shards  # noqa: F401, the fixture: a prepared part of the sample
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,7 @@ def runs(shards, tmp_path_factory):  # noqa: F811
             language_weights=str(folder / "full/export/language")))]:
         train_vlm.main(flags(shards, folder / name, max_steps=20, **changes))
         eval_vqa.main(eval_vqa.Config(run=str(folder / name), shards_dir=str(shards)))
-        export.main(export.Config(run=str(folder / name), shards_dir=str(shards), shard_gigabytes=1e-3))
+        export.main(export.Config(run=str(folder / name), shard_gigabytes=1e-3))
         made[name] = folder / name, folder / name / "export"
     return made
 
@@ -260,53 +264,84 @@ def test_card_says_what_the_run_says(runs, shards):  # noqa: F811
     for flag in ("--lora_r=4", "--learning_rate=0.03", "--language=lora", "--epochs=15.0"):
         assert f"    {flag}\n" in text
     assert "--shards_dir" not in text and str(run.parent) not in text  # places on a disk concern nobody
-    assert "The vision model started from model.safetensors (origin and licence unknown)." in text
+    assert "The vision model started from model.safetensors (origin and licence not known)." in text
     assert "The vision model started from random values." in (runs["full"][1] / "README.md").read_text()
 
 
-def write_card(run, shards_dir, path):
-    trained = json.loads((run / "config.json").read_text())
-    export.write_card(newest_checkpoint(run), trained, export.training_data(trained, shards_dir), path)
+def write_card(run, path):
+    checkpoint = newest_checkpoint(run)
+    record = json.loads((run / "config.json").read_text())
+    export.write_card(checkpoint, export.make_public(record), path)
     return huggingface_hub.ModelCard.load(path)
 
 
 def test_card_says_what_is_not_known(runs, tmp_path):
-    run = shutil.copytree(runs["full"][0], tmp_path / "run", ignore=shutil.ignore_patterns("export"))
-    found, config = (json.loads((run / name).read_text()) for name in ("results.json", "config.json"))
-    (run / "results.json").write_text(json.dumps({**found, "checkpoint": "step_000010"}))
-    (run / "log.jsonl").write_text('{"step": 20, "loss": 1.5}\n{"step": 30, "loss": 9}\n{"st')
-    config["flags"] |= {"model": "paper", "data": "sample:2, path_vqa,mine,older"}
-    dropped = {"leaks": "drop", "tests": {"a/test": "x"}}
-    config["leaks"] = {"sample": {"leaks": "keep", "tests": {}}, "path_vqa": dropped, "mine": dropped}
+    run = shutil.copytree(runs["full"][0], tmp_path / "run", ignore=shutil.ignore_patterns("export", "eval"))
+    config = json.loads((run / "config.json").read_text())
+    (run / "log.jsonl").write_text('{"step": 20, "loss": 1.5}\n{"step": 30, "loss": 9}\n[3]\n{"st')
+    config["flags"] |= {"model": "paper", "data": "sample:2, path_vqa,our_feet,old_skulls"}
+    dropped = {"leaks": "drop", "tests": {"path_vqa/test": "x", "hidden/test": "x", "busi/test": "y"}}
+    config["leaks"] = {"sample": {"leaks": "keep", "tests": {}}, "path_vqa": dropped, "our_feet": dropped}
     config["machine"]["commit"] = ""
+    config.pop("inputs")
     (run / "config.json").write_text(json.dumps(config))
-    card = write_card(run, tmp_path / "no_shards", tmp_path / "README.md")
+    card = write_card(run, tmp_path / "README.md")
     assert card.data.datasets == ["flaviagiammarino/path-vqa"] and card.data.base_model == [
         "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", "chaoyi-wu/PMC_LLAMA_7B"]
-    for line in ("| sample:2 | MIT | unknown | unknown | unknown, kept |",
-                 "| mine | unknown | unknown | unknown | unknown, left out |",
-                 "| older | unknown | unknown | unknown | unknown, unknown whether left out |",
-                 "made by nanoMedQ at commit unknown", "compared with a/test.",
-                 "Unknown: eval_vqa.py has not evaluated step_000020.",
-                 "the last loss logged is 1.500 nats\na token, on held-out samples unknown.",
+    for line in ("| sample:2 | MIT | not known | not known | not known, kept |",
+                 "| private_1 | not known | not known | not known | not known, left out |",
+                 "| private_2 | not known | not known | not known | not known, not known whether left out |",
+                 "made by nanoMedQ at commit not known", "compared with 1 private, busi/test, path_vqa/test.",
+                 "the last loss logged is 1.500 nats\na token, on held-out samples not known.",
                  "pmc_llama_7b (https://huggingface.co/chaoyi-wu/PMC_LLAMA_7B, licence: LLaMA's)"):
         assert line in card.text
+    assert not re.search("our_feet|old_skulls|hidden", card.text)
 
 
-def test_card_counts_what_was_left_out_when_the_run_was_trained(runs, shards, tmp_path):  # noqa: F811
-    """And not for a test split that came later; samples of a known source, as ever."""
-    run = runs["full"][0]
-    for change, leaked in [({}, "2"), ({"other/test": "y"}, "2"), ({"sample/test": "z"}, "unknown")]:
-        copy = shutil.copytree(shards / "sample", tmp_path / f"{len(list(tmp_path.iterdir()))}/sample")
-        leaks = json.loads((copy / "train/leaks.json").read_text())
-        leaks["tests"] |= change
-        leaks["found"] = {"sample/test": {"alike": [4], "same id": [4]},
-                          "absent/test": {"known source": [7]},
-                          **{test: {"alike": [1, 2, 3]} for test in change.keys() - {"sample/test"}}}
-        leaks["checksum"] = manifest_checksum(leaks)
-        (copy / "train/leaks.json").write_text(json.dumps(leaks))
-        text = write_card(run, copy.parent, copy.parent / "README.md").text
-        assert f" | {leaked}, left out |" in text
+def test_card_has_what_the_run_recorded_whatever_the_shards_are_now(runs, tmp_path):
+    run = shutil.copytree(runs["full"][0], tmp_path / "run", ignore=shutil.ignore_patterns("export", "eval"))
+    config = json.loads((run / "config.json").read_text())
+    config["inputs"]["data"]["sample"] |= {"samples": 4321, "images": 765, "leaked": 12}
+    (run / "config.json").write_text(json.dumps(config))
+    assert "| sample | MIT | 4321 | 765 | 12, left out |" in write_card(run, tmp_path / "README.md").text
+
+
+# ----------------------------------------------------------------------------- privacy
+
+@pytest.fixture(scope="module")
+def private(shards, tmp_path_factory):  # noqa: F811
+    """(export of a run on a private dataset beside another one, words that may be nowhere in it)."""
+    folder = tmp_path_factory.mktemp("st_anna") / "home_of_maria"
+    here = folder / "shards"
+    for name in ("st_anna_skulls", "feet_of_maria", "sample"):
+        shutil.copytree(shards / "sample", here / name)
+        for path in here.glob(f"{name}/*/manifest.json"):
+            manifest = json.loads(path.read_text()) | {"dataset": name}
+            path.write_text(json.dumps(manifest | {"checksum": manifest_checksum(manifest)}))
+    guard(here, "keep")
+    base = folder / "a_base"
+    VLM.build("sample", 512).save(base)
+    shutil.move(base / "language", folder / "language_of_maria")
+    settings = json.loads((folder / "language_of_maria/config.json").read_text())
+    (folder / "language_of_maria/config.json").write_text(json.dumps(
+        settings | {"_name_or_path": str(folder / "language_of_maria")}))
+    train_vlm.main(flags(here, folder / "run", data="sample,st_anna_skulls:2", max_steps=2, language="lora",
+                         vision="full", language_weights=str(folder / "language_of_maria")))
+    eval_vqa.main(eval_vqa.Config(run=str(folder / "run"), shards_dir=str(here), limit=4, blind="none"))
+    export.main(export.Config(run=str(folder / "run"), folder=str(folder / "out")))
+    return folder / "out", ("st_anna", "feet_of", "home_of", str(Path.home()), str(folder), str(ROOT))
+
+
+def test_no_exported_file_names_private_datasets_people_or_places(private):
+    folder, secrets = private
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"README.md", "manifest.json", "adapter_config.json"} <= {path.name for path in files}
+    told = {(path.relative_to(folder).as_posix(), word) for path in files for word in secrets
+            if word.encode() in path.read_bytes() or word in path.name}
+    assert told == set()
+    text = (folder / "README.md").read_text()
+    assert "--data=sample,private_1:2" in text and "| private_1:2 | not known | 64 |" in text
+    assert "private" in text.split("images were compared with")[1].split(".")[0]
 
 
 # ----------------------------------------------------------------------------- refusals
@@ -316,13 +351,85 @@ def test_card_counts_what_was_left_out_when_the_run_was_trained(runs, shards, tm
     (dict(only="card"), r"export/README.md: there already"),
     (dict(only="vlm, lanugage"), "--only=lanugage: no such part; there are vision, language, adapter, "),
     (dict(only="adapter"), "--only=adapter: .*full has no LoRA; leave it out"),
-    (dict(shard_gigabytes=0.0), "--shard_gigabytes=0.0: more than 0"),
     (dict(run="nowhere"), "nowhere: no checkpoint here; run `python train_vlm.py --run=nowhere`")])
 def test_a_mistake_gets_a_line(changes, message, runs):
     before = sorted(runs["full"][1].rglob("*"))
     with pytest.raises(UserError, match=message) as caught:
         export.main(export.Config(**{"run": str(runs["full"][0]), **changes}))
     assert "\n" not in str(caught.value) and sorted(runs["full"][1].rglob("*")) == before
+
+
+def change_bit(path, at):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_another_tokenizer_is_refused(runs, tmp_path):
+    run = shutil.copytree(runs["full"][0], tmp_path / "run", ignore=shutil.ignore_patterns("export", "eval"))
+    model = sentencepiece.SentencePieceProcessor(model_file=str(run / "tokenizer.model"))
+    piece = next(model.id_to_piece(token) for token in range(300, 512)
+                 if re.fullmatch("[a-z]{3}", model.id_to_piece(token)))
+    content = (run / "tokenizer.model").read_bytes()
+    change_bit(run / "tokenizer.model", content.index(piece.encode()))
+    Tokenizer(run / "tokenizer.model")  # which is a tokenizer still
+    with pytest.raises(UserError, match="tokenizer.model: altered, or not the one that the run was trained"):
+        export.main(export.Config(run=str(run), folder=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_base_weights_are_refused(runs, tmp_path):
+    base = runs["full"][1] / "language"
+    file = sorted(base.glob("*.safetensors"))[0]
+    before = file.read_bytes()
+    change_bit(file, len(before) - 1)
+    try:
+        with pytest.raises(UserError, match="not the base weights that the run was trained on"):
+            export.main(export.Config(run=str(runs["lora"][0]), folder=str(tmp_path / "out")))
+    finally:
+        file.write_bytes(before)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", ["removed", "altered", "gone halfway"])
+def test_what_a_run_removes_meanwhile_is_exported_whole_or_not_at_all(change, runs, tmp_path, monkeypatch):
+    run = shutil.copytree(runs["full"][0], tmp_path / "run", ignore=shutil.ignore_patterns("export", "eval"))
+    checkpoint, copytree, save = newest_checkpoint(run), shutil.copytree, export.save_file
+
+    def go_on(*arguments, **named):
+        if change == "altered":
+            change_bit(checkpoint / "projector.safetensors", -1)
+        elif change == "removed":
+            save(*arguments, **named)
+        if change != "altered":
+            checkpoint.rename(run / "removed_step")
+        if change != "removed":
+            save(*arguments, **named)
+
+    monkeypatch.setattr(export, "save_file", go_on)
+    with pytest.raises(UserError, match="step_000020: removed or altered while it was exported") as caught:
+        export.main(export.Config(run=str(run), folder=str(tmp_path / "out")))
+    assert "\n" not in str(caught.value) and list((tmp_path / "out").iterdir()) == []
+
+
+def test_parts_of_two_checkpoints_do_not_come_together(runs, tmp_path, capsys):
+    export.main(export.Config(run=str(runs["full"][0]), folder=str(tmp_path), only="vision"))
+    assert f"of {runs['full'][0]}/step_000020, into" in capsys.readouterr().out
+    with pytest.raises(UserError, match="vision: is of step_000020, another checkpoint than this"):
+        export.main(export.Config(run=str(runs["lora"][0]), folder=str(tmp_path), only="adapter"))
+    assert [path.name for path in tmp_path.iterdir()] == ["vision"]
+
+
+def test_a_full_or_unwritable_target_is_told_before_the_work(runs, tmp_path, monkeypatch):
+    run = str(runs["full"][0])
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(export, "write_part", lambda *arguments, **named: pytest.fail("it began"))
+    with pytest.raises(UserError, match="cannot be written to .*; name another place with --folder="):
+        export.main(export.Config(run=run, folder=str(tmp_path / "file/new")))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    with pytest.raises(UserError, match=r"GB are to be written, 0.001 GB are free; make space"):
+        export.main(export.Config(run=run, folder=str(tmp_path / "new")))
 
 
 def test_what_cannot_be_written_whole_is_not_there(runs, tmp_path, monkeypatch):

@@ -32,9 +32,9 @@ def shrink():
                                      num_attention_heads=2, num_key_value_heads=2))
 
 
-def prepare(folder):
-    """Shards of 64 questions of the sample, at 32 pixels, by the real command."""
-    subprocess.run([sys.executable, "prepare/all.py", "--only=sample", "--limit=64", "--image_size=32",
+def prepare(folder, limit=64):
+    """Shards of the sample's first questions, at 32 pixels, by the real command."""
+    subprocess.run([sys.executable, "prepare/all.py", "--only=sample", f"--limit={limit}", "--image_size=32",
                     f"--shards_dir={folder}"], cwd=ROOT, check=True, capture_output=True)
     return folder
 

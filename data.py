@@ -32,6 +32,7 @@ import functools
 import hashlib
 import json
 import re
+import shlex
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -133,6 +134,15 @@ def sample_checksum(sample, tokens):
     return zlib.crc32(np.ascontiguousarray(tokens), zlib.crc32(header))
 
 
+def how_to_prepare(folder):
+    """What to run for a dataset's folder in shards/; where it is of somebody's own images, a split says so."""
+    for split in sorted(folder.glob("*")):
+        path = (read_manifest(split) or {}).get("path")
+        if path:
+            return f"run `python train_cls.py --dataset={shlex.quote(path)}`"
+    return f"run `python prepare/all.py --only={folder.name}`"
+
+
 class Shard:
     """
     One prepared split, memory-mapped. Index files are verified when it is opened, samples and
@@ -143,7 +153,7 @@ class Shard:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        again = f"run `python prepare/all.py --only={self.folder.parent.name}`"
+        again = how_to_prepare(self.folder.parent)
         if not self.folder.is_dir():
             raise UserError(f"{self.folder}: not prepared; {again}")
         self.manifest = read_manifest(self.folder)
@@ -225,7 +235,7 @@ class Shard:
             if manifest and manifest["checksum"] != leaks["tests"].get(name):
                 again = self.again
                 if manifest.get("shard_version") != SHARD_VERSION:  # prepare/leaks.py passes it by till then
-                    again = f"run `python prepare/all.py --only={folder.parent.name}`"
+                    again = how_to_prepare(folder.parent)
                 raise UserError(f"{self.folder}: not compared with {name}; {again}")
         found = [numbers for test in leaks["found"].values() for numbers in test.values()]
         return leaks["leaks"], np.unique(np.array(sum(found, []), dtype=np.int64))
@@ -257,8 +267,9 @@ class Shard:
         """Raise UserError where the shard's images are not of this size, in pixels."""
         found = self.manifest["image"]["size"]
         if len(self.image_index) and found != size:
+            flag = "" if "path" in self.manifest else f" --image_size={size}"  # train_cls.py needs none
             raise UserError(f"{self.folder}: images of {found} pixels, but the model reads {size}; "
-                            f"{self.again[:-1]} --image_size={size}`")
+                            f"{self.again[:-1]}{flag}`")
 
     def read_records(self):
         """The words of every sample, as a list of dicts in the order of samples.bin."""

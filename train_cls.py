@@ -90,6 +90,8 @@ from plumbing.files import (checkpoints, differences, find_damage, hash_json, lo
                             write_whole)
 from plumbing.results import EIGHT, newest_state, print_run, read_result, report, require_same, run_folder
 from plumbing.scores import decide, macro_f1, score, tune_thresholds
+from prepare.folder import find_dataset
+from prepare.listing import files_below, written
 
 
 # ----------------------------------------------------------------------------- images and labels
@@ -566,10 +568,8 @@ def make_run(run, encoder, device, dtype):
 
 def image_files(source):
     """The files of --predict, a folder or a file, as (name in the csv, path); hidden ones are passed over."""
-    from prepare.folder import files_below
-
     if source.is_dir():
-        files = [(path.relative_to(source).as_posix(), path) for path in files_below(source)
+        files = [(written(path.relative_to(source).as_posix()), path) for path in files_below(source)
                  if path.name[0] != "."]
         if not files:
             raise UserError(f"--predict={source}: an empty folder")
@@ -599,7 +599,7 @@ def predict_new(dataset, config, device, dtype):
                 raise ValueError("no file, or a link to none")
             image = resize_image(load_image(path.read_bytes(), 2 * size), size, facts["image"]["resize"])
         except Exception as error:  # each decoder has its own ways to fail on a broken file
-            unreadable.append(f"{path}: not an image that can be read ({error})")
+            unreadable.append(f"{written(path)}: not an image that can be read ({error})")
             print(unreadable[-1])
             continue
         [found] = predict(model, np.array(image)[None], thresholds is not None, config, device, autocast)
@@ -629,16 +629,12 @@ def require_same_classes(dataset, config, facts):
 
 def find_datasets(config, image_size):
     """The names of the prepared datasets that --dataset names; a folder or csv of one's own is prepared."""
-    names = EIGHT if config.dataset == "all" else [name.strip() for name in config.dataset.split(",")]
-    found = []
-    for name in names:
-        if "/" in name or Path(name).suffix == ".csv" or (
-                Path(name).is_dir() and not (Path(config.shards_dir) / name).is_dir()):
-            from prepare.folder import prepare_folder  # prepared like any other dataset, on the spot
-
-            name = prepare_folder(name, config.shards_dir, image_size)
-        found.append(name)
-    return list(dict.fromkeys(found))
+    if config.dataset == "all":
+        return list(EIGHT)
+    names = [name.strip() for name in config.dataset.split(",") if name.strip()]
+    if not names:
+        raise UserError("--dataset: name one, or a folder or csv of your own")
+    return list(dict.fromkeys(find_dataset(name, config.shards_dir, image_size) for name in names))
 
 
 def together(work):

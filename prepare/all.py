@@ -54,7 +54,8 @@ from plumbing.files import hash_file
 from prepare.datasets import DATASETS
 from prepare.download import fetch, fetch_hub
 from prepare.leaks import REASONS, guard, report_rows
-from prepare.shards import ImageSettings, read_manifests, recover, why_stale, write_dataset
+from prepare.shards import (ImageSettings, leftovers, locked, read_manifests, recover, why_stale,
+                            write_dataset)
 from prepare.weights import WEIGHTS
 
 TOKENIZER = "huggyllama/llama-7b"  # hub repository; its tokenizer.model is Meta's, unchanged
@@ -85,7 +86,8 @@ def prepare_tokenizer(path):
     if path != Path(Config.tokenizer):
         raise UserError(f"{path}: no tokenizer here; without --tokenizer, LLaMA's is downloaded")
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    fetch(f"{endpoint}/{TOKENIZER}/resolve/main/tokenizer.model", path, TOKENIZER_SHA256)
+    with locked(path, "fetching the tokenizer"):
+        fetch(f"{endpoint}/{TOKENIZER}/resolve/main/tokenizer.model", path, TOKENIZER_SHA256)
     return "ready", f"{path}, from {endpoint}/{TOKENIZER}"
 
 
@@ -99,10 +101,11 @@ def find_or_download(source, raw_dir):
     if not source.urls and not source.hub:
         return {}, "manual", f"{looked}; {by_hand} (access: {source.access})"
     try:
-        for url in source.urls:
-            fetch(url, raw / url.rsplit("/", 1)[1])
-        if source.hub:
-            fetch_hub(source.hub, source.hub_files, raw, source.hub_type, source.revision)
+        with locked(raw, f"downloading {raw}"):
+            for url in source.urls:  # what another process has fetched in the meantime is not fetched again
+                fetch(url, raw / url.rsplit("/", 1)[1])
+            if source.hub and not source.find(raw_dir):
+                fetch_hub(source.hub, source.hub_files, raw, source.hub_type, source.revision)
     except UserError as error:
         return {}, "missing", f"{looked}, and {error}; or {by_hand}"
     return source.find(raw_dir), "missing", f"{looked}, even after the download; {by_hand}"
@@ -116,15 +119,16 @@ def prepare_weights(weights, config):
     files, status, message = find_or_download(weights, config.raw_dir)
     if not files:
         return status, message
-    target.parent.mkdir(parents=True, exist_ok=True)
-    weights.write(weights, weights.raw(config.raw_dir), target)
+    with locked(target, f"converting {weights.name}"):
+        if target.exists():  # since another process has let go of the lock
+            return "up to date", ""
+        weights.write(weights, weights.raw(config.raw_dir), target)
     return "ready", str(target)
 
 
 def prepare_dataset(dataset, config):
     """Prepare one dataset unless it is up to date. Returns its status and a message."""
     target = Path(config.shards_dir) / dataset.name
-    recover(target)
     image = ImageSettings(config.image_size, config.resize, config.codec,
                           config.quality if config.codec == "jpeg" else 0)
     facts = {"dataset": dataset.name, "shard_version": SHARD_VERSION,
@@ -132,6 +136,9 @@ def prepare_dataset(dataset, config):
              "licence": dataset.licence}
     if dataset.asks and not dataset.train_tokenizer:
         facts["tokenizer_sha256"] = Tokenizer(config.tokenizer).sha256
+    if any(path.exists() for path in leftovers(target)):  # a killed run's, or a living one's
+        with locked(target, f"preparing {dataset.name}"):
+            recover(target)
     reason = why_stale(target, facts, dataset.find(config.raw_dir))
     if not reason:
         return "up to date", ""
@@ -141,8 +148,11 @@ def prepare_dataset(dataset, config):
         return status, message
     model = (dataset.train_tokenizer() if dataset.train_tokenizer else
              Path(config.tokenizer).read_bytes() if dataset.asks else b"")
-    write_dataset(target, dataset, dataset.raw(config.raw_dir), sources, model, facts,
-                  config.workers or os.cpu_count())
+    with locked(target, f"preparing {dataset.name}"):
+        if not why_stale(target, facts, sources):  # since another process has let go of the lock
+            return "up to date", ""
+        write_dataset(target, dataset, dataset.raw(config.raw_dir), sources, model, facts,
+                      config.workers or os.cpu_count())
     return "ready", ""
 
 
@@ -206,7 +216,10 @@ def compare_counts(dataset, manifests):
 
 def print_leaks(config):
     """Compare training and test splits, and say what they have in common."""
-    report = guard(config.shards_dir, config.leaks)
+    if not Path(config.shards_dir).is_dir():
+        return
+    with locked(Path(config.shards_dir) / "leaks.json", "comparing training with test images"):
+        report = guard(config.shards_dir, config.leaks)
     rows = report_rows(report)
     if rows:
         print()

@@ -7,6 +7,7 @@ decoded, resized and encoded by worker processes and written in the order of the
 files are the same, byte for byte, whatever the number of workers.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -24,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import IMAGE, SAMPLE, Tokenizer, format_prompt, sample_checksum
-from plumbing.files import hash_file, manifest_checksum, read_manifest
+from plumbing.files import hash_file, lock, manifest_checksum, read_manifest
 from plumbing.flags import UserError
 from plumbing.pixels import DEEP_PIXELS, Unreadable, load_image, open_stored, resize_image
 from prepare.download import hub_revision
@@ -220,9 +221,31 @@ class SplitWriter:
 
 # ----------------------------------------------------------------------------- a whole dataset
 
+@contextlib.contextmanager
+def locked(target, doing):
+    """
+    Hold, while the block runs, the lock that lies beside a file or folder; another process that holds it is
+    waited for. Where nothing can be written, as in what others have prepared, nothing is locked either.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(target.parent, os.W_OK):
+        yield
+        return
+    with lock(target.with_name(f".{target.name}.lock"), doing, wait=True):
+        yield
+
+
+def leftovers(target):
+    """Where a dataset is written, and where its last version is while the new one takes its place."""
+    return [target.with_name(f".{target.name}.{end}") for end in ("partial", "old")]
+
+
 def recover(target):
-    """Remove what a killed run left beside a dataset's folder; keep the last whole version."""
-    partial, old = (target.with_name(f".{target.name}.{end}") for end in ("partial", "old"))
+    """
+    Remove what a killed run left beside a dataset's folder; keep the last whole version. To be called with
+    its lock alone: what lies there is then no living process's.
+    """
+    partial, old = leftovers(target)
     if old.is_dir() and not target.exists():
         old.rename(target)  # killed between the two renames of write_dataset
     for folder in (partial, old):
@@ -290,7 +313,7 @@ def require_samples(where, writers):
 
 def write_dataset(target, dataset, raw, sources, tokenizer, facts, workers, needed=()):
     """
-    Prepare a dataset into the folder `target`, in place of what is there.
+    Prepare a dataset into the folder `target`, in place of what is there; with its lock, see `locked`.
 
     tokenizer: content of a SentencePiece model, of which a dataset that asks nothing has no need;
     facts: what every manifest is to say; needed: splits without which the others are of no use. On any
@@ -330,8 +353,9 @@ def write_dataset(target, dataset, raw, sources, tokenizer, facts, workers, need
         require_samples(raw, writers.values())
         for split in needed:
             require_samples(f"{raw}: {split}", [writers[split]] if split in writers else [])
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
+        with locked(target.with_name("leaks.json"), "comparing training with test images"):
+            if target.exists():  # which is not there for a moment
+                target.rename(old)
+            partial.rename(target)
     finally:
         recover(target)

@@ -1,26 +1,41 @@
 """A user's own folder or csv of images: prepared without code, refused in one line, never read twice."""
 
+import io
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data import Shard
+import prepare.folder
+from data import FORMATS, Shard, load_image
 from plumbing.flags import UserError
-from prepare.folder import prepare_folder
-from prepare.shards import read_manifests
+from prepare.folder import find_dataset, prepare_folder
+from prepare.listing import SUFFIXES, files_below, is_image
+from prepare.shards import locked, read_manifests
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def threads(monkeypatch):
+    """Images are encoded by threads here: that processes make the same bytes is test_prepare.py's."""
+    monkeypatch.setattr("prepare.shards.ProcessPoolExecutor", lambda workers, *rest: ThreadPoolExecutor(workers))
 
 
 def put(path, seed=None):
     """Write an image of 8 pixels, unlike any of another seed; by default its path's end is the seed."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix in (".txt", ".db", ".dcm"):
+        return path.write_text("no image")
     seed = list("/".join(path.parts[-3:]).encode()) if seed is None else seed
     pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
     Image.fromarray(pixels).save(path, "JPEG" if path.suffix.lower() == ".jpg" else "PNG")
@@ -61,7 +76,7 @@ def sides(splits):
 
 
 def state(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix != ".lock"}
 
 
 # ----------------------------------------------------------------------------- folders
@@ -190,7 +205,7 @@ def test_names_are_safe_and_nobody_elses(prepare, tmp_path):
     assert state(tmp_path / "shards") == before
     (tmp_path / "shards/scans").rename(tmp_path / "shards/.scans.old")  # killed before it was renamed
     assert prepare(three)[0] == names[2] and prepare(two)[0] == "scans"
-    assert sorted(os.listdir(tmp_path / "shards")) == sorted(names)
+    assert sorted(name for name in os.listdir(tmp_path / "shards") if not name.endswith(".lock")) == sorted(names)
 
 
 # ----------------------------------------------------------------------------- tables
@@ -217,7 +232,9 @@ def test_a_csv_may_have_several_labels_and_its_own_split(prepare, tmp_path):
     assert "listing was" in prepare(table)[2]
 
 
-@pytest.mark.parametrize("column", ["patient", "Group"])
+@pytest.mark.parametrize("column", [
+    "patient", "Patient_ID", "PatientID", "patient id", "subject", "subject-id", "case", "Case_ID", "study",
+    "STUDYID", "Group"])
 def test_a_patient_is_never_divided(column, prepare, tmp_path):
     lines = [f"{n}.png,{'yes' if n % 8 < 4 else 'no'},{f'p{n // 4}' if n < 36 else ''}"
              for n in range(40)]
@@ -226,7 +243,12 @@ def test_a_patient_is_never_divided(column, prepare, tmp_path):
     assert len(side) == 40 and set(side.values()) == {"train", "validation", "test"}
     assert all(len({side[f"{4 * p + n}.png"] for n in range(4)}) == 1 for p in range(9))
     assert len({side[f"{n}.png"] for n in range(36, 40)}) > 1  # of no patient: not one of their own
-    assert "a split is made, 70 : 10 : 20, by patient" in printed
+    assert f"a split is made, 70 : 10 : 20, by patient (column {column.lower()})" in printed
+    assert "4 images name no patient: each stays with those that it is like" in printed
+    for split in ("train", "test"):
+        records = Shard(tmp_path / "shards/list" / split).read_records()
+        assert all(record["group"] == (f"patient p{number // 4}" if number < 36 else f"like {number}.png")
+                   for record in records for number in [int(record["image"].split(".")[0])])
 
 
 def test_few_missing_files_are_skipped_and_counted(prepare, tmp_path):
@@ -241,7 +263,8 @@ def refused(path, shards_dir, wanted):
     with pytest.raises(UserError) as error:
         prepare_folder(path, shards_dir)
     assert wanted in str(error.value) and len(str(error.value).splitlines()) == 1, error.value
-    assert str(path) in str(error.value) and not Path(shards_dir).exists()
+    assert str(path) in str(error.value)
+    assert not [path for path in Path(shards_dir).glob("*") if path.suffix != ".lock"]  # nothing is up to date
 
 
 @pytest.mark.parametrize("files, wanted", [
@@ -261,7 +284,11 @@ def refused(path, shards_dir, wanted):
      "no image of class 'd' to train on"),
     (["train/a/1.png", "train/b/2.png", "test/a/3.png", "hold out/a/4.png"],
      "hold out/a/4.png is of split 'hold out', none of train, validation and test"),
-    (["a/1.png", "b/2.png", "b /3.png"], "classes 'b' and 'b ' differ in spaces or capitals alone"),
+    (["a/1.png", "b/2.png", "b /3.png"], "classes 'b' and 'b ' differ in spaces, capitals or zeros alone"),
+    (["a/1.png", "b/2.png", " /3.png"], "a class without a name"),
+    (["1/1.png", "01/2.png", "b/3.png"], "classes '01' and '1' differ in spaces, capitals or zeros alone"),
+    (["train/a/p1/1.png", "train/a/p2/2.png", "train/b/p3/2.png", "test/a/p4/3.png", "test/b/P1/4.png"],
+     "patient p1 (by folders inside classes) is in test and in train; keep to one"),
     (["train/a/1.png", "train/B/2.png", "test/a/3.png", "test/b/4.png"], "classes 'B' and 'b' differ")])
 def test_a_folder_is_refused_in_one_line(files, wanted, tmp_path):
     (tmp_path / "scans").mkdir()
@@ -279,7 +306,14 @@ def test_a_folder_is_refused_in_one_line(files, wanted, tmp_path):
      "2 of its 4 files are not there, the first {}/x/gone.png"),
     (["path,label", *(f"{n}.png,a" for n in range(9)), "lost.png,b"], "1 of its 10 files are not there"),
     (["path,label", "0.png,a", "1.png,a"], "all its images are of class 'a'"),
-    (["path,label", "0.png,", "1.png,"], "all its images are of class 'none'"),
+    (["path,label", "0.png,", "1.png,?"], "none of its 2 rows has a label"),
+    (["path,label", "0.png,a", "1.png,b,c"], "row 3 has 3 cells, but there are 2 columns"),
+    (["path,label,Label", "0.png,a,b", "1.png,b,a"], "2 columns are named 'label'"),
+    (["path,label,patient,Patient", "0.png,a,1,1", "1.png,b,2,2"], "2 columns are named 'patient'"),
+    (["path,label", "0.png,1", "1.png,0", "2.png,1.0"], "classes '1' and '1.0' differ"),
+    (["path,label", *(f"{n}.png,{n}.{n}" for n in range(1, 10)), "0.png,7.7", "10.png,3.5", "11.png,2.4"],
+     "11 classes for 12 images, '1.1' among them"),
+    (["path,label", "0.png,a", "./0.png,b", "1.png,b"], "2 rows of 0.png; give it one"),
     (["path,label", "0.png,a|b", "1.png,b;a"], "all its images are of class 'a|b'"),
     (["path,label", "0.png,a", "1.png,b", "1.png,a"], "2 rows of 1.png; give it one"),
     (["path,label", "0.png,a", "1.png,b", "2.png,A"], "classes 'A' and 'a' differ"),
@@ -289,17 +323,18 @@ def test_a_folder_is_refused_in_one_line(files, wanted, tmp_path):
     (["path,label,split", "0.png,a,train", "1.png,b,train", "2.png,b,test", "4.png,c|a,test"],
      "no image of class 'c' to train on"),
     (["path,label,split,patient", "0.png,a,train,p1", "1.png,b,train,p2", "2.png,b,test,p2",
-      "3.png,a,test,p3"], "patient p2 is in train and in test"),
+      "3.png,a,test,p3"], "patient p2 (by column patient) is in train and in test"),
     (["path,label", "0.png,a", "é.png,b"], "not a csv in UTF-8")])
 def test_a_csv_is_refused_in_one_line(lines, wanted, tmp_path):
-    table = write_csv(tmp_path / "film", *lines)
+    table = write_csv(tmp_path / "film", *lines, count=12)
     if "UTF-8" in wanted:
         table.write_text(table.read_text(encoding="utf-8"), encoding="latin-1")
     refused(table, tmp_path / "shards", wanted.replace("{}", str(tmp_path / "film")))
 
 
 @pytest.mark.parametrize("counts, wanted", [
-    ((1, 1), "no test images"), ((8, 1), "all test images are of class 'a'")])
+    ((1, 1), "class 'a' has 1 image: too few to divide; bring more, or give a split"),
+    ((8, 1), "class 'b' has 1 image: too few to divide")])
 def test_too_few_images_to_make_a_split_are_refused(counts, wanted, tmp_path):
     for name, count in zip("ab", counts):
         put_classes(tmp_path / "scans", count, name)

@@ -212,26 +212,42 @@ def require_writable(folder, flag):
 def lock(path, doing, wait=False):
     """
     Hold the lock file `path`, in a folder that is there, while the block runs. A process that ends,
-    however, lets go of it; the file stays.
+    however, lets go of it. The file goes with the block; a killed process's stays, and does no harm.
 
     doing: what is being done, as in "preparing scans". wait: wait for another process that holds it,
     in place of raising UserError.
     """
-    with open(path, "a+b") as file:
-        try:
-            hold(file, fcntl.LOCK_EX | fcntl.LOCK_NB if fcntl else 0)
-        except BlockingIOError:
-            file.seek(0)
-            other = file.read(100).decode("ascii", "replace") or "another process"
-            if not wait:
-                raise UserError(f"{path.parent}: {other} is {doing} there already; wait for its end, or "
-                                "choose another place") from None
-            print(f"waiting: {other} is {doing}", flush=True)
-            hold(file, fcntl.LOCK_EX)
-        file.truncate(0)
-        file.write(f"process {os.getpid()}".encode())
-        file.flush()
-        yield
+    while True:
+        with open(path, "a+b") as file:
+            try:
+                hold(file, fcntl.LOCK_EX | fcntl.LOCK_NB if fcntl else 0)
+            except BlockingIOError:
+                file.seek(0)
+                other = file.read(100).decode("ascii", "replace") or "another process"
+                if not wait:
+                    raise UserError(f"{path.parent}: {other} is {doing} there already; wait for its end, or "
+                                    "choose another place") from None
+                print(f"waiting: {other} is {doing}", flush=True)
+                hold(file, fcntl.LOCK_EX)
+            if not is_at(file, path):  # the one that held it has removed it: another file is the lock now
+                continue
+            file.truncate(0)
+            file.write(f"process {os.getpid()}".encode())
+            file.flush()
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # Windows removes no file that is open
+                    os.unlink(path)
+            return
+
+
+def is_at(file, path):
+    """Whether an open file is the one that has this path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def hold(file, how):

@@ -186,7 +186,7 @@ def write(target, path, listing, facts, workers):
         shard = Shard(target / split)
         found = Counter(label for record in shard.read_records() for label in record["labels"] or [""])
         held = ", ".join(f"{count:,} {label or 'of none'}" for label, count in sorted(found.items()))
-        skipped = "".join(f"; skipped: {n:,} {why} ({shard.manifest['first_skipped'][why]} the first)"
+        skipped = "".join(f"; skipped: {n:,} {why} ({printable(shard.manifest['first_skipped'][why])[:80]} the first)"
                           for why, n in shard.manifest["skipped"].items())
         print(f"  {split}: {len(shard):,} images, {held}{skipped}")
 

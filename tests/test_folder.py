@@ -16,10 +16,11 @@ import pytest
 from PIL import Image
 
 import prepare.folder
-from data import FORMATS, Shard, load_image
+from data import Shard
 from plumbing.flags import UserError
+from plumbing.pixels import SUFFIXES, load_image
 from prepare.folder import find_dataset, prepare_folder
-from prepare.listing import SUFFIXES, files_below, is_image
+from prepare.listing import files_below, is_image
 from prepare.shards import locked, read_manifests
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -28,7 +28,7 @@ SAMPLED = 1 << 22  # of a larger image, rows and columns at even distances give 
 
 # Reasons, each without names and numbers, so that few kinds are counted.
 EVEN = "even: all pixels alike"
-DAMAGED = "damaged or cut short"
+DAMAGED = "damaged, cut short, or packed in a way that is not read"
 TOO_LARGE = "too many pixels"
 UNKNOWN = "no image, or of a format that is not read"
 UNKNOWN_TIFF = "a damaged TIFF, or one of a kind that is not read; save it as PNG"

@@ -3,13 +3,15 @@
 import json
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import eval_vqa
 from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard, Tokenizer
-from eval_vqa import (METRICS, bleu1, bootstrap, exact_match, find_seen, open_recall, open_shards,
+from eval_vqa import (METRICS, ask, bleu1, bootstrap, exact_match, find_seen, open_recall, open_shards,
                       question_only_answers, report, score, shuffled_images, summarise, token_f1)
 from plumbing.flags import UserError
 from prepare.datasets import Dataset
@@ -29,6 +31,15 @@ PAIRS = [  # prediction, reference, BLEU-1 worked out by hand
 @pytest.mark.parametrize("prediction, reference, expected", PAIRS)
 def test_bleu1_by_hand(prediction, reference, expected):
     assert bleu1(prediction, reference) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_question_about_nothing_that_can_be_seen_gets_the_reason(tmp_path):
+    model = SimpleNamespace(vision=SimpleNamespace(config=SimpleNamespace(image_size=16)))
+    Image.new("L", (20, 20), 7).save(tmp_path / "even.png")
+    drawing(1).save(tmp_path / "stack.tif", save_all=True, append_images=[drawing(2)])
+    for name, reason in (("even.png", "even: all pixels alike"), ("stack.tif", "several pages; save each as a file")):
+        with pytest.raises(UserError, match=f"{name}: not an image that can be read .{reason}"):
+            ask(model, None, "what is it?", str(tmp_path / name))
 
 
 def test_bleu1_edges():

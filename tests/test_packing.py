@@ -251,6 +251,19 @@ def text_only(corpus, names):
     return [name for name in names if corpus.raw[name][2] is None]
 
 
+@pytest.mark.parametrize("form, mode, size", [("EPS", "RGB", 16), ("TIFF", "RGB", 16), ("PNG", "RGB", 17),
+                                              ("PNG", "L", 16), ("JPEG", "CMYK", 16)])
+def test_an_image_that_no_shard_stores_is_refused_whatever_its_checksum(form, mode, size, tmp_path):
+    shard = write_shard(tmp_path / "s", [([10], [20], 0)], random_images(np.random.default_rng(0), 1))
+    stream = io.BytesIO()
+    assert shard.read_image(0).shape == (16, 16, 3)
+    Image.new(mode, (size, size)).save(stream, form)
+    shard.pixels = np.frombuffer(stream.getvalue(), np.uint8)
+    shard.image_index = np.array([(0, len(shard.pixels), zlib.crc32(shard.pixels))], IMAGE)
+    with pytest.raises(UserError, match="images.bin: image 0 is none that prepare/ stores .*; delete "):
+        shard.read_image(0)
+
+
 @pytest.mark.parametrize("weights", [(1, 1), (0.5, 1), (2, 1), (0.5, 0), (3, 1.5)])
 @pytest.mark.parametrize("questions_per_image", [0, 1])
 def test_each_step_is_full_and_each_sample_comes_as_often_as_weighted(

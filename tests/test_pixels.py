@@ -1,4 +1,7 @@
-"""Every cell of the table in docs/images.md: files of each kind, written here byte by byte where Pillow cannot."""
+"""
+Every cell of the table in docs/images.md, by files of each kind, written here byte by byte where Pillow
+cannot.
+"""
 
 import io
 import re
@@ -12,6 +15,7 @@ from PIL import Image
 
 import plumbing.pixels
 from plumbing.pixels import DEEP_PIXELS, FORMATS, SUFFIXES, Unreadable, load_image, open_stored
+from prepare.folder import read_folder
 from prepare.shards import ImageSettings, encode_image
 
 RANDOM = np.random.default_rng(0)
@@ -33,7 +37,7 @@ def saved(pixels, form, mode=None, **settings):
 
 
 def png(pixels, *chunks):
-    """A PNG of uint16: (H, W), or (H, W, C) of grey and alpha, RGB, or RGB and alpha; chunks go before its pixels."""
+    """A PNG of uint16, (H, W) or (H, W, C): 2 channels are grey and alpha. Chunks go before its pixels."""
     H, W, C = np.atleast_3d(pixels).shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     header = struct.pack(">IIBBBBB", W, H, 16, {1: 0, 2: 4, 3: 2, 4: 6}[C], 0, 0, 0)
@@ -43,15 +47,15 @@ def png(pixels, *chunks):
 
 
 def tiff(*pages, order="<", packed=False):
-    """A TIFF of pages, each an array (H, W) or (H, W, C) of any type with a dict of tags; None takes one away."""
+    """A TIFF of pages: arrays (H, W[, C]) of any type, each with a dict of tags, None to take one away."""
     content = (b"II*\0" if order == "<" else b"MM\0*") + bytes(4)
     link = 4  # where the place of the next page's tags is to be written
     for pixels, tags in pages:
         H, W, C = np.atleast_3d(pixels).shape
         body = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
         body = zlib.compress(body) if packed else body
-        tags = {256: W, 257: H, 258: (8 * pixels.itemsize,) * C, 259: 8 if packed else 1, 262: 1 if C < 3 else 2,
-                273: len(content), 277: C, 278: H, 279: len(body),
+        tags = {256: W, 257: H, 258: (8 * pixels.itemsize,) * C, 259: 8 if packed else 1,
+                262: 1 if C < 3 else 2, 273: len(content), 277: C, 278: H, 279: len(body),
                 339: ({"u": 1, "i": 2, "f": 3}[pixels.dtype.kind],) * C} | tags
         content += body
         fields = b""
@@ -96,10 +100,10 @@ def over_black(rgb):
     return rgb
 
 
-def turned(form, pixels):
+def turned(form, pixels, **settings):
     exif = Image.Exif()
     exif[0x0112] = 6
-    return saved(pixels, form, exif=exif)
+    return saved(pixels, form, exif=exif, **settings)
 
 
 def all_forms(pixels, *others, tolerance=0):
@@ -107,123 +111,145 @@ def all_forms(pixels, *others, tolerance=0):
     wanted = np.asarray(Image.fromarray(pixels).convert("RGB"))
     return {"PNG": [(saved(pixels, "PNG"), wanted, 0)],
             "TIFF": [(content, wanted, 0) for content in (saved(pixels, "TIFF"), *tiffs(pixels))],
-            "other formats": [(saved(pixels, form, **settings), wanted, tolerance) for form, settings in others]}
+            "other formats": [(saved(pixels, form, **settings), wanted, tolerance)
+                              for form, settings in others]}
 
 
 FINE = {"quality": 100, "subsampling": 0}
 LOSSLESS = [("BMP", {}), ("PPM", {}), ("WEBP", {"lossless": True}), ("JPEG2000", {})]
 PALETTE = Image.fromarray(COLOUR).quantize(64)
 COLOURS = np.array(PALETTE.getpalette()).reshape(-1, 3)
-MAP = tuple(np.pad(COLOURS, ((0, 256 - len(COLOURS)), (0, 0))).T.flatten().tolist())  # all reds, greens, blues
+PAINTED = np.asarray(PALETTE.convert("RGB"))
+MAP = tuple(np.pad(COLOURS, ((0, 256 - len(COLOURS)), (0, 0))).T.flatten().tolist())  # reds first
+PALE = COLOUR // 4 + 96  # colours that LAB holds
 WHITE = COLOUR.copy()
 WHITE[:8] = 255
-SEVERAL = {"save_all": True, "append_images": [Image.fromarray(COLOUR[::-1]), Image.fromarray(COLOUR[:, ::-1])]}
-EVEN = np.full((24, 32), 900, np.uint16)
 FLOATS = FILM / np.float32(1000) - 2
 HOLES = FLOATS.copy()
 HOLES[:3], HOLES[3, 0], HOLES[3, 1] = np.nan, np.inf, -np.inf
+DEEP_LA, DEEP_RGBA = with_alpha(FILM, 65535), with_alpha(SLIDE, 65535)
+SEEN_LA, SEEN_RGBA = (over_black(stretched(values, values[4:])) for values in (FILM, SLIDE))
 
 
 def refused(**contents):
     """{column: cases} of files that are refused."""
-    return {name.replace("_", " "): [(content, None, 0) for content in (value if isinstance(value, list) else [value])]
-            for name, value in contents.items()}
+    return {name.replace("_", " "): [(content, None, 0) for content in files]
+            for name, files in contents.items()}
 
 
-def kinds():
-    """{row of the table: {column: [(file, wanted pixels or None, tolerance)]}}."""
+def shallow_kinds():
+    """{row of the table: {column: [(file, wanted pixels or None, tolerance)]}} of up to 8 bits a channel."""
     ones = np.asarray(Image.fromarray(GREY).convert("1"))
     bilevel = np.repeat(ones[..., None], 3, -1) * 255
-    deep_la, deep_rgba = with_alpha(FILM, 65535), with_alpha(SLIDE, 65535)
-    seen_la, seen_rgba = (over_black(stretched(values, values[4:])) for values in (FILM, SLIDE))
-    low_alpha = np.dstack([FILM, np.full_like(FILM, 4095)])
-    long = (GREY.astype(np.uint64) * 0x01010101).astype(np.uint32)
-    signed = (long.astype(np.int64) - (1 << 31)).astype(np.int32)
-    half_res = tiff((COLOUR, {262: 6, 530: (2, 2)}))
-    rgba, la = with_alpha(COLOUR, 255), with_alpha(GREY, 255)
-    thumbnail, mask = (GREY[::4, ::4], {254: 1}), (GREY, {254: 4})
-    hole = io.BytesIO()
-    Image.fromarray(COLOUR).save(hole, "MPO", save_all=True, append_images=[Image.fromarray(GREYS[::2, ::2])])
+    white_ones = tiff((np.packbits(ones, axis=1), {256: 32, 258: 1, 262: 0}))
+    colours, greys = all_forms(COLOUR, *LOSSLESS, ("JPEG", FINE), tolerance=9), all_forms(GREY, *LOSSLESS)
     cmyk, ycbcr = Image.fromarray(COLOUR).convert("CMYK"), Image.fromarray(COLOUR).convert("YCbCr")
     return {
-        "1 bit": {"PNG": [(saved(ones, "PNG"), bilevel, 0)],
-                  "TIFF": [(saved(ones, "TIFF", compression=name), bilevel, 0) for name in (None, "group4")],
-                  "other formats": [(saved(ones, form), bilevel, 0) for form in ("BMP", "PPM")]},
-        "8-bit grey or RGB": {name: cases + all_forms(COLOUR, *LOSSLESS, ("JPEG", FINE), tolerance=9)[name]
-                              for name, cases in all_forms(GREY, *LOSSLESS).items()},
+        "1 bit": {
+            "PNG": [(saved(ones, "PNG"), bilevel, 0)],
+            "TIFF": [(saved(ones, "TIFF", compression=name), bilevel, 0) for name in (None, "group4")],
+            "other formats": [(saved(ones, form), bilevel, 0) for form in ("BMP", "PPM")]},
+        "8-bit grey or RGB": {column: colours[column] + greys[column] for column in colours},
+        "signed 8-bit numbers": refused(TIFF=tiffs((GREY.astype(int) - 128).astype(np.int8))[:2]),
+        "zero is white, up to 8 bits": {
+            "TIFF": [(content, 255 - GREYS, 0) for content in tiffs(GREY, _262=0)]
+            + [(white_ones, 255 - bilevel, 0)]},
+        "nothing said of which is white": refused(TIFF=tiffs(GREY, _262=None) + tiffs(FILM, _262=None)),
+        "a palette": {
+            "PNG": [(saved(PALETTE, "PNG"), PAINTED, 0)],
+            "TIFF": [(saved(PALETTE, "TIFF", compression=name), PAINTED, 0) for name in (None, "tiff_lzw")]
+            + [(tiff((np.asarray(PALETTE), {262: 3, 320: tuple(257 * value for value in MAP)}), order=order),
+                PAINTED, 0) for order in "<>"],
+            "other formats": [(saved(PALETTE, form), PAINTED, 0) for form in ("GIF", "BMP")]},
+        "a palette of 8-bit colours in 16-bit places": {
+            "TIFF": [(tiff((np.asarray(PALETTE), {262: 3, 320: MAP})), PAINTED, 0)]},
+        "CMYK": {
+            "TIFF": [(saved(cmyk, "TIFF", compression=name), COLOUR, 1) for name in (None, "tiff_lzw")],
+            "other formats": [(saved(cmyk, "JPEG", quality=100), COLOUR, 12)]},
+        "YCbCr": {
+            "TIFF": [(saved(ycbcr, "TIFF"), COLOUR, 4),
+                     (saved(COLOUR, "TIFF", compression="jpeg", quality=100), COLOUR, 9),
+                     *((content, COLOUR, 4) for content in tiffs(np.asarray(ycbcr), _262=6, _530=(1, 1)))],
+            "other formats": [(saved(COLOUR, "JPEG", **FINE), COLOUR, 9)]},
+        "YCbCr, uncompressed, colour at half resolution": refused(
+            TIFF=[tiff((COLOUR, {262: 6, 530: (2, 2)})), tiff((COLOUR, {262: 6}))]),  # the same, by default
+        "LAB": {"TIFF": [(saved(PALE, "TIFF", mode="LAB", compression=name), PALE, 6)
+                         for name in (None, "tiff_lzw")]}}
+
+
+def deep_kinds():
+    """The same, of more than 8 bits a channel."""
+    low_alpha = np.dstack([FILM, np.full_like(FILM, 4095)])
+    low_cases = tiffs(np.dstack([FILM, np.full_like(FILM, 65535)]), _262=0, _338=2)
+    long = (GREY.astype(np.uint64) * 0x01010101).astype(np.uint32)
+    signed = (long.astype(np.int64) - (1 << 31)).astype(np.int32)
+    doubles = FLOATS.astype(np.float64)
+    lit = {"TIFF": [(content, stretched(HOLES), 0) for content in tiffs(HOLES)]}
+    unlit = np.where(np.isnan(HOLES)[..., None], 0, 255 - stretched(HOLES))
+    return {
         "16-bit grey, or 12 bits in 16": {
             "PNG": [(png(FILM), stretched(FILM), 0)],
             "TIFF": [(content, stretched(FILM), 0) for content in tiffs(FILM)],
             "other formats": [(saved(FILM, "JPEG2000"), stretched(FILM), 0), *(
                 (b"P5\n32 24\n%d\n" % most + FILM.astype(">u2").tobytes(), stretched(FILM), 1)
                 for most in (65535, 4095))]},
-        "16-bit RGB": {"PNG": [(png(SLIDE), stretched(SLIDE), 0)],
-                       "TIFF": [(content, stretched(SLIDE), 0) for content in tiffs(SLIDE)],
-                       **refused(other_formats=[b"P6\n32 24\n65535\n" + SLIDE.astype(">u2").tobytes(),
-                                                b"P3\n1 2\n4095\n1 2 3 4 5 6\n", jpeg_2000_of_16_bits()])},
+        "16-bit RGB": {
+            "PNG": [(png(SLIDE), stretched(SLIDE), 0)],
+            "TIFF": [(content, stretched(SLIDE), 0) for content in tiffs(SLIDE)],
+            **refused(other_formats=[b"P6\n32 24\n65535\n" + SLIDE.astype(">u2").tobytes(),
+                                     b"P3\n1 2\n4095\n1 2 3 4 5 6\n", jpeg_2000_of_16_bits()])},
         "16-bit grey with alpha": {
-            "PNG": [(png(deep_la), seen_la, 1), (png(low_alpha), stretched(FILM), 0)],
-            "TIFF": [(content, seen_la, 1) for content in tiffs(deep_la, _338=2)]
-            + [(content, stretched(FILM), 0) for content in tiffs(deep_la, _338=0)]},
+            "PNG": [(png(DEEP_LA), SEEN_LA, 1), (png(low_alpha), stretched(FILM), 0)],
+            "TIFF": [(content, SEEN_LA, 1) for content in tiffs(DEEP_LA, _338=2)]
+            + [(content, stretched(FILM), 0) for content in tiffs(DEEP_LA, _338=0)]},
         "16-bit RGB with alpha": {
-            "PNG": [(png(deep_rgba), seen_rgba, 1)],
-            "TIFF": [(content, seen_rgba, 1) for content in tiffs(deep_rgba, _338=2)]
-            + [(content, stretched(SLIDE), 0) for content in tiffs(deep_rgba, _338=0)]},
+            "PNG": [(png(DEEP_RGBA), SEEN_RGBA, 1)],
+            "TIFF": [(content, SEEN_RGBA, 1) for content in tiffs(DEEP_RGBA, _338=2)]
+            + [(content, stretched(SLIDE), 0) for content in tiffs(DEEP_RGBA, _338=0)]},
         "16-bit CMYK, planes apart, or colour times alpha": refused(
-            TIFF=tiffs(deep_rgba, _262=5) + tiffs(deep_rgba, _338=1) + tiffs(SLIDE, _284=2)[1::2]),
-        "signed 16-bit numbers": {"TIFF": [(content, stretched(FILM), 0) for content in
-                                           tiffs((FILM.astype(int) - 2000).astype(np.int16))]},
-        "signed 8-bit numbers": refused(TIFF=tiffs((GREY.astype(int) - 128).astype(np.int8))[:2]),
+            TIFF=tiffs(DEEP_RGBA, _262=5) + tiffs(DEEP_RGBA, _338=1) + tiffs(SLIDE, _284=2)[1::2]),
+        "signed 16-bit numbers": {
+            "TIFF": [(content, stretched(FILM), 0) for content in tiffs(FILM.astype(np.int16) - 2000)]},
         "32-bit numbers, signed or not, beyond 2^31 too": {
-            "TIFF": [(content, stretched(GREY), 0) for pixels in (long, signed) for content in tiffs(pixels)]},
+            "TIFF": [(content, stretched(GREY), 0) for content in tiffs(long) + tiffs(signed)]},
         "floats of 32 or 64 bits": {
-            "TIFF": [(content, stretched(FLOATS.astype(kind)), 0) for kind in (np.float32, np.float64)
-                     for content in tiffs(FLOATS.astype(kind))],
-            "other formats": [(b"Pf\n32 24\n-1.0\n" + FLOATS[::-1].astype("<f4").tobytes(), stretched(FLOATS), 0)]},
-        "floats, some of them NaN or infinite": {
-            "TIFF": [(content, stretched(HOLES), 0) for content in tiffs(HOLES)]},
+            "TIFF": [(content, stretched(pixels), 0) for pixels in (FLOATS, doubles)
+                     for content in tiffs(pixels)],
+            "other formats": [(b"Pf\n32 24\n-1.0\n" + FLOATS[::-1].astype("<f4").tobytes(),
+                               stretched(FLOATS), 0)]},
+        "floats, some of them NaN or infinite": lit,
         "floats, all of them NaN": refused(TIFF=tiffs(np.full_like(HOLES, np.nan))),
         "floats of 16 bits, numbers of 64 bits": refused(
             TIFF=[*tiffs(FLOATS.astype(np.float16)), *tiffs(FILM.astype(np.uint64))]),
-        "zero is white, up to 8 bits": {
-            "TIFF": [*((content, 255 - GREYS, 0) for content in tiffs(GREY, _262=0)),
-                     (tiff((np.packbits(ones, axis=1), {256: 32, 258: 1, 262: 0})), 255 - bilevel, 0)]},
         "zero is white, 16 bits, 32 bits or float": {
-            "TIFF": [*((content, 255 - stretched(pixels), 0) for pixels in (
-                FILM, FILM.astype(np.int16), long, signed, FLOATS, FLOATS.astype(np.float64))
-                for content in tiffs(pixels, _262=0)),
-                *((content, 255 - stretched(FILM), 0) for content in tiffs(
-                    np.dstack([FILM, np.full_like(FILM, 65535)]), _262=0, _338=2)),
-                *((content, np.where(np.isnan(HOLES)[..., None], 0, 255 - stretched(HOLES)), 0)
-                  for content in tiffs(HOLES, _262=0))]},
-        "nothing said of which is white": refused(TIFF=tiffs(GREY, _262=None) + tiffs(FILM, _262=None)),
-        "a palette": all_palettes(),
-        "a palette of 8-bit colours in 16-bit places": {
-            "TIFF": [(tiff((np.asarray(PALETTE), {262: 3, 320: MAP})), np.asarray(PALETTE.convert("RGB")), 0)]},
-        "CMYK": {"TIFF": [(saved(cmyk, "TIFF"), COLOUR, 1), (saved(cmyk, "TIFF", compression="tiff_lzw"), COLOUR, 1)],
-                 "other formats": [(saved(cmyk, "JPEG", quality=100), COLOUR, 12)]},
-        "YCbCr": {"TIFF": [(saved(ycbcr, "TIFF"), COLOUR, 4),
-                           *((content, COLOUR, 4) for content in tiffs(np.asarray(ycbcr), _262=6, _530=(1, 1))),
-                           (saved(COLOUR, "TIFF", compression="jpeg", quality=100), COLOUR, 9)],
-                  "other formats": [(saved(COLOUR, "JPEG", **FINE), COLOUR, 9)]},
-        "YCbCr, uncompressed, colour at half resolution": refused(
-            TIFF=[half_res, tiff((COLOUR, {262: 6}))]),  # which is what no word about it means
-        "LAB": {"TIFF": [(saved(soft(), "TIFF", mode="LAB", compression=name), soft(), 6)
-                         for name in (None, "tiff_lzw")]},
+            "TIFF": [*((content, 255 - stretched(pixels), 0)
+                       for pixels in (FILM, FILM.astype(np.int16), long, signed, FLOATS, doubles)
+                       for content in tiffs(pixels, _262=0)),
+                     *((content, 255 - stretched(FILM), 0) for content in low_cases),
+                     *((content, unlit, 0) for content in tiffs(HOLES, _262=0))]}}
+
+
+def turned_and_clear_kinds():
+    """The same, of files that lie on their side or can be seen through."""
+    rgba, la = with_alpha(COLOUR, 255), with_alpha(GREY, 255)
+    half_seen = PAINTED.astype(np.float64)  # nothing of the palette's colour 0, and half of colour 1
+    half_seen[np.asarray(PALETTE) == 0] = 0
+    half_seen[np.asarray(PALETTE) == 1] /= 2
+    exif = (b"eXIf", b"MM\0*\0\0\0\x08\0\1\x01\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0")
+    deep = ((SLIDE, stretched(SLIDE), None), (DEEP_LA, SEEN_LA, 2), (DEEP_RGBA, SEEN_RGBA, 2))
+    return {
         "EXIF says that it lies on its side": {
             "PNG": [(turned("PNG", COLOUR), np.rot90(COLOUR, -1), 0),
                     (turned("PNG", FILM), np.rot90(stretched(FILM), -1), 0),
-                    *((png(pixels, (b"eXIf", exif_of_6())), np.rot90(wanted, -1), 1) for pixels, wanted in (
-                        (SLIDE, stretched(SLIDE)), (deep_la, seen_la), (deep_rgba, seen_rgba)))],
+                    *((png(pixels, exif), np.rot90(wanted, -1), 1) for pixels, wanted, _ in deep)],
             "TIFF": [(content, np.rot90(wanted, -1), 1) for pixels, wanted, extra in (
-                (COLOUR, COLOUR, None), (FILM, stretched(FILM), None), (SLIDE, stretched(SLIDE), None),
-                (FLOATS, stretched(FLOATS), None), (deep_la, seen_la, 2), (deep_rgba, seen_rgba, 2))
+                (COLOUR, COLOUR, None), (FILM, stretched(FILM), None), (HOLES, stretched(HOLES), None), *deep)
                 for content in tiffs(pixels, _274=6, _338=extra)],
             "other formats": [(turned("JPEG", GREY), np.rot90(GREYS, -1), 12),
-                              (turned("WEBP", COLOUR), np.rot90(COLOUR, -1), 99)]},
+                              (turned("WEBP", COLOUR, lossless=True), np.rot90(COLOUR, -1), 0)]},
         "an alpha channel": {
             "PNG": [(saved(rgba, "PNG"), over_black(COLOUR), 1), (saved(la, "PNG"), over_black(GREYS), 1),
-                    (saved(PALETTE, "PNG", transparency=bytes([0, 128] + [255] * 62)), half_seen(), 1)],
+                    (saved(PALETTE, "PNG", transparency=bytes([0, 128] + [255] * 62)), half_seen, 1)],
             "TIFF": [(content, over_black(wanted), 1) for pixels, wanted in ((rgba, COLOUR), (la, GREYS))
                      for content in tiffs(pixels, _338=2)],
             "other formats": [(saved(rgba, "WEBP", lossless=True), over_black(COLOUR), 1)]},
@@ -231,33 +257,47 @@ def kinds():
             "PNG": [(saved(WHITE[..., 0], "PNG", transparency=255), np.repeat(WHITE[..., :1], 3, -1), 0),
                     (saved(WHITE, "PNG", transparency=(255, 255, 255)), WHITE, 0),
                     (png(FILM, (b"tRNS", struct.pack(">H", FILM.max()))), stretched(FILM), 0),
-                    (saved(PALETTE, "PNG", transparency=3), np.asarray(PALETTE.convert("RGB")), 0)],
-            "other formats": [(saved(PALETTE, "GIF", transparency=3), np.asarray(PALETTE.convert("RGB")), 0)]},
+                    (png(SLIDE, (b"tRNS", struct.pack(">HHH", *SLIDE[0, 0]))), stretched(SLIDE), 0),
+                    (saved(PALETTE, "PNG", transparency=3), PAINTED, 0)],
+            "other formats": [(saved(PALETTE, "GIF", transparency=3), PAINTED, 0)]}}
+
+
+def odd_kinds():
+    """The same, of several pages, of nothing to see, and of files that are not whole or no images."""
+    several = {"save_all": True, "append_images": [Image.fromarray(COLOUR[::-1]), Image.fromarray(WHITE)]}
+    thumbnail, mask = (GREY[::4, ::4], {254: 1}), (GREY, {254: 4})
+    preview = saved(COLOUR, "MPO", save_all=True, append_images=[Image.fromarray(GREYS[::2, ::2])])
+    even = np.full((24, 32), 900, np.uint16)
+    rows = {"_257": 240, "_278": 240}  # ten times as many as there are
+    return {
         "several pages or frames": refused(
-            PNG=saved(COLOUR, "PNG", **SEVERAL),
-            TIFF=[saved(COLOUR, "TIFF", **SEVERAL), tiff((FILM, {}), (FILM[::-1], {}), order=">"),
-                  tiff((FILM, {254: 2}), (FILM[::-1], {254: 2})), tiff((GREY, {254: 1}), (GREY[::-1], {254: 1}))],
-            other_formats=[saved(COLOUR, "GIF", **SEVERAL), saved(COLOUR, "WEBP", **SEVERAL)]),
+            PNG=[saved(COLOUR, "PNG", **several)],
+            TIFF=[saved(COLOUR, "TIFF", **several), tiff((FILM, {}), (FILM[::-1], {}), order=">"),
+                  tiff((FILM, {254: 2}), (FILM[::-1], {254: 2})),
+                  tiff((GREY, {254: 1}), (GREY[::-1], {254: 1}))],
+            other_formats=[saved(COLOUR, "GIF", **several), saved(COLOUR, "WEBP", **several)]),
         "one page, and its thumbnail, overview or mask": {
-            "TIFF": [(tiff((COLOUR, {}), thumbnail, mask), COLOUR, 0), (tiff(thumbnail, (COLOUR, {})), COLOUR, 0),
+            "TIFF": [(tiff((COLOUR, {}), thumbnail, mask), COLOUR, 0),
+                     (tiff(thumbnail, (COLOUR, {})), COLOUR, 0),
                      (tiff(thumbnail, (SLIDE, {}), mask, order=">", packed=True), stretched(SLIDE), 0),
-                     (tiff((COLOUR, {}), (GREY[::2], {255: 2})), COLOUR, 0), (tiff((GREY, {254: 1})), GREYS, 0)],
-            "other formats": [(hole.getvalue(), np.asarray(Image.open(hole).convert("RGB")), 0)]},
+                     (tiff((COLOUR, {}), (GREY[::2], {255: 2})), COLOUR, 0),
+                     (tiff((GREY, {254: 1})), GREYS, 0)],
+            "other formats": [(preview, np.asarray(Image.open(io.BytesIO(preview)).convert("RGB")), 0)]},
         "pixels that are all alike": refused(
-            PNG=[saved(GREY * 0 + 9, "PNG"), png(EVEN), png(np.dstack([EVEN] * 3)), png(with_alpha(FILM, 0)),
+            PNG=[saved(GREY * 0 + 9, "PNG"), png(even), png(np.dstack([even] * 3)), png(with_alpha(FILM, 0)),
                  saved(with_alpha(COLOUR, 0), "PNG")],
-            TIFF=tiffs(EVEN) + tiffs(EVEN.astype(np.float32)) + tiffs(EVEN.astype(np.int32), _262=0),
+            TIFF=tiffs(even) + tiffs(even.astype(np.float32)) + tiffs(even.astype(np.int32), _262=0),
             other_formats=[saved(COLOUR * 0 + 200, form) for form in ("JPEG", "BMP", "GIF", "WEBP", "PPM")]),
         "less than its header says": refused(
             PNG=[saved(COLOUR, "PNG")[:-600], png(SLIDE)[:-900]],
-            TIFF=[*tiffs(COLOUR, _257=240, _278=240), *tiffs(SLIDE, _257=240, _278=240),
-                  *tiffs(FILM, _257=240, _278=240), tiff((COLOUR, {}))[:-4] + b"\xff\xff\0\0"],
-            other_formats=[saved(COLOUR, "JPEG")[:-400], saved(COLOUR, "WEBP")[:-90], saved(COLOUR, "BMP")[:-90]]),
+            TIFF=[*tiffs(COLOUR, **rows), *tiffs(SLIDE, **rows), *tiffs(FILM, **rows),
+                  tiff((COLOUR, {}))[:-4] + b"\xff\xff\0\0"],  # there would be a further page
+            other_formats=[saved(COLOUR, form)[:-90] for form in ("JPEG", "WEBP", "BMP", "JPEG2000")]),
         "more than 89 million pixels": refused(
             PNG=[claims(saved(COLOUR, "PNG"), 9500, 9500), claims(png(SLIDE), 8000, 7500),
-                 claims(png(deep_rgba), 7000, 6500), claims(saved(COLOUR, "PNG"), 60000, 60000)],
-            TIFF=tiff((COLOUR, {256: 9500, 257: 9500})),
-            other_formats=b"P5\n9500 9500\n255\n" + bytes(99)),
+                 claims(png(DEEP_RGBA), 7000, 6500), claims(saved(COLOUR, "PNG"), 60000, 60000)],
+            TIFF=[tiff((COLOUR, {256: 9500, 257: 9500}))],
+            other_formats=[b"P5\n9500 9500\n255\n" + bytes(99)]),
         "no image, or another format, such as DICOM": refused(
             other_formats=[b"", b"a text", bytes(128) + b"DICM" + bytes(99), saved(COLOUR, "EPS")])}
 
@@ -265,35 +305,9 @@ def kinds():
 # ----------------------------------------------------------------------------- odd files
 
 def jpeg_2000_of_16_bits():
-    """The start of a raw codestream of three channels, which is all that is looked at before it is refused."""
+    """The head of a codestream of three channels, all that is looked at before it is refused."""
     size = struct.pack(">HHIIIIIIIIH", 47, 0, 32, 24, 0, 0, 32, 24, 0, 0, 3) + b"\x0f\1\1" * 3
     return b"\xff\x4f\xff\x51" + size + b"\xff\xd9"
-
-
-def all_palettes():
-    wanted = np.asarray(PALETTE.convert("RGB"))
-    sixteen = tuple(257 * value for value in MAP)
-    return {"PNG": [(saved(PALETTE, "PNG"), wanted, 0)],
-            "TIFF": [(saved(PALETTE, "TIFF"), wanted, 0), (saved(PALETTE, "TIFF", compression="tiff_lzw"), wanted, 0),
-                     *((tiff((np.asarray(PALETTE), {262: 3, 320: sixteen}), order=order), wanted, 0) for order in "<>")],
-            "other formats": [(saved(PALETTE, form), wanted, 0) for form in ("GIF", "BMP")]}
-
-
-def soft():
-    """Colours that LAB holds: pale ones."""
-    return (COLOUR // 4 + 96).astype(np.uint8)
-
-
-def exif_of_6():
-    return b"MM\0*\0\0\0\x08\0\1\x01\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"
-
-
-def half_seen():
-    """PALETTE where nothing is seen of its colour 0, and half of colour 1."""
-    indices, wanted = np.asarray(PALETTE), np.asarray(PALETTE.convert("RGB")).astype(np.float64)
-    wanted[indices == 0] = 0
-    wanted[indices == 1] /= 2
-    return wanted
 
 
 def claims(content, width, height):
@@ -307,12 +321,13 @@ def claims(content, width, height):
 def read_table():
     """[(row, column, cell)] of docs/images.md, where the cell says something."""
     text = (Path(__file__).parent.parent / "docs/images.md").read_text(encoding="utf-8")
-    lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    columns = lines[0][1:]
-    return [(row[0], column, cell) for row in lines[2:] for column, cell in zip(columns, row[1:], strict=True) if cell]
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")]
+                      for line in text.splitlines() if line.startswith("|")]
+    return [(row[0], column, cell) for row in rows
+            for column, cell in zip(head[1:], row[1:], strict=True) if cell]
 
 
-KINDS = kinds()
+KINDS = shallow_kinds() | deep_kinds() | turned_and_clear_kinds() | odd_kinds()
 
 
 @pytest.mark.parametrize("row, column, cell", read_table(), ids=lambda text: text)
@@ -370,21 +385,27 @@ def test_the_channels_of_a_colour_keep_their_proportion():
     slide = np.zeros((32, 32, 3), np.uint16)
     slide[..., 0], slide[..., 1] = np.arange(32) * 100, np.arange(32) * 50
     found = np.asarray(load_image(png(slide))).astype(int)
-    assert found[..., 0].max() == 255 and np.abs(found[..., 0] - 2 * found[..., 1]).max() <= 1 and not found[..., 2].any()
+    assert found[..., 0].max() == 255 and np.abs(found[..., 0] - 2 * found[..., 1]).max() <= 1
+    assert not found[..., 2].any()
 
 
-def test_every_format_has_names_and_a_folder_takes_them():
+def test_every_format_has_names_and_a_folder_takes_them(tmp_path):
     forms = Image.registered_extensions()
     assert {forms[name] for name in SUFFIXES} == set(FORMATS)
-    assert {".jfif", ".jp2", ".ppm", ".pgm", ".tif"} < set(SUFFIXES) and ".eps" not in SUFFIXES
+    for number, name in enumerate([*SUFFIXES, ".JFIF", ".dcm", ".eps"]):
+        (tmp_path / "scans" / "abc"[number % 3]).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "scans" / "abc"[number % 3] / f"{number}{name}").write_bytes(b"")
+    items, _ = read_folder(tmp_path / "scans")
+    assert {item.file.suffix for item in items} == {*SUFFIXES, ".JFIF"}
 
 
 def test_a_stored_image_is_a_jpeg_or_png_of_the_size_that_was_stored():
     square = COLOUR[:, :24]
     assert np.array_equal(open_stored(saved(square, "PNG"), 24), square)
     assert open_stored(saved(square, "JPEG"), 24).shape == (24, 24, 3)
-    for content in (saved(square, "EPS"), saved(square, "TIFF"), saved(square, "GIF"), b"", saved(square, "PNG")[:-40],
-                    saved(COLOUR, "PNG"), saved(square[..., 0], "PNG"), claims(saved(square, "PNG"), 50_000, 50_000)):
+    whole = saved(square, "PNG")
+    for content in (saved(square, "EPS"), saved(square, "TIFF"), saved(square, "GIF"), b"", whole[:-40],
+                    saved(COLOUR, "PNG"), saved(square[..., 0], "PNG"), claims(whole, 50_000, 50_000)):
         with pytest.raises((ValueError, OSError, Image.DecompressionBombError)):
             open_stored(content, 24)
 

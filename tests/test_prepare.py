@@ -135,12 +135,12 @@ def test_what_cannot_be_used_is_skipped_and_counted(tokenizer, tmp_path):
         ("train", Record("10a", "what?", "lung", even_png()))]
     shard = write_toy(tmp_path, records, tokenizer)
     assert shard.manifest["skipped"] == {"empty answer": 1, "empty question": 1, "image missing": 1,
-                                         "image unreadable: damaged or cut short": 2,
+                                         "image unreadable: damaged, cut short, or packed in a way that is not read": 2,
                                          "image unreadable: even: all pixels alike": 1,
                                          "image unreadable: no image, or of a format that is not read": 1}
     assert shard.manifest["first_skipped"] == {
         "empty answer": "a.png", "empty question": "a.png", "image missing": "gone.png",
-        "image unreadable: damaged or cut short": "cut.jpg",
+        "image unreadable: damaged, cut short, or packed in a way that is not read": "cut.jpg",
         "image unreadable: even: all pixels alike": "10a",
         "image unreadable: no image, or of a format that is not read": "text.png"}
     assert [record["id"] for record in shard.read_records()] == ["1", "2", "3", "4"]

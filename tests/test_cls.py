@@ -362,6 +362,7 @@ def test_own_images_are_trained_on_and_new_ones_predicted(kind, tmp_path):
         (new / name).parent.mkdir(parents=True, exist_ok=True)
         (new / name).write_bytes(picture(99, shade))
     (new / "notes.txt").write_text("no image")
+    Image.new("L", (20, 20), 190).save(new / "even.png")
     (source / "labels.csv").write_text("\n".join(lines) + "\n")
     dataset = str(source if kind == "folder" else source / "labels.csv")
     words = [f"--dataset={dataset}", "--encoder=scratch", "--model=sample", "--epochs=5", "--learning_rate=1e-3",
@@ -373,6 +374,8 @@ def test_own_images_are_trained_on_and_new_ones_predicted(kind, tmp_path):
     assert list(results["test"]["classes"]) == ["broken", "whole"] if kind == "folder" else ["broken", "old", "whole"]
     done = command(*words, f"--predict={new}")
     assert done.returncode == 0 and "notes.txt: not an image" in done.stdout, done.stderr
+    assert "even.png: not an image that can be read (even: all pixels alike)" in done.stdout
+    assert "2 images, 2 files that could not be read" in done.stdout
     table, = (tmp_path / "cls").glob("*/scratch/seed_0/predicted_new_????????.csv")
     rows = {row["image"]: row for row in csv.DictReader(open(table))}
     assert rows.keys() == {"a/light.png", "dark.PNG"}

@@ -34,7 +34,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from extras.faults.tiny import (AFTER, OS_ERROR, SUCCESS, USER_ERROR, OneSave, fork, newest_step,
+from extras.faults.tiny import (AFTER, OS_ERROR, SUCCESS, USER_ERROR, NotHere, OneSave, fork, newest_step,
                                 prepare, shrink, wait)
 from plumbing.flags import UserError, parse_command_line
 from plumbing.flags import run as run_script
@@ -69,7 +69,7 @@ def traced(log, options, function, *arguments):
     if "attached" not in told:
         os.kill(child, signal.SIGKILL)
         wait(child)
-        raise UserError(f"strace cannot trace here: {told.strip()}")
+        raise NotHere(f"strace cannot trace here: {told.strip()}")
     os.kill(child, signal.SIGUSR1)
     code = wait(child)
     tracer.communicate()
@@ -84,7 +84,7 @@ def act_with_a_limit(act, run, limit):
 
 def main(config):
     if not shutil.which("strace"):
-        raise UserError("strace is not here; install it: `apt-get install strace`")
+        raise NotHere("strace is not here; install it: `apt-get install strace`")
     shrink()
     ends, loaded, tried, wrong, begin = Counter(), Counter(), 0, [], time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

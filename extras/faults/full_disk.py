@@ -38,8 +38,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 
-from extras.faults.tiny import (AFTER, ROOT, SUCCESS, USER_ERROR, OneSave, fork, leftovers, newest_step,
-                                shrink, wait)
+from extras.faults.tiny import (AFTER, ROOT, SUCCESS, USER_ERROR, NotHere, OneSave, fork, leftovers,
+                                newest_step, shrink, wait)
 from extras.faults.tiny import prepare as prepare_sample
 from plumbing.files import hash_file
 from plumbing.flags import Count, UserError, parse_command_line, run
@@ -264,7 +264,7 @@ def main(config):
         disk, told = folder / "disk", folder / "told"
         code = wait(fork(try_parts, config, folder, disk, told))
         if not told.exists():
-            raise UserError("no disk can be mounted here, even in a name space of its own")
+            raise NotHere("no disk can be mounted here, even in a name space of its own")
         print(told.read_text() or f"ended before it was done, with exit code {code}")
     if code:
         sys.exit(1)

@@ -41,6 +41,8 @@ ODD = ["", " ", "0", "-1", "1", "2", "3.5", "0.5", "-0.5", "nan", "inf", "-inf",
        "a,b", ",", "a:", ":1", "sample", "sample:0", "sample:2", "sample,sample", "sample:nan", "sample:1e9",
        "sample:-1", "cpu", "cuda", "cuda:7", "mps", "tpu", "q_proj", "q_proj,", "lm_head", "full", "lora", "frozen",
        "float16", "bfloat16", "float32", "both", "shuffle", "test", "train", "validation"]
+PLAIN = {int: ["0", "1", "2", "3", "7"], float: ["0", "1e-3", "0.5", "1", "2"], bool: ["true", "false"],
+         str: ["sample", "run", "own", "file", "new/a", "scratch", "test", "none", "q_proj"]}  # more often sound
 LONG = {"epochs", "max_steps", "seeds", "image_size", "batch_size", "row_length", "lora_r", "workers", "only",
         "max_new_tokens", "questions_per_image", "patience", "save_every", "model", "encoder", "held_out", "question"}
 COMMANDS = {  # script -> its module and the flags of a short run
@@ -58,7 +60,7 @@ COMMANDS = {  # script -> its module and the flags of a short run
 @dataclass(frozen=True)
 class Config:
     cases: Count = 2000  # commands
-    patience: Count = 60  # seconds that one of them may take
+    patience: Count = 180  # seconds that one of them may take
     seed: Whole = 0  # of the flags and values
     only: str = ""  # one script, such as train_cls.py; none: all in turn
 
@@ -70,7 +72,7 @@ def draw_command(draw, script):
     words = {name: str(value) for name, value in settings.items()}
     for item in items:
         kind, choices, _ = type_of(item)
-        values = [*ODD, *(choices or ())] + (["true", "false"] * 20 if kind is bool else [])
+        values = draw.choice((ODD, choices or PLAIN[kind]))
         words[item.name] = draw.choice([value for value in values if (item.name, value) not in NEVER])
     return words, [item.name for item in items]
 

@@ -43,7 +43,7 @@ MUTANTS = [  # what is wrong, in which file, [(its words, the words instead), ..
     ("no fsync of the folders in a checkpoint", "plumbing/files.py",
      [("[*paths, partial", "[*filter(Path.is_file, paths), partial")], LOST),
     ("no fsync after a checkpoint got its name", "plumbing/files.py",
-     [("    sync(folder.parent)\n\n\ndef find", "\n\ndef find")], LOST),
+     [("    partial.rename(folder)\n    sync(folder.parent)\n", "    partial.rename(folder)\n")], LOST),
     ("no fsync of a new run's own name", "train_vlm.py",
      [("        sync(path.absolute().parent)  #", "        pass  #")], LOST),
     ("no fsync of the log before a checkpoint", "train_vlm.py",

@@ -24,6 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SUCCESS, USER_ERROR, OS_ERROR, UNEXPECTED = 0, 2, 3, 4  # how a child ends
 
 
+class NotHere(UserError):
+    """What a campaign needs, such as strace or the right to mount a disk, is not on this machine."""
+
+
 def shrink():
     """Make --model=sample tiny, and torch single-threaded: threads would not survive a fork."""
     torch.set_num_threads(1)

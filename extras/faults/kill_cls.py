@@ -1,0 +1,300 @@
+"""
+Harm a run of train_cls.py, and see that it ends in one line or in the very bytes of an undisturbed one.
+
+    python extras/faults/kill_cls.py                        all of it (half an hour)
+    python extras/faults/kill_cls.py --parts=full --sizes=14
+
+    kill   it is killed by SIGKILL at random moments and started again until it finishes
+    full   its disk, a tmpfs, has room for 0.1 to 1.1 of what it writes, or for all but a block of it;
+           then there is room, and the same command goes on
+    flip   one bit is flipped in each region of each file that a stopped or a finished run leaves, and
+           the same command, --report and --predict are asked to use it
+
+The run is the real one as the command line starts it, of a tiny encoder, in a forked child. What may be said
+of each harm is "refused" (exit code 2 and one line on stderr) or "the same" (exit code 0 and the same bytes).
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not extras/faults/
+
+import contextlib
+import functools
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+import traceback
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+import train_cls
+from extras.faults.corrupt import flipped
+from extras.faults.full_disk import leave_room, mount, mounted, own_mounts, used
+from extras.faults.tiny import SUCCESS, USER_ERROR, shrink, wait
+from plumbing.files import checkpoints, find_damage, hash_file, hash_json, read_manifest
+from plumbing.flags import Count, UserError, parse_command_line, run
+from prepare.folder import prepare_folder
+
+
+@dataclass(frozen=True)
+class Config:
+    parts: str = "kill,full,flip"  # what is tried
+    kills: Count = 300  # runs are repeated until there were so many
+    sizes: Count = 14  # of the disk
+    regions: Count = 24  # of each file, in each of which a bit is flipped
+    seed: int = 0  # of the moments and the bits
+
+
+# ----------------------------------------------------------------------------- a tiny run
+
+def write_images(folder):
+    """Two classes of drawn noise, one darker than the other, as a dataset of 32 pixels."""
+    draw = np.random.default_rng(0)
+    for place, name in enumerate(("dark", "light")):
+        (folder / "scans" / name).mkdir(parents=True)
+        for number in range(24):
+            pixels = draw.integers(0, 160, (32, 32, 3)) + 60 * place
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / "scans" / name / f"{number}.png")
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return prepare_folder(folder / "scans", folder / "shards", 32, 1)
+
+
+def start(config, told):
+    """The process id of a child that does what the command line does; the file `told` gets its stderr."""
+    child = os.fork()
+    if child:
+        return child
+    code = 4
+    try:
+        os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        os.dup2(os.open(f"{told}.out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+        train_cls.tqdm = functools.partial(train_cls.tqdm, disable=True)
+        run(train_cls.main, config)
+        code = SUCCESS
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def finished(folder):
+    """{file: what has to be the same} of a finished run; its seconds, its machine and its lock may differ."""
+    result = read_manifest(folder, "result.json")
+    if result is None:
+        return None
+    same = {path.relative_to(folder).as_posix(): hash_file(path) for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != "result.json"}
+    return same | {"result.json": hash_json({key: value for key, value in result.items()
+                                             if key not in ("seconds", "machine", "checksum")})}
+
+
+class Trial:
+    """The run to harm, what it makes undisturbed, and how a child of it ended."""
+
+    def __init__(self, folder):
+        self.told = folder / "told"
+        name = write_images(folder)
+        self.config = train_cls.Config(
+            dataset=name, encoder="scratch", model="sample", epochs=6, save_every=2, batch_size=16,
+            learning_rate=1e-3, shards_dir=str(folder / "shards"), out=str(folder / "undisturbed"), device="cpu")
+        self.path = Path(name) / "scratch" / "seed_0"
+        for _ in range(2):  # the first one is slower than all that follow
+            shutil.rmtree(self.config.out, ignore_errors=True)
+            begin = time.perf_counter()
+            self.require(self.config)
+            self.seconds = time.perf_counter() - begin
+        self.right = finished(Path(self.config.out) / self.path)
+
+    def require(self, config):
+        if code := wait(start(config, self.told)):
+            raise UserError(f"an undisturbed run ends with exit code {code}: {self.told.read_text()[-300:]}")
+
+    def ended(self, code):
+        """What is wrong with an end that is neither success nor one line on stderr and exit code 2."""
+        lines = [line for line in self.told.read_text().splitlines() if ": not used: " not in line]
+        if code == SUCCESS and not any("Traceback" in line for line in lines):
+            return []
+        one_line = code == USER_ERROR and len(lines) == 1
+        return [] if one_line else [f"exit code {code}, {len(lines)} lines: {lines[-1:]}"]
+
+
+# ----------------------------------------------------------------------------- what is done to it
+# Each part yields (what came of a harm, in words; what is wrong).
+
+def try_kill(config, trial, folder):
+    draw, before = random.Random(config.seed), 0
+    settings = replace(trial.config, out=str(folder / "killed"))
+    target, kills = folder / "killed" / trial.path, 0
+    while kills < config.kills or target.exists():
+        child = start(settings, trial.told)
+        if kills < config.kills:
+            time.sleep(draw.uniform(0, trial.seconds))
+            os.kill(child, signal.SIGKILL)  # without effect on one that has ended
+        code = wait(child)
+        if code == -signal.SIGKILL:
+            kills += 1
+            states = checkpoints(target)
+            damage = find_damage(states[0]) if states else None
+            wrong = [f"newest state {states[0].name}: {damage}"] if damage else []
+            now = int(states[0].name[5:]) if states else 0
+            if now < before and not (target / "result.json").exists():
+                wrong.append(f"went back from epoch {before} to {now}")
+            before = max(now, before)
+            yield "killed", wrong
+            continue
+        wrong = trial.ended(code)
+        if code != SUCCESS or finished(target) != trial.right:
+            wrong.append(f"exit code {code}, finished with other bytes: {trial.told.read_text()[-200:]}")
+        shutil.rmtree(target)
+        before = 0
+        yield "finished", wrong
+
+
+def try_full(config, trial, folder):
+    """In a name space of the process's own, which may mount."""
+    disk = folder / "disk"
+    disk.mkdir(exist_ok=True)
+    settings = replace(trial.config, out=str(disk))
+    with mounted(disk):
+        trial.require(replace(settings, epochs=2))  # a state, and later model/ and the rest
+        needed = 3 * used(disk)
+    for room in [*np.linspace(0.1 * needed, 1.1 * needed, config.sizes - 1), needed - 1]:
+        with mounted(disk):
+            leave_room(disk, room)
+            code = wait(start(settings, trial.told))
+            wrong = trial.ended(code)
+            left = [path.name for path in disk.rglob("partial_*")]
+            if left:
+                wrong.append(f"{left} stay")
+            mount("remount,size=64m", str(disk))
+            again = wait(start(settings, trial.told))
+            if again != SUCCESS or finished(disk / trial.path) != trial.right:
+                wrong.append(f"with room exit code {again}, or other bytes: {trial.told.read_text()[-200:]}")
+        yield "refused, then the same" if code else "had room", wrong
+
+
+def stopped_run(trial, folder):
+    """A run that was killed once it had its state of epoch 4."""
+    settings = replace(trial.config, out=str(folder / "stopped"))
+    target = folder / "stopped" / trial.path
+    while not (states := checkpoints(target)) or states[0].name < "step_000004":
+        shutil.rmtree(target, ignore_errors=True)
+        child = start(settings, trial.told)
+        while not (target / "step_000004").exists() and not (target / "result.json").exists():
+            time.sleep(0.001)
+        os.kill(child, signal.SIGKILL)
+        wait(child)
+    return settings, target
+
+
+def try_flip(config, trial, folder):
+    draw = random.Random(config.seed)
+    new = folder / "scans" / "dark"
+    whole = Path(trial.config.out) / trial.path
+    asks = {"again": trial.config, "report": replace(trial.config, report=True),
+            "predict": replace(trial.config, predict=str(new))}
+    right = {}
+    for name, settings in asks.items():
+        trial.require(settings)
+        right[name] = (folder / "told.out").read_text()
+    table = next(whole.glob("predicted_*.csv"))
+    predicted = table.read_bytes()
+    stopped, target = stopped_run(trial, folder)
+    kept = folder / "kept"
+    shutil.copytree(target, kept)
+    for older in checkpoints(kept)[1:]:  # to which a run with a damaged state would go back
+        shutil.rmtree(older)
+    for path in sorted(path for path in whole.rglob("*") if path.is_file() and path != table):
+        for bit in bits_of(path, draw, config.regions):
+            content = path.read_bytes()
+            path.write_bytes(flipped(content, bit))
+            name = path.relative_to(whole).as_posix()
+            for ask in ("again", "report") if name == "result.json" else ("again", "predict"):
+                code = wait(start(asks[ask], trial.told))
+                wrong = trial.ended(code)
+                said = (folder / "told.out").read_text()
+                if ask == "report" and "left out: " in said:
+                    code = USER_ERROR
+                elif code == SUCCESS and (said != right[ask] or table.read_bytes() != predicted):
+                    wrong.append(f"{name}, bit {bit}, {ask}: other output, no word")
+                yield f"{name}: {'refused' if code else 'the same'}", wrong
+            path.write_bytes(content)
+    for path in sorted(path for path in kept.rglob("*") if path.is_file()):
+        for bit in bits_of(path, draw, config.regions):
+            name = path.relative_to(kept)
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(kept, target)
+            (target / name).write_bytes(flipped(path.read_bytes(), bit))
+            code = wait(start(stopped, trial.told))
+            wrong = trial.ended(code)
+            if code == SUCCESS and finished(target) != trial.right:
+                wrong.append(f"{name}, bit {bit}: other bytes, no word")
+            yield f"stopped, {name}: {'refused' if code else 'the same'}", wrong
+
+
+def bits_of(path, draw, regions):
+    """A bit of each of so many regions of a file, or of each byte of a smaller one."""
+    size = path.stat().st_size
+    edges = np.linspace(0, size, min(regions, size) + 1).astype(int)
+    return [8 * draw.randrange(begin, end) + draw.randrange(8) for begin, end in zip(edges, edges[1:])]
+
+
+# ----------------------------------------------------------------------------- all of it
+
+def try_part(part, config, trial, folder, told):
+    """One part, in a process that may mount what it alone sees; the file `told` gets its counts and violations."""
+    if part == "full":
+        own_mounts()
+    counts, wrong = Counter(), []
+    for outcome, found in globals()[f"try_{part}"](config, trial, folder):
+        counts[outcome] += 1
+        wrong += found
+    told.write_text(json.dumps([counts, wrong]))
+
+
+def main(config):
+    shrink()
+    violations = []
+    for part in config.parts.split(","):
+        if f"try_{part}" not in globals():
+            raise UserError(f"--parts: {part} is none of kill, full, flip")
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        trial = Trial(folder)
+        for part in config.parts.split(","):
+            told, begin = folder / f"{part}.json", time.perf_counter()
+            child = os.fork()
+            if not child:
+                try:
+                    try_part(part, config, trial, folder, told)
+                except OSError as error:
+                    told.write_text(json.dumps([{f"not tried: {error}": 1}, []]))
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    os._exit(0)
+            wait(child)
+            counts, wrong = json.loads(told.read_text()) if told.exists() else ({}, [f"{part}: ended by an error"])
+            violations += wrong
+            print(f"{part}: " + ", ".join(f"{count} {name}" for name, count in counts.items())
+                  + f"; {time.perf_counter() - begin:.0f} s", flush=True)
+    print(f"{len(violations)} violations" + "".join(f"\n  {line}" for line in violations[:20]))
+    if violations:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main, parse_command_line(Config))

@@ -26,6 +26,11 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
 
+from plumbing.flags import require_packages
+
+if __name__ == "__main__":
+    require_packages("tests/requirements.txt", "peft", "transformers")
+
 import json
 import math
 import os
@@ -33,7 +38,7 @@ import subprocess
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import peft
@@ -46,8 +51,9 @@ import train_vlm
 from data import BOS, EOS, Mixture, Shard, Tokenizer
 from extras.bench_cls import make_vit
 from extras.bench_eval import clock, measure_limits
+from extras.progress import Progress, about, tell
 from model import HAS_TRITON, VLM, describe_machine, normalise, pick_device
-from plumbing.flags import Count, UserError, parse_command_line, run
+from plumbing.flags import Count, Device, Range, UserError, Whole, parse_command_line, run
 
 
 @dataclass(frozen=True)
@@ -63,11 +69,11 @@ class Config:
     micro_batch_tokens: Count = 4096  # tokens of a forward pass
     rounds: Count = 3  # timed steps of each row
     peer: bool = True  # time the peer, too
-    questions: int = 500  # of the test split that are answered, 4 tokens each; 0: all of it
+    questions: Whole = 500  # of the test split that are answered, 4 tokens each; 0: all of it
     raw_dir: str = ""  # raw files whose preparation is timed, too; none: it is not
-    peak_tflops: float = 0.0  # that MFU is a share of; 0: of a matrix product measured here
+    peak_tflops: Annotated[float, Range(0, 1e6)] = 0.0  # that MFU is a share of; 0: of one that is measured
     out: str = "out/bench.md"  # the table; the json stands beside it
-    device: str = "auto"  # cuda, mps or cpu
+    device: Device = "auto"  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the GPU has it
 
 
@@ -338,18 +344,26 @@ def main(config):
             "padded": 1 - sum(int(seen.sum()) for _, seen, *_ in given) / tokens, "tokens": tokens,
             "flop": rows["nothing recomputed"]["flop"]}
 
+    warm_up, forward = Progress(len(rows), "rows warmed up"), 0
     for row in rows.values():  # the learning rate is 0, so that all have the same weights and loss
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         row["loss"], row["seconds"] = row["run"](), []
         row["peak"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+        begin = clock(device)
         row["kept"] = row["run"](count_kept)
+        warm_up.row(f"{clock(device) - begin:.2f} s")
+        forward += clock(device) - begin
+    tell(f"{about(6 * config.rounds * forward)}: {len(rows)} rows x {config.rounds} rounds, then the others")
+    measured = Progress(config.rounds * len(rows), "steps")
     for _ in range(config.rounds):
-        for row in rows.values():
+        for name, row in rows.items():
             row["run"]()
             begin = clock(device)
             row["run"]()
             row["seconds"].append(clock(device) - begin)
+            measured.row(f"{name}, {row['seconds'][-1]:.2f} s")
+    tell("then the loader, the answers and the preparation")
     loader = {"each question with its image": time_loader(shard, N, 1, config),
               "all questions share an image": time_loader(shard, N, 0, config)}
     others = [run_beside("bench_eval.py", model=config.model, data=config.data, limit=config.questions,

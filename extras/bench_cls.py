@@ -15,12 +15,17 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
 
+from plumbing.flags import require_packages
+
+if __name__ == "__main__":
+    require_packages("tests/requirements.txt", "transformers")
+
 import os
 import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -33,8 +38,9 @@ from torch.utils.data import DataLoader, Dataset
 
 import train_cls
 from data import Shard
+from extras.progress import Progress, tell
 from model import CLIP_MEAN, CLIP_STD, CONFIGS, ViT, normalise, pick_device, tensors_of
-from plumbing.flags import Count, UserError, parse_command_line, run
+from plumbing.flags import Count, Device, Range, Threads, UserError, parse_command_line, run
 from prepare.datasets import DATASETS
 from train_cls import Classifier, make_optimizer, read_split, train_epoch
 
@@ -53,9 +59,9 @@ class Config:
     batch_size: Count = 64  # images in an optimiser step
     steps: Count = 8  # of an epoch; images come again where there are too few
     rounds: Count = 5  # epochs of each
-    workers: int = 0  # the peer's; 0: one a core
-    peak_tflops: float = 790.0  # of the GPU in bfloat16; an H200 reaches about so many
-    device: str = "auto"  # cuda, mps or cpu
+    workers: Threads = 0  # the peer's; 0: one a core
+    peak_tflops: Annotated[float, Range(1e-9, 1e9)] = 790.0  # of the GPU in bfloat16, about an H200's
+    device: Device = "auto"  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the GPU has it
 
 
@@ -230,6 +236,8 @@ def main(config):
             "ours, images ready": lambda number: train_steps(ours, optimizer, ready, *how),
             "peer": lambda number: train_steps(peer, usual, loader, *how)}
         seconds = defaultdict(list)
+        progress = Progress((config.rounds + 1) * len(epochs), "epochs")
+        tell(f"{len(epochs)} ways x {config.rounds} rounds of {config.steps} steps, and a first one to warm up")
         for number in range(config.rounds + 1):
             for name, epoch in epochs.items():
                 start = time.perf_counter()
@@ -237,6 +245,7 @@ def main(config):
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 seconds[name].append(time.perf_counter() - start)
+                progress.row(f"{name}, {seconds[name][-1]:.2f} s")
     print(f"{config.data}, {config.model} ViT on {device} in {str(dtype)[6:]}: {config.rounds} rounds "
           f"of {config.steps} steps of {config.batch_size} images; {workers} workers; load "
           f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")

@@ -21,6 +21,11 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
 
+from plumbing.flags import require_packages
+
+if __name__ == "__main__":
+    require_packages("tests/requirements.txt", "transformers")
+
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -32,8 +37,9 @@ import transformers
 
 import eval_vqa
 from data import BOS, EOS, Shard, Tokenizer
+from extras.progress import Progress, tell
 from model import VLM, Linear, describe_machine, pick_device
-from plumbing.flags import Count, UserError, parse_command_line, run
+from plumbing.flags import Count, Device, UserError, Whole, parse_command_line, run
 
 
 @dataclass(frozen=True)
@@ -42,13 +48,13 @@ class Config:
     model: Literal["paper", "small", "sample"] = "small"  # sizes of random weights
     data: str = "path_vqa"  # prepared dataset
     shards_dir: str = "shards"  # where prepare/all.py put it
-    limit: int = 0  # only the first so many questions; 0: all
+    limit: Whole = 0  # only the first so many questions; 0: all
     new_tokens: Count = 32  # longest answer; with random weights of every answer
     batch_size: Count = 32  # images answered together, as eval_vqa.py's
     peer_batch_size: Count = 32  # questions
     peer: bool = True  # time the peer, too
     rounds: Count = 3  # of each
-    device: str = "auto"  # cuda, mps or cpu
+    device: Device = "auto"  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the GPU has it
 
 
@@ -172,6 +178,8 @@ def main(config):
         ways["transformers' generate"] = lambda: {"model": [
             tokenizer.decode(reply) for reply in answer_by_peer(model, peer, shard, count, config)]}
     seconds, answers, passes = defaultdict(list), {}, []
+    progress = Progress(len(ways) * config.rounds, "passes")
+    tell(f"{len(ways)} ways x {config.rounds} rounds over all questions; a line for each")
     for number in range(config.rounds):
         for way, run_once in ways.items():
             hooks = count_work(model, passes) if way == "ours" and number == 0 else []
@@ -179,6 +187,7 @@ def main(config):
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
                 answers[way] = run_once()
             seconds[way].append(clock(device) - begin)
+            progress.row(f"{way}, {seconds[way][-1]:.2f} s")
             for hook in hooks:
                 hook.remove()
     medians = {way: float(np.median(times)) for way, times in seconds.items()}

@@ -19,12 +19,14 @@ import time
 from collections import defaultdict
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
 
 from data import Tokenizer, load_image, resize_image
-from plumbing.flags import UserError, parse_command_line, run
+from extras.progress import Progress
+from plumbing.flags import Count, Range, UserError, parse_command_line, run
 from prepare.datasets import DATASETS
 from prepare.leaks import fingerprint
 from prepare.shards import ImageSettings, SplitWriter, encode_image
@@ -38,9 +40,9 @@ class Config:
     data: str = "path_vqa,vqa_rad"  # datasets whose raw files are there
     raw_dir: str = "raw"  # as prepare/all.py's
     tokenizer: str = "weights/llama_tokenizer/tokenizer.model"  # as prepare/all.py's
-    images: int = 300  # of each dataset, no two the same
-    enlarge: int = 1  # times along each side, to stand for larger files; 1: the files as they are
-    rounds: int = 3  # over all images; the fastest counts
+    images: Count = 300  # of each dataset, no two the same
+    enlarge: Annotated[int, Range(1, 16)] = 1  # times along each side, to stand for larger files
+    rounds: Count = 3  # over all images; the fastest counts
 
 
 def read_records(name, config):
@@ -71,7 +73,7 @@ def plain_pillow(content):
 
 def time_steps(contents, rounds):
     """{step: seconds an image}, each the fastest of the rounds."""
-    seconds = defaultdict(lambda: [0.0] * rounds)
+    seconds, progress = defaultdict(lambda: [0.0] * rounds), Progress(rounds, "rounds")
     for number in range(rounds):
         for content in contents:
             def timed(step, do, *arguments, **settings):
@@ -86,6 +88,7 @@ def time_steps(contents, rounds):
             timed("hash", fingerprint, image)
             timed("encode", lambda: small.save(io.BytesIO(), "JPEG", quality=97, subsampling="4:4:4"))
             timed("encode_image, all of it", encode_image, content, SETTINGS)
+        progress.row(f"{len(contents)} images, {sum(times[number] for times in seconds.values()):.1f} s")
     return {step: min(times) / len(contents) for step, times in seconds.items()}
 
 

@@ -25,6 +25,7 @@ import socket
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ import train_cls
 from data import BOS, EOS, Tokenizer, format_prompt, read_settings
 from model import VLM, Cache, pick_device
 from plumbing.files import newest_checkpoint
-from plumbing.flags import UserError, parse_command_line, run
+from plumbing.flags import Device, Range, UserError, parse_command_line, run
 from plumbing.pixels import TOO_LARGE, Unreadable, load_image, resize_image
 
 try:
@@ -78,8 +79,8 @@ class Config:
     shards_dir: str = "shards"  # where prepare/all.py put the data whose test images are the examples
     classifier: str = ""  # folder .../seed_<n> of a train_cls.py run; none: the newest in out/cls
     address: str = "127.0.0.1"  # to listen on; another one may let other machines in
-    port: int = 8501  # to listen on
-    device: str = "auto"  # cuda, mps or cpu
+    port: Annotated[int, Range(1, 65535)] = 8501  # to listen on
+    device: Device = "auto"  # cuda, mps or cpu
 
 
 # ----------------------------------------------------------------------------- the conversation

@@ -21,7 +21,7 @@ from PIL import Image
 from data import Batch, Mixture, Shard, Tokenizer, format_prompt
 from eval_vqa import bleu1
 from model import VLM, normalise
-from plumbing.flags import parse_command_line, run
+from plumbing.flags import UserError, Whole, parse_command_line, run
 from plumbing.pixels import FORMATS
 from prepare.datasets import DATASETS
 
@@ -31,26 +31,51 @@ class Config:
     run: str = "out/path_vqa"  # folder of a train_vlm.py run
     data: str = "path_vqa"  # prepared dataset
     split: str = "test"  # one of its splits
-    number: int = 0  # sample of the split
+    number: Whole = 0  # sample of the split
     raw_dir: str = "raw"  # where prepare/all.py read it
     shards_dir: str = "shards"  # where prepare/all.py put it
+
+
+def require_sample(shard, tokenizer, config):
+    """Raise UserError unless the split has this number, about an image, in the run's own tokens."""
+    shard.require_questions()
+    if config.number >= len(shard):
+        raise UserError(f"--number={config.number}: {shard.folder} has samples 0 to {len(shard) - 1:,}")
+    if shard.samples[config.number]["image"] < 0:
+        raise UserError(f"--number={config.number}: asks about no image in {shard.folder}; choose another one")
+    if shard.manifest["tokenizer_sha256"] != tokenizer.sha256:
+        raise UserError(f"{shard.folder}: made with another tokenizer than the run's {tokenizer.path}; "
+                        f"{shard.again[:-1]} --tokenizer={tokenizer.path}`")
+
+
+def find_record(name, config):
+    """The Record of this id as the dataset's raw files have it. Raises UserError where they do not."""
+    dataset = DATASETS.get(config.data)
+    if dataset is None or not dataset.find(config.raw_dir):
+        raise UserError(f"--data: no raw files of {config.data!r} in {config.raw_dir}; name their folder with "
+                        "--raw_dir")
+    for split, record in dataset.read(dataset.raw(config.raw_dir)):
+        if split == config.split and record.id == name:
+            return record
+    raise UserError(f"{config.raw_dir}: no {name!r} in {config.data}'s {config.split} split; these are not the "
+                    f"files that {config.shards_dir} was prepared from")
 
 
 def main(config):
     shard = Shard(Path(config.shards_dir) / config.data / config.split)
     tokenizer = Tokenizer(Path(config.run) / "tokenizer.model")
+    require_sample(shard, tokenizer, config)
     words, sample = shard.read_records()[config.number], shard.samples[config.number]
-    dataset = DATASETS[config.data]
-    record = next(record for split, record in dataset.read(dataset.raw(config.raw_dir))
-                  if split == config.split and record.id == words["id"])
+    record = find_record(words["id"], config)
     image = Image.open(io.BytesIO(record.image), formats=FORMATS)
     print(f"{config.data + '(raw)':16} Record {record.id!r}: {record.question!r} -> {record.answer!r}, "
           f"{image.format} {image.mode} {image.size}, {len(record.image):,} bytes")
 
     prompt, answer = shard.read_tokens(config.number)
     text = format_prompt(words["question"], words.get("context", ""))
-    assert tokenizer.encode(text) == prompt.tolist()
-    assert tokenizer.encode(words["answer"]) == answer.tolist()
+    if (tokenizer.encode(text), tokenizer.encode(words["answer"])) != (prompt.tolist(), answer.tolist()):
+        raise UserError(f"{shard.folder}: the tokens of sample {config.number} are not those of its words; "
+                        f"{shard.again}")
     pixels = shard.read_image(sample["image"])
     print(f"format_prompt    {text!r}")
     print(f"Tokenizer.encode {prompt.tolist()} | {answer.tolist()}")
@@ -60,6 +85,7 @@ def main(config):
     print(f"Shard.read_image {pixels.shape} {pixels.dtype}, mean {pixels.mean():.1f}")
 
     model = VLM.from_run(config.run).eval()
+    shard.require_image_size(model.vision.config.image_size)
     N = model.vision.config.tokens
     mixture = Mixture([shard], N, batch_size=1, row_length=1 + N + len(prompt) + len(answer))
     step = mixture.pack(0, [config.number], [0])

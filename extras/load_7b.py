@@ -18,21 +18,22 @@ import multiprocessing
 import resource
 import time
 from dataclasses import asdict, dataclass
+from typing import Annotated
 
 import torch
 from safetensors.torch import save_file
 
 from data import Tokenizer, format_prompt
 from model import VLM, LLaMA, LlamaConfig, ViT, ViTConfig
-from plumbing.flags import parse_command_line, run
+from plumbing.flags import Range, UserError, parse_command_line, run
 
 
 @dataclass(frozen=True)
 class Config:
     folder: str = "weights/random_7b"  # where the synthetic checkpoints are written
     tokenizer: str = "weights/llama_tokenizer/tokenizer.model"  # LLaMA's
-    shards: int = 3  # files of the language model
-    new_tokens: int = 8  # tokens to answer with
+    shards: Annotated[int, Range(1, 99)] = 3  # files of the language model
+    new_tokens: Annotated[int, Range(1, 2048)] = 8  # tokens to answer with
 
 
 def write_checkpoints(folder, shards):
@@ -72,6 +73,8 @@ def main(config):
             target=write_checkpoints, args=(folder, config.shards))
         writer.start()
         writer.join()
+        if writer.exitcode:
+            raise UserError(f"{folder}: not written, see above; 14 GB have to be free there")
     begin = time.perf_counter()
     model = VLM.build("paper", tokenizer.vocab_size, folder / "biomedclip.safetensors", folder,
                       dtype=torch.bfloat16).eval()

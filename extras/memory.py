@@ -43,6 +43,7 @@ from torch.utils._pytree import tree_leaves
 
 import train_vlm
 from data import Mixture
+from extras.progress import Progress
 from model import CONFIGS, describe_machine, group_masks, pick_device
 from plumbing.flags import UserError, parse_command_line, run
 
@@ -187,12 +188,15 @@ def check():
     facts = ", ".join(f"{name} {fact}" for name, fact in describe_machine(DEVICE).items())
     print(f"Peak of a step of the small model, {DTYPE}; {facts}\n")
     print_heads("tokens", "recompute", "computed, MB", "measured, MB", "ratio")
-    for tokens, recompute in itertools.product((4096, 8192), (0, 0.5, 1)):
+    cases = list(itertools.product((4096, 8192), (0, 0.5, 1)))
+    progress = Progress(len(cases), "steps")
+    for tokens, recompute in cases:
         flags = replace(FLAGS, model="small", recompute=recompute)
         _, computed = compute(flags, pack("small", tokens, 1), DTYPE, DEVICE.type == "cuda")
         measured = measure_afresh("small", tokens, recompute)
         print_row(f"{tokens:,}", recompute, f"{computed / 1e6:,.0f}", f"{measured / 1e6:,.0f}",
                   f"{computed / measured:.3f}")
+        progress.row()
 
 
 def read_numbers(config, name, kind, low, high):
@@ -222,14 +226,18 @@ def main(config):
     cards = read_numbers(config, "cards", float, 1, 1000)
     flags = replace(FLAGS, model=config.model, vision=config.vision, language=config.language)
     heads = [f"recompute {share:g}" for share in shares]
-    for questions in read_numbers(config, "questions", int, 1, 1000):
+    shared = read_numbers(config, "questions", int, 1, 1000)
+    progress = Progress(len(shared) * len(sizes) * len(shares), "peaks")
+    for questions in shared:
         print(f"Peak in GB by tokens of a micro-batch; questions that share an image: {questions}\n")
         print_heads("tokens", "images", "weights", *heads)
         peaks = []  # of each size, for each share
         for size in sizes:
-            batch = pack(config.model, size, questions)
-            weights, peaks_now = zip(*(compute(replace(flags, recompute=share), batch, torch.bfloat16)
-                                       for share in shares))
+            batch, found = pack(config.model, size, questions), []
+            for share in shares:
+                found.append(compute(replace(flags, recompute=share), batch, torch.bfloat16))
+                progress.row(f"{size:,} tokens, recompute {share:g}")
+            weights, peaks_now = zip(*found)
             peaks.append(peaks_now)
             print_row(f"{size:,}", len(batch.images),
                       *(f"{count / 1e9:.1f}" for count in (weights[0], *peaks_now)))

@@ -14,9 +14,15 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
 
+from plumbing.flags import require_packages
+
+if __name__ == "__main__":
+    require_packages("tests/requirements.txt", "peft", "transformers")
+
 import tempfile
 import time
 from dataclasses import dataclass
+from typing import Annotated
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,10 +30,12 @@ import torch
 
 import train_vlm
 from extras.bench import count_flop
-from extras.memory import FLAGS, make
+from extras.memory import FLAGS, make, read_numbers
 from lora import lora_layers
-from plumbing.flags import Count, parse_command_line, run
+from plumbing.flags import Count, Range, parse_command_line, run
 from prepare.datasets import DATASETS
+
+Positive = Annotated[float, Range(1e-9, 1e9)]
 
 
 @dataclass(frozen=True)
@@ -36,14 +44,14 @@ class Config:
     images: Count = 2_300_000  # among them, each stored once
     text_tokens: Count = 60  # of a sample, prompt and answer together
     answer_tokens: Count = 30  # among them
-    image_bytes: int = 43_000  # stored, at 224 pixels; PathVQA's as prepare/ measured
-    epochs: float = 15.0  # passes
+    image_bytes: Count = 43_000  # stored, at 224 pixels; PathVQA's as prepare/ measured
+    epochs: Positive = 15.0  # passes
     batch_size: Count = 64  # samples in a step
     gpus: str = "1,8,64"  # numbers to work it out for
-    tflops: float = 989.0  # peak of a GPU in bfloat16; H100 SXM's by its data sheet
-    mfu: float = 0.35  # share of it that training reaches: assumed
-    network: float = 50.0  # GB/s into and out of a GPU: 400 Gb/s InfiniBand
-    save_minutes: float = 30.0  # between two checkpoints
+    tflops: Positive = 989.0  # peak of a GPU in bfloat16; H100 SXM's by its data sheet
+    mfu: Annotated[float, Range(1e-6, 1)] = 0.35  # share of it that training reaches: assumed
+    network: Positive = 50.0  # GB/s into and out of a GPU: 400 Gb/s InfiniBand
+    save_minutes: Positive = 30.0  # between two checkpoints
 
 
 def time_saving(model, flags):
@@ -83,7 +91,7 @@ def main(config):
           "| GPUs | batch | samples | hours | GPU-hours | a step, ms | of which network | images read, MB/s | saving |\n"
           "|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     for times in (1, 10):
-        for gpus in map(int, config.gpus.split(",")):
+        for gpus in read_numbers(config, "gpus", int, 1, 1_000_000):
             batch = config.batch_size * times  # steps as many, each of more samples
             # A ring's all-reduce sends and receives everything twice, less what stays in place
             network = 2 * (gpus - 1) / gpus * 4 * trained / (config.network * 1e9)

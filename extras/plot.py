@@ -15,7 +15,6 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
 
-import contextlib
 import json
 import math
 import re
@@ -26,7 +25,7 @@ from typing import Literal
 import numpy as np
 
 from extras import mix
-from plumbing.flags import UserError, parse_command_line, run
+from plumbing.flags import Share, UserError, parse_command_line, run
 from plumbing.results import MEAN, PAPER, measured, read_results
 
 WIDTH = 12  # inches of 100 pixels
@@ -50,7 +49,7 @@ class Config:
     what: Literal["classification", "training", "mix"] = "classification"  # to draw
     path: str = ""  # of the picture, .png, .svg or .pdf; none: out/<what>.png
     out: str = "out/cls"  # classification: where train_cls.py put its runs
-    start: float = 0.4  # classification: of the y axis, which says so; lower where a bar needs it
+    start: Share = 0.4  # classification: of the y axis, which says so; lower where a bar needs it
     runs: str = ""  # training: folders of train_vlm.py's runs, with commas; none: the newest in out/
     shards_dir: str = "shards"  # mix: where prepare/all.py put the datasets
 
@@ -139,24 +138,37 @@ def draw_classification(config):
 
 # ----------------------------------------------------------------------------- training
 
+def read_entry(line):
+    """The entry in a line of a log, a dict; None where it is not one that train_vlm.py writes."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or type(entry.get("step")) is not int or not 0 <= entry["step"] < 1 << 53:
+        return None
+    numbers = [entry[name] for name in LOGGED if name in entry and name != "error"]
+    finite = all(type(number) in (int, float) and abs(number) < 1e300 for number in numbers)  # NaN is not
+    return entry if finite else None
+
+
 def read_log(folder):
     """
     {name: (steps, values)} for each name of LOGGED, from a train_vlm.py run's log.jsonl.
 
-    A torn line is passed over. Where the log goes back, as a run does that goes on from a checkpoint,
-    what it had said of later steps no longer counts. Raises UserError where there is no log.
+    Where the log goes back, as a run does that goes on from a checkpoint, what it had said of later steps
+    no longer counts. Lines that are torn, or have a value that is no finite number, are left out, and
+    counted on stderr. Raises UserError where there is no log.
     """
     path = Path(folder) / "log.jsonl"
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         raise UserError(f"{path}: no log here; --runs takes folders that train_vlm.py wrote") from None
-    found, last = {name: {} for name in LOGGED}, 0
+    found, last, left_out = {name: {} for name in LOGGED}, 0, 0
     for line in lines:
-        entry = {}
-        with contextlib.suppress(ValueError):
-            entry = json.loads(line)
-        if not isinstance(entry, dict) or "step" not in entry:
+        entry = read_entry(line)
+        if entry is None:
+            left_out += 1
             continue
         if entry["step"] < last:
             found = {name: {step: value for step, value in values.items() if step < entry["step"]}
@@ -164,6 +176,9 @@ def read_log(folder):
         last = entry["step"]
         for name in found.keys() & entry.keys():
             found[name][last] = entry[name]
+    if left_out:
+        print(f"{path}: {left_out:,} of {len(lines):,} lines left out: torn, altered or without finite numbers",
+              file=sys.stderr)
     return {name: (list(values), list(values.values())) for name, values in found.items()}
 
 

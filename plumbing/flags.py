@@ -20,6 +20,7 @@ import argparse
 import atexit
 import difflib
 import errno
+import importlib.util
 import inspect
 import os
 import re
@@ -192,6 +193,13 @@ def flush_or_drop(more=""):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
+
+
+def require_packages(requirements, *names):
+    """End the script with one line where one of these packages is not installed. requirements: what names it."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            end(f"no {name} here; run `pip install -r {requirements}`")
 
 
 def parse_command_line(Config):

@@ -22,7 +22,7 @@ import train_vlm
 from extras import mix, plot
 from lora import add_lora
 from model import VLM, packed_mask
-from plumbing.flags import UserError, run
+from plumbing.flags import UserError, parse_command_line, run
 from plumbing.results import EIGHT, measured
 from prepare.datasets import DATASETS
 from test_cls import write_results
@@ -191,6 +191,18 @@ def test_a_torn_line_is_passed_over_and_what_came_again_counts_once(tmp_path):
     assert log["held_out_loss"] == ([20, 35], [4.5, 2.9]) and log["error"] == ([], [])
 
 
+@pytest.mark.parametrize("line", [
+    '{"step": "20", "loss": 1.0}', '{"step": null, "loss": 1.0}', '{"step": -1, "loss": 1.0}', '{"loss": 1.0}',
+    '{"step": 20, "loss": NaN}', '{"step": 20, "loss": Infinity}', '{"step": 20, "loss": "1"}', '{"step": true}',
+    '{"step": 20, "learning_rate": [1]}', '{"step": 1e400, "loss": 1}', "[" * 100_000, "null", ""])
+def test_an_altered_line_is_left_out_and_counted(line, tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_text("\n".join([json.dumps(step(10, 5.0)), line, json.dumps(step(30, 3.0))]))
+    log = plot.read_log(tmp_path)
+    assert log["loss"] == ([10, 30], [5.0, 3.0]) and log["held_out_loss"] == ([], [])
+    assert capsys.readouterr().err == (f"{tmp_path}/log.jsonl: 1 of 3 lines left out: torn, altered or without "
+                                       "finite numbers\n")
+
+
 @pytest.mark.parametrize("count", [0, 1, 3, 39, 40, 1000])
 def test_the_running_mean_is_that_of_its_window(count):
     values = np.random.default_rng(0).normal(size=count).tolist()
@@ -265,7 +277,7 @@ def test_a_mistake_is_told_in_one_line(flags, told, tmp_path, monkeypatch, capsy
     (tmp_path / "file").touch()
     monkeypatch.setattr(sys, "argv", ["plot.py", *flags])
     with pytest.raises(SystemExit) as stopped:
-        run(plot.main, plot.Config)
+        run(plot.main, parse_command_line(plot.Config))
     assert stopped.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"plot.py: {told}")

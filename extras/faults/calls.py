@@ -36,6 +36,7 @@ from dataclasses import dataclass
 
 from extras.faults.tiny import (AFTER, OS_ERROR, SUCCESS, USER_ERROR, NotHere, OneSave, fork, newest_step,
                                 prepare, shrink, wait)
+from extras.progress import Progress
 from plumbing.flags import UserError, parse_command_line
 from plumbing.flags import run as run_script
 
@@ -109,14 +110,18 @@ def main(config):
                 found = one.violations_of_the_next(run)
             wrong.extend(f"{what}: {line}" for line in found)
             shutil.rmtree(run)
+            progress.row(what)
 
         if traced(log, ["-e", "trace=%file,%desc"], act, copy()) != SUCCESS:
             raise UserError("the undisturbed save failed")
         calls = Counter(re.findall(r"^(\w+)\(", log.read_text(), re.M))
         calls = {name: count for name, count in calls.items()
                  if name in config.only.split(",") or not config.only}
-        for name, count in calls.items():
-            for number in range(1, count + 1, config.every):
+        numbers = {name: range(1, count + 1, config.every) for name, count in calls.items()}
+        each = 1 + 2 * len(config.errors.split(","))
+        progress = Progress(each * sum(map(len, numbers.values())) + config.limits, "faults", pause=5)
+        for name, counted in numbers.items():
+            for number in counted:
                 ways = {"killed": "signal=KILL:when={}"}
                 for error in config.errors.split(","):
                     ways[f"{error} once"] = f"error={error}:when={{}}"

@@ -48,6 +48,7 @@ import train_vlm
 from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard
 from lora import add_lora, load_adapter, lora_layers, read_adapter_config, save_adapter
 from model import VLM, LLaMA, LlamaConfig, ViT, ViTConfig, init_weights, load_encoder
+from extras.progress import Progress
 from plumbing.files import checkpoints, newest_checkpoint, seal
 from plumbing.flags import UserError, parse_command_line, run
 from prepare.all import print_table
@@ -313,6 +314,7 @@ def show(tally):
 
 def main(config):
     draw, tally, missed, begin = random.Random(config.seed), Counter(), {}, time.perf_counter()
+    progress = Progress(0, "damages", pause=10)
     makers = {name.removeprefix("spoil_"): make for name, make in globals().items()
               if name.startswith("spoil_")}
     for kind in config.kinds.split(","):
@@ -331,6 +333,7 @@ def main(config):
                         name: files[name] for name in spoiled if name in files})
                     name = next(iter(spoiled)) if len(spoiled) == 1 else "several files"
                     tally[kind, name, harm, result] += 1
+                    progress.row(f"{kind}, {name}, {harm}")
                     if result == "MISSED":
                         place = kind, name, harm, reason.split(":")[0]
                         missed.setdefault(place, (reason, *sorted(spoiled)[:5]))

@@ -54,6 +54,7 @@ from data import EOS, PROMPT_VERSION, SHARD_VERSION, Shard, Tokenizer
 from extras.faults.corrupt import flipped, spoil_adapter, spoil_weights
 from lora import read_adapter_config
 from model import LLaMA, load_encoder
+from extras.progress import Progress
 from plumbing.flags import UserError, parse_command_line, run
 from plumbing.pixels import FORMATS, Unreadable, load_image, resize_image
 from prepare.all import print_table
@@ -621,6 +622,7 @@ def main(config):
             raise UserError(f"--parts: {part} is none of {Config.parts}")
         begin, found = time.perf_counter(), Counter()
         count = config.images if part == "images" else config.files
+        progress = Progress(len(range(0, count, config.chunk)), f"chunks of {part}", pause=10)
         with tempfile.TemporaryDirectory() as folder:
             for chunk, first in enumerate(range(0, count, config.chunk)):
                 result = guarded(work, config, chunk, min(config.chunk, count - first),
@@ -628,6 +630,7 @@ def main(config):
                 for measure in units:
                     found[measure, ""] = max(found[measure, ""], result.pop((measure, ""), 0))
                 found += result
+                progress.row()
         worst = {measure: found.pop((measure, ""), 0) for measure in units}
         kinds = Counter()
         for (kind, name), times in found.items():

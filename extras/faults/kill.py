@@ -31,6 +31,7 @@ from dataclasses import dataclass
 import train_vlm
 from extras.faults.tiny import (SUCCESS, contents, flags, fork, leftovers, newest_step, prepare, shrink,
                                 wait)
+from extras.progress import Progress
 from plumbing.files import checkpoints, find_damage
 from plumbing.flags import Count, UserError, parse_command_line, run
 
@@ -105,7 +106,7 @@ def main(config):
                 raise UserError("the undisturbed run failed")
             seconds = time.perf_counter() - started
         right = contents(undisturbed, config.steps), read_losses(undisturbed)
-        before, resumed = 0, 0
+        before, resumed, progress = 0, 0, Progress(config.kills, "kills", pause=5)
         while sum(phases.values()) < config.kills or killed.exists():
             log_before = log_identity(killed)
             child = fork(train_vlm.main, flags(shards, killed, **settings))
@@ -115,6 +116,7 @@ def main(config):
             code = wait(child)
             if code == -signal.SIGKILL:
                 phases[phase(killed, log_before)] += 1
+                progress.row()
                 wrong += violations(killed, before, config.save_every)
                 resumed += (before := newest_step(killed)) > 0
                 continue

@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
+from extras.progress import Progress
 from plumbing.files import hash_file
 from plumbing.flags import UserError, parse_command_line, run
 
@@ -56,7 +57,7 @@ def main(config):
             raise UserError(f"{config.data} cannot be prepared; run `python prepare/all.py "
                             f"--only={config.data}` and read what it says")
         seconds = time.perf_counter() - begin
-        right = hashes(undisturbed / config.data)
+        right, progress = hashes(undisturbed / config.data), Progress(config.times, "kills")
         for _ in range(config.times):
             process = start(config, killed)
             try:
@@ -68,6 +69,7 @@ def main(config):
             # leaks.json is compared and written after the dataset itself.
             whole = {**found, "train/leaks.json": ""} == {**right, "train/leaks.json": ""}
             states["absent" if not found else "whole" if whole else "neither"] += 1
+            progress.row()
             if found:  # so that the next one has something to do
                 shutil.rmtree(killed / config.data)
         start(config, killed).wait()

@@ -39,6 +39,7 @@ import train_vlm
 from extras.faults.calls import traced
 from extras.faults.kill import read_losses
 from extras.faults.tiny import OS_ERROR, SUCCESS, contents, flags, fork, leftovers, prepare, shrink, wait
+from extras.progress import Progress
 from plumbing.flags import UserError, parse_command_line, run
 
 STEPS = 3  # each saved; with --keep=2 the last save removes the first checkpoint
@@ -285,11 +286,13 @@ def main(config):
             if traced(log, options, train, flagged, last) != OS_ERROR:
                 raise UserError("the undisturbed run failed under strace")
             lines += log.read_text().splitlines()
+        progress = Progress(0, "states", pause=10)
         for number, state, returned, after in crash_states(lines, Disk(root), builder.digest, config):
             builder.build(state)
             found, step = violations(flagged, root / "out/run", returned, right)
             loaded["none" if step is None else step - returned] += 1
             wrong += [f"after {returned} saves and {after}: {line}" for line in found]
+            progress.row(f"after {returned} saves and {after}")
             if len(wrong) >= 20:  # enough to know
                 break
     print(f"{number} calls of a run with {STEPS} saves change the disk or end a save: {loaded.total()} "

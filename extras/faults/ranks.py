@@ -46,6 +46,7 @@ from data import Mixture
 from extras.faults.tiny import (ROOT, SUCCESS, USER_ERROR, contents, flags, fork, leftovers, newest_step,
                                 prepare, shrink)
 from model import VLM
+from extras.progress import Progress
 from plumbing.files import checkpoints, find_damage
 from plumbing.flags import Count, UserError, parse_command_line, run
 from prepare.all import print_table
@@ -234,9 +235,11 @@ def main(config):
         running = {case: pool.submit(try_case, case[0], Path(settings[case[1]].run),
                                      right[case[1]].result(), settings[case[1]], *case[1:])
                    for case in cases}
+        progress = Progress(len(cases), "groups")
         for case, result in running.items():
             seconds[case], found = result.result()
             wrong += found
+            progress.row(" ".join(map(str, case[1:])))
     rows = [["started by", "processes", "place", "rank", *faults]]
     for case in dict.fromkeys(case[:4] for case in cases):
         told = [seconds[(*case, fault)] for fault in faults]

@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from extras.progress import tell
 from plumbing.files import newest_checkpoint
 from plumbing.flags import UserError, parse_command_line, run
 
@@ -52,6 +53,7 @@ def train(folder, kills, config):
             ranks = subprocess.run(["pgrep", "-P", str(group.pid)], capture_output=True, text=True)
             os.kill(int(ranks.stdout.split()[killed % config.processes]), signal.SIGKILL)
             killed += 1
+            tell(f"{killed} of {kills} kills, at step {steps}")
             time.sleep(3)  # until torchrun has seen it
     if group.returncode:
         words = Path(told.name).read_text()[-2000:]

@@ -31,6 +31,7 @@ import numpy as np
 
 import train_vlm
 
+from extras.progress import about, tell
 from plumbing.flags import UserError, parse_command_line, run
 
 
@@ -83,6 +84,7 @@ def main(config):
             [sys.executable, __file__, *shlex.split(config.flags), "--max_steps=100000000",
              f"--run={folder}/run"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             env={**os.environ, "SOAK": str(note)})
+        tell(f"{about(60 * config.minutes)}, a line a minute")
         seen, began = [], time.monotonic()
         while (passed := time.monotonic() - began) < 60 * config.minutes:
             time.sleep(config.every)

@@ -15,13 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import prepare.folder
 from data import Shard
 from plumbing.flags import UserError
 from plumbing.pixels import SUFFIXES, load_image
 from prepare.folder import find_dataset, prepare_folder
 from prepare.listing import files_below, is_image
-from prepare.shards import locked, read_manifests
+from prepare.shards import locked, read_manifests, write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -258,6 +257,329 @@ def test_few_missing_files_are_skipped_and_counted(prepare, tmp_path):
     assert len(sides(splits)) == 20 and printed.count("skipped: 1 image missing") == 1
 
 
+# ----------------------------------------------------------------------------- labels
+
+def labels_of(prepare, tmp_path, cells, header="path,label"):
+    """({number of an image: its labels}, the train split's manifest, what was printed) of a csv of 20 rows."""
+    rows = [f"{number}.png,{cells.get(number, 'ab'[number % 2])}" for number in range(20)]
+    name, splits, printed = prepare(write_csv(tmp_path / "film", header, *rows, count=20))
+    found = {int(image.split(".")[0]): labels for split in splits.values() for image, labels in split.items()}
+    return found, Shard(tmp_path / "shards" / name / "train").manifest, printed
+
+
+@pytest.mark.parametrize("cell", ["", "  ", "|", "nan", "NaN", "NULL", "None", "-", "?", "N/A", "? ; nan"])
+def test_where_no_image_has_several_labels_a_row_without_one_is_skipped(cell, prepare, tmp_path):
+    found, manifest, printed = labels_of(prepare, tmp_path, {3: cell})
+    assert found == {number: ("ab"[number % 2],) for number in range(20) if number != 3}
+    assert manifest["multi_label"] is False and manifest["classes"] == ["a", "b"]
+    assert manifest["skipped"] == {"no label": 1} and "1 of 20 rows have no label, row 5 (" in printed
+
+
+@pytest.mark.parametrize("cell, wanted", [("a|a", ("a",)), ("a;", ("a",)), ("|a| a ", ("a",)), ("a|?", ("a",))])
+def test_a_class_named_twice_is_one_label(cell, wanted, prepare, tmp_path):
+    found, manifest, _ = labels_of(prepare, tmp_path, {3: cell})
+    assert found[3] == wanted and len(found) == 20 and manifest["multi_label"] is False
+
+
+@pytest.mark.parametrize("cell, wanted", [("", ()), (" ; ", ()), ("nan", None), ("?", None), ("none", None)])
+def test_beside_several_labels_an_empty_cell_is_no_finding_and_a_question_mark_is_none(
+        cell, wanted, prepare, tmp_path):
+    found, manifest, printed = labels_of(prepare, tmp_path, {2: "a|b", 3: cell})
+    assert found.get(3) == wanted and found[2] == ("a", "b") and manifest["multi_label"] is True
+    empty = wanted == ()
+    assert (f"an image may have several labels: 1 have several, 18 have one, {int(empty)} have none, which counts "
+            "as no finding") in printed
+    assert manifest["skipped"] == ({} if empty else {"no label": 1})
+
+
+@pytest.mark.parametrize("one, other", [("0", "1"), ("0.0", "1.0"), ("True", "False"), ("TRUE", "FALSE"),
+                                        ("2", "10"), ("1.5", "2.5")])
+def test_numbers_and_truth_values_are_names_of_classes(one, other, prepare, tmp_path):
+    found, manifest, _ = labels_of(prepare, tmp_path, {n: (one, other)[n % 2] for n in range(20)})
+    assert found == {number: ((one, other)[number % 2],) for number in range(20)}
+    assert manifest["classes"] == sorted([one, other]) and manifest["multi_label"] is False
+
+
+def test_a_label_that_was_added_makes_it_anew(prepare, tmp_path):
+    labels_of(prepare, tmp_path, {3: ""})
+    found, manifest, printed = labels_of(prepare, tmp_path, {3: "a|b"})
+    assert found[3] == ("a", "b") and manifest["multi_label"] is True and "up to date" not in printed
+
+
+def test_an_image_under_two_classes_is_told(prepare, tmp_path):
+    scans = put_classes(tmp_path / "scans", 12)
+    for number in range(3):
+        (scans / f"b/copy {number}.png").write_bytes((scans / f"a/{number}.png").read_bytes())
+    larger = Image.open(scans / "b/7.png").resize((40, 40), Image.Resampling.NEAREST)  # alike, not the same
+    larger.save(scans / "a/x.png")
+    _, splits, printed = prepare(scans)
+    assert "  8 images are like another one\n  8 of them are like one with another label, a/0.png and b/copy 0.png " \
+        "the first" in printed
+    side = sides(splits)
+    assert all(side[f"a/{n}.png"] == side[f"b/copy {n}.png"] for n in range(3)) and side["a/x.png"] == side["b/7.png"]
+    assert "another label" not in prepare(put_classes(tmp_path / "none", 4))[2]
+
+
+def test_under_a_split_that_is_given_two_labels_of_an_image_are_told_too(prepare, tmp_path):
+    lines = [f"{n}.png,{'ab'[n % 2]},{'train' if n < 14 else 'test'},p{n}" for n in range(20)]
+    table = write_csv(tmp_path, "path,label,split,patient", *lines, count=20)
+    (tmp_path / "1.png").write_bytes((tmp_path / "0.png").read_bytes())
+    assert "2 of them are like one with another label, 0.png and 1.png the first" in prepare(table)[2]
+
+
+# ----------------------------------------------------------------------------- patients
+
+def patients_table(folder, header, row, count=40):
+    """A csv of 40 images of two classes; row(number) gives the cells behind path and label."""
+    return write_csv(folder, f"path,label,{header}",
+                     *(f"{n}.png,{'ab'[n // 4 % 2]},{row(n)}" for n in range(count)), count=count)
+
+
+def divided(splits, patient_of):
+    """The patients that are in more than one split."""
+    places = {}
+    for name, split in sides(splits).items():
+        places.setdefault(patient_of(int(name.split(".")[0])), set()).add(split)
+    return [patient for patient, found in places.items() if len(found) > 1]
+
+
+@pytest.mark.parametrize("header", ["study,subject_id,age,patient_id", "Patient ID,Case,Sex,Study ID"])
+def test_the_patient_counts_before_the_subject_and_the_study(header, prepare, tmp_path):
+    """Studies and cases are numbered within a patient, whose images they would divide or join."""
+    names = header.split(",")
+    patient = next(place for place, name in enumerate(names) if name.lower().startswith("patient"))
+
+    def row(number):
+        return ",".join(f"P{number // 4}" if place == patient else str(number % 4) for place in range(4))
+
+    _, splits, printed = prepare(patients_table(tmp_path, header, row))
+    assert divided(splits, lambda number: number // 4) == []
+    assert f"by patient (column {names[patient].lower()})" in printed
+    assert f"columns that are not used: {', '.join(n.lower() for n in names if n != names[patient])}\n" in printed
+    assert f"are of several patients, 0 the first: {names[patient].lower()!r} is what counts" in printed
+
+
+def test_a_column_without_a_single_patient_is_passed_over(prepare, tmp_path):
+    table = patients_table(tmp_path, "patient,subject", lambda n: f"nan,{n // 4}.0")
+    _, splits, printed = prepare(table)
+    assert "by patient (column subject)" in printed and divided(splits, lambda number: number // 4) == []
+    records = Shard(tmp_path / "shards/list/train").read_records()
+    assert records[0]["group"] == f"patient {int(records[0]['image'].split('.')[0]) // 4}"  # 0.0 is 0
+
+
+def test_an_image_without_a_patient_goes_where_its_copy_is(prepare, tmp_path):
+    table = patients_table(tmp_path, "patient", lambda n: f"p{n // 4}" if n < 36 else "-")
+    for copy, original in ((36, 0), (37, 9), (39, 38)):
+        (tmp_path / f"{copy}.png").write_bytes((tmp_path / f"{original}.png").read_bytes())
+    _, splits, printed = prepare(table)
+    side = sides(splits)
+    assert side["36.png"] == side["0.png"] == side["3.png"] and side["37.png"] == side["9.png"]
+    assert side["38.png"] == side["39.png"] and "4 images name no patient" in printed
+
+
+@pytest.mark.parametrize("deeper", ["", "monday/"])
+def test_folders_inside_classes_are_patients(deeper, prepare, tmp_path):
+    scans = tmp_path / "scans"
+    for patient in range(12):  # of whom every third is in both classes
+        for number in range(4):
+            name = "ab"[patient % 2] if number < 3 or patient % 3 else "ab"[(patient + 1) % 2]
+            put(scans / name / f"P {patient}" / f"{deeper}{number}.png")
+    name, splits, printed = prepare(scans)
+    assert "folders inside classes are taken for patients: 12 of them" in printed
+    places = {}
+    for image, split in sides(splits).items():
+        places.setdefault(image.split("/")[1], set()).add(split)
+    assert len(places) == 12 and all(len(found) == 1 for found in places.values())
+    record = Shard(tmp_path / "shards/scans/train").read_records()[0]
+    assert record["group"] == f"patient {record['image'].split('/')[1].lower()}"
+
+
+@pytest.mark.parametrize("files", [
+    [f"{c}/images/{n}.png" for c in "ab" for n in range(10)],  # one layer for all
+    [f"a/p{n % 5}/{n}.png" for n in range(10)] + [f"b/{n}.png" for n in range(10)]])  # and in one class alone
+def test_folders_that_not_every_class_has_are_no_patients(files, prepare, tmp_path):
+    for name in files:
+        put(tmp_path / "scans" / name)
+    printed = prepare(tmp_path / "scans")[2]
+    assert "patient" not in printed and "alike images on one side" in printed
+
+
+def open_splits(tmp_path, name):
+    from train_cls import open_dataset
+
+    config = SimpleNamespace(shards_dir=str(tmp_path / "shards"), leaks="recorded", images_per_class=0)
+    return open_dataset(name, config, 16)
+
+
+@pytest.mark.parametrize("patients", [True, False])
+def test_what_is_held_out_of_train_divides_neither_patients_nor_alike_images(patients, prepare, tmp_path):
+    header = "path,label,split" + ",subject" * patients
+    lines = [f"{n}.png,{'ab'[n // 4 % 2]},{'train' if n < 80 else 'test'}" + f",s{n // 4}" * patients
+             for n in range(100)]
+    table = write_csv(tmp_path, header, *lines, count=100)
+    if not patients:
+        for number in range(100):
+            first = Image.open(tmp_path / f"{number // 4 * 4}.png")
+            first.resize((8 + 8 * (number % 4),) * 2, Image.Resampling.NEAREST).save(tmp_path / f"{number}.png")
+    name, _, _ = prepare(table)
+    splits = open_splits(tmp_path, name)[0]
+    held, kept = ({int(image.split(".")[0]) // 4 for image in splits[split].names} for split in ("validation", "train"))
+    assert held and not held & kept and len(held | kept) == 20
+    assert set(splits["validation"].groups).isdisjoint(splits["train"].groups)
+    assert len(set(splits["test"].groups)) == 5  # by which the bootstrap draws
+
+
+# ----------------------------------------------------------------------------- files
+
+def test_what_load_image_reads_is_an_image_in_a_class_folder_too(prepare, tmp_path):
+    """Whatever its name ends in: by that, or by its first bytes."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8))
+    forms = Image.registered_extensions()
+    for suffix in SUFFIXES:
+        stream, mode = io.BytesIO(), {".pfm": "F", ".pgm": "L", ".pbm": "1"}.get(suffix, "RGB")
+        picture.convert(mode).save(stream, forms[suffix])
+        load_image(stream.getvalue())
+        put(tmp_path / "scans/b" / f"other{suffix}.png")
+        for name in (f"1{suffix}", f"2{suffix.upper()}", f"3{suffix}.0021", f"no suffix{suffix[1:]}"):
+            (tmp_path / "scans/a").mkdir(exist_ok=True, parents=True)
+            (tmp_path / "scans/a" / name).write_bytes(stream.getvalue())
+    assert sum(map(is_image, files_below(tmp_path / "scans/a"))) == 4 * len(SUFFIXES)
+    for name, content in (("a.dcm", b"\0" * 128 + b"DICM"), ("notes", b"P4 is a format"), (".x.png", b"")):
+        (tmp_path / "scans/a" / name).write_bytes(content)
+    assert sum(map(is_image, files_below(tmp_path / "scans/a"))) == 4 * len(SUFFIXES)
+
+
+def test_names_that_no_screen_and_no_text_takes_are_no_trouble(prepare, tmp_path):
+    scans = put_classes(tmp_path / "sc\nans", 8, ("a", "b"))
+    picture = (scans / "a/0.png").read_bytes()
+    for name in (b"a/caf\xe9.png", b"a/caf\xe8.png", b"a/two\nlines.png", b"b/bell\x07\x1b[2J.png",
+                 b"b/" + b"x" * 250 + b".png", b"b/\xff.txt"):
+        with open(os.path.join(os.fsencode(scans), name), "wb") as file:
+            file.write(picture + name)  # nothing behind its end is read
+    os.mkdir(os.path.join(os.fsencode(scans), b"caf\xe9"))
+    for number in range(8):
+        put(Path(os.fsdecode(os.path.join(os.fsencode(scans), b"caf\xe9", b"%d.png" % number))), seed=[number, 99])
+    name, splits, printed = prepare(scans)
+    printed.encode("utf-8")  # as a terminal has to
+    assert printed.isprintable() or "\x1b" not in printed and "\x07" not in printed
+    images = {image: labels for split in splits.values() for image, labels in split.items()}
+    assert images["a/caf\\xe9.png"] == ("a",) and "a/caf\\xe8.png" in images and "a/two\nlines.png" in images
+    assert images["caf\\xe9/0.png"] == ("caf\\xe9",) and name == "sc_ans" and len(images) == 30
+    assert prepare(scans)[2] == "sc_ans: up to date\n"
+
+
+def test_cells_that_no_disk_takes_are_counted(prepare, tmp_path):
+    long = "c" * 300
+    lines = [f"{n}.png,{'a' if n % 2 else long}" for n in range(40)]
+    table = write_csv(tmp_path, "path,label", *lines, "x" * 5000 + ".png,a", "\x00.png,a", '"two\nlines",a', count=40)
+    name, splits, printed = prepare(table)
+    assert sum(map(len, splits.values())) == 40 and max(map(len, printed.splitlines())) < 700
+    assert sum(manifest["skipped"].get("image missing", 0)
+               for manifest in read_manifests(tmp_path / "shards" / name).values()) == 3
+    table.rename(tmp_path / f"{'y' * 200}.csv")
+    assert prepare(tmp_path / f"{'y' * 200}.csv")[0].startswith("y" * 50 + "_")
+
+
+# ----------------------------------------------------------------------------- which dataset is meant
+
+@pytest.fixture
+def find(tmp_path, monkeypatch, capsys):
+    """find(name) -> (the dataset's name, its images, what was printed), asked in the folder `here`."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def find_and_read(name):
+        found = find_dataset(name, tmp_path / "shards", 16)
+        splits = read_manifests(tmp_path / "shards" / found)
+        return found, sum(manifest["images"] for manifest in splits.values()), capsys.readouterr().out
+
+    return find_and_read
+
+
+@pytest.mark.parametrize("name", ["scans", "./scans", "scans/"])
+def test_a_folder_is_looked_at_each_time_however_it_is_named(name, find, tmp_path):
+    put_classes(tmp_path / "here/scans", 4)
+    assert find(name)[:2] == ("scans", 8)
+    put_classes(tmp_path / "here/scans", 6, ("a", "b", "c"))
+    assert find(name)[:2] == ("scans", 18)
+    assert find(name) == ("scans", 18, "scans: up to date\n")
+
+
+def test_another_project_s_folder_of_that_name_is_not_this_one_s(find, tmp_path):
+    prepare_folder(put_classes(tmp_path / "there/scans", 4, ("benign", "malignant")), tmp_path / "shards", 16)
+    put_classes(tmp_path / "here/scans", 6, ("fracture", "healthy"))
+    name, count, _ = find("scans")
+    assert name.startswith("scans_") and count == 12
+    assert Shard(tmp_path / "shards" / name / "train").manifest["classes"] == ["fracture", "healthy"]
+
+
+def test_without_a_folder_of_that_name_it_is_what_was_prepared_and_from_where_is_told(find, tmp_path):
+    scans = put_classes(tmp_path / "there/scans", 4)
+    prepare_folder(scans, tmp_path / "shards", 16)
+    name, count, printed = find("scans")
+    assert (name, count) == ("scans", 8)
+    assert f"scans: as it was prepared from {scans}; there is no folder of that name here" in printed
+    assert find("nothing")[0] == "nothing"  # which train_cls.py says is not prepared
+
+
+def test_a_benchmark_that_is_prepared_stays_itself_beside_a_folder_of_its_name(find, tmp_path):
+    put_classes(tmp_path / "here/busi", 4)
+    assert find("busi")[0].startswith("busi_")  # not prepared: one's own is meant
+    (tmp_path / "shards/busi").mkdir()
+    assert find("busi") == ("busi", 0, "busi: the dataset that prepare/all.py made; write ./busi for the folder of "
+                            "that name here\n")
+    assert find("./busi")[0].startswith("busi_")
+
+
+def test_what_is_damaged_of_one_s_own_is_made_anew_by_what_the_line_says(prepare, tmp_path):
+    scans = put_classes(tmp_path / "my scans", 6)
+    name = prepare(scans)[0]
+    (tmp_path / "shards" / name / "train/manifest.json").unlink()
+    with pytest.raises(UserError, match=f"train_cls.py --dataset='{scans}'`"):
+        Shard(tmp_path / "shards" / name / "train")
+    assert "a manifest is missing or damaged" in prepare(scans)[2]
+    assert len(Shard(tmp_path / "shards" / name / "train"))
+
+
+# ----------------------------------------------------------------------------- several at once
+
+def test_of_two_at_once_one_prepares_and_the_other_finds_it_up_to_date(tmp_path, monkeypatch, capsys):
+    scans, written, original = put_classes(tmp_path / "scans", 6), [], write_dataset
+
+    def slowly(*arguments, **flags):
+        written.append(threading.get_ident())
+        time.sleep(0.3)
+        return original(*arguments, **flags)
+
+    monkeypatch.setattr("prepare.folder.write_dataset", slowly)
+    with ThreadPoolExecutor(3) as pool:  # a lock is of an open file: to it threads are as strange as processes
+        names = list(pool.map(lambda _: prepare_folder(scans, tmp_path / "shards", 16), range(3)))
+    assert names == ["scans"] * 3 and len(written) == 1
+    printed = capsys.readouterr().out
+    assert "is preparing scans" in printed and printed.count("scans: up to date") == 2
+    assert os.listdir(tmp_path / "shards") == ["scans"] and len(Shard(tmp_path / "shards/scans/train")) == 8
+
+
+def test_what_a_living_process_has_begun_is_not_swept(tmp_path):
+    scans, partial = put_classes(tmp_path / "scans", 4), tmp_path / "shards/.scans.partial"
+    with ThreadPoolExecutor(1) as pool:
+        with locked(tmp_path / "shards/scans", "preparing scans"):
+            partial.mkdir()
+            waiting = pool.submit(prepare_folder, scans, tmp_path / "shards", 16)
+            time.sleep(0.3)
+            assert partial.is_dir() and not waiting.done()
+        assert waiting.result() == "scans" and not partial.exists()  # no living process's any more
+
+
+def test_where_nothing_can_be_written_what_is_prepared_is_found(tmp_path, monkeypatch):
+    scans = put_classes(tmp_path / "scans", 4)
+    prepare_folder(scans, tmp_path / "shards", 16)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+    before = state(tmp_path)
+    assert prepare_folder(scans, tmp_path / "shards", 16) == "scans" and state(tmp_path) == before
+
+
 # ----------------------------------------------------------------------------- refusals
 
 def refused(path, shards_dir, wanted):
@@ -340,6 +662,73 @@ def test_too_few_images_to_make_a_split_are_refused(counts, wanted, tmp_path):
     for name, count in zip("ab", counts):
         put_classes(tmp_path / "scans", count, name)
     refused(tmp_path / "scans", tmp_path / "shards", wanted)
+
+
+@pytest.mark.parametrize("table", [True, False])
+def test_where_no_image_can_be_read_nothing_is_left_that_is_up_to_date(table, tmp_path):
+    for number in range(8):
+        path = tmp_path / "scans" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"\0" * 128 + b"DICM")
+    (tmp_path / "scans/list.csv").write_text("path,label\n" + "".join(
+        f"{'ab'[n % 2]}/{n}.png,{'ab'[n % 2]}\n" for n in range(8)))
+    path = tmp_path / "scans/list.csv" if table else tmp_path / "scans"
+    for _ in range(2):
+        refused(path, tmp_path / "shards", "no sample of it could be used (8 image unreadable: no image")
+
+
+def test_where_no_test_image_can_be_read_nothing_is_left_that_is_up_to_date(tmp_path):
+    put_classes(tmp_path / "scans/train", 4)
+    for number in range(4):
+        path = put_classes(tmp_path / "scans/test", 4) / "ab"[number % 2] / f"{number}.png"
+    for path in (tmp_path / "scans/test").rglob("*.png"):
+        path.write_bytes(b"cut")
+    for _ in range(2):
+        refused(tmp_path / "scans", tmp_path / "shards", "scans: test: no sample of it could be used (8 image")
+
+
+@pytest.mark.parametrize("frames, wanted", [
+    ({"a": 1, "b": 1}, "all 12 images of class 'a' are alike; name patients, or give a split"),
+    ({"a": 3, "b": 1}, "all 12 images of class 'b' are alike; name patients"),
+    ({"a": 2, "b": 3}, "the 12 images of class 'a' are 2 groups of alike ones: too few to divide; name patients"),
+    ({"a": 6, "b": 6}, "")])
+def test_a_class_of_frames_of_one_film_cannot_be_divided(frames, wanted, tmp_path, capsys):
+    """Each class has so many films, of 12 frames together."""
+    for name, films in frames.items():
+        for number in range(12):
+            path = tmp_path / "scans" / name / f"{number}.png"
+            put(path, seed=list(f"{name}{number % films}".encode()))
+            image = Image.open(path).resize((16 + 8 * number,) * 2, Image.Resampling.NEAREST)
+            image.save(path)
+    if wanted:
+        return refused(tmp_path / "scans", tmp_path / "shards", wanted)
+    prepare_folder(tmp_path / "scans", tmp_path / "shards", 16)
+    assert "24 images are like another one" in capsys.readouterr().out
+
+
+def test_patients_that_are_too_few_to_divide_are_counted(tmp_path):
+    for name in ("a/ann", "a/bob", "b/eve"):
+        put_classes(tmp_path / "scans", 3, [name])
+    refused(tmp_path / "scans", tmp_path / "shards",
+            "the images of class 'b' are of 1 patient, by folders inside classes: too few to divide")
+
+
+def test_train_and_test_of_the_same_images_are_refused_by_that_reason(tmp_path):
+    put_classes(tmp_path / "scans/train", 3)
+    for path in (tmp_path / "scans/train").rglob("*.png"):
+        copy = tmp_path / "scans/test" / path.relative_to(tmp_path / "scans/train")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    name = prepare_folder(tmp_path / "scans", tmp_path / "shards", 16)
+    with pytest.raises(UserError, match="train: a test split has all of its images, too, so that none is left"):
+        open_splits(tmp_path, name)
+
+
+def test_a_path_that_no_disk_takes_is_one_line(tmp_path):
+    for name in ("x" * 5000, "a\nb/none.csv", "~nobody at all/scans", "nul\0"):
+        with pytest.raises(UserError) as error:
+            prepare_folder(tmp_path / name, tmp_path / "shards")
+        assert len(str(error.value).splitlines()) == 1
 
 
 def test_what_the_disk_refuses_is_one_line(tmp_path):

@@ -1,6 +1,7 @@
 """From raw files to shards: what is stored, what is skipped, and what survives a kill or a flipped bit."""
 
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import tarfile
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +24,12 @@ from PIL import Image
 
 from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard, Tokenizer, format_prompt, resize_image
 from model import VLM
-from plumbing.files import manifest_checksum
+from plumbing.files import lock, manifest_checksum
 from plumbing.flags import UserError
 from prepare.datasets import DATASETS, Dataset, read_tar
 from prepare.questions import train_sample_tokenizer
 from prepare.shards import read_manifests, write_dataset
+from prepare.weights import Weights
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = {"dataset": "toy", "shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION,
@@ -356,6 +359,89 @@ def test_a_dataset_without_questions_wants_no_tokenizer(tokenizer, tmp_path):
     (target / "tokenizer.model").unlink()
     assert "tokenizer.model is missing or altered" in command(*words).stdout  # so prepared anew, without
     assert "up to date" in command(*words).stdout and "tokenizer.model" not in os.listdir(target)
+
+
+# ----------------------------------------------------------------------------- several at once
+
+@pytest.fixture
+def all_py(monkeypatch):
+    """prepare/all.py as a module; images are encoded by threads."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr("prepare.shards.ProcessPoolExecutor", lambda workers, *rest: ThreadPoolExecutor(workers))
+    return importlib.import_module("prepare.all")
+
+
+def at_once(work):
+    """What three calls at once return, sorted. A lock is of an open file: threads are as strange as processes."""
+    with ThreadPoolExecutor(3) as pool:
+        return sorted(call.result() for call in [pool.submit(work) for _ in range(3)])
+
+
+def test_of_several_at_once_one_prepares_a_dataset(all_py, tokenizer, tmp_path, capsys):
+    read = []
+
+    def slowly(raw):
+        read.append(raw)
+        time.sleep(0.3)
+        yield from toy_records()
+
+    toy = Dataset(name="toy", read=slowly, kind="text questions", licence="none", access="open", megabytes=0,
+                  page="", folder=tmp_path, layouts=(("toy.json",),), counts={"train": 4}, classes=("big", "small"),
+                  train_tokenizer=lambda: tokenizer)
+    (tmp_path / "toy.json").write_text("{}")
+    config = all_py.Config(shards_dir=str(tmp_path / "shards"), raw_dir=str(tmp_path), workers=1, image_size=32)
+    assert at_once(lambda: all_py.prepare_dataset(toy, config)) == [("ready", ""), *[("up to date", "")] * 2]
+    assert len(read) == 1 and os.listdir(tmp_path / "shards") == ["toy"]
+    assert len(Shard(tmp_path / "shards/toy/train")) == 4 and "is preparing toy" in capsys.readouterr().out
+    at_once(lambda: str(all_py.print_leaks(config)))
+    assert Shard(tmp_path / "shards/toy/train").read_leaks()[0] == "drop"
+    assert os.listdir(tmp_path / "shards") == ["toy"]
+
+
+def test_of_several_at_once_one_downloads_and_one_converts(all_py, tmp_path, monkeypatch):
+    fetched, converted = [], []
+
+    def fetch(url, path):
+        if not path.is_file():
+            fetched.append(url)
+            time.sleep(0.2)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("weights")
+
+    def convert(weights, raw, target):
+        converted.append(target)
+        time.sleep(0.2)
+        target.write_text("converted")
+
+    monkeypatch.setattr(all_py, "fetch", fetch)
+    one = Weights(name="one", licence="none", access="open", megabytes=0, page="", urls=("http://x/a.bin",),
+                  layouts=(("a.bin",),), target="one.safetensors", write=convert)
+    config = all_py.Config(raw_dir=str(tmp_path / "raw"), weights_dir=str(tmp_path / "weights"))
+    statuses = [status for status, _ in at_once(lambda: all_py.prepare_weights(one, config))]
+    assert statuses == ["ready", "up to date", "up to date"]
+    assert len(fetched) == len(converted) == 1
+    assert os.listdir(tmp_path / "weights") == ["one.safetensors"] and os.listdir(tmp_path / "raw") == ["one"]
+
+
+def test_a_lock_is_one_s_alone_and_a_killed_process_s_is_nobody_s(tmp_path):
+    held, most, path = [], [], tmp_path / ".toy.lock"
+    path.write_text("process 1")  # a killed process's, which no one holds
+
+    def work(number):
+        with lock(path, "testing", wait=True):
+            held.append(number)
+            most.append(len(held))
+            time.sleep(0.002)
+            held.pop()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(100)))
+    assert most == [1] * 100 and not path.exists()
+    with lock(path, "testing"):
+        with pytest.raises(UserError, match=f"process {os.getpid()} is testing there already"):
+            with lock(path, "testing"):
+                pass
+    assert not path.exists()
 
 
 # ----------------------------------------------------------------------------- readers

@@ -8,7 +8,9 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +20,8 @@ import train_vlm
 from data import Record
 from plumbing.flags import parse_flags
 from prepare.datasets import DATASETS
+from prepare.leaks import FINGERPRINT
+from prepare.shards import SplitWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE = [name for name in ("model.py", "lora.py", "data.py", "train_vlm.py", "train_cls.py", "eval_vqa.py")
@@ -125,11 +129,20 @@ def test_own_data_goes_in_by_the_blocks_of_the_readme(tmp_path, monkeypatch):
     for number in range(40):
         (tmp_path / f"{number}.png").write_bytes(b"image %d" % number)
     (tmp_path / "questions.json").write_text(json.dumps([
-        {"split": "test", "id": 7, "question": "is it broken?", "answer": "yes", "file": "3.png"}]))
+        {"split": "test", "id": number, "question": "is it broken?", "answer": "yes", "file": file}
+        for number, file in ((7, "3.png"), (8, ""), (9, None), (10, "gone.png"), (11, "../3.png"))]))
     (tmp_path / "labels.csv").write_text("file,patient,label\n" + "".join(
         f"{n}.png,{n // 2},{'no_fracture' if n % 4 < 2 else 'fracture'}\n" for n in range(40)))
-    assert list(scans.read(tmp_path)) == [
-        ("test", Record("7", "is it broken?", "yes", b"image 3", "3.png"))]
+    (split, first), *others = scans.read(tmp_path)
+    assert (split, first) == ("test", Record("7", "is it broken?", "yes", b"image 3", "3.png"))
+    encoded = Future()
+    encoded.set_result((b"jpeg", 0.0, bytes(FINGERPRINT.itemsize)))
+    writer = SplitWriter(tmp_path / "test", scans, SimpleNamespace(vocab_size=9, encode=lambda text: [3]),
+                         lambda content: encoded, 4)
+    for _, record in (("test", first), *others):
+        writer.add(record)
+    writer.write_next()  # a question whose row names no image, or none that is there, is not asked without one
+    assert (writer.samples, writer.skipped) == (1, {"image missing": 4})
     found = list(wrists.read(tmp_path))
     assert {record.image for _, record in found} == {b"image %d" % n for n in range(40)}
     assert Counter(split for split, _ in found) == {"train": 28, "validation": 4, "test": 8}

@@ -20,7 +20,7 @@ from test_checkpoints import make_checkpoint, write_folder
 ROOT = Path(__file__).resolve().parent.parent
 CAMPAIGNS = '''
 import contextlib, io, json, sys
-from extras.faults import calls, full_disk, fuzz_flags, kill, lost_writes, ranks, tiny
+from extras.faults import calls, full_disk, fuzz_flags, kill, kill_cls, lost_writes, ranks, tiny
 
 shards, told = tiny.prepare(sys.argv[1]), {}
 for module, settings in [(kill, dict(kills=25, steps=8)),
@@ -30,11 +30,12 @@ for module, settings in [(kill, dict(kills=25, steps=8)),
                                       limits=4)),
                          (ranks, dict(ranks="2", places="backward,save", faults="kill",
                                       torchrun=False)),
-                         (fuzz_flags, dict(cases=16, seed=1, patience=300))]:
+                         (fuzz_flags, dict(cases=16, seed=1, patience=300)),
+                         (kill_cls, dict(kills=4, sizes=2, regions=1))]:
     code, text = 0, io.StringIO()
     with contextlib.redirect_stdout(text):
         try:
-            if module is not fuzz_flags:  # which makes a place of its own
+            if module not in (fuzz_flags, kill_cls):  # which make a place of their own
                 settings["shards_dir"] = shards
             module.main(module.Config(**settings))
         except SystemExit as error:
@@ -61,7 +62,7 @@ def told(tmp_path_factory):
 @pytest.mark.parametrize("campaign, counted", [
     ("kill", "25 kills"), ("full_disk", "download: 15 disks"),
     ("lost_writes", "states that a crash may leave"), ("calls", "system calls in a save"),
-    ("ranks", "3 groups"), ("fuzz_flags", "16 commands")])
+    ("ranks", "3 groups"), ("fuzz_flags", "16 commands"), ("kill_cls", "kill: 4 killed")])
 def test_promises_hold(told, campaign, counted):
     code, text = told[campaign]
     if code == "not here":

@@ -5,8 +5,8 @@ Harm a run of train_cls.py, and see that it ends in one line or in the very byte
     python extras/faults/kill_cls.py --parts=full --sizes=14
 
     kill   it is killed by SIGKILL at random moments and started again until it finishes
-    full   its disk, a tmpfs, has room for 0.1 to 1.1 of what it writes, or for all but a block of it;
-           then there is room, and the same command goes on
+    full   its disk, a tmpfs, has room for 0.1 to 1.1 of what it writes; then there is room for all, and the
+           same command goes on
     flip   one bit is flipped in each region of each file that a stopped or a finished run leaves, and
            the same command, --report and --predict are asked to use it
 
@@ -169,9 +169,9 @@ def try_full(config, trial, folder):
     disk.mkdir(exist_ok=True)
     settings = replace(trial.config, out=str(disk))
     with mounted(disk):
-        trial.require(replace(settings, epochs=2))  # a state, and later model/ and the rest
-        needed = 3 * used(disk)
-    for room in [*np.linspace(0.1 * needed, 1.1 * needed, config.sizes - 1), needed - 1]:
+        trial.require(replace(settings, epochs=2))
+        needed = 9 * used(disk)  # two states are the most that is there at once, each of four times the weights
+    for room in np.linspace(0.1 * needed, 1.1 * needed, config.sizes):
         with mounted(disk):
             leave_room(disk, room)
             code = wait(start(settings, trial.told))

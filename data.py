@@ -11,8 +11,8 @@ A shard is one split of one dataset, a folder of files that are mapped, never lo
     records.jsonl   the words: id, question, answer, type, image name, one line a sample; and where
                     there are any: context, labels, references, group
     manifest.json   written last: counts, settings, licence, and the size and hash of each file
-    leaks.json      beside a training split: the samples whose image a test split has, too, and those
-                    images of the test split
+    leaks.json      beside a training or validation split: the samples whose image a split to test on has,
+                    too, and those images of that split
 
 The loader packs the samples of a step into rows of T tokens. A group is one image with up to
 `questions_per_image` questions about it, or one text-only sample:
@@ -143,6 +143,22 @@ def how_to_prepare(folder):
     return f"run `python prepare/all.py --only={folder.name}`"
 
 
+def splits_to_guard(folder):
+    """
+    {name: manifest} of the prepared splits that the split in this folder must share no image with: its own
+    dataset's test split; of a training split also its validation split and the test splits of public
+    datasets. What somebody prepared of their own, whose manifest names a path, is nobody else's affair.
+    """
+    folder, names = Path(folder), ["test"]
+    others = []
+    if folder.name == "train":
+        names.append("validation")
+        others = sorted(folder.parent.parent.glob("[!.]*/test"))
+    manifests = {path: read_manifest(path) for path in [*(folder.parent / name for name in names), *others]}
+    return {f"{path.parent.name}/{path.name}": manifest for path, manifest in manifests.items()
+            if manifest and (path.parent == folder.parent or "path" not in manifest)}
+
+
 class Shard:
     """
     One prepared split, memory-mapped. Index files are verified when it is opened, samples and
@@ -222,32 +238,32 @@ class Shard:
 
     def read_leaks(self):
         """
-        What is to be done about the samples whose image a test split has, too, "drop" or "keep",
-        and their numbers.
+        What is to be done about the samples whose image a split to test on has, too, "drop" or "keep",
+        and their numbers. Of a training split its own validation split counts as one, see splits_to_guard.
 
-        Raises UserError where the shard was not compared with each test split beside it.
+        Raises UserError where the shard was not compared with each of those splits beside it.
         """
         leaks = read_manifest(self.folder, "leaks.json")
         if leaks is None or leaks.get("train") != self.manifest["checksum"]:
             raise UserError(f"{self.folder}: not compared with the test splits; {self.again}")
-        for folder in sorted(self.folder.parent.parent.glob("[!.]*/test")):
-            name, manifest = f"{folder.parent.name}/test", read_manifest(folder)
-            if manifest and manifest["checksum"] != leaks["tests"].get(name):
+        for name, manifest in splits_to_guard(self.folder).items():
+            if manifest["checksum"] != leaks["tests"].get(name):
                 again = self.again
                 if manifest.get("shard_version") != SHARD_VERSION:  # prepare/leaks.py passes it by till then
-                    again = how_to_prepare(folder.parent)
+                    again = how_to_prepare(self.folder.parent.parent / name.partition('/')[0])
                 raise UserError(f"{self.folder}: not compared with {name}; {again}")
         found = [numbers for test in leaks["found"].values() for numbers in test.values()]
         return leaks["leaks"], np.unique(np.array(sum(found, []), dtype=np.int64))
 
     def read_leaked_images(self, test):
         """
-        Numbers of the images of a test split, a Shard, that this training split has, too: by their
-        pixels, look or id. A known source says nothing about a single image of the test split.
+        Numbers of the images of another split, a Shard, that this one has, too: by their pixels, look or
+        id. A known source says nothing about a single image of the other.
 
         Raises UserError where the two were not compared as they are now.
         """
-        leaks, name = read_manifest(self.folder, "leaks.json"), f"{test.folder.parent.name}/test"
+        leaks = read_manifest(self.folder, "leaks.json")
+        name = f"{test.folder.parent.name}/{test.folder.name}"
         checksums = (self.manifest["checksum"], test.manifest["checksum"])
         if (leaks is None or "test_images" not in leaks
                 or (leaks["train"], leaks["tests"].get(name)) != checksums):

@@ -132,13 +132,13 @@ def read_split(shard, leaks="recorded"):
     questions are asked about it. leaks: as --leaks.
     """
     classes, left_out, facts = shard.manifest["classes"], set(), {}
-    if shard.folder.name == "train":
+    if shard.folder.name != "test":  # validation may have images of its test split
         recorded, numbers = shard.read_leaks()
         facts = {"told": recorded if leaks == "recorded" else leaks, "left out": 0}
         if facts["told"] == "drop" and len(numbers):
             left_out = set(numbers.tolist())
             facts |= {"left out": len(left_out), "sha256": hash_json(sorted(left_out))}
-            print(f"{shard.folder}: {len(left_out):,} images left out, which a test split has")
+            print(f"{shard.folder}: {len(left_out):,} images left out, which a split to test on has")
     rows = {}  # (image number, its labels) -> its name and its group
     for number, (record, image) in enumerate(zip(shard.read_records(), shard.samples["image"].tolist())):
         if number not in left_out and "labels" in record:

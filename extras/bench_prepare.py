@@ -28,7 +28,7 @@ from data import Tokenizer, load_image, resize_image
 from extras.progress import Progress
 from plumbing.flags import Count, Range, UserError, parse_command_line, run
 from prepare.datasets import DATASETS
-from prepare.leaks import fingerprint
+from prepare.looks import fingerprint
 from prepare.shards import ImageSettings, SplitWriter, encode_image
 
 SETTINGS = ImageSettings(224, "squash", "jpeg", 97)  # prepare/all.py's defaults

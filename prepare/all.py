@@ -34,7 +34,7 @@ class Config:
     resize: Literal["squash", "crop", "pad"] = "squash"  # how an image becomes square
     codec: Literal["jpeg", "png"] = "jpeg"  # of stored images; png is lossless and twice as large
     quality: Annotated[int, Range(1, 100)] = 97  # of jpeg; 97 alters a pixel by 1.1 of 255 levels on average
-    leaks: Literal["drop", "keep"] = "drop"  # train on images that a test split has, too? keep: as published
+    leaks: Literal["", "drop", "keep"] = ""  # test images in --only to train on; none: as it was, or drop
     list: bool = False  # show the datasets and stop
 
 
@@ -214,21 +214,22 @@ def compare_counts(dataset, manifests):
                   f"{f'{found:,}' if found else 'none'} found")
 
 
-def print_leaks(config):
-    """Compare training and test splits, and say what they have in common."""
+def print_leaks(names, config):
+    """Compare training and test splits, and say what they have in common and what is done about it."""
     if not Path(config.shards_dir).is_dir():
         return
     with locked(Path(config.shards_dir) / "leaks.json", "comparing training with test images"):
-        report = guard(config.shards_dir, config.leaks)
+        report = guard(config.shards_dir, config.leaks, names if config.only else None)
     rows = report_rows(report)
     if rows:
         print()
-        print_table([("training samples of", "whose image is in", *REASONS), *rows])
-    for train, leaks in report.items():
-        numbers = {n for found in leaks["found"].values() for reason in found.values() for n in reason}
-        if numbers:
-            print(f"{train}: {len(numbers):,} samples "
-                  f"{'kept all the same' if config.leaks == 'keep' else 'will be left out of training'}")
+        print_table([("samples of", "whose image is in", *REASONS), *rows])
+    for split, leaks in report.items():
+        met = {test: set().union(*found.values()) for test, found in leaks["found"].items()}
+        if met:
+            where = ", ".join(f"{test} has {len(numbers):,}" for test, numbers in met.items())
+            print(f"{split}: {len(set().union(*met.values())):,} samples "
+                  f"{'kept all the same' if leaks['leaks'] == 'keep' else 'will be left out of it'}: {where}")
 
 
 def print_list(names, config):
@@ -270,7 +271,7 @@ def main(config):
                 print(f"{name} {split}: {reason}: {first} is the first of {manifest['skipped'][reason]:,}")
         if not config.limit:
             compare_counts(DATASETS[name], manifests)
-    print_leaks(config)
+    print_leaks(names, config)
     statuses = {}
     for name, *_, status in rows[1:]:
         statuses.setdefault(name, set()).add(status)

@@ -22,7 +22,7 @@ from plumbing.flags import UserError
 from plumbing.pixels import FORMATS, load_image
 from prepare.datasets import (DATASETS, dataset, open_zip, read_csv, read_image, read_json,
                               read_member, read_named_image, read_tar, refuse_damage)
-from prepare.leaks import FINGERPRINT, alike, fingerprint
+from prepare.looks import FINGERPRINT, SIDE, alike, fingerprint
 
 HELD_OUT = {"train": 0.9, "validation": 0.1}  # of a training part that has no validation split
 
@@ -61,15 +61,15 @@ def split_by_group(groups, labels, shares, seed=0):
 
 
 def group_alike(paths):
-    """For each image file a number that it shares with those it is alike, and with those they are."""
+    """For each image file the number of the first of those that it is alike, and of those that they are."""
     def look(path):
         try:
             return np.frombuffer(fingerprint(load_image(path.read_bytes())), FINGERPRINT)["look"]
         except Exception:  # each decoder has its own ways to fail on a broken file
-            return np.zeros((1, 32), np.uint8)  # like no other
+            return np.zeros((1, SIDE, SIDE), np.uint8)  # like no other
 
     with ThreadPoolExecutor() as pool:  # Pillow lets go of the interpreter lock
-        looks = np.concatenate([np.zeros((0, 32), np.uint8), *pool.map(look, paths)])
+        looks = np.concatenate([np.zeros((0, SIDE, SIDE), np.uint8), *pool.map(look, paths)])
     group = np.arange(len(paths))
     for one, other in alike(looks, looks):
         group[group == group[other]] = group[one]

@@ -29,7 +29,7 @@ from plumbing.files import hash_file, lock, manifest_checksum, read_manifest
 from plumbing.flags import UserError
 from plumbing.pixels import DEEP_PIXELS, Unreadable, load_image, open_stored, resize_image
 from prepare.download import hub_revision
-from prepare.leaks import fingerprint
+from prepare.looks import fingerprint
 
 FILES = ("tokens.bin", "samples.bin", "images.bin", "images.idx", "fingerprints.bin", "records.jsonl")
 RECORDS_AHEAD = 4096  # read but not written yet; bounds memory where many share an image
@@ -353,6 +353,9 @@ def write_dataset(target, dataset, raw, sources, tokenizer, facts, workers, need
         require_samples(raw, writers.values())
         for split in needed:
             require_samples(f"{raw}: {split}", [writers[split]] if split in writers else [])
+        for split in writers:  # of another shard, but it says what was asked for: to drop or to keep
+            if (target / split / "leaks.json").exists():
+                shutil.copy(target / split / "leaks.json", partial / split)
         with locked(target.with_name("leaks.json"), "comparing training with test images"):
             if target.exists():  # which is not there for a moment
                 target.rename(old)

@@ -2,18 +2,25 @@
 
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
+import prepare.all as all_py
 import prepare.leaks
+import prepare.looks
+import prepare.shards
 from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard, load_image, open_mixture
 from plumbing.files import manifest_checksum
 from plumbing.flags import UserError
 from prepare.classify import group_alike
 from prepare.datasets import DATASETS, Dataset
-from prepare.leaks import ALIKE, FINGERPRINT, alike, fingerprint, guard, report_rows
+from prepare.folder import prepare_folder
+from prepare.leaks import guard, report_rows
+from prepare.looks import FINGERPRINT, alike, fingerprint, frequency_signs, propose, turned, whole
 from prepare.questions import train_sample_tokenizer
 from prepare.shards import write_dataset
 
@@ -38,8 +45,13 @@ def prints(images):
     return np.frombuffer(b"".join(map(fingerprint, images)), FINGERPRINT)
 
 
-def bits_apart(one, other):
-    return np.unpackbits(one["look"] ^ other["look"], axis=-1).sum(-1)
+def called_alike(these, those):
+    """Pairs of numbers, of lists of images."""
+    return [tuple(pair) for pair in alike(prints(these)["look"], prints(those)["look"]).tolist()]
+
+
+def same_numbers(count):
+    return [(n, n) for n in range(count)]
 
 
 # ----------------------------------------------------------------------------- fingerprints
@@ -57,31 +69,79 @@ def test_pixels_have_one_hash_whatever_file_they_come_from():
     assert prints([strip])[0]["pixels"] != prints([strip.resize((4, 4))])[0]["pixels"]
 
 
-@pytest.mark.parametrize("alter", [
-    lambda image: load_image(encoded(image, "JPEG", quality=30)),
-    lambda image: image.resize((160, 120), Image.Resampling.BICUBIC),
-    lambda image: image.resize((224, 224), Image.Resampling.BICUBIC),  # another aspect, too
-    lambda image: image.resize((900, 700), Image.Resampling.BILINEAR),
-    lambda image: image.convert("L").convert("RGB"),
-    lambda image: ImageEnhance.Contrast(image).enhance(0.7),
-    lambda image: ImageEnhance.Brightness(image).enhance(0.8),
-    lambda image: image.filter(ImageFilter.GaussianBlur(1)),
-    lambda image: image.crop((3, 2, 317, 238))],
-    ids=["jpeg", "smaller", "square", "larger", "grey", "flat", "dark", "blurred", "cropped"])
+COPIES = {
+    "jpeg": lambda image: load_image(encoded(image, "JPEG", quality=30)),
+    "smaller": lambda image: image.resize((160, 120), Image.Resampling.BICUBIC),
+    "square": lambda image: image.resize((224, 224), Image.Resampling.BICUBIC),  # another aspect, too
+    "larger": lambda image: image.resize((900, 700), Image.Resampling.BILINEAR),
+    "grey": lambda image: image.convert("L").convert("RGB"),
+    "flat": lambda image: ImageEnhance.Contrast(image).enhance(0.7),
+    "dark": lambda image: ImageEnhance.Brightness(image).enhance(0.8),
+    "blurred": lambda image: image.filter(ImageFilter.GaussianBlur(1)),
+    "cut": lambda image: image.crop((10, 6, 312, 233)),
+    "mirrored": ImageOps.mirror,
+    "upside down": ImageOps.flip,
+    "turned by 90": lambda image: image.rotate(90, expand=True),
+    "turned by 180": lambda image: image.rotate(180),
+    "turned by 270, small, jpeg": lambda image: load_image(encoded(
+        image.rotate(270, expand=True).resize((150, 200)), "JPEG", quality=60)),
+    "mirrored and turned": lambda image: ImageOps.mirror(image.rotate(90, expand=True)),
+    "mirrored and cut": lambda image: ImageOps.mirror(image).crop((10, 6, 312, 233)),
+    "framed in black": lambda image: ImageOps.expand(image, (0, 40)),
+    "framed in white": lambda image: ImageOps.expand(image, (50, 0), "white")}
+
+
+@pytest.mark.parametrize("alter", COPIES.values(), ids=COPIES)
 def test_altered_copies_are_alike_and_strangers_are_not(alter):
-    images = [drawing(seed) for seed in range(20)]
-    looks, copies = prints(images), prints(map(alter, images))
-    assert bits_apart(looks, copies).max() <= ALIKE
-    assert not (looks["pixels"] == copies["pixels"]).any()
-    strangers = bits_apart(looks[:, None], copies[None])[~np.eye(20, dtype=bool)]
-    assert strangers.min() > ALIKE + 16
+    images = [drawing(seed) for seed in range(12)]
+    copies = [alter(image) for image in images]
+    assert called_alike(images, copies) == called_alike(copies, images) == same_numbers(12)
+    assert not (prints(images)["pixels"] == prints(copies)["pixels"]).any()
+
+
+def eye(seed, size=192):
+    """A photograph of the back of an eye: one lit disc, in which nothing but the vessels is its own."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size] / size - 0.5
+    side = rng.choice([-1, 1])
+    disc_x, disc_y = side * rng.uniform(0.19, 0.25), rng.uniform(-0.04, 0.04)
+    light = 0.6 + rng.uniform(-0.1, 0.1) * x + rng.uniform(-0.1, 0.1) * y - 0.4 * (x * x + y * y)
+    light += 0.35 * np.exp(-((x - disc_x) ** 2 + (y - disc_y) ** 2) / 0.003)
+    image = Image.fromarray((light * 255).clip(0, 255).astype(np.uint8))
+    pen = ImageDraw.Draw(image)
+    for vessel in range(10):
+        at, course = np.array([disc_x + 0.5, disc_y + 0.5]) * size, (-1) ** vessel * rng.uniform(0.3, 1.4)
+        for step in range(70):
+            course += rng.normal(0, 0.12)
+            to = at + 1.6 * np.array([-side * np.cos(course), np.sin(course)])
+            pen.line((*at, *to), fill=90, width=max(1, 3 - step // 25))
+            at = to
+    lit = np.hypot(x, y) < 0.48
+    return Image.fromarray((np.asarray(image) * lit).astype(np.uint8)).convert("RGB")
+
+
+def test_different_images_of_one_pattern_are_not_alike_but_their_copies_are():
+    eyes = [eye(seed) for seed in range(30)]
+    signs = [frequency_signs(whole(prints(eyes)["look"])).reshape(30, 256)[:, 1:]] * 2
+    near = (signs[0] @ signs[1].T)[np.triu_indices(30, 1)] >= 255 - 2 * 64
+    assert near.mean() > 0.05  # by the hash alone one in twenty would be taken for one another
+    assert called_alike(eyes, eyes) == same_numbers(30)
+    copies = [load_image(encoded(ImageOps.mirror(image).resize((130, 130)), "JPEG")) for image in eyes[:10]]
+    assert called_alike(copies, eyes) == same_numbers(10)
+
+
+def test_images_of_one_pattern_do_not_join_into_one_group(tmp_path):
+    paths = [tmp_path / f"{number}.png" for number in range(12)]
+    for number, path in enumerate(paths):
+        path.write_bytes(encoded(eye(number % 11)))
+    assert group_alike(paths) == [*range(11), 0]
 
 
 def test_reduced_decoding_keeps_the_look():
     content = encoded(drawing(1, (1600, 1200)), "JPEG", quality=90)
-    whole, reduced = load_image(content), load_image(content, at_least=448)
-    assert whole.size == (1600, 1200) and reduced.size == (800, 600)
-    assert bits_apart(*prints([whole, reduced])) <= 8
+    whole_image, reduced = load_image(content), load_image(content, at_least=448)
+    assert whole_image.size == (1600, 1200) and reduced.size == (800, 600)
+    assert called_alike([whole_image], [reduced]) == [(0, 0)]
     small = encoded(drawing(1), "JPEG")  # nothing to spare: decoded whole
     assert load_image(small, at_least=448).tobytes() == load_image(small).tobytes()
 
@@ -91,20 +151,49 @@ def test_an_even_image_is_like_nothing():
     even.append(Image.fromarray(np.random.default_rng(0).integers(100, 103, (300, 200, 3), np.uint8)))
     looks = prints(even)["look"]
     assert not looks.any() and len(alike(looks, looks)) == 0
+    assert alike(looks[:0], looks).shape == alike(looks, looks[:0]).shape == (0, 2)
 
 
-def test_pairs_are_those_of_a_comparison_one_by_one():
-    rng = np.random.default_rng(0)
-    these = rng.integers(0, 256, (4500, 32), np.uint8)  # more than one block of each
-    those = rng.integers(0, 256, (4200, 32), np.uint8)
-    for one, other, flips in [(0, 0, 0), (4095, 4096, ALIKE), (4096, 4199, ALIKE), (7, 4000, ALIKE + 1)]:
-        bits = np.unpackbits(these[one])
-        bits[rng.permutation(256)[:flips]] ^= 1
-        those[other] = np.packbits(bits)
-    wanted = [(one, other) for one in range(0, 4500) for other in np.flatnonzero(
-        np.bitwise_count(these[one] ^ those).sum(-1, dtype=int) <= ALIKE)]
-    assert alike(these, those).tolist() == [list(pair) for pair in wanted]
-    assert wanted == [(0, 0), (4095, 4096), (4096, 4199)]
+def test_proposed_pairs_are_those_of_a_comparison_one_by_one(monkeypatch):
+    monkeypatch.setattr(prepare.looks, "CLOSEST", 3)
+    monkeypatch.setattr(prepare.looks, "BITS", 108)
+    looks = np.random.default_rng(0).integers(0, 256, (40, 48, 48), np.uint8)
+    looks[[3, 17]] = 0  # without a look
+    copies = np.stack([turned(look, number % 8) for number, look in enumerate(looks)])
+    near, far, way = propose(looks, copies, whole)
+
+    def bits(one, other):
+        return int((frequency_signs(whole(one[None])) != frequency_signs(whole(other[None]))).sum())
+
+    wanted = []
+    for number, look in enumerate(looks):
+        apart = [min(bits(turned(look, way), copy) for way in range(8)) for copy in copies]
+        wanted += [(number, other) for other in range(40)
+                   if look.any() and copies[other].any() and apart[other] <= 108
+                   and apart[other] <= sorted(apart[n] for n in range(40) if copies[n].any())[2]]
+    assert list(zip(near.tolist(), far.tolist())) == wanted
+    exact = near == far
+    assert exact.sum() == 38 < len(near)
+    assert all((turned(looks[n], w) == copies[n]).all() for n, w in zip(near[exact], way[exact]))
+
+
+def test_no_more_than_the_closest_are_proposed(monkeypatch):
+    image = drawing(0)
+    many = prints([image.resize((320 - 2 * n, 240)) for n in range(20)] + [drawing(1)])["look"]
+    monkeypatch.setattr(prepare.looks, "CLOSEST", 4)
+    near, _, _ = propose(many, many, whole)
+    assert max(np.bincount(near)) <= 8 and len(near) < 21 * 21 / 2  # of equal distance more than 4
+    assert {tuple(pair) for pair in alike(many, many).tolist()} >= {(n, n) for n in range(21)}
+
+
+def test_turning_signs_is_turning_looks():
+    looks = np.random.default_rng(0).integers(0, 256, (5, 48, 48)).astype(np.float32)
+    mirror = np.where(np.arange(16) % 2, -1, 1)
+    ways = [turned(looks, way) for way in range(8)]
+    assert len({way.tobytes() for way in ways}) == 8
+    for way, look in enumerate(ways):
+        signs = turned(frequency_signs(looks), way, lambda signs: signs * mirror)
+        assert (signs == frequency_signs(look)).mean() > 0.999  # but where a frequency is all but 0
 
 
 def test_alike_files_share_a_group_through_others(tmp_path):
@@ -133,6 +222,7 @@ def write(tokenizer, tmp_path, monkeypatch):
         dataset = Dataset(name=name, read=lambda raw: iter(records), kind="text questions", licence="none",
                           access="open", megabytes=0, page="", layouts=(), counts={}, **facts)
         monkeypatch.setitem(DATASETS, name, dataset)
+        monkeypatch.setattr(prepare.shards, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))  # starts at once
         manifest = {"dataset": name, "shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION,
                     "limit": 0, "licence": "none",
                     "image": {"size": 32, "resize": "squash", "codec": "png", "quality": 0}}
@@ -147,13 +237,13 @@ def test_training_images_that_a_test_split_has_are_found_and_left_out(write):
     write("learn", ("train", "a.png", a), ("train", "small_b.png", b.resize((100, 80))), ("train", "c.png", c),
           ("train", "again.png", a), ("train", "", None), ("test", "d.png", d), ("train", "d.jpg", encoded(d, "JPEG")))
     write("exam", ("test", "1.tiff", encoded(a, "TIFF")), ("test", "2.png", b))
-    shards = write("later", ("validation", "c.png", c))  # a validation split guards nothing
+    shards = write("later", ("validation", "c.png", c))  # it guards nothing but its own train
     report = guard(shards, "drop")
-    assert list(report) == ["learn/train"]
+    assert list(report) == ["later/validation", "learn/train"] and not report["later/validation"]["found"]
     assert report["learn/train"]["found"] == {"exam/test": {"same pixels": [0, 3], "alike": [1]},
                                               "learn/test": {"alike": [5]}}
-    assert report_rows(report) == [("learn/train", "exam/test", "2", "1", "", ""),
-                                   ("learn/train", "learn/test", "", "1", "", "")]
+    assert report_rows(report) == [("learn/train", "learn/test", "", "1", "", ""),
+                                   ("learn/train", "exam/test", "2", "1", "", "")]
     shard = Shard(shards / "learn/train")
     assert (shard.read_leaks()[0], shard.read_leaks()[1].tolist()) == ("drop", [0, 1, 3, 5])
     mixture = open_mixture("learn", shards, "train", image_tokens=5, batch_size=2)
@@ -302,9 +392,7 @@ def test_what_an_older_version_found_is_found_anew(write):
     write("learn", ("train", "a.png", drawing(0)))
     shards = write("exam", ("test", "a.png", drawing(0)))
     first = guard(shards, "keep")
-    alter(shards / "learn/train/leaks.json", test_images=None)
-    with pytest.raises(UserError, match="learn/train: not compared with .*exam/test; run"):
-        Shard(shards / "learn/train").read_leaked_images(Shard(shards / "exam/test"))
+    alter(shards / "learn/train/leaks.json", alike=48, found={}, test_images={})
     assert guard(shards, "") == first and first["learn/train"]["test_images"] == {"exam/test": [0]}
     assert Shard(shards / "learn/train").read_leaked_images(Shard(shards / "exam/test")).tolist() == [0]
 
@@ -331,3 +419,87 @@ def test_a_damaged_shard_is_named(write):
     path.write_bytes(content[:5] + bytes([content[5] ^ 1]) + content[6:])
     with pytest.raises(UserError, match="learn/test/fingerprints.bin: damaged"):
         guard(shards, "drop")
+
+
+def test_a_training_image_that_validation_has_is_left_out_of_training(write):
+    a, b, c, d = (drawing(seed) for seed in range(4))
+    shards = write("learn", ("train", "a.png", a), ("train", "b.png", b), ("train", "c.png", c),
+                   ("validation", "a.png", ImageOps.mirror(a)), ("validation", "d.png", d),
+                   ("validation", "c.png", c), ("test", "c.png", c.resize((100, 80))))
+    write("other", ("validation", "b.png", b), ("train", "d.png", d))  # its validation is no affair of learn
+    report = guard(shards)
+    assert report["learn/train"]["found"] == {"learn/test": {"alike": [2]},
+                                              "learn/validation": {"same pixels": [2], "alike": [0]}}
+    assert report["learn/validation"]["found"] == {"learn/test": {"alike": [2]}}
+    assert report["other/train"]["found"] == report["other/validation"]["found"] == {}
+    train, validation = Shard(shards / "learn/train"), Shard(shards / "learn/validation")
+    assert (train.read_leaks()[0], train.read_leaks()[1].tolist()) == ("drop", [0, 2])
+    assert (validation.read_leaks()[0], validation.read_leaks()[1].tolist()) == ("drop", [2])
+    assert train.read_leaked_images(validation).tolist() == [0, 2]
+    write("learn", ("train", "a.png", a), ("validation", "b.png", b))  # without a test split
+    guard(shards)
+    assert Shard(shards / "learn/validation").read_leaks()[1].tolist() == []
+
+
+def test_what_is_kept_stays_kept_until_it_is_asked_for(write, tmp_path):
+    image = drawing(0)
+
+    def choices():
+        return {split: leaks["leaks"] for split, leaks in guard(tmp_path / "shards").items()}
+
+    write("exam", ("test", "a.png", image))
+    write("one", ("train", "a.png", image))
+    shards = write("two", ("train", "a.png", image))
+    assert choices() == {"one/train": "drop", "two/train": "drop"}
+    guard(shards, "keep", ["one"])
+    assert choices() == {"one/train": "keep", "two/train": "drop"}
+    guard(shards, "drop", ["two", "exam"])
+    write("three", ("train", "a.png", image), ("validation", "b.png", drawing(1)))
+    assert choices() == {"one/train": "keep", "two/train": "drop", "three/train": "drop",
+                         "three/validation": "drop"}
+    write("one", ("train", "a.png", image), ("train", "b.png", drawing(1)), ("validation", "c.png", drawing(2)))
+    with pytest.raises(UserError, match="one/train: not compared"):  # as it is prepared anew
+        Shard(shards / "one/train").read_leaks()
+    assert choices()["one/train"] == choices()["one/validation"] == "keep"
+    assert Shard(shards / "one/train").read_leaks()[1].tolist() == [0]
+    assert set(choices().values()) == {"keep", "drop"}
+    guard(shards, "keep")
+    assert set(choices().values()) == {"keep"}
+
+
+def test_the_table_names_the_split_that_each_left_out_sample_meets(write, capsys):
+    a, b, c = (drawing(seed) for seed in range(3))
+    write("learn", ("train", "a.png", a), ("train", "b.png", b), ("train", "c.png", c), ("test", "a.png", a))
+    shards = write("exam", ("test", "b.png", b), ("test", "a.png", a))
+    config = all_py.Config(shards_dir=str(shards))
+    all_py.print_leaks(["learn"], config)
+    assert ("learn/train: 2 samples will be left out of it: learn/test has 1, exam/test has 2\n"
+            in capsys.readouterr().out)
+    all_py.print_leaks(["exam"], replace(config, only="exam", leaks="keep"))
+    assert "learn/train: 2 samples will be left out of it" in capsys.readouterr().out
+    all_py.print_leaks(["learn"], replace(config, only="learn", leaks="keep"))
+    all_py.print_leaks(["exam"], replace(config, only="exam"))
+    assert capsys.readouterr().out.count("learn/train: 2 samples kept all the same: learn/test has 1") == 2
+
+
+def test_images_of_ones_own_guard_themselves_alone(write, tmp_path, monkeypatch):
+    """They are compared with public test splits, and nobody with theirs."""
+    images = [drawing(seed) for seed in range(4)]
+    shards = write("public", ("train", "0.png", images[0]), ("train", "1.png", images[1]),
+                   ("test", "2.png", images[2]))
+    for name in ("mine", "yours"):
+        table = tmp_path / name / "table.csv"
+        table.parent.mkdir()
+        rows = [("train", 0, "x"), ("train", 2, "x"), ("train", 3, "y"), ("test", 0, "x"), ("test", 1, "y")]
+        for number, (_, image, _) in enumerate(rows):
+            (table.parent / f"{number}.png").write_bytes(encoded(images[image].resize((300, 200 + number))))
+        table.write_text("path,label,split\n" + "".join(
+            f"{number}.png,{label},{split}\n" for number, (split, _, label) in enumerate(rows)))
+        assert prepare_folder(table, shards, image_size=32, workers=1)
+    found = {split: leaks["found"] for split, leaks in guard(shards).items()}
+    table, other = sorted(split for split in found if split.startswith("table"))
+    assert found == {"public/train": {}, **{split: {f"{split.partition('/')[0]}/test": {"alike": [0]},
+                                                    "public/test": {"alike": [1]}} for split in (table, other)}}
+    for split in found:
+        assert len(Shard(shards / split).read_leaks()[1]) == 2 * ("table" in split)
+        assert "table" not in str(guard(shards)["public/train"]["tests"])

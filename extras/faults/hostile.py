@@ -63,8 +63,9 @@ from prepare.questions import train_sample_tokenizer
 from prepare.shards import ImageSettings, SplitWriter, encode_image
 from prepare.weights import ENCODERS, WEIGHTS, read_pickle
 
-# What Pillow raises on a broken file, and struct on a TIFF's broken list of pages.
-IMAGE_ERRORS = (OSError, ValueError, SyntaxError, struct.error)
+# What Pillow raises on a broken file, at a GIF's second frame among them, and struct on a TIFF's broken
+# list of pages.
+IMAGE_ERRORS = (OSError, ValueError, SyntaxError, IndexError, struct.error)
 
 
 @dataclass(frozen=True)

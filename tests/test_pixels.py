@@ -395,7 +395,7 @@ def test_every_format_has_names_and_a_folder_takes_them(tmp_path):
     for number, name in enumerate([*SUFFIXES, ".JFIF", ".dcm", ".eps"]):
         (tmp_path / "scans" / "abc"[number % 3]).mkdir(parents=True, exist_ok=True)
         (tmp_path / "scans" / "abc"[number % 3] / f"{number}{name}").write_bytes(b"")
-    items, _ = read_folder(tmp_path / "scans")
+    items, *_ = read_folder(tmp_path / "scans")
     assert {item.file.suffix for item in items} == {*SUFFIXES, ".JFIF"}
 
 

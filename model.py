@@ -1065,10 +1065,13 @@ def load_exactly(model, files, dtype, device, prefix="", dropped=r"(?!)"):
 
 def describe_machine(device):
     """Versions, hardware and commit, so that a run says what made it."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                            cwd=Path(__file__).parent)
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                                cwd=Path(__file__).parent).stdout.strip()
+    except OSError:  # there is no git here
+        commit = ""
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
-    return {"commit": commit.stdout.strip(), "torch": torch.__version__, "device": f"{device} {name}",
+    return {"commit": commit, "torch": torch.__version__, "device": f"{device} {name}",
             "threads": torch.get_num_threads(), "python": platform.python_version(),
             "command": " ".join(sys.argv)}
 

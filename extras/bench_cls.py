@@ -41,6 +41,7 @@ from data import Shard
 from extras.progress import Progress, tell
 from model import CLIP_MEAN, CLIP_STD, CONFIGS, ViT, normalise, pick_device, tensors_of
 from plumbing.flags import Count, Device, Range, Threads, UserError, parse_command_line, run
+from plumbing.pixels import FORMATS
 from prepare.datasets import DATASETS
 from train_cls import Classifier, make_optimizer, read_split, train_epoch
 
@@ -77,8 +78,8 @@ class ImageFiles(Dataset):
         return len(self.paths)
 
     def __getitem__(self, number):
-        image = Image.open(self.paths[number]).convert("RGB").resize((self.size,) * 2,
-                                                                     Image.Resampling.BICUBIC)
+        image = Image.open(self.paths[number], formats=FORMATS).convert("RGB")
+        image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
         if self.augmented:
             image = augment(image)
         pixels = torch.from_numpy(np.asarray(image, np.float32) / 255)

@@ -27,6 +27,7 @@ from PIL import Image
 from data import Tokenizer, load_image, resize_image
 from extras.progress import Progress
 from plumbing.flags import Count, Range, UserError, parse_command_line, run
+from plumbing.pixels import FORMATS
 from prepare.datasets import DATASETS
 from prepare.looks import fingerprint
 from prepare.shards import ImageSettings, SplitWriter, encode_image
@@ -68,7 +69,8 @@ def enlarge(content, times):
 
 
 def plain_pillow(content):
-    return Image.open(io.BytesIO(content)).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC)
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    return image.convert("RGB").resize((224, 224), Image.Resampling.BICUBIC)
 
 
 def time_steps(contents, rounds):

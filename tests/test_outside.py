@@ -11,7 +11,7 @@ import model
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [path for room in (".", "plumbing", "prepare", "tasks", "extras")
            for path in sorted((ROOT / room).glob("*.py"))]
-RUNNING = {"eval", "exec", "os.system", "os.popen", "pickle.load", "pickle.loads", "yaml.load", "marshal.loads"}
+RUNNING = {"eval", "exec", "os.system", "os.popen", "pickle.load", "pickle.loads", "yaml.load", "marshal.load"}
 NETWORK = {"requests", "urllib", "http", "httpx", "aiohttp", "ftplib", "smtplib", "huggingface_hub", "wandb"}
 MAY_CONNECT = {"prepare/download.py": {"urllib", "http", "huggingface_hub"}, "train_vlm.py": {"wandb"}}
 

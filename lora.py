@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data import read_settings
+from plumbing.claims import lfs_pointer, lora_refusal
 from plumbing.flags import UserError
 
 
@@ -112,17 +113,10 @@ def read_adapter_config(folder):
     if not path.is_file():
         raise UserError(f"{path}: not there; an adapter folder has it beside adapter_model.safetensors")
     config = read_settings(path)
-    unsupported = [key for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
-                                   "fan_in_fan_out", "modules_to_save", "layers_to_transform")
-                   if config.get(key)]
-    unsupported += [f"{key} {config[key]!r}" for key, plain in (("peft_type", "LORA"), ("bias", "none"))
-                    if config.get(key, plain) != plain]
+    if refused := lora_refusal(config):
+        raise UserError(f"{path}: {refused}")
     targets, r, alpha, dropout = (
         config.get(key) for key in ("target_modules", "r", "lora_alpha", "lora_dropout"))
-    if isinstance(targets, str):
-        unsupported.append("target_modules as a pattern")
-    if unsupported:
-        raise UserError(f"{path}: {', '.join(unsupported)} not supported here: plain LoRA is")
     sound = {"target_modules": isinstance(targets, list) and all(isinstance(t, str) for t in targets),
              "r": type(r) is int and 0 < r < 1 << 16,
              "lora_alpha": type(alpha) in (int, float) and abs(alpha) < 1e9,
@@ -137,15 +131,19 @@ def load_adapter(model, folder):
     """
     Copy an adapter's tensors into a model that add_lora has prepared.
 
-    Raises UserError unless its tensors and the model's LoRA layers match one to one.
+    Raises UserError unless its tensors and the model's LoRA layers match one to one. Tensors of the base
+    that PEFT has saved beside them have to equal the model's.
     """
     path = Path(folder) / "adapter_model.safetensors"
     if not path.is_file():
-        raise UserError(f"{path}: not there")
+        pickled = path.with_suffix(".bin").is_file()
+        raise UserError(f"{path}: not there" + "; its .bin is a pickle, which PEFT's save_pretrained writes "
+                        "as safetensors" * pickled)
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+        raise UserError(f"{path}: {lfs_pointer(path) or f'not a whole safetensors file ({error})'}") from None
+    drop_base(path, tensors, model)
     wanted = {}
     for name, layer in lora_layers(model).items():
         wanted[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A
@@ -160,3 +158,19 @@ def load_adapter(model, folder):
     with torch.no_grad():
         for key, parameter in wanted.items():
             parameter.copy_(tensors[key])
+
+
+def drop_base(path, tensors, model):
+    """
+    Take out of an adapter's tensors those of the base, which PEFT saves whole where it adapts or may have
+    resized an embedding. Raises UserError where one is not the model's own.
+    """
+    base = {name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items()
+            if ".lora_" not in name}
+    for key in list(tensors):
+        name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if name not in base:
+            continue
+        theirs, ours = tensors.pop(key), base[name]
+        if theirs.shape != ours.shape or not ours.is_meta and not torch.equal(theirs.to(ours), ours):
+            raise UserError(f"{path}: {key} is not the base's {name}: trained with it, or on another base")

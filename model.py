@@ -46,6 +46,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data import BOS, EOS, read_settings
 from lora import add_lora, load_adapter, lora_layers, save_adapter
+from plumbing.claims import lfs_pointer, llama_refusal, vit_facts, vit_problem
 from plumbing.files import hash_file, hash_json, newest_checkpoint
 from plumbing.flags import UserError
 
@@ -87,6 +88,8 @@ class ViTConfig:
     width: int = 768
     depth: int = 12
     clip: bool = False  # as OpenAI's CLIP has it, and PubMedCLIP from there
+    head_size: int = 64  # channels of a head, from Ti to L
+    activation: str = ""  # gelu or quick_gelu; none: OpenAI's quick one where clip, else the exact one
 
     @property
     def tokens(self):
@@ -99,7 +102,11 @@ class ViTConfig:
 
     @property
     def heads(self):
-        return self.width // 64  # as in every ViT of the family, from Ti to L
+        return self.width // self.head_size
+
+    @property
+    def gelu(self):
+        return self.activation or ("quick_gelu" if self.clip else "gelu")
 
 
 def run_block(block, recomputed, *inputs):
@@ -143,7 +150,8 @@ class ViTMLP(nn.Module):
         super().__init__()
         self.fc1 = Linear(config.width, 4 * config.width)
         self.fc2 = Linear(4 * config.width, config.width)
-        self.gelu = quick_gelu if config.clip else F.gelu  # the exact one, not its tanh approximation
+        # The exact GELU, not its tanh approximation
+        self.gelu = quick_gelu if config.gelu == "quick_gelu" else F.gelu
 
     def forward(self, x):
         return self.fc2(self.gelu(self.fc1(x)))
@@ -166,8 +174,8 @@ class ViT(nn.Module):
     """
     Vision transformer (arXiv 2010.11929) in timm's layout, without a head.
 
-    With config.clip it is CLIP's (arXiv 2103.00020): another norm before the blocks, quick GELU,
-    another eps, and no bias where patches are embedded.
+    With config.clip it is CLIP's (arXiv 2103.00020): another norm before the blocks, quick GELU (LAION's
+    CLIPs have the plain one), another eps, and no bias where patches are embedded.
     """
 
     recomputed = 0  # blocks, from the first on, that are run again in the backward pass
@@ -197,20 +205,27 @@ class ViT(nn.Module):
         """
         Build and load from a safetensors file: timm's keys as they are, or under BiomedCLIP's
         `visual.trunk.`, whose projection head and text tower are dropped. Sizes are read from the
-        shapes, and CLIP's variant is known by norm_pre. Raises UserError when a tensor is missing,
+        shapes, and CLIP's variant is known by norm_pre. Heads and activation are told by the file's own
+        metadata or a config beside it; without that, heads of Ti, S, B and L are of 64 channels. Raises
+        UserError when they are not known, or what is told is not done here, and when a tensor is missing,
         unknown or of another shape.
         """
-        shapes = {}
-        for key, shape in tensor_shapes(file).items():
-            shapes[key.removeprefix("visual.trunk.")] = shape
+        shapes = {key.removeprefix("visual.trunk."): shape for key, shape in tensor_shapes(file).items()}
         try:
             (width, _, P, _), grid = shapes["patch_embed.proj.weight"], shapes["pos_embed"][1] - 1
         except (KeyError, ValueError):
             raise UserError(f"{file}: no ViT in timm's layout (patch_embed.proj.weight, pos_embed); "
                             "README.md says under Weights which files fit") from None
         depth = len([key for key in shapes if re.fullmatch(r"blocks\.\d+\.norm1\.weight", key)])
+        config = ViTConfig(round(grid ** 0.5) * P, P, width, depth, "norm_pre.weight" in shapes)
+        facts, problem = vit_facts(file, read_metadata(file))
+        if problem := problem or vit_problem(facts, width, depth, config.clip):
+            raise UserError(f"{file}: {problem}")
+        activation = facts.get("activation", config.gelu)
+        config = replace(config, head_size=width // facts.get("heads", width // 64),
+                         activation="" if activation == config.gelu else activation)
         with torch.device("meta"):
-            model = cls(ViTConfig(round(grid ** 0.5) * P, P, width, depth, "norm_pre.weight" in shapes))
+            model = cls(config)
         return load_exactly(model, [file], dtype, device, prefix="visual.trunk.",
                             dropped=r"visual\.head\.proj\.weight|text\..*|logit_scale")
 
@@ -539,40 +554,21 @@ class LLaMA(nn.Module):
             raise UserError(f"{folder}/config.json: not there; `python prepare/all.py "
                             "--only=pmc_llama_7b` brings the paper's")
         hub = read_settings(folder / "config.json")
-        rope = hub.get("rope_parameters") or hub.get("rope_scaling") or {}
-        rope = rope if isinstance(rope, dict) else {"rope_type": str(rope)}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        ropes = [rope for rope in map(hub.get, ("rope_parameters", "rope_scaling")) if isinstance(rope, dict)]
         config = LlamaConfig(**{item.name: hub[item.name] for item in fields(LlamaConfig)
                                 if hub.get(item.name) is not None})
         config.num_key_value_heads = hub.get("num_key_value_heads") or config.num_attention_heads
-        config.rope_theta = rope.get("rope_theta", config.rope_theta)
+        config.rope_theta = next((rope["rope_theta"] for rope in ropes if rope.get("rope_theta")),
+                                 config.rope_theta)
         impossible = [f"{name} {value!r:.50}" for name, value in asdict(config).items()
                       if type(value) not in (int, type(getattr(LlamaConfig, name)))
                       or not 0 < value < (1e30 if isinstance(value, float) else 1 << 24)]
         if impossible or (config.hidden_size % config.num_attention_heads
                      or config.num_attention_heads % config.num_key_value_heads):
             raise UserError(f"{folder}/config.json: {', '.join(impossible) or 'its sizes'} cannot be")
-        unsupported = [name for name, wrong in [
-            ("tied embeddings", hub.get("tie_word_embeddings")), ("biases", hub.get("attention_bias")),
-            (f"{rope_type} rope", rope_type != "default"),
-            ("head_dim", (hub.get("head_dim") or config.head_size) != config.head_size),
-            (f"activation {hub.get('hidden_act')}", hub.get("hidden_act", "silu") != "silu")] if wrong]
-        if unsupported:
-            raise UserError(f"{folder}/config.json: {', '.join(unsupported)} not supported here; "
-                            "LLaMA 1 and 2, PMC-LLaMA and TinyLlama are")
-        index = folder / "model.safetensors.index.json"
-        names = ["model.safetensors"]
-        if index.is_file():
-            settings = read_settings(index)
-            weight_map, facts = settings.get("weight_map"), settings.get("metadata")
-            if isinstance(facts, dict) and facts.get("config") not in (None, hash_file(folder / "config.json")):
-                raise UserError(f"{folder}/config.json: was altered; delete {folder}, and prepare/all.py "
-                                "makes it anew")
-            names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-            if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-                raise UserError(f"{index}: does not say which files beside it hold the weights")
-            names = sorted(set(names))
-        files = [folder / name for name in names]
+        if refused := llama_refusal(hub, config.head_size):
+            raise UserError(f"{folder}/config.json: {refused}")
+        files = language_files(folder)
         if config.num_hidden_layers > sum(len(tensor_shapes(file)) for file in files):
             raise UserError(f"{folder}/config.json: {config.num_hidden_layers} layers are more than the "
                             "tensors beside it")  # and would take for ever to build
@@ -887,7 +883,7 @@ class VLM(nn.Module):
                 if layer.unmerged is not None:
                     tensors[f"{name}.weight"] = layer.unmerged
             if part == "vision":
-                save_file(tensors, folder / "vision.safetensors", metadata={"format": "pt"})
+                save_file(tensors, folder / "vision.safetensors", metadata=metadata_of(module))
             else:
                 where = folder / "language"
                 where.mkdir(exist_ok=True)
@@ -927,6 +923,45 @@ class VLM(nn.Module):
 
 # ----------------------------------------------------------------------------- weights
 
+def language_files(folder):
+    """The safetensors files of a hub folder, as its index names them; UserError where some are missing."""
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not index.is_file():
+        if not whole.is_file() and (pickles := sorted(folder.glob("pytorch_model*.bin"))):
+            raise UserError(f"{folder}: its weights are pickles, {pickles[0].name} the first; `python "
+                            f"prepare/all.py --convert={folder}` writes them as safetensors into weights/")
+        return [whole]
+    settings = read_settings(index)
+    weight_map, facts = settings.get("weight_map"), settings.get("metadata")
+    if isinstance(facts, dict) and facts.get("config") not in (None, hash_file(folder / "config.json")):
+        raise UserError(f"{folder}/config.json: was altered; delete {folder}, and prepare/all.py "
+                        "makes it anew")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise UserError(f"{index}: does not say which files beside it hold the weights")
+    names = sorted(set(names))
+    if whole.is_file() and whole.name not in names:
+        raise UserError(f"{folder}: both {whole.name} and the files of {index.name} are there; remove one of "
+                        "the two")
+    count = re.search(r"-of-(\d{5})\.safetensors$", names[0])
+    if count and len(names) != int(count[1]):
+        raise UserError(f"{folder}: {len(names)} of {int(count[1])} files of the weights are in its index; "
+                        "fetch the others, then delete what prepare/all.py made of these and run it again")
+    return [folder / name for name in names]
+
+
+def read_metadata(file):
+    """What a safetensors file says beside its tensors, texts by name."""
+    with safe_open(file, "pt") as tensors:
+        return tensors.metadata() or {}
+
+
+def metadata_of(module):
+    """What a safetensors file of a module is to say that its tensors do not, see plumbing/claims.py."""
+    vit = {"heads": str(module.config.heads), "activation": module.config.gelu} if isinstance(module, ViT) else {}
+    return {"format": "pt", **vit}
+
+
 def init_weights(module):
     """Normal with standard deviation 0.02, biases zero: what both parts are made with from scratch."""
     if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):
@@ -952,7 +987,7 @@ def tensor_shapes(file):
         with safe_open(file, "pt") as tensors:
             return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error})") from None
+        raise UserError(f"{file}: {lfs_pointer(file) or f'not a whole safetensors file ({error})'}") from None
 
 
 def tensor_hashes(tensors):

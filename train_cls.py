@@ -83,8 +83,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from data import Shard, load_image, random_keys, resize_image
-from model import (CONFIGS, ViT, describe_machine, hash_weights, join_group, load_encoder, normalise,
-                   pick_device, tensors_of)
+from model import (CONFIGS, ViT, describe_machine, hash_weights, join_group, load_encoder, metadata_of,
+                   normalise, pick_device, tensors_of)
 from plumbing.files import (checkpoints, differences, find_damage, hash_json, lock,
                             newest_checkpoint, read_manifest, require_writable, sealed, write_manifest,
                             write_whole)
@@ -424,7 +424,8 @@ def save_model(folder, model, facts):
     """
     with sealed(folder / "model") as partial:
         for part in ("encoder", "head"):
-            save_file(tensors_of(getattr(model, part)), partial / f"{part}.safetensors", {"format": "pt"})
+            module = getattr(model, part)
+            save_file(tensors_of(module), partial / f"{part}.safetensors", metadata_of(module))
         (partial / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
         shutil.rmtree(folder / "model", ignore_errors=True)
     return read_manifest(folder / "model")["checksum"]

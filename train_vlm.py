@@ -90,6 +90,7 @@ from tqdm import tqdm
 from data import Batch, Tokenizer, open_mixture
 from lora import add_lora
 from model import CONFIGS, HAS_TRITON, VLM, describe_machine, is_trained, join_group, pick_device
+from plumbing.claims import tokenizer_mismatch
 from plumbing.files import (checkpoints, differences, find_damage, hash_json, lock, newest_checkpoint, read_manifest,
                             require_writable, seal, sync, write_manifest, write_whole)
 
@@ -187,10 +188,17 @@ def make_model(config, tokenizer, checkpoint, device, dtype):
         def weights(flag, of_the_paper):
             return {"auto": of_the_paper if config.model == "paper" else "", "none": ""}.get(flag, flag)
 
+        language = weights(config.language_weights, "weights/pmc_llama_7b")
+        if Path(language, "config.json").is_file():
+            pieces = [tokenizer.model.id_to_piece(token) for token in range(tokenizer.vocab_size)]
+            problem, unknown = tokenizer_mismatch(language, pieces)
+            if problem:
+                raise UserError(problem)
+            if unknown:
+                print(f"{language}: not known whether its tokenizer is the shards': {unknown}")
         model = VLM.build(config.model, tokenizer.vocab_size,
                           weights(config.vision_weights, "weights/biomedclip.safetensors"),
-                          weights(config.language_weights, "weights/pmc_llama_7b"),
-                          language_dtype, device)
+                          language, language_dtype, device)
     for part, targets in [("vision", config.lora_vision_targets), ("projector", ""),
                           ("language", config.lora_targets)]:
         module, how = getattr(model, part), getattr(config, part)

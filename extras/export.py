@@ -37,7 +37,8 @@ from safetensors.torch import load_file, save_file
 import train_vlm
 from data import BOS, EOS, Tokenizer, read_settings
 from eval_vqa import METRICS, newest_run
-from model import ADAPTERS, CLIP_MEAN, CLIP_STD, VLM, ViT, read_tensor, tensor_shapes, tensors_of
+from model import (ADAPTERS, CLIP_MEAN, CLIP_STD, VLM, ViT, metadata_of, read_metadata, read_tensor,
+                   tensor_shapes, tensors_of)
 from plumbing.files import (newest_checkpoint, read_manifest, require_writable, seal, sync,
                             write_manifest)
 from plumbing.flags import Range, UserError, parse_command_line, run
@@ -201,13 +202,13 @@ def write_vision(checkpoint, how, folder):
     folder.mkdir()
     vit = ViT.load(checkpoint)
     config, size = vit.config, vit.config.image_size
-    save_file(tensors_of(vit), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors_of(vit), folder / "model.safetensors", metadata=metadata_of(vit))
     crop_mode = {"squash": "squash", "crop": "center", "pad": "border"}[how]  # ours pads with black
     write_json(folder / "config.json", {
-        "architecture": "vit_base_patch32_clip_quickgelu_224" if config.clip else "vit_base_patch16_224",
+        "architecture": "vit_base_patch32_clip_224" if config.clip else "vit_base_patch16_224",
         "num_classes": 0, "num_features": config.width, "global_pool": "token",
         "model_args": {"img_size": size, "patch_size": config.patch_size, "embed_dim": config.width,
-                       "depth": config.depth, "num_heads": config.heads},
+                       "depth": config.depth, "num_heads": config.heads, "act_layer": config.gelu},
         "pretrained_cfg": {
             "input_size": [3, size, size], "fixed_input_size": True, "pool_size": None, "num_classes": 0,
             "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": crop_mode, "mean": CLIP_MEAN,
@@ -333,8 +334,9 @@ def write_vlm(checkpoint, told, folder):
     shutil.copytree(checkpoint, step, ignore=shutil.ignore_patterns("optimizer.*", "manifest.json", *parts))
     for name, part in parts.items():
         write_adapter(checkpoint, part, step / name)
-    if weights["vision"]:
-        shutil.copyfile(weights["vision"], step / "vision.safetensors")
+    if vision := weights["vision"]:
+        facts = metadata_of(ViT.from_pretrained(vision, device="meta"))  # a config beside may tell them
+        save_file(load_file(vision), step / "vision.safetensors", {**read_metadata(vision), **facts})
     if weights["language"]:
         (step / "language").mkdir()
         base = Path(weights["language"])

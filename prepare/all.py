@@ -35,6 +35,7 @@ class Config:
     codec: Literal["jpeg", "png"] = "jpeg"  # of stored images; png is lossless and twice as large
     quality: Annotated[int, Range(1, 100)] = 97  # of jpeg; 97 alters a pixel by 1.1 of 255 levels on average
     leaks: Literal["", "drop", "keep"] = ""  # test images in --only to train on; none: as it was, or drop
+    convert: str = ""  # a LLaMA's hub folder of pickles: write it as safetensors into weights_dir, and stop
     list: bool = False  # show the datasets and stop
 
 
@@ -56,7 +57,7 @@ from prepare.download import fetch, fetch_hub
 from prepare.leaks import REASONS, guard, report_rows
 from prepare.shards import (ImageSettings, leftovers, locked, read_manifests, recover, why_stale,
                             write_dataset)
-from prepare.weights import WEIGHTS
+from prepare.weights import WEIGHTS, convert_llama
 
 TOKENIZER = "huggyllama/llama-7b"  # hub repository; its tokenizer.model is Meta's, unchanged
 TOKENIZER_SHA256 = "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"
@@ -251,6 +252,8 @@ def print_list(names, config):
 def main(config):
     if config.list:
         return print_list(select(config.only) if config.only else [*DATASETS, *WEIGHTS], config)
+    if config.convert:
+        return print(f"{convert_llama(config.convert, config.weights_dir)} written, for --language_weights")
     names = select(config.only)
     rows = [("dataset", "split", "samples", "images", "MB", "skipped", "seconds", "images/s",
              "status")]

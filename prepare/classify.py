@@ -20,8 +20,8 @@ from PIL import Image
 from data import Record
 from plumbing.flags import UserError
 from plumbing.pixels import FORMATS, load_image
-from prepare.datasets import (DATASETS, dataset, open_zip, read_csv, read_image, read_json,
-                              read_member, read_named_image, read_tar, refuse_damage)
+from prepare.datasets import (DATASETS, count_from, dataset, find_folder, open_zip, read_csv, read_image,
+                              read_json, read_member, read_named_image, read_tar, refuse_damage)
 from prepare.looks import FINGERPRINT, SIDE, alike, fingerprint
 
 HELD_OUT = {"train": 0.9, "validation": 0.1}  # of a training part that has no validation split
@@ -86,6 +86,13 @@ def read_lines(path):
     return lines
 
 
+def require_zero(where, numbers, size):
+    """Refuse labels, as texts, that do not count `size` classes from 0, as the published ones do."""
+    if "0" not in numbers and count_from(f"{where}: its labels", numbers, size):
+        raise UserError(f"{where}: its labels count {size} classes from 1, the published ones from 0; which class "
+                        "each number means is not known")
+
+
 # ----------------------------------------------------------------------------- chest films
 
 @dataset(kind="classification", licence="no restriction, NIH asks to be named", access="open",
@@ -145,6 +152,8 @@ def mendeley_cxray(raw):
     archives = [raw / name for name in ("ChestXRay2017.zip", "ZhangLabData.zip")
                 if (raw / name).is_file()]
     with open_zip(archives[0]) if archives else contextlib.nullcontext() as archive:
+        if archive:
+            find_folder(archive, "chest_xray/", "CellData/chest_xray/")
         names = archive.namelist() if archive else [
             path.relative_to(raw).as_posix() for path in raw.glob("**/chest_xray/*/*/*.jpeg")]
         films = [match for match in map(form.fullmatch, sorted(names)) if match]
@@ -175,7 +184,9 @@ def read_medfmc(raw, width, labels_of, group_of):
         for line, match in matches:
             if not match:
                 raise UserError(f"{raw / file}: {line[:80]!r} is not a name and {width} numbers")
-        rows[file] = [(match[1], labels_of(re.split("[ ,]", match[2]))) for _, match in matches]
+        numbers = [re.split("[ ,]", match[2]) for _, match in matches]
+        require_zero(raw / file, [number for row in numbers for number in row], 2)
+        rows[file] = [(match[1], labels_of(row)) for (_, match), row in zip(matches, numbers)]
     pool = rows["fewshot-pool.txt"]
     splits = split_by_group([group_of(name) for name, _ in pool],
                             [labels for _, labels in pool], HELD_OUT)
@@ -372,9 +383,10 @@ def cbis_ddsm_whole(raw):
 def chaoyang(raw):
     """Chaoyang, patches of colon slides (Zhu et al. 2021); split: official, train divided by slide."""
     folder, names = raw / "chaoyang-data", dict(zip("0123", DATASETS["chaoyang"].classes))
-    rows = {split: [(row["name"], (names.get(row["label"], row["label"]),))
-                    for row in read_json(folder / f"{split}.json", [("name", "label")])]
-            for split in ("train", "test")}
+    tables = {split: read_json(folder / f"{split}.json", [("name", "label")]) for split in ("train", "test")}
+    require_zero(folder, [row["label"] for table in tables.values() for row in table], 4)
+    rows = {split: [(row["name"], (names.get(row["label"], row["label"]),)) for row in table]
+            for split, table in tables.items()}
     splits = split_by_group([name.split("-IMG")[0] for name, _ in rows["train"]],
                             [labels for _, labels in rows["train"]], HELD_OUT)
     splits += ["test"] * len(rows["test"])

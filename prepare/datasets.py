@@ -29,10 +29,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
+from plumbing.claims import lfs_pointer
 from plumbing.flags import UserError
 from prepare.download import Source
 
 LARGEST_MEMBER = 1 << 28  # bytes of one file in an archive: a larger one is no image
+READ_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others zipfile inflates without a bound
 LARGEST_LINE = 1 << 20  # characters of a table's line; bytes of what a tar says of a member
 HUB_IMAGE = {"bytes": bytes, "path": str}  # the form of an image in the hub's files
 NO_NAME = "no name"  # an image's, in place of "", which is the name of an archive's own folder
@@ -108,6 +110,8 @@ def expect(where, value, form):
 @contextlib.contextmanager
 def refuse_damage(path, what):
     """A UserError that names the file, in place of whatever its parser raises."""
+    if isinstance(path, Path) and (pointer := lfs_pointer(path)):
+        raise UserError(f"{path}: damaged {what}: {pointer}")
     try:
         yield
     except UserError:
@@ -153,7 +157,30 @@ def read_csv(path, columns, delimiter=","):
 def open_zip(path, file=None):
     """A zip archive, to be read in place with read_member; `file` is its content, if it is open."""
     with refuse_damage(path, "zip"):
-        return zipfile.ZipFile(file or path)
+        archive = zipfile.ZipFile(file or path)
+    archive.filename = str(path)
+    return archive
+
+
+def find_folder(archive, *folders):
+    """
+    The first of these folders ("name/") in which a zip archive has a member; UserError if there is none,
+    or if a member is packed as read_member reads none.
+    """
+    found = next((folder for folder in folders
+                  if any(member.filename.startswith(folder) for member in archive.infolist())), None)
+    if found is None:
+        first = next((member.filename for member in archive.infolist() if not member.is_dir()), "nothing")
+        raise UserError(f"{archive.filename}: no folder {' or '.join(folders)} in it, the first name is "
+                        f"{first!r:.120}; pack it anew so, or unpack it beside the zip")
+    for member in archive.infolist():
+        method = member.compress_type
+        why = (f"packed by method {method} ({zipfile.compressor_names.get(method, 'unknown')})"
+               if method not in READ_METHODS else "encrypted" if member.flag_bits & 1 else "")
+        if why:
+            raise UserError(f"{archive.filename}: {member.filename!r:.120} is {why}, which is not read here; "
+                            "unpack it, and pack it anew with `zip -r` or leave it unpacked")
+    return found
 
 
 def read_member(archive, name):
@@ -162,8 +189,7 @@ def read_member(archive, name):
         member = archive.getinfo(name)
     except KeyError:
         return None
-    if (member.file_size > LARGEST_MEMBER  # or packed in a way that zipfile inflates without a bound
-            or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)):
+    if member.file_size > LARGEST_MEMBER or member.compress_type not in READ_METHODS:
         return b""
     try:
         with archive.open(member) as file:
@@ -200,6 +226,26 @@ def place(value, values):
     return values.index(value) if value in values else -1
 
 
+def count_from(where, numbers, size):
+    """
+    0 or 1: from which number a column counts its `size` options or classes, of which both are published.
+    Its own numbers, as texts, prove it. UserError where they have both 0 and `size`, or, being 20 or more,
+    neither.
+    """
+    seen, last = set(numbers), str(size)
+    if {"0", last} <= seen or (len(numbers) >= 20 and not {"0", last} & seen):
+        which = "both" if "0" in seen else "neither"
+        raise UserError(f"{where}: has {which} of 0 and {last}, so whether it counts {size} from 0 or from 1 is "
+                        "not known; fetch the file as it was published")
+    return int(last in seen)
+
+
+def require_known(where, value, known):
+    """Refuse a value that is none of those that say what a row is."""
+    if value not in known:
+        raise UserError(f"{where} {value!r:.80} is none of {', '.join(known)}; fetch the file as it was published")
+
+
 def multiple_choice(question, options, right):
     """
     A question with its lettered options, and the letter and text of the right one, given by its place.
@@ -214,13 +260,18 @@ def multiple_choice(question, options, right):
     return f"{question} {' '.join(lettered)}", lettered[right]
 
 
-def read_json_lines(path, form):
-    """Yield the values of a file that holds one JSON value a line, each in the form expected."""
+def read_json_lines(path, form, **optional):
+    """
+    Yield the values of a file that holds one JSON value a line, each in the form expected; optional: names
+    that a value may lack, and what stands in for them.
+    """
     with refuse_damage(path, "file"), open(path, "rb") as file:
         empty = True
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield parse_json(f"{path}: line {number}", line, form)
+                where = f"{path}: line {number}"
+                yield expect(where, optional | parse_json(where, line, dict) if optional else
+                             parse_json(where, line, form), form)
                 empty = False
         if empty:
             raise UserError(f"{path}: empty; fetch it again")
@@ -228,7 +279,10 @@ def read_json_lines(path, form):
 
 def read_image(path):
     """An image file's bytes, or None, which counts as "image missing", where there is no file."""
-    return path.read_bytes() if os.path.isfile(path) else None  # a name may be none that a disk takes
+    content = path.read_bytes() if os.path.isfile(path) else None  # a name may be none that a disk takes
+    if content is not None and (pointer := lfs_pointer(content)):
+        raise UserError(f"{path}: {pointer}")
+    return content
 
 
 def read_named_image(folder, name):
@@ -248,6 +302,14 @@ def read_parquet(path, form):
         rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
         for number, row in enumerate(rows, start=1):
             yield expect(f"{path}: row {number}", row, form)
+
+
+def require_splits(folder, *splits):
+    """Refuse parquets whose names say no split that is read: they would be passed over without a word."""
+    for path in sorted(folder.glob("*.parquet")):
+        if path.name.partition("-")[0] not in splits and not path.name.startswith("."):
+            raise UserError(f"{folder}: {path.name} is named after none of its splits, {', '.join(splits)}; "
+                            f"rename it as {splits[0]}-00000-of-00001.parquet is, or remove it")
 
 
 def read_parquets(folder, split, form):

@@ -244,6 +244,16 @@ def hub_revision(folder):
     return path.read_text().strip() if path.exists() else ""
 
 
+def require_inside(repository, folder, name):
+    """Refuse a name of a hub's listing that is no plain file below the folder, or one that is kept there."""
+    parts = name.split("/")
+    plain = all(part not in ("", ".", "..") and len(part.encode("utf-8", "replace")) < 240 for part in parts)
+    if (not plain or any(char in "\\:" or not char.isprintable() for char in name) or parts[0][0] == "."
+            or name == "hub_revision.txt" or not (folder / name).resolve().is_relative_to(folder.resolve())):
+        raise UserError(f"{repository}: its listing has the name {name!r:.120}, which is none of a file below "
+                        f"{folder}; fetch by hand what you trust")
+
+
 def fetch_hub(repository, patterns, folder, repo_type="dataset", revision=""):
     """
     Download a hub repository's files that match the patterns into a folder, all or none.
@@ -272,6 +282,8 @@ def fetch_hub(repository, patterns, folder, repo_type="dataset", revision=""):
     (partial / "hub_revision.txt").write_text(record + "\n")
     files = list(filter_repo_objects(facts.siblings, allow_patterns=list(patterns),
                                      key=lambda file: file.rfilename))
+    for file in files:
+        require_inside(repository, partial, file.rfilename)
     there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
     require_space(repository, partial, sum(file.size or 0 for file in files) - there)
     # Not with huggingface_hub's own download: once cut, that deletes what it has of a file.

@@ -1,23 +1,14 @@
 """The large image sets: figures with their captions, and multiple choice over many modalities."""
 
 from data import Record
-from plumbing.flags import UserError
-from prepare.datasets import (HUB_IMAGE, NO_NAME, dataset, expect, multiple_choice, open_zip, parse_json,
-                              place, read_csv, read_json_lines, read_member, read_parquets,
-                              refuse_damage, require_columns)
+from prepare.datasets import (HUB_IMAGE, NO_NAME, dataset, expect, find_folder, multiple_choice, open_zip,
+                              parse_json, place, read_csv, read_json_lines, read_member, read_parquets,
+                              refuse_damage, require_columns, require_splits)
 
 CAPTION_QUESTION = "what does this figure show?"
 
 
 # ----------------------------------------------------------------------------- raw files
-
-def find_folder(archive, *folders):
-    """The first of these folders ("name/") in which a zip archive has a member."""
-    for folder in folders:
-        if any(member.filename.startswith(folder) for member in archive.infolist()):
-            return folder
-    raise UserError(f"{archive.filename}: no folder {' or '.join(folders)} in it")
-
 
 def read_arrow(path, form):
     """Yield the rows of a stream of arrow batches as dicts; the file is mapped, never loaded whole."""
@@ -40,6 +31,7 @@ def read_arrow(path, form):
 def read_hub_captions(raw):
     """(split, Record)s of the hub's caption parquets: data/<split>-*.parquet, one image a row."""
     form = {"image": HUB_IMAGE, "image_id": str, "caption": str}
+    require_splits(raw / "data", "train", "validation", "test")
     for split in ("train", "validation", "test"):
         for number, row in enumerate(read_parquets(raw / "data", split, form)):
             name, image = row["image_id"] or f"{split}_{number:06d}", row["image"]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from data import Record, format_prompt
 from plumbing.flags import UserError
-from prepare.datasets import (HUB_IMAGE, NO_NAME, dataset, expect, multiple_choice, open_zip, place,
-                              read_json, read_json_lines, read_member, read_named_image, read_parquets)
+from prepare.datasets import (HUB_IMAGE, NO_NAME, count_from, dataset, expect, find_folder, multiple_choice,
+                              open_zip, place, read_json, read_json_lines, read_member, read_named_image,
+                              read_parquets, require_known, require_splits)
 
 TEST_ANSWERS = "VQAMed2019_Test_Questions_w_Ref_Answers.txt"
 
@@ -20,6 +21,7 @@ TEST_ANSWERS = "VQAMed2019_Test_Questions_w_Ref_Answers.txt"
 def read_hub_questions(raw, type_of):
     """(split, Record)s of the hub's VQA parquets: data/<split>-*.parquet, one image a row."""
     form = {"image": HUB_IMAGE, "question": str, "answer": str}
+    require_splits(raw / "data", "train", "validation", "test")
     for split in ("train", "validation", "test"):
         for number, row in enumerate(read_parquets(raw / "data", split, form)):
             question, answer = row["question"], row["answer"]
@@ -37,10 +39,12 @@ def open_folder(folder):
     """
     packed = folder.with_name(f"{folder.name}.zip")
     with open_zip(packed) if packed.is_file() else contextlib.nullcontext() as archive:
+        inside = functools.cache(lambda: find_folder(archive, f"{folder.name}/"))  # if it is asked at all
+
         def read(name):
             content = read_named_image(folder, name)
             if content is None and archive:
-                content = read_member(archive, f"{folder.name}/{name}")
+                content = read_member(archive, inside() + name)
             return content
 
         yield functools.lru_cache(maxsize=1)(read)  # an image's questions mostly follow one another
@@ -133,6 +137,8 @@ def vqa_rad(raw):
         return
     columns = ("qid", "question", "answer", "image_name", "question_type", "phrase_type")
     for row in read_json(questions, [columns]):
+        require_known(f"{questions}: phrase_type of {row['qid']!r:.40}", row["phrase_type"],
+                      ("freeform", "para", "test_freeform", "test_para"))
         split = "test" if row["phrase_type"].startswith("test_") else "train"
         name = row["image_name"] or NO_NAME
         yield split, Record(row["qid"], row["question"], row["answer"],
@@ -159,6 +165,7 @@ def slake(raw):
     with open_folder(raw / "imgs") as read:
         for split, file in files.items():
             for row in read_json(raw / f"{file}.json", [columns]):
+                require_known(f"{raw / file}.json: q_lang of {row['qid']!r:.40}", row["q_lang"], ("en", "zh"))
                 if row["q_lang"] == "en":
                     name = row["img_name"] or NO_NAME
                     yield split, Record(row["qid"], row["question"], row["answer"], read(name), name,
@@ -229,10 +236,11 @@ def read_vqa_med_test(folder):
     with open_folder(folder) as read:
         rows, packed = read_rows(folder, read, TEST_ANSWERS, 4), read(f"{images}.zip")
         archive = None if packed is None else open_zip(f"{folder}/{images}.zip", io.BytesIO(packed))
+        inside = archive and find_folder(archive, f"{images}/")
         for number, (name, category, question, answer) in enumerate(rows):
             image = read(f"{images}/{name}.jpg")
             if image is None and archive:
-                image = read_member(archive, f"{images}/{name}.jpg")
+                image = read_member(archive, f"{inside}{name}.jpg")
             yield "test", Record(f"test_{number:06d}", question, answer, image, f"{name}.jpg",
                                  type=category, references=references(answer))
 
@@ -248,11 +256,15 @@ def read_vqa_med_test(folder):
 def med_qa(raw):
     """MedQA (Jin et al. 2020): questions of the United States licensing exam, four options each."""
     letters = ("A", "B", "C", "D")
-    form = {"question": str, "options": letters, "answer_idx": str, "meta_info": str}
+    form = {"question": str, "options": letters, "answer_idx": str, "meta_info": str, "answer": str}
     for split in ("train", "test"):
-        for number, row in enumerate(read_json_lines(raw / f"phrases_no_exclude_{split}.jsonl", form)):
-            question, answer = multiple_choice(row["question"], list(row["options"].values()),
-                                               place(row["answer_idx"], letters))
+        path = raw / f"phrases_no_exclude_{split}.jsonl"
+        for number, row in enumerate(read_json_lines(path, form, answer="")):
+            options, right = list(row["options"].values()), place(row["answer_idx"], letters)
+            if row["answer"] and right >= 0 and row["answer"].strip() != options[right].strip():
+                raise UserError(f"{path}: sample {number + 1}: its answer is {row['answer']!r:.60}, and option "
+                                f"{letters[right]} {options[right]!r:.60}; fetch the file as it was published")
+            question, answer = multiple_choice(row["question"], options, right)
             yield split, Record(f"{split}_{number:06d}", question, answer, type=row["meta_info"])
 
 
@@ -265,10 +277,16 @@ def med_qa(raw):
 def med_mcqa(raw):
     """MedMCQA (Pal et al. 2022): Indian medical entrance exams; the test answers are not public."""
     columns = ("id", "question", "opa", "opb", "opc", "opd", "cop", "subject_name")
+    require_splits(raw / "data", "train", "validation", "test")
+    numbers = [row["cop"].removesuffix(".0") for split in ("train", "validation")
+               for row in read_parquets(raw / "data", split, {"cop": str})]
+    # The hub's count from 0, the authors' own JSON from 1
+    first = count_from(f"{raw / 'data'}: cop", [number for number in numbers if number not in ("-1", "")], 4)
+    places = [str(first + option) for option in range(4)]
     for split in ("train", "validation", "test"):
         for row in read_parquets(raw / "data", split, dict.fromkeys(columns, str)):
             options = [row[name] for name in ("opa", "opb", "opc", "opd")]
-            right = place(row["cop"], ("0", "1", "2", "3"))  # -1 or none: an empty answer
+            right = place(row["cop"].removesuffix(".0"), places)  # -1 or none: an empty answer
             question, answer = multiple_choice(row["question"], options, right)
             yield split, Record(row["id"], question, answer, type=row["subject_name"])
 
@@ -286,6 +304,9 @@ def pubmed_qa(raw):
     form = {"QUESTION": str, "CONTEXTS": [str], "final_decision": str}
     for identifier, row in read_json(path, dict).items():
         row = expect(f"{path}: {identifier!r}", row, form)
+        if identifier in held_out and held_out[identifier] != row["final_decision"]:
+            raise UserError(f"{path}: {identifier!r:.40} is {row['final_decision']!r:.40}, by "
+                            f"{raw / 'test_ground_truth.json'} {held_out[identifier]!r:.40}; fetch both again")
         yield ("test" if identifier in held_out else "train",
                Record(identifier, row["QUESTION"], row["final_decision"],
                       context=" ".join(row["CONTEXTS"]), type="yes/no/maybe"))
@@ -298,6 +319,7 @@ def pubmed_qa(raw):
 def pubmed_qa_artificial(raw):
     """PubMedQA (Jin et al. 2019), the questions made out of article titles; answers yes, no."""
     form = {"pubid": str, "question": str, "context": {"contexts": [str]}, "final_decision": str}
+    require_splits(raw / "pqa_artificial", "train")
     for row in read_parquets(raw / "pqa_artificial", "train", form):
         yield "train", Record(row["pubid"], row["question"], row["final_decision"],
                               context=" ".join(row["context"]["contexts"]), type="yes/no")

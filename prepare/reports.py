@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 from data import Record
 from plumbing.flags import UserError
-from prepare.datasets import dataset, open_zip, read_csv, read_member, read_named_image, read_tar
+from prepare.datasets import dataset, find_folder, open_zip, read_csv, read_member, read_named_image, read_tar
 
 REPORT_QUESTIONS = {  # by the sections that the answer has, so that none is asked for in vain
     "findings and impression": "write the findings and the impression of this chest radiograph.",
@@ -165,6 +165,7 @@ def mimic_cxr(raw):
                  for row in read_csv(metadata, ("dicom_id", "ViewPosition"))}
     rows = read_csv(table, ("dicom_id", "study_id", "subject_id", "split"))
     with open_zip(raw / "mimic-cxr-reports.zip") as archive:
+        find_folder(archive, "files/")
         for (subject, study), images in itertools.groupby(
                 rows, lambda row: (row["subject_id"], row["study_id"])):
             folder = f"files/p{subject[:2]}/p{subject}/s{study}"

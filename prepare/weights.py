@@ -11,8 +11,10 @@ import re
 import shutil
 import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Callable
 
+from plumbing.claims import lfs_pointer, vit_facts
 from plumbing.files import hash_file, sync
 from plumbing.flags import UserError
 from prepare.download import Source, hub_revision
@@ -24,6 +26,7 @@ class Weights(Source):
     target: str  # file or folder below weights/
     write: Callable  # (Weights, raw folder, target) -> None
     hub_type: str = "model"
+    activation: str = ""  # of a ViT, which no tensor tells: gelu or quick_gelu
     only_by_name: bool = False  # not of the paper's model, and large: left out unless --only names it
 
 
@@ -55,6 +58,8 @@ def read_pickle(source):
     # PMC-CLIP's learning rate is a number of numpy's, under the name that numpy 1 had for its maker.
     make = np.float64().__reduce__()[0]
     numbers = [make, (make, "numpy.core.multiarray.scalar"), np.dtype, type(np.dtype("float64"))]
+    if pointer := lfs_pointer(source):
+        raise UserError(f"{source}: {pointer}")
     try:  # only a zip can be mapped; torch.save made no zips before version 1.6
         with torch.serialization.safe_globals(numbers):
             state = torch.load(source, "cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
@@ -68,14 +73,14 @@ def read_pickle(source):
     return tensors
 
 
-def write_tensors(weights, source, tensors, target):
+def write_tensors(weights, source, tensors, target, **facts):
     from model import tensor_hashes
     from safetensors.torch import save_file
 
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, target, metadata={
         "format": "pt", "source": hub_revision(source.parent) or weights.page,
-        "source_sha256": hash_file(source)} | tensor_hashes(tensors))
+        "source_sha256": hash_file(source), **facts} | tensor_hashes(tensors))
     sync(target)
 
 
@@ -102,7 +107,7 @@ def write_encoder(weights, raw, target):
     for name in tensors.keys() & {"cls_token", "pos_embed"}:  # and has a first dimension of one image
         tensors[name] = tensors[name].reshape(1, -1, tensors[name].shape[-1])
     partial = target.with_name(f".{target.name}.partial")
-    write_tensors(weights, source, tensors, partial)
+    write_tensors(weights, source, tensors, partial, **encoder_facts(weights, source, tensors))
     try:
         load_encoder(partial)
     except UserError as error:
@@ -110,21 +115,80 @@ def write_encoder(weights, raw, target):
     partial.replace(target)
 
 
+def encoder_facts(weights, source, tensors):
+    """Heads and activation of a ViT, as metadata: as a config beside the pickle says, else as is known of it."""
+    if not weights.activation:
+        return {}
+    told, problem = vit_facts(source, {})
+    if problem:
+        raise UserError(f"{source}: {problem}")
+    width = max((tensor.shape[-1] for name, tensor in tensors.items() if name.endswith("cls_token")), default=0)
+    for fact, here in (("width", width), ("eps", 1e-5 if "norm_pre.weight" in tensors else 1e-6)):
+        if told.get(fact, here) != here:
+            raise UserError(f"{source}: {fact} is {told[fact]!r:.40} by the config beside it, here {here}")
+    return {"heads": str(told.get("heads", width // 64)),
+            "activation": told.get("activation", weights.activation)}
+
+
+def llama_pickles(raw):
+    """The pickles of a LLaMA in a raw folder, as many as their own names say; UserError where some are missing."""
+    sources = sorted(raw.glob("pytorch_model*.bin"))
+    if not sources:
+        raise UserError(f"{raw}: no pytorch_model*.bin in it")
+    count = re.search(r"-of-(\d{5})\.bin$", sources[-1].name)
+    wanted = [f"pytorch_model-{number:05}-of-{count[1]}.bin" for number in range(1, int(count[1]) + 1)
+              ] if count else ["pytorch_model.bin"]
+    names = [source.name for source in sources]
+    if missing := [name for name in wanted if name not in names]:
+        raise UserError(f"{raw}: {missing[0]} is missing, {len(missing)} of {len(wanted)} files; fetch them "
+                        "into it and run it again")
+    if other := [name for name in names if name not in wanted]:
+        raise UserError(f"{raw}: {other[0]} is of another download than {wanted[0]}; remove one of the two")
+    return sources
+
+
 def write_llama(weights, raw, target):
-    """A folder in the hub's layout, a safetensors file for each pickle."""
+    """
+    A folder in the hub's layout, a safetensors file for each pickle, and the tokenizer where there is
+    one; refused if model.py cannot load it, which is tried without its values.
+    """
+    from model import LLaMA
+
+    sources = llama_pickles(raw)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     weight_map = {}
-    for source in sorted(raw.glob("pytorch_model*.bin")):
+    for source in sources:
         name = source.name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
         tensors = read_pickle(source)
         write_tensors(weights, source, tensors, partial / name)
         weight_map |= dict.fromkeys(tensors, name)
-    shutil.copy(raw / "config.json", partial / "config.json")
+    for name in ("config.json", "tokenizer.model", "tokenizer.json"):
+        if name == "config.json" or (raw / name).is_file():
+            shutil.copy(raw / name, partial / name)
     (partial / "model.safetensors.index.json").write_text(json.dumps(
         {"metadata": {"config": hash_file(raw / "config.json")}, "weight_map": weight_map}))
+    try:
+        LLaMA.from_pretrained(partial, device="meta")
+    except UserError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(str(error).replace(str(partial), str(raw))) from None
     partial.rename(target)
+
+
+def convert_llama(folder, weights_dir):
+    """A hub folder of one's own whose weights are pickles -> the folder in weights_dir, made anew or there."""
+    folder = Path(folder).resolve()
+    target = Path(weights_dir) / folder.name
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--convert={folder}: no config.json in it; name a folder as the hub has them")
+    if target.exists():
+        raise UserError(f"{target}: there already; remove it, or choose another --weights_dir")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_llama(Weights(name=folder.name, licence="unknown", access="", megabytes=0, page=str(folder),
+                        layouts=(), target=folder.name, write=write_llama), folder, target)
+    return target
 
 
 WEIGHTS = {weights.name: weights for weights in (
@@ -132,10 +196,10 @@ WEIGHTS = {weights.name: weights for weights in (
             page="https://huggingface.co/microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
             hub="microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
             hub_files=("open_clip_pytorch_model.bin",), layouts=(("open_clip_pytorch_model.bin",),),
-            target="biomedclip.safetensors", write=write_encoder),
+            target="biomedclip.safetensors", write=write_encoder, activation="gelu"),
     Weights(name="pmc_llama_7b", licence="LLaMA's", access="open", megabytes=26954,
             page="https://huggingface.co/chaoyi-wu/PMC_LLAMA_7B", hub="chaoyi-wu/PMC_LLAMA_7B",
-            hub_files=("config.json", "pytorch_model*.bin"),
+            hub_files=("config.json", "pytorch_model*.bin", "tokenizer.model"),
             layouts=(("config.json", "pytorch_model*.bin"),),
             target="pmc_llama_7b", write=write_llama),
     Weights(name="pubmedclip", licence="MIT", access="open", megabytes=605,
@@ -143,7 +207,7 @@ WEIGHTS = {weights.name: weights for weights in (
             hub="flaviagiammarino/pubmed-clip-vit-base-patch32", hub_files=("pytorch_model.bin",),
             # or its authors' own, to be brought by hand from https://huggingface.co/sarahESL/PubMedCLIP
             layouts=(("pytorch_model.bin",), ("PubMedCLIP_ViT32.pth",)),
-            target="pubmedclip.safetensors", write=write_encoder),
+            target="pubmedclip.safetensors", write=write_encoder, activation="quick_gelu"),
     Weights(name="pmc_clip", licence="OpenRAIL", access="open", megabytes=151,
             page="https://huggingface.co/datasets/axiong/pmc_oa", hub="axiong/pmc_oa",
             hub_type="dataset", hub_files=("image_encoder(resnet50).pth",),
@@ -152,6 +216,6 @@ WEIGHTS = {weights.name: weights for weights in (
     Weights(name="pmc_llama_13b", licence="OpenRAIL", access="open",
             megabytes=0,  # not known: 26,032 if float16, twice as many if float32
             page="https://huggingface.co/axiong/PMC_LLaMA_13B", hub="axiong/PMC_LLaMA_13B",
-            hub_files=("config.json", "pytorch_model*.bin"),
+            hub_files=("config.json", "pytorch_model*.bin", "tokenizer.model"),
             layouts=(("config.json", "pytorch_model*.bin"),), only_by_name=True,
             target="pmc_llama_13b", write=write_llama))}

@@ -446,6 +446,15 @@ def test_chaoyang(tmp_path):
     refused("chaoyang", tmp_path, "test.json", "damaged or not JSON")
 
 
+def test_labels_that_count_from_one_are_refused(tmp_path):
+    put(tmp_path / "chaoyang-data/test.json", '[{"name": "test/a.JPG", "label": 2}]')
+    put(tmp_path / "chaoyang-data/train.json", '[{"name": "train/a.JPG", "label": 4}]')
+    refused("chaoyang", tmp_path, "chaoyang-data: its labels count 4 classes from 1, the published ones from 0")
+    put(tmp_path / "fewshot-pool.txt", "a 1\nb 2\n")
+    put(tmp_path / "test.txt", "c 0\n")
+    refused("med_fmc_colon", tmp_path, "fewshot-pool.txt: its labels count 2 classes from 1")
+
+
 # ----------------------------------------------------------------------------- facts and real data
 
 @pytest.mark.parametrize("name", NAMES)

@@ -15,7 +15,7 @@ import pytest
 
 from prepare import download
 from plumbing.flags import UserError
-from prepare.download import ATTEMPTS, LONGEST_WAIT, PAUSE, SILENT, fetch, fetch_hub, hub_revision
+from prepare.download import ATTEMPTS, LONGEST_WAIT, PAUSE, SILENT, fetch, fetch_hub, hub_revision, require_inside
 
 CONTENT = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -487,6 +487,28 @@ def test_matching_files_arrive_with_their_commit_and_no_others(kind, place, fetc
     assert len(seen) == 3 and serve.logins == ["Bearer secret"] * 3
     assert all(path.startswith(place) for path, _ in seen[1:])
     assert hub_revision(tmp_path / "raw") == f"some/questions@{OLD}" and hub_revision(tmp_path) == ""
+
+
+@pytest.mark.parametrize("name", [
+    "data/../../../evil.parquet", "data/..\\..\\evil.parquet", "data//tmp/evil.parquet", "data/./evil.parquet",
+    "data/a\nb.parquet", "data/c:evil.parquet", f"data/{'x' * 300}.parquet"])
+def test_a_listing_s_name_cannot_leave_the_folder(name, fetch_from, tmp_path):
+    home = tmp_path / "a/b/c/raw"
+    home.mkdir(parents=True)
+    seen, message = fetch_from(hub(commits={OLD: {**FILES, name: b"evil"}}), home)
+    assert "some/questions: its listing has the name" in message and "none of a file below" in message
+    assert not any("resolve" in path for path, _ in seen)  # nothing is asked for
+    assert not [path for path in tmp_path.rglob("*evil*")] and files_below(home) == {}
+
+
+def test_a_listing_s_name_cannot_lead_through_a_link(tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/data").symlink_to(tmp_path)
+    for name in ("data/x.parquet", "/etc/x", "../x", ".git/x", "hub_revision.txt", ""):
+        with pytest.raises(UserError, match="some/questions: its listing has the name"):
+            require_inside("some/questions", tmp_path / "raw", name)
+    for name in ("train 0.parquet", "files/train-0.parquet", "image_encoder(resnet50).pth"):
+        require_inside("some/questions", tmp_path / "raw", name)
 
 
 def test_folder_keeps_the_files_that_it_has_of_its_own(fetch_from, tmp_path):

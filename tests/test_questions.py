@@ -126,6 +126,60 @@ def test_slake_refuses_damaged_files_by_name(slake):
     refused("slake", slake, f"{slake}/test.json: damaged or not JSON")
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize("change, words", [
+    ("folder", ("no folder imgs/ in it, the first name is 'SLAKE/imgs/xmlab1/source.jpg'", "pack it anew so")),
+    ("method", ("'imgs/xmlab1/source.jpg' is packed by method 9 (deflate64), which is not read here", "unpack it")),
+    ("encrypted", ("'imgs/xmlab1/source.jpg' is encrypted, which is not read here",)),
+    ("pointer", ("damaged zip: a git-lfs pointer, not the file; run `git lfs pull`",))])
+def test_a_zip_that_cannot_be_read_is_refused_with_the_reason_and_the_first_name(change, words, slake):
+    top = "SLAKE/" * (change == "folder")
+    write_zip(slake / "imgs.zip", {f"{top}{name}": content for name, content in SLAKE_IMAGES.items()})
+    content = bytearray((slake / "imgs.zip").read_bytes())
+    entry = content.find(b"PK\1\2")
+    if change == "method":
+        content[8] = content[entry + 10] = 9
+    if change == "encrypted":
+        content[6], content[entry + 8] = 1, 1
+    (slake / "imgs.zip").write_bytes(POINTER if change == "pointer" else content)
+    refused("slake", slake, f"{slake}/imgs.zip: ", *words)
+    write_files(slake, SLAKE_IMAGES)  # unpacked beside it, there is no need of the zip but for what is missing
+    if change != "pointer":
+        write_files(slake, {"imgs/xmlab4/source.jpg": picture(4)})
+        assert all(record.image for _, record in read("slake", slake))
+
+
+def test_a_pointer_in_place_of_an_image_or_a_table_is_named(slake):
+    write_files(slake, SLAKE_IMAGES | {"imgs/xmlab2/source.jpg": POINTER})
+    refused("slake", slake, f"{slake}/imgs/xmlab2/source.jpg: a git-lfs pointer, not the file; run `git lfs pull`")
+    (slake / "train.json").write_bytes(POINTER)
+    refused("slake", slake, f"{slake}/train.json: damaged file: a git-lfs pointer")
+
+
+def test_a_language_that_is_not_slake_s_is_refused(slake):
+    rows = [slake_row(0, 1, "What modality is used?", "MRI", "Modality", "English")]
+    (slake / "train.json").write_text(json.dumps(rows))
+    refused("slake", slake, f"{slake}/train.json: q_lang of '0' 'English' is none of en, zh")
+
+
+def test_a_phrase_type_that_says_no_split_is_refused(tmp_path):
+    row = {"qid": 7, "image_name": "", "question": "q", "answer": "a", "question_type": "", "phrase_type": "Test_para"}
+    write_files(tmp_path, {"VQA_RAD Dataset Public.json": json.dumps([row])})
+    refused("vqa_rad", tmp_path, "phrase_type of '7' 'Test_para' is none of freeform, para, test_freeform")
+
+
+@pytest.mark.parametrize("name", ["0000.parquet", "val-00000-of-00001.parquet"])
+def test_a_parquet_named_after_no_split_is_refused(name, tmp_path):
+    rows = [{"image": {"bytes": picture(1), "path": None}, "question": "q?", "answer": "a"}]
+    write_parquet(tmp_path / "data/train-00000-of-00001.parquet", rows)
+    write_parquet(tmp_path / f"data/{name}", rows)
+    for dataset in ("path_vqa", "roco", "med_mcqa"):
+        refused(dataset, tmp_path, f"{tmp_path}/data: {name} is named after none of its splits, train, validation, "
+                                   "test; rename it as train-00000-of-00001.parquet is")
+
+
 # ----------------------------------------------------------------------------- VQA-Med 2019
 
 TRAINING, VALIDATION = "ImageClef-2019-VQA-Med-Training", "ImageClef-2019-VQA-Med-Validation"
@@ -257,7 +311,7 @@ def test_vqa_med_2019_refuses_damaged_files_by_name(vqa_med):
     shutil.rmtree(vqa_med / TRAINING)
     unpack(vqa_med, "VQAMed2019Test")
     (test / "VQAMed2019_Test_Images.zip").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    refused("vqa_med_2019", vqa_med, f"{test}/VQAMed2019_Test_Images.zip: damaged zip")
+    refused("vqa_med_2019", vqa_med, f"{test}/VQAMed2019_Test_Images.zip: a git-lfs pointer, not the file")
 
 
 @pytest.mark.parametrize("answer, right", [
@@ -365,6 +419,44 @@ def test_med_mcqa_is_read_and_has_secret_answers(tmp_path):
     refused("med_mcqa", raw, f"{test}: no column 'opa' among its columns id, question, answer")
     test.write_bytes(b"PAR1 and no more")
     refused("med_mcqa", raw, f"{test}: damaged parquet")
+
+
+def write_cops(raw, train, validation=(1, 2)):
+    for split, numbers in (("train", train), ("validation", validation), ("test", (-1,))):
+        write_parquet(raw / f"data/{split}-00000-of-00001.parquet",
+                      [med_mcqa_row(str(n), number) for n, number in enumerate(numbers)])
+
+
+@pytest.mark.parametrize("train, first", [((0, 1, 3), 0), ((1, 4, 2), 1), ((1.0, 4.0, None), 1), ((1, 2), 0)])
+def test_med_mcqa_s_numbers_say_from_where_they_count(train, first, tmp_path):
+    write_cops(tmp_path, train)
+    names = ["A. Femur", "B. Tibia", "C. Ulna", "D. Stapes"]
+    numbers = [number for number in (*train, 1, 2)]
+    assert [record.answer for split, record in read("med_mcqa", tmp_path) if split != "test"] == [
+        "" if number is None else names[int(number) - first] for number in numbers]
+
+
+@pytest.mark.parametrize("train, which", [((0, 1, 4), "both"), ([1, 2, 3] * 7, "neither")])
+def test_med_mcqa_whose_counting_is_not_known_is_refused(train, which, tmp_path):
+    write_cops(tmp_path, train)
+    refused("med_mcqa", tmp_path, f"{tmp_path}/data: cop: has {which} of 0 and 4, so whether it counts 4 from 0")
+
+
+def test_med_qa_s_letter_and_answer_have_to_agree(tmp_path):
+    row = {"question": "Which?", "answer": "Iron", "answer_idx": "B", "meta_info": "step1",
+           "options": {"A": "Zinc", "B": "Iron", "C": "Lead", "D": "Gold"}}
+    lines = [json.dumps(row), json.dumps({**row, "answer_idx": "C"})]
+    write_files(tmp_path, {"phrases_no_exclude_test.jsonl": lines[0], "phrases_no_exclude_train.jsonl": lines[0]})
+    assert [record.answer for _, record in read("med_qa", tmp_path)] == ["B. Iron"] * 2
+    write_files(tmp_path, {"phrases_no_exclude_train.jsonl": "\n".join(lines)})
+    refused("med_qa", tmp_path, "train.jsonl: sample 2: its answer is 'Iron', and option C 'Lead'")
+
+
+def test_pubmed_qa_s_two_files_have_to_agree(tmp_path):
+    row = {"QUESTION": "Is it?", "CONTEXTS": ["We tried."], "final_decision": "yes"}
+    write_files(tmp_path, {"ori_pqal.json": json.dumps({"1": row, "2": row}),
+                           "test_ground_truth.json": json.dumps({"2": "no"})})
+    refused("pubmed_qa", tmp_path, "ori_pqal.json: '2' is 'yes', by", "test_ground_truth.json 'no'")
 
 
 def write_pubmed_qa_artificial(raw):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from model import LLaMA, ResNet, ResNetConfig, ViT, load_encoder
 from plumbing.files import hash_file
 from plumbing.flags import UserError
-from prepare.weights import WEIGHTS, write_llama
+from prepare.weights import WEIGHTS, convert_llama, write_llama
 from test_encoders import CLIP_VIT, fill
 from test_model import TOLERANCE, V, VIT, hub_llama, relative_error, some_tokens, tiny_vlm
 
@@ -157,7 +157,8 @@ def test_encoder_of_each_layout_is_kept_bit_for_bit(layouts, tmp_path, monkeypat
         with safe_open(target, "pt") as tensors:
             facts = tensors.metadata()
             assert json.loads(facts.pop("tensors")).keys() == wanted.keys()
-            assert facts == {"format": "pt", "source": WEIGHTS[name].page,
+            told = {} if name == "pmc_clip" else {"heads": "2", "activation": WEIGHTS[name].activation}
+            assert facts == {"format": "pt", "source": WEIGHTS[name].page, **told,
                              "source_sha256": hash_file(tmp_path / "raw" / name / file)}
             assert set(tensors.keys()) == wanted.keys() and len(loaded) == len(wanted)
             for key, tensor in wanted.items():
@@ -239,6 +240,70 @@ def test_a_number_that_was_altered_in_prepared_weights_is_refused(tmp_path):
     (target / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="config.json: was altered; delete .*llama, and prepare/all.py makes it"):
         LLaMA.from_pretrained(target)
+
+
+def half_a_llama(raw):
+    """Two pickles of a tiny LLaMA, as the hub names them, and its config.json; the model."""
+    theirs = hub_llama(raw / "hub", nkv=2, theta=10000.0)
+    tensors = list(theirs.state_dict().items())
+    for number, part in enumerate((tensors[:9], tensors[9:]), start=1):
+        torch.save(dict(part), raw / f"pytorch_model-{number:05}-of-00002.bin")
+    shutil.copy(raw / "hub/config.json", raw)
+    return theirs
+
+
+@pytest.mark.parametrize("change, message", [
+    ("missing", "pytorch_model-00002-of-00002.bin is missing, 1 of 2 files; fetch them into it"),
+    ("other", "pytorch_model-00001-of-00003.bin is of another download than pytorch_model-00001-of-00002.bin"),
+    ("both", "pytorch_model-00001-of-00002.bin is of another download than pytorch_model.bin"),
+    ("pointer", "pytorch_model-00002-of-00002.bin: a git-lfs pointer, not the file; run `git lfs pull`"),
+    ("short", "does not fit this model: .*is missing"), ("config", "config.json: model_type 'gemma'")])
+def test_an_incomplete_set_of_pickles_is_refused_and_nothing_stays(change, message, tmp_path):
+    raw, second = tmp_path / "raw", tmp_path / "raw/pytorch_model-00002-of-00002.bin"
+    half_a_llama(raw)
+    if change == "missing":
+        second.unlink()
+    elif change in ("other", "both"):
+        shutil.copy(second, raw / {"other": "pytorch_model-00001-of-00003.bin", "both": "pytorch_model.bin"}[change])
+    elif change == "pointer":
+        second.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    elif change == "short":
+        torch.save({"model.norm.weight": torch.ones(32)}, second)
+    else:
+        settings = json.loads((raw / "config.json").read_text()) | {"model_type": "gemma"}
+        (raw / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=f"{raw}.*{message}") as caught:
+        write_llama(WEIGHTS["pmc_llama_7b"], raw, tmp_path / "llama")
+    assert not re.search(r"\n|\.partial", str(caught.value)) and not (tmp_path / "llama").exists()
+
+
+def test_a_folder_of_one_s_own_pickles_is_converted_with_its_tokenizer(tmp_path):
+    theirs = half_a_llama(tmp_path / "mine")
+    (tmp_path / "mine/tokenizer.model").write_bytes(b"pieces")
+    target = convert_llama(tmp_path / "mine", tmp_path / "weights")
+    assert target == tmp_path / "weights/mine" and (target / "tokenizer.model").read_bytes() == b"pieces"
+    assert relative_error(LLaMA.from_pretrained(target)(some_tokens()), theirs(some_tokens()).logits) < TOLERANCE
+    with pytest.raises(UserError, match="weights/mine: there already; remove it"):
+        convert_llama(tmp_path / "mine", tmp_path / "weights")
+    with pytest.raises(UserError, match="no config.json in it"):
+        convert_llama(tmp_path, tmp_path / "weights")
+
+
+@pytest.mark.parametrize("vision, gelu, heads, message", [
+    ({"hidden_act": "gelu", "num_attention_heads": 4}, "gelu", 4, ""), ({}, "quick_gelu", 2, ""),
+    ({"layer_norm_eps": 1e-6}, "", 0, "eps is 1e-06 by the config beside it, here 1e-05")])
+def test_a_clip_s_own_config_tells_its_activation_and_heads(vision, gelu, heads, message, tmp_path):
+    torch.save(pubmedclip_hub()[1], tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": {
+        "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, **vision}}))
+    target = tmp_path / "clip.safetensors"
+    if message:
+        with pytest.raises(UserError, match=message):
+            WEIGHTS["pubmedclip"].write(WEIGHTS["pubmedclip"], tmp_path, target)
+        return
+    WEIGHTS["pubmedclip"].write(WEIGHTS["pubmedclip"], tmp_path, target)
+    (tmp_path / "config.json").unlink()  # the file says it by itself
+    assert (load_encoder(target).config.gelu, load_encoder(target).config.heads) == (gelu, heads)
 
 
 class Payload:

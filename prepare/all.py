@@ -253,7 +253,9 @@ def main(config):
     if config.list:
         return print_list(select(config.only) if config.only else [*DATASETS, *WEIGHTS], config)
     if config.convert:
-        return print(f"{convert_llama(config.convert, config.weights_dir)} written, for --language_weights")
+        with locked(Path(config.weights_dir) / Path(config.convert).resolve().name, "converting it"):
+            target = convert_llama(config.convert, config.weights_dir)
+        return print(f"{target} written, for --language_weights")
     names = select(config.only)
     rows = [("dataset", "split", "samples", "images", "MB", "skipped", "seconds", "images/s",
              "status")]

@@ -94,7 +94,8 @@ def give_groups(items, grouped_by):
         alike[number].append(item)
         if item.patient:
             owners.setdefault(number, item.patient)
-    print(f"  {sum(len(found) for found in alike.values() if len(found) > 1):,} images are like another one")
+    count = sum(len(found) for found in alike.values() if len(found) > 1)
+    print(f"  {count:,} images are like another one")
     crossing = [found for found in alike.values() if len({item.labels for item in found}) > 1]
     if crossing:
         one = crossing[0][0]
@@ -135,11 +136,12 @@ def make_split(path, items, names, groups, grouped_by):
         label = min(sorted(found), key=lambda label: len(found[label]))
         count, images = len(found[label]), sum(found[label].values())
         if grouped_by:
-            why = (f"the images of class {label!r} are of {count} patient{'s' * (count > 1)}, by {grouped_by}: too "
-                   "few to divide; bring more")
+            why = (f"the images of class {label!r} are of {count} patient{'s' * (count > 1)}, by {grouped_by}: "
+                   "too few to divide; bring more")
         elif count < images:
             why = (f"all {images:,} images of class {label!r} are alike" if count == 1 else
-                   f"the {images:,} images of class {label!r} are {count} groups of alike ones: too few to divide"
+                   f"the {images:,} images of class {label!r} are {count} groups of alike ones: too few to "
+                   "divide"
                    ) + "; name patients"
         else:
             why = f"class {label!r} has {images} image{'s' * (images > 1)}: too few to divide; bring more"
@@ -159,7 +161,7 @@ def digest(items):
 
 
 def write(target, path, listing, facts, workers):
-    """Split and write what is listed, and say what each split then holds of each class, and what was skipped."""
+    """Split and write what is listed, and say what each split then holds of each class, and skipped."""
     def records(raw):
         for item, group in zip(items, groups):
             yield item.split, Record(item.name, image=read_image(item.file), image_name=item.name,
@@ -186,7 +188,8 @@ def write(target, path, listing, facts, workers):
         shard = Shard(target / split)
         found = Counter(label for record in shard.read_records() for label in record["labels"] or [""])
         held = ", ".join(f"{count:,} {label or 'of none'}" for label, count in sorted(found.items()))
-        skipped = "".join(f"; skipped: {n:,} {why} ({printable(shard.manifest['first_skipped'][why])[:80]} the first)"
+        first = {why: printable(name)[:80] for why, name in shard.manifest["first_skipped"].items()}
+        skipped = "".join(f"; skipped: {n:,} {why} ({first[why]} the first)"
                           for why, n in shard.manifest["skipped"].items())
         print(f"  {split}: {len(shard):,} images, {held}{skipped}")
 

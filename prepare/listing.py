@@ -87,7 +87,7 @@ def written(name):
 
 
 def read_folder(folder):
-    """The Listing of a folder: a folder a class, perhaps in train and test, perhaps with one a patient in it."""
+    """The Listing of a folder with one a class, perhaps in train and test, perhaps with one a patient in it."""
     splits = [path for path in folders_in(folder) if path.name.lower() in SPLITS]
     items, others, depth = [], [], 1 if splits else 0
     inside = defaultdict(set)  # split and class -> names of the folders in it

@@ -958,8 +958,10 @@ def read_metadata(file):
 
 def metadata_of(module):
     """What a safetensors file of a module is to say that its tensors do not, see plumbing/claims.py."""
-    vit = {"heads": str(module.config.heads), "activation": module.config.gelu} if isinstance(module, ViT) else {}
-    return {"format": "pt", **vit}
+    facts = {"format": "pt"}
+    if isinstance(module, ViT):
+        facts |= {"heads": str(module.config.heads), "activation": module.config.gelu}
+    return facts
 
 
 def init_weights(module):

@@ -167,9 +167,9 @@ def lora_refusal(config):
 # ----------------------------------------------------------------------------- a ViT's config
 
 # timm's names of sizes -> width, heads
-VIT_SIZES = {"xsmall": (256, 4), "tiny": (192, 3), "small": (384, 6), "medium": (512, 8), "betwixt": (640, 10),
-             "base": (768, 12), "large": (1024, 16), "huge": (1280, 16), "giant": (1408, 16),
-             "gigantic": (1664, 16)}
+VIT_SIZES = {"xsmall": (256, 4), "tiny": (192, 3), "small": (384, 6), "medium": (512, 8),
+             "betwixt": (640, 10), "base": (768, 12), "large": (1024, 16), "huge": (1280, 16),
+             "giant": (1408, 16), "gigantic": (1664, 16)}
 KNOWN_WIDTHS = (128, 192, 384, 768, 1024)  # in heads of 64 wherever they are: the sample's, Ti, S, B, L
 TIMM_VIT = re.compile(r"(?:vit|deit)_([a-z]+)_patch\d+(_clip)?(_quickgelu)?_\d+(?:_in21k|_dino)?(?:\..*)?")
 TIMM_HARMLESS = set("""
@@ -185,8 +185,9 @@ OPEN_CLIP_HARMLESS = set("""
     image_size patch_size width layers head_width patch_dropout pool_type output_tokens
     timm_model_name timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path
     final_ln_after_pool global_average_pool""".split())
-OPEN_CLIP_NEUTRAL = dict.fromkeys("attentional_pool attn_pooler no_ln_pre input_patchnorm".split(), (False,)) | (
-    dict.fromkeys("ls_init_value norm_kwargs act_kwargs block_type".split(), ())) | {
+OPEN_CLIP_NEUTRAL = dict.fromkeys(
+    "attentional_pool attn_pooler no_ln_pre input_patchnorm".split(), (False,)) | dict.fromkeys(
+    "ls_init_value norm_kwargs act_kwargs block_type".split(), ()) | {
     "mlp_ratio": (4,), "pos_embed_type": ("learnable",)}
 
 
@@ -272,7 +273,7 @@ def vit_facts(file, metadata):
 
 
 def vit_problem(facts, width, depth, clip):
-    """What vit_facts tells that the tensors or our code contradict; or what nobody tells; "" if all is known."""
+    """What vit_facts tells that tensors or our code contradict, or what nobody tells; "" if all is known."""
     write = "write beside it, as config.json,"
     for fact, here in (("width", width), ("depth", depth), ("clip", clip)):
         if facts.get(fact, here) != here:

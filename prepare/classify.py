@@ -89,8 +89,8 @@ def read_lines(path):
 def require_zero(where, numbers, size):
     """Refuse labels, as texts, that do not count `size` classes from 0, as the published ones do."""
     if "0" not in numbers and count_from(f"{where}: its labels", numbers, size):
-        raise UserError(f"{where}: its labels count {size} classes from 1, the published ones from 0; which class "
-                        "each number means is not known")
+        raise UserError(f"{where}: its labels count {size} classes from 1, the published ones from 0; which "
+                        "class each number means is not known")
 
 
 # ----------------------------------------------------------------------------- chest films

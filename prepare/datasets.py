@@ -235,15 +235,16 @@ def count_from(where, numbers, size):
     seen, last = set(numbers), str(size)
     if {"0", last} <= seen or (len(numbers) >= 20 and not {"0", last} & seen):
         which = "both" if "0" in seen else "neither"
-        raise UserError(f"{where}: has {which} of 0 and {last}, so whether it counts {size} from 0 or from 1 is "
-                        "not known; fetch the file as it was published")
+        raise UserError(f"{where}: has {which} of 0 and {last}, so whether it counts {size} from 0 or from 1 "
+                        "is not known; fetch the file as it was published")
     return int(last in seen)
 
 
 def require_known(where, value, known):
     """Refuse a value that is none of those that say what a row is."""
     if value not in known:
-        raise UserError(f"{where} {value!r:.80} is none of {', '.join(known)}; fetch the file as it was published")
+        raise UserError(f"{where} {value!r:.80} is none of {', '.join(known)}; fetch the file as it was "
+                        "published")
 
 
 def multiple_choice(question, options, right):

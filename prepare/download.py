@@ -250,8 +250,8 @@ def require_inside(repository, folder, name):
     plain = all(part not in ("", ".", "..") and len(part.encode("utf-8", "replace")) < 240 for part in parts)
     if (not plain or any(char in "\\:" or not char.isprintable() for char in name) or parts[0][0] == "."
             or name == "hub_revision.txt" or not (folder / name).resolve().is_relative_to(folder.resolve())):
-        raise UserError(f"{repository}: its listing has the name {name!r:.120}, which is none of a file below "
-                        f"{folder}; fetch by hand what you trust")
+        raise UserError(f"{repository}: its listing has the name {name!r:.120}, which is none of a file "
+                        f"below {folder}; fetch by hand what you trust")
 
 
 def fetch_hub(repository, patterns, folder, repo_type="dataset", revision=""):

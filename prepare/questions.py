@@ -262,8 +262,9 @@ def med_qa(raw):
         for number, row in enumerate(read_json_lines(path, form, answer="")):
             options, right = list(row["options"].values()), place(row["answer_idx"], letters)
             if row["answer"] and right >= 0 and row["answer"].strip() != options[right].strip():
-                raise UserError(f"{path}: sample {number + 1}: its answer is {row['answer']!r:.60}, and option "
-                                f"{letters[right]} {options[right]!r:.60}; fetch the file as it was published")
+                raise UserError(f"{path}: sample {number + 1}: its answer is {row['answer']!r:.60}, and "
+                                f"option {letters[right]} {options[right]!r:.60}; fetch the file as it was "
+                                "published")
             question, answer = multiple_choice(row["question"], options, right)
             yield split, Record(f"{split}_{number:06d}", question, answer, type=row["meta_info"])
 
@@ -306,7 +307,8 @@ def pubmed_qa(raw):
         row = expect(f"{path}: {identifier!r}", row, form)
         if identifier in held_out and held_out[identifier] != row["final_decision"]:
             raise UserError(f"{path}: {identifier!r:.40} is {row['final_decision']!r:.40}, by "
-                            f"{raw / 'test_ground_truth.json'} {held_out[identifier]!r:.40}; fetch both again")
+                            f"{raw / 'test_ground_truth.json'} {held_out[identifier]!r:.40}; fetch both "
+                            "again")
         yield ("test" if identifier in held_out else "train",
                Record(identifier, row["QUESTION"], row["final_decision"],
                       context=" ".join(row["CONTEXTS"]), type="yes/no/maybe"))

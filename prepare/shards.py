@@ -349,8 +349,8 @@ def write_dataset(target, dataset, raw, sources, tokenizer, facts, workers, need
             for writer in writers.values():
                 writer.close(facts | {"splits": sorted(writers)})
         if not writers:
-            raise UserError(f"{raw}: its files hold no sample; it is read from "
-                            f"{' or '.join(' + '.join(layout) for layout in dataset.layouts) or 'what is there'}")
+            layouts = " or ".join(" + ".join(layout) for layout in dataset.layouts)
+            raise UserError(f"{raw}: its files hold no sample; it is read from {layouts or 'what is there'}")
         require_samples(raw, writers.values())
         for split in needed:
             require_samples(f"{raw}: {split}", [writers[split]] if split in writers else [])

@@ -116,13 +116,14 @@ def write_encoder(weights, raw, target):
 
 
 def encoder_facts(weights, source, tensors):
-    """Heads and activation of a ViT, as metadata: as a config beside the pickle says, else as is known of it."""
+    """A ViT's heads and activation, as metadata: what a config beside the pickle says, or is known of it."""
     if not weights.activation:
         return {}
     told, problem = vit_facts(source, {})
     if problem:
         raise UserError(f"{source}: {problem}")
-    width = max((tensor.shape[-1] for name, tensor in tensors.items() if name.endswith("cls_token")), default=0)
+    width = max((tensor.shape[-1] for name, tensor in tensors.items() if name.endswith("cls_token")),
+                default=0)
     for fact, here in (("width", width), ("eps", 1e-5 if "norm_pre.weight" in tensors else 1e-6)):
         if told.get(fact, here) != here:
             raise UserError(f"{source}: {fact} is {told[fact]!r:.40} by the config beside it, here {here}")
@@ -131,7 +132,7 @@ def encoder_facts(weights, source, tensors):
 
 
 def llama_pickles(raw):
-    """The pickles of a LLaMA in a raw folder, as many as their own names say; UserError where some are missing."""
+    """A LLaMA's pickles in a raw folder, as many as their own names say; UserError where some are missing."""
     sources = sorted(raw.glob("pytorch_model*.bin"))
     if not sources:
         raise UserError(f"{raw}: no pytorch_model*.bin in it")
@@ -178,7 +179,7 @@ def write_llama(weights, raw, target):
 
 
 def convert_llama(folder, weights_dir):
-    """A hub folder of one's own whose weights are pickles -> the folder in weights_dir, made anew or there."""
+    """A hub folder of one's own whose weights are pickles -> the folder that is made of it in weights_dir."""
     folder = Path(folder).resolve()
     target = Path(weights_dir) / folder.name
     if not (folder / "config.json").is_file():

@@ -15,7 +15,8 @@ import pytest
 
 from prepare import download
 from plumbing.flags import UserError
-from prepare.download import ATTEMPTS, LONGEST_WAIT, PAUSE, SILENT, fetch, fetch_hub, hub_revision, require_inside
+from prepare.download import (ATTEMPTS, LONGEST_WAIT, PAUSE, SILENT, fetch, fetch_hub, hub_revision,
+                              require_inside)
 
 CONTENT = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

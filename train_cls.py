@@ -462,7 +462,8 @@ class Run:
     splits: dict  # {split: Split}
     flags: dict
     inputs: dict  # what it stands on: nested facts of its images, labels and encoder
-    shards: dict  # {split: its shard's checksum}, to be found again by; one made anew may hold the same
+    shards: dict  # checksums of its shards, and of the test splits that they were compared with; no reason
+    # to refuse: one made anew may hold the same images, and another dataset may have none of them
     result: dict | None = None  # of a finished run
     state: Path | None = None  # of a stopped one
 
@@ -591,7 +592,10 @@ def predict_new(dataset, config, device, dtype):
                         "without --predict first, or restore it")
     require_same_classes(dataset, config, facts)
     files = image_files(source)
-    require_writable(folder, "out")
+    try:
+        require_writable(folder, "out")
+    except UserError as error:
+        raise UserError(f"{error}, with a copy of the run in it") from None
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     size, thresholds, rows, unreadable = facts["image"]["size"], facts["thresholds"], [], []
     for name, path in tqdm(files, unit=" images", leave=False):
@@ -651,7 +655,10 @@ def together(work):
     errors = [error]
     if dist.is_initialized():
         errors *= dist.get_world_size()
-        dist.all_gather_object(errors, error)
+        try:
+            dist.all_gather_object(errors, error)
+        except RuntimeError:  # another process has ended, and has said why
+            sys.exit(2)
         if any(errors) and dist.get_rank():
             sys.exit(2)
     for error in filter(None, errors):
@@ -667,11 +674,12 @@ def plan(names, encoder_facts, image_size, config, held):
     runs = []
     for name, seeds in names:
         splits, shards, facts = open_dataset(name, config, image_size)
+        checksums = {split: shard.manifest["checksum"] for split, shard in shards.items()}
+        checksums["tests"] = read_manifest(shards["train"].folder, "leaks.json")["tests"]
         inputs = json.loads(json.dumps({**facts, "encoder": encoder_facts}))  # as it will be read again
         for seed in seeds:
             flags = {key: value for key, value in asdict(config).items() if key not in FREE}
             folder = run_folder(config.out, name, config.name or config.encoder, seed)
-            checksums = {split: shard.manifest["checksum"] for split, shard in shards.items()}
             run = Run(replace(config, seed=seed), folder, splits, flags | {"dataset": name, "seed": seed},
                       inputs, checksums)
             open_run(run, held)
@@ -704,11 +712,7 @@ def main(config):
             if number + 1 == len(runs) or runs[number + 1][1].splits is not run.splits:
                 for images in run.splits.values():
                     images.pixels = None  # the memory is the next dataset's
-    if ranks > 1:
-        try:
-            dist.barrier()
-        except RuntimeError:  # another process has ended, and has said why
-            sys.exit(2)
+    together(lambda: None)  # until all have made their runs
     if len(pairs) > 1 and rank == 0:
         print()
         report(config.out)

@@ -73,7 +73,8 @@ def require_same(folder, record, flags, inputs, defaults):
         if there != value:
             raise UserError(f"--{key}={value}: the run in {folder} has {there}; choose another --name")
     if changed := differences(record["inputs"], inputs):
-        raise UserError(f"{folder}: {', '.join(changed)}; choose another --name, or delete {folder}")
+        more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UserError(f"{folder}: {', '.join(changed[:3])}{more}; choose another --name, or delete {folder}")
 
 
 def print_run(entry):

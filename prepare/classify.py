@@ -260,7 +260,7 @@ def busi(raw):
     BUSI, breast ultrasound (Al-Dhabyani et al. 2020).
 
     Split: made here, 70 : 10 : 20 within each class. No patient is named, but images that are alike
-    stay together: 319 of 780 are like another, eight groups of them published under two classes.
+    stay together: 320 of 780 are like another, eight groups of them published under two classes.
     """
     paths = [path for path in sorted((raw / "Dataset_BUSI_with_GT").glob("*/*.png"))
              if "_mask" not in path.stem]

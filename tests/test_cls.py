@@ -216,6 +216,18 @@ def test_training_images_of_a_test_split_are_left_out(tmp_path):
         assert (facts["leaks"]["told"], facts["leaks"]["left out"]) == (told, 17 - images)
 
 
+def test_validation_images_of_the_test_split_are_left_out_of_validation(tmp_path):
+    rows = toy_records(("dark", "light"))
+    test = rows[-1][1]
+    rows.append(("validation", replace(test, id="leak", image_name="leak.png")))
+    write(tmp_path, "toy", rows, ("dark", "light"))
+    for asked, images in [("recorded", 8), ("drop", 8), ("keep", 9)]:
+        splits, _, facts = open_dataset("toy", settings(tmp_path, leaks=asked), 224)
+        assert facts["validation"]["images"] == images == len(splits["validation"].names)
+        assert ("leak.png" in splits["validation"].names) == (images == 9)
+        assert len(splits["train"].names) == 16 and test.image_name in splits["test"].names
+
+
 # ----------------------------------------------------------------------------- stopped and resumed
 
 @pytest.mark.parametrize("killed_in", [1, 3, 4])

@@ -305,6 +305,7 @@ class Batch:
     image_at: np.ndarray  # (I,) int64, index into the R * T tokens of an image's first token
     answer_at: np.ndarray  # (M,) int64, index into the R * T tokens of what predicts a target
     targets: np.ndarray  # (M,) int64, the token to predict
+    key: np.ndarray  # (R, T) int32, random; a sample's own in its question, the group's first in what is shared
 
 
 @dataclass
@@ -385,12 +386,12 @@ class Mixture:
                 order = np.argsort(random_keys(self.seed, 2 * index + 1, lap, len(train)))
                 picked.append(train[order][max(begin - lap * len(train), 0):end - lap * len(train)])
             picked = np.concatenate(picked)
-            # Sort by image, keeping the random order within one, and cut into groups.
+            # Sort by image, keeping the random order within one, and cut into groups. A sample that comes
+            # again, by a weight above 1, is in another group: never twice behind one copy of its image.
             images = self.group_ids[index][picked]
+            images = images + count_before(picked) * (images.max(initial=0) + 1)
             by_image = np.argsort(images, kind="stable")
-            first = np.diff(images[by_image], prepend=-1) != 0
-            number = np.arange(len(picked))
-            rank = number - np.maximum.accumulate(np.where(first, number, 0))
+            rank = count_before(images)[by_image]
             limit = self.questions_per_image or len(picked) + 1
             samples.append(picked[by_image] + self.starts[index])
             groups.append(np.cumsum(rank % limit == 0) - 1 + group_count)
@@ -424,8 +425,9 @@ class Mixture:
 
     def pack(self, number, samples, groups):
         """Read the samples, put this rank's groups into rows, largest first, and cut into micro-batches."""
-        pieces, names = {}, []  # group -> (shard, image, [(prompt, answer), ...])
-        for sample, group in zip(samples, groups):
+        pieces, names, first = {}, [], {}  # (group, copy) -> (shard, image, [(prompt, answer, key), ...], key)
+        keys = random_keys(self.seed, 2 * len(self.shards) + 2, number, len(samples)) >> np.uint64(33)
+        for sample, group, key in zip(samples, groups, keys.tolist()):
             index = int(np.searchsorted(self.starts, sample, side="right")) - 1
             shard, local = self.shards[index], sample - int(self.starts[index])
             names.append((shard, local))
@@ -438,10 +440,11 @@ class Mixture:
             while sum(map(len_of, pieces.get((group, copy), (0, 0, []))[2])) + prefix + length \
                     > self.row_length:
                 copy += 1
-            pieces.setdefault((group, copy), (shard, image, []))[2].append((prompt, answer))
+            piece = pieces.setdefault((group, copy), (shard, image, [], first.setdefault(group, key)))
+            piece[2].append((prompt, answer, key))
 
         lengths = {key: sum(map(len_of, questions)) + (1 + self.image_tokens if image >= 0 else 1)
-                   for key, (_, image, questions) in pieces.items()}
+                   for key, (_, image, questions, _) in pieces.items()}
         rows, free = [], []  # first fit, decreasing
         loads = [0] * self.ranks  # tokens of each rank: the next group goes to the one with fewest
         for key in sorted(pieces, key=lambda key: -lengths[key]):
@@ -459,7 +462,7 @@ class Mixture:
         for first in range(0, len(rows), self.rows_per_batch):
             some = slice(first, first + self.rows_per_batch)
             batches.append(self.fill(rows[some], self.row_length - min(free[some])))
-        supervised = sum(len(answer) + 1 for *_, questions in pieces.values() for _, answer in questions)
+        supervised = sum(len(answer) + 1 for piece in pieces.values() for _, answer, _ in piece[2])
         padding = sum(int((batch.group < 0).sum()) for batch in batches)
         size = sum(batch.group.size for batch in batches)
         return Step(number, batches, supervised, padding / max(size, 1), names)
@@ -469,10 +472,11 @@ class Mixture:
         R, T = len(rows), min(-(-longest // 128) * 128, self.row_length)  # one of few shapes
         tokens, positions = np.zeros((R, T), np.int64), np.zeros((R, T), np.int64)
         group, question = np.full((R, T), -1, np.int32), np.zeros((R, T), np.int32)
+        keys = np.zeros((R, T), np.int32)
         images, image_at, answer_at, targets = [], [], [], []
         for r, row in enumerate(rows):
             at = 0
-            for g, (shard, image, questions) in enumerate(row):
+            for g, (shard, image, questions, key) in enumerate(row):
                 begin, prefix = at, 1
                 tokens[r, at] = BOS
                 if image >= 0:
@@ -480,19 +484,21 @@ class Mixture:
                     image_at.append(r * T + at + 1)
                     prefix += self.image_tokens
                 positions[r, at:at + prefix] = np.arange(prefix)
+                keys[r, at:at + prefix] = key
                 at += prefix
-                for q, (prompt, answer) in enumerate(questions, start=1):
+                for q, (prompt, answer, key) in enumerate(questions, start=1):
                     end = at + len(prompt) + len(answer)
                     tokens[r, at:end] = np.concatenate([prompt, answer])
                     positions[r, at:end] = np.arange(prefix, prefix + end - at)
                     question[r, at:end] = q
+                    keys[r, at:end] = key
                     answer_at.extend(range(r * T + end - len(answer) - 1, r * T + end))
                     targets.extend([*answer, EOS])
                     at = end
                 group[r, begin:at] = g
         images = np.stack(images) if images else np.zeros((0, 0, 0, 3), np.uint8)
         return Batch(tokens, positions, group, question, images, np.array(image_at, np.int64),
-                     np.array(answer_at, np.int64), np.array(targets, np.int64))
+                     np.array(answer_at, np.int64), np.array(targets, np.int64), keys)
 
     def steps(self, first, last, workers):
         """Yield the Steps first..last-1, read and decoded by `workers` threads ahead of time."""
@@ -507,8 +513,18 @@ class Mixture:
                 yield ahead.popleft().result()
 
 
+def count_before(values):
+    """How often each of (n,) int64 has come before it, (n,) int64."""
+    order = np.argsort(values, kind="stable")
+    number = np.arange(len(values))
+    first = np.diff(values[order], prepend=-1) != 0
+    count = np.empty_like(number)
+    count[order] = number - np.maximum.accumulate(np.where(first, number, 0))
+    return count
+
+
 def len_of(question):
-    """Tokens of a (prompt, answer) pair."""
+    """Tokens of a (prompt, answer, key)."""
     return len(question[0]) + len(question[1])
 
 

@@ -9,10 +9,12 @@ Adapters are saved and loaded in PEFT's own folder format and key names.
 
 import json
 import math
+import zlib
 from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -21,14 +23,45 @@ from plumbing.claims import lfs_pointer, lora_refusal
 from plumbing.flags import UserError
 
 
-class LoRALinear(nn.Module):
-    """A frozen nn.Linear, kept as `base`, with a trained low-rank update beside it."""
+def scramble(x):
+    """Hash int32s, each bit of the result by every bit of x: Murmur3's finalizer. Products wrap."""
+    x = (x ^ (x >> 16 & 0xFFFF)) * -2048144789
+    x = (x ^ (x >> 13 & 0x7FFFF)) * -1028477387
+    return x ^ (x >> 16 & 0xFFFF)
 
-    def __init__(self, base, r, alpha, dropout=0.0):
+
+def token_keys(key, position):
+    """(R, T) int32 keys of samples and positions in them -> (R, T) int32, one for each token."""
+    return scramble(scramble(key) + position.to(torch.int32))
+
+
+class DropoutKeys:
+    """
+    Which tokens a model is being run on, for its LoRALinears to drop by: int32 keys of all, (R, T), and
+    of those that are wanted behind the last attention, (M,). None: by torch's generator.
+
+    What is dropped is thereby a function of sample, token, layer and channel, however samples are packed, cut
+    and divided among processes. A block that is recomputed asks again: run backward before the next forward.
+    """
+
+    all = wanted = None
+
+    def set(self, keys, wanted=None):
+        self.all, self.wanted = keys, keys if keys is None or wanted is None else keys.flatten()[wanted]
+
+
+class LoRALinear(nn.Module):
+    """
+    A frozen nn.Linear, kept as `base`, with a trained low-rank update beside it. name: its path in the
+    model, by which layers drop different channels; keys: the DropoutKeys of the model.
+    """
+
+    def __init__(self, base, r, alpha, dropout=0.0, name="", keys=None):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.scale = alpha / r
-        self.dropout = nn.Dropout(dropout)
+        self.dropout, self.keys = dropout, keys or DropoutKeys()
+        self.salt = zlib.crc32(name.encode()) >> 1
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device))  # float32 even
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))  # on a bf16 base
@@ -39,8 +72,20 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if self.unmerged is not None:
             return y
-        x = self.scale * (self.dropout(x) @ self.lora_A.to(x.dtype).T)  # (..., in) -> (..., r)
+        if self.dropout and self.training:
+            x = self.drop(x)
+        x = self.scale * (x @ self.lora_A.to(x.dtype).T)  # (..., in) -> (..., r)
         return y + (x @ self.lora_B.to(x.dtype).T).to(y.dtype)  # (..., r) -> (..., out)
+
+    def drop(self, x):
+        """Inputs (..., in) with a share of `dropout` of them 0 and the others raised to make up for it."""
+        keys = self.keys.all if x.dim() == 3 else self.keys.wanted  # (R, T) or (M,)
+        if keys is None:
+            return F.dropout(x, self.dropout)
+        channel = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
+        random = scramble(keys[..., None] ^ scramble(channel + self.salt))  # (..., in), -2^31 to 2^31 - 1
+        dropped = random < int(self.dropout * 2 ** 32) - 2 ** 31
+        return x.masked_fill(dropped, 0) / (1 - self.dropout)
 
     @torch.no_grad()
     def merge(self):
@@ -72,9 +117,10 @@ def add_lora(model, targets, r=8, alpha=16, dropout=0.0):
     chosen = [name for name in sorted(linear)
               if any(("." + name).endswith("." + suffix) for suffix in suffixes)]
     model.requires_grad_(False)
+    model.dropout_keys = DropoutKeys() if dropout else None
     for name in chosen:
         parent, _, child = name.rpartition(".")
-        wrapped = LoRALinear(model.get_submodule(name), r, alpha, dropout)
+        wrapped = LoRALinear(model.get_submodule(name), r, alpha, dropout, name, model.dropout_keys)
         setattr(model.get_submodule(parent), child, wrapped)
     return chosen
 

@@ -45,7 +45,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.utils.checkpoint import checkpoint
 
 from data import BOS, EOS, read_settings
-from lora import add_lora, load_adapter, lora_layers, save_adapter
+from lora import add_lora, load_adapter, lora_layers, save_adapter, token_keys
 from plumbing.claims import lfs_pointer, llama_refusal, vit_facts, vit_problem
 from plumbing.files import hash_file, hash_json, newest_checkpoint
 from plumbing.flags import UserError
@@ -179,6 +179,7 @@ class ViT(nn.Module):
     """
 
     recomputed = 0  # blocks, from the first on, that are run again in the backward pass
+    dropout_keys = None  # add_lora's, where it drops anything
 
     def __init__(self, config):
         super().__init__()
@@ -191,8 +192,13 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(config.width, config.eps)
         self.apply(init_weights)
 
-    def forward(self, images):
-        """(I, 3, H, W) normalised pixels -> (I, N, C) tokens after the final norm, class token first."""
+    def forward(self, images, keys=None):
+        """
+        (I, 3, H, W) normalised pixels -> (I, N, C) tokens after the final norm, class token first.
+        keys: (I, N) int32, by which LoRA drops.
+        """
+        if self.dropout_keys:
+            self.dropout_keys.set(keys)
         x = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (I, N, C)
         x = self.norm_pre(x + self.pos_embed)
@@ -506,6 +512,7 @@ class LLaMA(nn.Module):
     """LLaMA 1 and 2, and what shares their layout: grouped-query attention, other widths and thetas."""
 
     recomputed = 0  # blocks, from the first on, that are run again in the backward pass
+    dropout_keys = None  # add_lora's, where it drops anything
 
     def __init__(self, config):
         super().__init__()
@@ -520,13 +527,15 @@ class LLaMA(nn.Module):
     def embed(self, tokens):
         return self.model.embed_tokens(tokens)  # (R, T) -> (R, T, C)
 
-    def transform(self, x, positions, mask, wanted=None, cache=None):
+    def transform(self, x, positions, mask, wanted=None, cache=None, keys=None):
         """
         (R, T, C) embeddings -> (R, T, C) after the final norm, or (M, C) of those that are wanted:
         indices into R * T, which spares the others the last block's larger half. mask: (R, 1, T, T),
         True where a query (second last) may attend to a key (last); with a Cache what its place()
-        has returned.
+        has returned. keys: (R, T) int32, by which LoRA drops.
         """
+        if self.dropout_keys:
+            self.dropout_keys.set(keys, wanted)
         cos, sin = rotary_angles(positions, self.config.head_size, self.config.rope_theta)
         last = len(self.model.layers) - 1
         for layer, block in enumerate(self.model.layers):
@@ -749,9 +758,13 @@ class VLM(nn.Module):
                 model.weights[part], model.hashes[part] = os.path.abspath(path), hash_weights(path)
         return model
 
-    def encode_images(self, images):
+    def encode_images(self, images, keys=None):
         """(I, H, W, 3) uint8 -> (I, N, C) image tokens in the language model's width."""
-        return self.projector(self.vision(normalise(images)))
+        return self.projector(self.vision(normalise(images), keys))
+
+    def where(self, image_at):
+        """(I,) flat indices of the images' first tokens -> (I, N) of all."""
+        return image_at[:, None] + torch.arange(self.vision.config.tokens, device=image_at.device)
 
     def splice(self, tokens, image_tokens, image_at):
         """Embed (R, T) tokens and write (I, N, C) image tokens over them from flat index image_at on."""
@@ -759,8 +772,7 @@ class VLM(nn.Module):
         if not len(image_tokens):
             return x
         R, T, C = x.shape
-        N = image_tokens.shape[1]
-        at = image_at[:, None] + torch.arange(N, device=x.device)  # (I, N)
+        at = self.where(image_at)  # (I, N)
         x = x.reshape(R * T, C).index_copy(0, at.flatten(), image_tokens.flatten(0, 1).to(x.dtype))
         return x.view(R, T, C)
 
@@ -768,10 +780,14 @@ class VLM(nn.Module):
         """
         Logits of a packed data.Batch of tensors: (M, V) float32, at the supervised positions alone.
         """
-        images = self.encode_images(batch.images) if len(batch.images) else batch.images
+        keys = image_keys = None
+        if self.training and (self.vision.dropout_keys or self.language.dropout_keys):
+            keys = token_keys(batch.key, batch.positions)  # (R, T)
+            image_keys = keys.flatten()[self.where(batch.image_at)]  # (I, N)
+        images = self.encode_images(batch.images, image_keys) if len(batch.images) else batch.images
         x = self.splice(batch.tokens, images, batch.image_at)
         mask = packed_mask(batch.group, batch.question)
-        x = self.language.transform(x, batch.positions, mask, batch.answer_at)  # (M, C)
+        x = self.language.transform(x, batch.positions, mask, batch.answer_at, keys=keys)  # (M, C)
         return self.language.lm_head(x).float()
 
     def loss(self, batch):

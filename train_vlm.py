@@ -424,40 +424,60 @@ def even_out(batches, config, device):
         dist.all_reduce(count, dist.ReduceOp.MAX)
         token, index = np.zeros((1, 1), np.int64), np.zeros(1, np.int64)
         empty = Batch(token, token, token.astype(np.int32), token.astype(np.int32),
-                      np.zeros((0, 0, 0, 3), np.uint8), index[:0], index, index)
+                      np.zeros((0, 0, 0, 3), np.uint8), index[:0], index, index, token.astype(np.int32))
         pairs += [(empty, 0)] * (count.item() - len(batches))
     return pairs
+
+
+def sum_over_ranks(parameters, loss):
+    """
+    Sum the gradients of n parameters and the loss of all ranks, in one message: the same bits on every rank.
+    Returns the loss and, (n,), how many ranks have reached each parameter; none: its gradient is 0.
+    """
+    reached = torch.tensor([float(p.grad is not None) for p in parameters], device=loss.device)
+    flat = torch.cat([*((torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters),
+                      reached, loss[None]])
+    dist.all_reduce(flat)
+    *gradients, reached, loss = flat.split([*(p.numel() for p in parameters), len(reached), 1])
+    for p, gradient in zip(parameters, gradients):
+        p.grad = gradient.view_as(p)
+    return loss[0], reached
 
 
 def train_step(model, optimizer, step, config, device, autocast):
     """
     One update from all micro-batches of a step, of all ranks; its loss and gradient norm as floats.
 
-    The loss is the mean over all supervised tokens of the step, however they are cut. Raises
-    FloatingPointError, on every rank, before anything is updated when loss or gradient is not finite.
+    The loss is the mean over all supervised tokens of the step, however they are cut. A parameter that no
+    sample of it has reached, such as the ViT's where none has an image, stays as it is, its moments and its
+    count of steps too: a gradient of zero would let weight decay and old momentum move it, by what it was not
+    shown. Any number of ranks agrees on which those are. Raises FloatingPointError, on every rank, before
+    anything is updated when loss or gradient is not finite.
     """
-    torch.manual_seed(config.seed * 1_000_003 + step.number)  # dropout depends on the step alone
     total = torch.zeros((), device=device)
     for batch, weight in even_out(step.batches, config, device):
         with autocast:
             loss = weight * model.loss(to_device(batch, device)) / step.supervised
-        loss.backward()
+        if loss.requires_grad:  # not where images alone train, and there is none
+            loss.backward()
         total += loss.detach()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
+    whole, reached = [], total.new_zeros(0)
     if dist.is_initialized():
-        for p in trained:  # a rank may have no image, or nothing at all, in a step
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        for tensor in [total, *(p.grad for p in trained if not isinstance(p, DTensor))]:
-            dist.all_reduce(tensor)  # their sum, the same bits on every rank
-    parts = [part for part in whole_and_split(trained) if part]
+        whole = whole_and_split(trained)[0]
+        total, reached = sum_over_ranks(whole, total)
+    parts = [part for part in whole_and_split([p for p in trained if p.grad is not None]) if part]
     norms = [get_total_norm([p.grad for p in part]) for part in parts]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    norm = torch.stack(norms).norm() if len(norms) > 1 else norms[0]
+    norm = torch.stack(norms).norm() if len(norms) > 1 else norms[0] if norms else torch.zeros_like(total)
     for part in parts:
         clip_grads_with_norm_(part, config.clip or math.inf, norm)
-    total, norm = torch.stack([total, norm]).tolist()  # the one place where the step waits for the GPU
+    # The one place where the step waits for the GPU
+    total, norm, *reached = torch.cat([total[None], norm[None], reached]).tolist()
     if not math.isfinite(total + norm):
         raise FloatingPointError(f"loss {total}, gradient norm {norm}")
+    for p, ranks in zip(whole, reached):
+        p.grad = p.grad if ranks else None
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return total, norm

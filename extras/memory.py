@@ -96,7 +96,7 @@ class Ledger(TorchDispatchMode):
 
 def pack(name, tokens, questions):
     """A data.Batch of one row of black images, each with so many questions about it."""
-    vision, question = CONFIGS[name][0], ([0] * PROMPT, [0] * ANSWER)
+    vision, question = CONFIGS[name][0], ([0] * PROMPT, [0] * ANSWER, 0)
     images = tokens // (1 + vision.tokens + questions * (PROMPT + ANSWER))
     if not images:
         raise UserError(f"--micro_batch_tokens={tokens}: too few for an image's {vision.tokens} and "
@@ -104,7 +104,7 @@ def pack(name, tokens, questions):
     black = np.zeros((vision.image_size, vision.image_size, 3), np.uint8)
     shard = SimpleNamespace(read_image=lambda number: black)
     loader = SimpleNamespace(row_length=tokens, image_tokens=vision.tokens)
-    return Mixture.fill(loader, [[(shard, 0, [question] * questions)] * images], tokens)
+    return Mixture.fill(loader, [[(shard, 0, [question] * questions, 0)] * images], tokens)
 
 
 def make(flags, device, dtype):

@@ -347,8 +347,7 @@ class Mixture:
         self.too_long = self.cut = 0
         for index, shard in enumerate(shards):
             samples = shard.samples
-            prefix = np.where(samples["image"] >= 0, 1 + image_tokens, 1)
-            room = row_length - prefix - samples["answer"].astype(np.int64)
+            room = self.room(shard, row_length)
             usable = room >= 1
             if leaks and leaks[index][0] == "drop":
                 usable[leaks[index][1]] = False
@@ -370,6 +369,22 @@ class Mixture:
         if self.samples_per_epoch < 1:
             raise UserError("no sample to train on: all are held out, weighted 0 or too long")
         self.epoch_order = functools.lru_cache(maxsize=2)(self.epoch_order)
+
+    def room(self, shard, row_length):
+        """(n,) tokens of a row that the image and the answer of each sample leave to its prompt."""
+        prefix = np.where(shard.samples["image"] >= 0, 1 + self.image_tokens, 1)
+        return row_length - prefix - shard.samples["answer"].astype(np.int64)
+
+    def fits_alike(self, row_length):
+        """Whether rows of another length leave out the same samples, and all prompts as long as they are."""
+        def kept(shard, row_length):  # tokens of each prompt; -1 where the sample is left out
+            room = self.room(shard, row_length)
+            return np.where(room < 1, -1, np.minimum(shard.samples["prompt"], room))
+
+        return all((kept(shard, row_length) == kept(shard, self.row_length)).all() for shard in self.shards)
+
+    def has_images(self):
+        return any((shard.samples["image"][train] >= 0).any() for shard, train in zip(self.shards, self.train))
 
     def epoch_order(self, epoch):
         """

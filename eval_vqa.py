@@ -37,7 +37,7 @@ class Config:
     limit: Whole = 0  # only the first so many questions of a dataset; 0: all
     seed: Whole = 0  # of the exchange, of sampling and of the intervals
     device: Device = "auto"  # cuda, mps or cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the GPU has it
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: on a GPU bfloat16, or float16 if it has none
 
 
 if __name__ == "__main__":
@@ -57,8 +57,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import Shard, Tokenizer, format_prompt, load_image, resize_image
-from model import VLM, describe_machine, join_group, pick_device
+from model import VLM
 from plumbing.files import newest_checkpoint, write_whole
+from plumbing.machine import autocast_to, describe_machine, join_group, pick_device
 
 QUESTIONS_PER_ROW = 32  # that share an image's keys and values; more of them start another row
 METRICS = ("BLEU-1", "exact match", "token F1", "closed accuracy", "open recall")
@@ -373,7 +374,7 @@ def main(config):
     if config.question:
         model = VLM.load(checkpoint, dtype, device).eval()
         torch.manual_seed(config.seed)
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with autocast_to(device, dtype):
             return print(ask(model, tokenizer, config.question, config.image, trained.get("resize", "squash"),
                              config.max_new_tokens, config.temperature))
     shards = open_shards(config, tokenizer)
@@ -393,7 +394,7 @@ def main(config):
         if config.blind != "none" and len(np.unique(images[images >= 0])) > 1:
             shown["image shuffled"] = shuffled_images(images, config.seed)
         begin = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with autocast_to(device, dtype):
             answers = answer(model, tokenizer, shard, shown, config)
         seconds = time.perf_counter() - begin
         if rank:

@@ -19,24 +19,18 @@ The paper's sizes: ViT-B/16 C=768 nh=12 N=197; LLaMA-7B C=4096 nh=nkv=32 hs=128 
 The others': ViT-B/32 C=768 nh=12 N=50; ResNet-50 C=2048 nh=32 N=50, its outputs of width 768.
 """
 
-import atexit
 import contextlib
 import hashlib
 import itertools
 import json
 import os
-import platform
 import re
-import subprocess
-import sys
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -49,15 +43,16 @@ from lora import add_lora, load_adapter, lora_layers, save_adapter, token_keys
 from plumbing.claims import lfs_pointer, llama_refusal, vit_facts, vit_problem
 from plumbing.files import hash_file, hash_json, newest_checkpoint
 from plumbing.flags import UserError
+from plumbing.machine import describe_machine, join_group, pick_device  # noqa: F401, for who asks here
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 HAS_TRITON = find_spec("triton") is not None  # which torch.compile needs on a GPU
-# Compiled when they are first called, on a GPU alone
-compiled_flex_attention = torch.compile(flex_attention)
-compiled_create_block_mask = torch.compile(create_block_mask)
+# Compiled when they are first called, on a GPU alone, for rows of any length
+compiled_flex_attention = torch.compile(flex_attention, dynamic=True)
+compiled_create_block_mask = torch.compile(create_block_mask, dynamic=True)
 
 
 # ----------------------------------------------------------------------------- matrix products
@@ -114,6 +109,17 @@ def run_block(block, recomputed, *inputs):
     if recomputed and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)
+
+
+def compile_blocks(blocks, **settings):
+    """
+    torch.compile each block, for a GPU: small operations become few kernels. Blocks of a kind share what is
+    compiled, once for each kind of input: with gradients and without, one row or several, and the last
+    block, which goes on with wanted tokens alone. Lengths are no kind of their own (dynamic).
+    """
+    torch._dynamo.config.recompile_limit = 64  # torch's 8 are fewer than these kinds, and would end it silently
+    for block in blocks:
+        block.compile(dynamic=True, **settings)
 
 
 class PatchEmbed(nn.Module):
@@ -539,7 +545,9 @@ class LLaMA(nn.Module):
         cos, sin = rotary_angles(positions, self.config.head_size, self.config.rope_theta)
         last = len(self.model.layers) - 1
         for layer, block in enumerate(self.model.layers):
-            x = run_block(block, layer < self.recomputed, x, cos, sin, mask, cache, layer,
+            # With a cache never compiled: that would be anew for each length. Else all have the number 0
+            run, number = (block.forward, layer) if cache else (block, 0)
+            x = run_block(run, layer < self.recomputed, x, cos, sin, mask, cache, number,
                           wanted if layer == last else None)
         return self.model.norm(x)
 
@@ -619,8 +627,7 @@ class Cache:
         self.used[rows] += count
         K, S = count.max(), -(-self.used.max() // 64) * 64
         if (more := S - self.question.shape[1]) > 0:
-            self.question = F.pad(self.question, (0, more))
-            self.layers = [[F.pad(tensor, (0, 0, 0, more)) for tensor in layer] for layer in self.layers]
+            self.question = F.pad(self.question, (0, more))  # store() makes the layers as long
         # All rows as they lie, or a copy of the few that these tokens are of
         few = 2 * len(rows) < R
         self.rows = torch.from_numpy(rows).to(device) if few else slice(None)
@@ -640,9 +647,12 @@ class Cache:
 
     def store(self, layer, k, v):
         """Write (1, nkv, T, hs) keys and values into their slots; all in sight come back, (R, nkv, S, hs)."""
-        for tensor, new in zip(self.layers[layer], (k, v)):
-            tensor[self.row, :, self.slot] = new[0].transpose(0, 1).to(tensor.dtype)
-        return [tensor[self.rows, :, :self.S] for tensor in self.layers[layer]]
+        tensors, slots = self.layers[layer], self.question.shape[1]
+        for number, new in enumerate((k, v)):
+            if (more := slots - tensors[number].shape[2]) > 0:  # one by one: never all of them twice
+                tensors[number] = F.pad(tensors[number], (0, 0, 0, more))
+            tensors[number][self.row, :, self.slot] = new[0].transpose(0, 1).to(tensors[number].dtype)
+        return [tensor[self.rows, :, :self.S] for tensor in tensors]
 
     def part(self, q):
         """Queries (1, nh, T, hs) -> (R, nh, K, hs), each row's own."""
@@ -681,14 +691,15 @@ def normalise(images):
     return (images - mean).div_(std).permute(0, 3, 1, 2)
 
 
-def packed_mask(group, question):
+def packed_mask(group, question, flex=True):
     """
-    Who may attend to whom in packed rows, two (R, T): what attend() wants on their device.
+    Who may attend to whom in packed rows, two (R, T): what attend() wants on their device. flex: by
+    FlexAttention, which is compiled, on a GPU.
 
     A token sees what stands before it in its own group: the shared part (question 0) and its own
     question. Padding (group -1) sees padding, so that no token sees nothing.
     """
-    return (block_mask if group.is_cuda and HAS_TRITON else group_masks)(group, question)
+    return (block_mask if flex and group.is_cuda and HAS_TRITON else group_masks)(group, question)
 
 
 def block_mask(group, question):
@@ -727,6 +738,8 @@ class Answer:
 
 class VLM(nn.Module):
     """A ViT, a linear projection and a LLaMA (OpenMedQ, arXiv 2606.12953)."""
+
+    flex = True  # attention over packed rows by FlexAttention, on a GPU
 
     def __init__(self, vision, language):
         super().__init__()
@@ -786,7 +799,7 @@ class VLM(nn.Module):
             image_keys = keys.flatten()[self.where(batch.image_at)]  # (I, N)
         images = self.encode_images(batch.images, image_keys) if len(batch.images) else batch.images
         x = self.splice(batch.tokens, images, batch.image_at)
-        mask = packed_mask(batch.group, batch.question)
+        mask = packed_mask(batch.group, batch.question, self.flex)
         x = self.language.transform(x, batch.positions, mask, batch.answer_at, keys=keys)  # (M, C)
         return self.language.lm_head(x).float()
 
@@ -1112,51 +1125,3 @@ def load_exactly(model, files, dtype, device, prefix="", dropped=r"(?!)"):
         loaded[name] = tensor.to(device, kind)
     model.load_state_dict(loaded, assign=True)
     return model
-
-
-# ----------------------------------------------------------------------------- devices
-
-def describe_machine(device):
-    """Versions, hardware and commit, so that a run says what made it."""
-    try:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                                cwd=Path(__file__).parent).stdout.strip()
-    except OSError:  # there is no git here
-        commit = ""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
-    return {"commit": commit, "torch": torch.__version__, "device": f"{device} {name}",
-            "threads": torch.get_num_threads(), "python": platform.python_version(),
-            "command": " ".join(sys.argv)}
-
-
-def pick_device(device, dtype):
-    """
-    The torch device and the dtype to compute in: the names given, or for "auto" the GPU where
-    there is one, and bfloat16 where that GPU has it.
-    """
-    if device == "auto":
-        device = ("cuda" if torch.cuda.is_available()
-                  else "mps" if torch.backends.mps.is_available() else "cpu")
-    if dtype == "auto":
-        bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported()
-        dtype = "bfloat16" if bf16 else "float32"
-    return torch.device(device), getattr(torch, dtype)
-
-
-def join_group(device, timeout=600):
-    """
-    (rank, ranks, device) of this process in the group that torchrun started; (0, 1, device) without it.
-    Each process has a GPU of its own, where there are any, and all but the first are silent. One that
-    waits longer than `timeout` seconds for the others ends, and torchrun then ends them all.
-    """
-    if "RANK" not in os.environ:
-        return 0, 1, device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                            timeout=timedelta(seconds=timeout))
-    atexit.register(dist.destroy_process_group)
-    if dist.get_rank():
-        sys.stdout = open(os.devnull, "w")
-    return dist.get_rank(), dist.get_world_size(), device

@@ -49,7 +49,7 @@ class Config:
     out: str = "out/cls"  # where runs go
     save_every: Count = 10  # epochs between two states from which a killed run goes on
     device: Device = "auto"  # cuda, mps or cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the GPU has it
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: on a GPU bfloat16, or float16 if it has none
     report: bool = False  # print the table of all runs and stop
     predict: str = ""  # folder or file of new images: write a csv of the model's probabilities and stop
 
@@ -83,11 +83,12 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from data import Shard, load_image, random_keys, resize_image
-from model import (CONFIGS, ViT, describe_machine, hash_weights, join_group, load_encoder, metadata_of,
-                   normalise, pick_device, tensors_of)
+from model import CONFIGS, ViT, hash_weights, load_encoder, metadata_of, normalise, tensors_of
 from plumbing.files import (checkpoints, differences, find_damage, hash_json, lock,
                             newest_checkpoint, read_manifest, require_writable, sealed, write_manifest,
                             write_whole)
+from plumbing.machine import (LossScale, autocast_to, describe_machine, join_group, pick_device,
+                              usable_cores)
 from plumbing.results import EIGHT, newest_state, print_run, read_result, report, require_same, run_folder
 from plumbing.scores import decide, macro_f1, score, tune_thresholds
 from prepare.folder import find_dataset
@@ -114,7 +115,7 @@ class Split:
         """Read the images from the Shard that they are of."""
         size = shard.manifest["image"]["size"]
         self.pixels = np.empty((len(self.images), size, size, 3), np.uint8)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets go of the interpreter lock
+        with ThreadPoolExecutor(usable_cores()) as pool:  # Pillow lets go of the interpreter lock
             images = pool.map(shard.read_image, self.images.tolist())
             for place, image in enumerate(tqdm(images, str(shard.folder), len(self.images), leave=False)):
                 self.pixels[place] = image
@@ -351,11 +352,12 @@ def predict(model, pixels, multi_label, config, device, autocast):
     return torch.cat(found).cpu().numpy()
 
 
-def train_epoch(model, optimizer, split, epoch, multi_label, config, device, autocast):
+def train_epoch(model, optimizer, split, epoch, multi_label, config, device, autocast, scale=None):
     """
     One pass over the training images, in an order that seed and epoch give. Returns the mean loss.
 
-    Raises FloatingPointError at its end if a gradient was not finite.
+    Raises FloatingPointError at its end if a gradient was not finite. With a LossScale a step whose
+    gradient overflows float16 is left out instead.
     """
     count = len(split.names)
     order = np.argsort(random_keys(config.seed, 2, epoch, count))
@@ -373,12 +375,20 @@ def train_epoch(model, optimizer, split, epoch, multi_label, config, device, aut
             logits = model(images)
         loss = (F.binary_cross_entropy_with_logits(logits, labels.float()) if multi_label else
                 F.cross_entropy(logits, labels.int().argmax(1)))
-        loss.backward()
-        finite &= nn.utils.clip_grad_norm_(trained, config.clip or math.inf).isfinite()
+        (loss if scale is None else scale.scale * loss).backward()
+        for parameter in trained if scale else ():
+            if parameter.grad is not None:
+                parameter.grad.div_(scale.scale)
+        usable = nn.utils.clip_grad_norm_(trained, config.clip or math.inf).isfinite()
+        if scale:
+            scale.note(overflowed=not usable)  # float16 alone waits for the GPU at each step
+        else:
+            finite &= usable
         rate = learning_rate_at(epoch * per_epoch + number, config.epochs * per_epoch, config)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        optimizer.step()
+        if scale is None or usable:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         total += loss.detach() * len(chosen)
     if not finite:  # asked once an epoch, as each answer would wait for the GPU
@@ -487,7 +497,7 @@ def open_run(run, held):
         require_same(run.folder, record, run.flags, run.inputs, defaults)
 
 
-def train(model, run, few, device, autocast):
+def train(model, run, few, device, autocast, scale=None):
     """
     All epochs, or those that are left of a run that was stopped. The model ends with the weights of
     the best one; returns that epoch's number and its macro-F1 on validation.
@@ -499,11 +509,12 @@ def train(model, run, few, device, autocast):
         facts = read_manifest(run.state)
         best_weights = load_state(run.state, model, optimizer)
         epoch, best, best_epoch, log = (facts[key] for key in ("epoch", "best", "best_epoch", "log"))
+        scale = scale and LossScale(**facts["loss_scale"])
     write_whole(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log).encode())
     bar = tqdm(total=config.epochs, initial=epoch, desc=str(folder), unit=" epochs")
     while epoch < config.epochs and not 0 < config.patience <= epoch - best_epoch:
         try:
-            loss = train_epoch(model, optimizer, few, epoch, multi_label, config, device, autocast)
+            loss = train_epoch(model, optimizer, few, epoch, multi_label, config, device, autocast, scale)
         except FloatingPointError as error:
             raise UserError(f"{folder}: epoch {epoch + 1}: {error}; try a lower --learning_rate") from None
         epoch += 1
@@ -519,7 +530,7 @@ def train(model, run, few, device, autocast):
             file.write(json.dumps(log[-1]) + "\n")
         if epoch % config.save_every == 0:
             save_state(folder, model, optimizer, best_weights, epoch=epoch, best=best, best_epoch=best_epoch,
-                       log=log, flags=run.flags, inputs=run.inputs)
+                       log=log, flags=run.flags, inputs=run.inputs, loss_scale=scale and vars(scale))
     bar.close()
     model.load_state_dict(best_weights)
     return best_epoch, best
@@ -533,7 +544,7 @@ def make_run(run, encoder, device, dtype):
     config, folder, splits, facts = run.config, run.folder, run.splits, run.inputs
     start, classes, multi_label = time.perf_counter(), facts["classes"], facts["multi_label"]
     torch.manual_seed(config.seed)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    autocast = autocast_to(device, dtype)
     with torch.device(device):
         encoder = ViT(encoder.config) if config.encoder == "scratch" else copy.deepcopy(encoder)
     model = Classifier(encoder, len(classes)).to(device)
@@ -543,7 +554,8 @@ def make_run(run, encoder, device, dtype):
     if config.images_per_class:
         few = choose_few(few, config.images_per_class, config.seed)
     write_manifest(folder, "config.json", {"flags": run.flags, "inputs": facts, "shards": run.shards})
-    best_epoch, best = train(model, run, few, device, autocast)
+    scale = LossScale() if dtype == torch.float16 else None
+    best_epoch, best = train(model, run, few, device, autocast, scale)
 
     validation, test = (predict(model, splits[split].pixels, multi_label, config, device, autocast)
                         for split in ("validation", "test"))
@@ -596,7 +608,7 @@ def predict_new(dataset, config, device, dtype):
         require_writable(folder, "out")
     except UserError as error:
         raise UserError(f"{error}, with a copy of the run in it") from None
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    autocast = autocast_to(device, dtype)
     size, thresholds, rows, unreadable = facts["image"]["size"], facts["thresholds"], [], []
     for name, path in tqdm(files, unit=" images", leave=False):
         try:

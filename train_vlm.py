@@ -28,7 +28,7 @@ class Config:
     recompute: Share = 0.0  # share of the blocks whose activations are computed twice, to save memory
     compile: bool = True  # the blocks' small operations into few kernels, on a GPU; takes a minute at first
     held_out: Whole = 512  # samples kept from training for the validation loss
-    workers: Threads = 0  # that read and decode ahead of the trainer; 0: one a core
+    workers: Threads = 0  # that read and decode ahead of the trainer; 0: one a core, of a process's share
     model: Literal["paper", "small", "sample"] = "paper"  # sizes of parts that have no weights file
     vision_weights: str = "auto"  # safetensors file; auto: BiomedCLIP for the paper's; none: random
     language_weights: str = "auto"  # hub folder; auto: PMC-LLaMA for the paper's; none: random
@@ -50,7 +50,7 @@ class Config:
     clip: Scale = 1.0  # largest norm of the gradient; 0: no clipping
     seed: Whole = 0  # of initialisation, order and dropout
     device: Device = "auto"  # cuda, mps or cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the GPU has it
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: on a GPU bfloat16, or float16 if it has none
     run: str = ""  # folder of this run; none: out/<model>_<date>
     resume: bool = False  # go on from the newest checkpoint of the run
     log_every: Count = 10  # steps
@@ -69,7 +69,6 @@ if __name__ == "__main__":
 import contextlib
 import json
 import math
-import os
 import shutil
 import signal
 import sys
@@ -89,15 +88,17 @@ from tqdm import tqdm
 
 from data import Batch, Tokenizer, open_mixture
 from lora import add_lora
-from model import CONFIGS, HAS_TRITON, VLM, describe_machine, is_trained, join_group, pick_device
+from model import CONFIGS, HAS_TRITON, VLM, compile_blocks, is_trained
 from plumbing.claims import tokenizer_mismatch
 from plumbing.files import (checkpoints, differences, find_damage, hash_json, lock, newest_checkpoint, read_manifest,
                             require_writable, seal, sync, write_manifest, write_whole)
+from plumbing.machine import LossScale, autocast_to, describe_machine, join_group, pick_device, usable_cores
 
 
 FREE_ON_RESUME = {"workers", "recompute", "compile", "device", "resume", "run", "log_every",
                   "evaluate_every", "save_every", "save_minutes", "keep", "shard", "rank_timeout", "wandb",
-                  "shards_dir"}  # what changes no number
+                  "shards_dir",  # up to here what changes no number, from here on its rounding alone
+                  "micro_batch_tokens", "row_length"}  # as far as require_same_samples lets it
 
 
 def learning_rate_at(step, steps, config):
@@ -170,12 +171,23 @@ def open_data(config, rank=0, ranks=1):
     if mixture.cut or mixture.too_long:
         print(f"rows of {config.row_length} tokens: {mixture.cut:,} prompts cut at the front, "
               f"{mixture.too_long:,} samples left out because their answer does not fit")
+    if config.language == "frozen" and not mixture.has_images():
+        raise UserError(f"--language=frozen: no sample of --data={config.data} has an image, so that nothing "
+                        "would train; choose --language=lora, or data with images")
     dataset = mixture.shards[0].folder.parent
     tokenizer = Tokenizer(dataset / "tokenizer.model")
     if tokenizer.sha256 != mixture.shards[0].manifest["tokenizer_sha256"]:
         raise UserError(f"{tokenizer.path}: not the one its shards were made with; run "
                         f"`python prepare/all.py --only={dataset.name}`")
     return mixture, tokenizer
+
+
+def require_same_samples(mixture, config, checkpoint):
+    """Raise UserError where rows of another length than before the checkpoint would change what a sample is."""
+    before = read_manifest(checkpoint)["flags"]["row_length"]
+    if not mixture.fits_alike(before):
+        raise UserError(f"--row_length={config.row_length}: the run in {checkpoint.parent} has {before}, at which "
+                        "other answers fit or prompts are cut elsewhere; resume it with that")
 
 
 def make_model(config, tokenizer, checkpoint, device, dtype):
@@ -221,9 +233,9 @@ def make_model(config, tokenizer, checkpoint, device, dtype):
     vision_blocks, language_blocks = model.vision.blocks, model.language.model.layers
     model.vision.recomputed = math.ceil(config.recompute * len(vision_blocks))
     model.language.recomputed = math.ceil(config.recompute * len(language_blocks))
+    model.flex = config.compile
     if config.compile and device.type == "cuda" and HAS_TRITON:
-        for block in [*vision_blocks, *language_blocks]:  # one by one: they share what is compiled
-            block.compile()
+        compile_blocks([*vision_blocks, *language_blocks])
     return model
 
 
@@ -444,29 +456,35 @@ def sum_over_ranks(parameters, loss):
     return loss[0], reached
 
 
-def train_step(model, optimizer, step, config, device, autocast):
+def train_step(model, optimizer, step, config, device, autocast, scale=None):
     """
     One update from all micro-batches of a step, of all ranks; its loss and gradient norm as floats.
 
     The loss is the mean over all supervised tokens of the step, however they are cut. A parameter that no
     sample of it has reached, such as the ViT's where none has an image, stays as it is, its moments and its
     count of steps too: a gradient of zero would let weight decay and old momentum move it, by what it was not
-    shown. Any number of ranks agrees on which those are. Raises FloatingPointError, on every rank, before
-    anything is updated when loss or gradient is not finite.
+    shown. Any number of ranks agrees on which those are. With a LossScale a step whose gradient overflows is left
+    out, its norm infinite or nan. Raises FloatingPointError, on every rank, before anything is updated when the
+    loss is not finite or, without a LossScale, the gradient.
     """
+    factor = scale.scale if scale else 1.0
     total = torch.zeros((), device=device)
     for batch, weight in even_out(step.batches, config, device):
         with autocast:
             loss = weight * model.loss(to_device(batch, device)) / step.supervised
         if loss.requires_grad:  # not where images alone train, and there is none
-            loss.backward()
+            (factor * loss).backward()
         total += loss.detach()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     whole, reached = [], total.new_zeros(0)
     if dist.is_initialized():
         whole = whole_and_split(trained)[0]
         total, reached = sum_over_ranks(whole, total)
-    parts = [part for part in whole_and_split([p for p in trained if p.grad is not None]) if part]
+    trained = [p for p in trained if p.grad is not None]
+    if scale:
+        for p in trained:
+            p.grad.div_(factor)
+    parts = [part for part in whole_and_split(trained) if part]
     norms = [get_total_norm([p.grad for p in part]) for part in parts]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     norm = torch.stack(norms).norm() if len(norms) > 1 else norms[0] if norms else torch.zeros_like(total)
@@ -474,11 +492,15 @@ def train_step(model, optimizer, step, config, device, autocast):
         clip_grads_with_norm_(part, config.clip or math.inf, norm)
     # The one place where the step waits for the GPU
     total, norm, *reached = torch.cat([total[None], norm[None], reached]).tolist()
-    if not math.isfinite(total + norm):
+    overflowed = not math.isfinite(norm)
+    if not math.isfinite(total) or (overflowed and not scale):
         raise FloatingPointError(f"loss {total}, gradient norm {norm}")
     for p, ranks in zip(whole, reached):
         p.grad = p.grad if ranks else None
-    optimizer.step()
+    if scale:
+        scale.note(overflowed)
+    if not overflowed:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return total, norm
 
@@ -524,7 +546,7 @@ def agree(decide):
 
 def train(config, folder, rank, ranks, device, dtype):
     """All steps of a run, or those that are left of it."""
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    autocast = autocast_to(device, dtype)
     torch.manual_seed(config.seed)
     checkpoint = agree(lambda: open_run(config, folder))
     mixture, tokenizer = open_data(config, rank, ranks)
@@ -540,11 +562,14 @@ def train(config, folder, rank, ranks, device, dtype):
     if checkpoint:
         record = require_same_inputs(checkpoint, record["inputs"])
     optimizer = make_optimizer(model, config)
+    scale = LossScale() if dtype == torch.float16 else None
     steps = config.max_steps or max(1, int(config.epochs * mixture.samples_per_epoch / config.batch_size))
     first = 0
     if checkpoint:
+        require_same_samples(mixture, config, checkpoint)
         load_optimizer(optimizer, model, checkpoint)
         first = int(checkpoint.name[5:])
+        scale = scale and LossScale(**read_manifest(checkpoint).get("loss_scale", {}))
     print(f"{folder}: steps {first} to {steps} of {config.batch_size} samples on {device}, {dtype}, "
           f"{ranks} process(es)")
     if first == steps:
@@ -558,17 +583,19 @@ def train(config, folder, rank, ranks, device, dtype):
     bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=rank > 0)
     losses, padded, since, validation = [], [], time.perf_counter(), ""
     signals, saved = catch_signals(), since
-    for step in mixture.steps(first, steps, config.workers or os.cpu_count()):
+    for step in mixture.steps(first, steps, config.workers or usable_cores()):
         rate = learning_rate_at(step.number, steps, config)
         for group in optimizer.param_groups:
             group["lr"] = rate
         try:
-            loss, norm = train_step(model, optimizer, step, config, device, autocast)
+            loss, norm = train_step(model, optimizer, step, config, device, autocast, scale)
         except FloatingPointError as error:
             samples = [f"{shard.folder}:{number}" for shard, number in step.samples]
             write_log({"step": step.number, "error": str(error), "samples": samples})
             raise UserError(f"step {step.number}: {error}, from {samples[0]} ... {samples[-1]}, all "
                             f"named in {folder}/log.jsonl; try a lower --learning_rate") from None
+        if not math.isfinite(norm):
+            write_log({"step": step.number + 1, "skipped": "a gradient overflowed", "loss_scale": scale.scale})
         losses.append(loss)
         padded.append(step.padded)
         done = step.number + 1
@@ -577,7 +604,7 @@ def train(config, folder, rank, ranks, device, dtype):
             seconds = time.perf_counter() - since
             speed = len(losses) * config.batch_size / seconds
             entry = {"step": done, "loss": sum(losses) / len(losses), "learning_rate": rate,
-                     "gradient_norm": norm, "samples_per_second": round(speed, 2),
+                     "gradient_norm": norm if math.isfinite(norm) else None, "samples_per_second": round(speed, 2),
                      "padded": round(sum(padded) / len(padded), 4)}
             write_log(entry)
             bar.set_postfix_str(f"loss {entry['loss']:.3f}{validation}, {speed:.1f} samples/s, "
@@ -599,7 +626,8 @@ def train(config, folder, rank, ranks, device, dtype):
             if rank == 0:
                 sync(folder / "log.jsonl")  # resumed from there, its steps up to here do not come again
             if rank == 0 or config.shard:
-                save_checkpoint(model, optimizer, done, folder, config, record)
+                scaled = {"loss_scale": vars(scale)} if scale else {}
+                save_checkpoint(model, optimizer, done, folder, config, record | scaled)
             saved = time.perf_counter()
         if stopped and done < steps:
             bar.close()

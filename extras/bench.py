@@ -52,8 +52,9 @@ from data import BOS, EOS, Mixture, Shard, Tokenizer
 from extras.bench_cls import make_vit
 from extras.bench_eval import clock, measure_limits
 from extras.progress import Progress, about, tell
-from model import HAS_TRITON, VLM, describe_machine, normalise, pick_device
+from model import HAS_TRITON, VLM, normalise
 from plumbing.flags import Count, Device, Range, UserError, Whole, parse_command_line, run
+from plumbing.machine import autocast_to, describe_machine, pick_device
 
 
 @dataclass(frozen=True)
@@ -283,7 +284,7 @@ def write_tables(rows, loader, others, peak, config, device, dtype):
 
 def main(config):
     device, dtype = pick_device(config.device, config.dtype)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    autocast = autocast_to(device, dtype)
     shard = Shard(Path(config.shards_dir) / config.data / "train")
     shard.require_questions()
     if shard.samples["image"].min() < 0:
@@ -293,6 +294,7 @@ def main(config):
                              vision_weights="none", language_weights="none", compile=False)
     torch.manual_seed(0)
     model = train_vlm.make_model(flags, tokenizer, None, device, dtype).train()
+    model.flex = True  # the blocks alone are not compiled in most rows
     shard.require_image_size(model.vision.config.image_size)
     N, numbers = model.vision.config.tokens, choose_questions(shard, config.batch_size)
     longest = 1 + N + max(sum(map(len, shard.read_tokens(number))) for number in numbers)

@@ -39,8 +39,9 @@ from torch.utils.data import DataLoader, Dataset
 import train_cls
 from data import Shard
 from extras.progress import Progress, tell
-from model import CLIP_MEAN, CLIP_STD, CONFIGS, ViT, normalise, pick_device, tensors_of
+from model import CLIP_MEAN, CLIP_STD, CONFIGS, ViT, normalise, tensors_of
 from plumbing.flags import Count, Device, Range, Threads, UserError, parse_command_line, run
+from plumbing.machine import autocast_to, pick_device
 from plumbing.pixels import FORMATS
 from prepare.datasets import DATASETS
 from train_cls import Classifier, make_optimizer, read_split, train_epoch
@@ -201,7 +202,7 @@ def flops_an_image(encoder):
 def main(config):
     transformers.utils.logging.disable_progress_bar()
     device, dtype = pick_device(config.device, config.dtype)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    autocast = autocast_to(device, dtype)
     shard = Shard(Path(config.shards_dir) / config.data / "train")
     if not shard.manifest["classes"]:
         raise UserError(f"--data: {config.data} has no labelled images")

@@ -38,8 +38,9 @@ import transformers
 import eval_vqa
 from data import BOS, EOS, Shard, Tokenizer
 from extras.progress import Progress, tell
-from model import VLM, Linear, describe_machine, pick_device
+from model import VLM, Linear
 from plumbing.flags import Count, Device, UserError, Whole, parse_command_line, run
+from plumbing.machine import autocast_to, describe_machine, pick_device
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def main(config):
         for way, run_once in ways.items():
             hooks = count_work(model, passes) if way == "ours" and number == 0 else []
             begin = clock(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            with autocast_to(device, dtype):
                 answers[way] = run_once()
             seconds[way].append(clock(device) - begin)
             progress.row(f"{way}, {seconds[way][-1]:.2f} s")

@@ -34,9 +34,10 @@ from PIL import Image
 import eval_vqa
 import train_cls
 from data import BOS, EOS, Tokenizer, format_prompt, read_settings
-from model import VLM, Cache, pick_device
+from model import VLM, Cache
 from plumbing.files import newest_checkpoint
 from plumbing.flags import Device, Range, UserError, parse_command_line, run
+from plumbing.machine import autocast_to, pick_device
 from plumbing.pixels import TOO_LARGE, Unreadable, load_image, resize_image
 
 try:
@@ -129,8 +130,7 @@ class Conversation:
     def __init__(self, model, tokenizer, image, dtype):
         self.model, self.tokenizer, self.image = model, tokenizer, image
         self.asked, self.cached = eval_vqa.QUESTIONS_PER_ROW, 0  # so many, and another cache starts
-        self.autocast = torch.autocast(model.projector.weight.device.type, torch.bfloat16,
-                                       enabled=dtype == torch.bfloat16)
+        self.autocast = autocast_to(model.projector.weight.device, dtype)
 
     def start(self):
         """Run <bos> and the image, which every question sees."""
@@ -245,7 +245,7 @@ def classify(loaded, image):
     """{class: probability} of an RGB image by train_cls.py's model."""
     model, facts, _ = loaded.classifier
     pixels = np.array(resize_image(image, facts["image"]["size"], facts["image"]["resize"]))
-    autocast = torch.autocast(loaded.device.type, torch.bfloat16, enabled=loaded.dtype == torch.bfloat16)
+    autocast = autocast_to(loaded.device, loaded.dtype)
     [found] = train_cls.predict(model, pixels[None], facts["thresholds"] is not None, train_cls.Config(),
                                 loaded.device, autocast)
     return dict(zip(facts["classes"], found.tolist()))

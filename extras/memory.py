@@ -44,8 +44,9 @@ from torch.utils._pytree import tree_leaves
 import train_vlm
 from data import Mixture
 from extras.progress import Progress
-from model import CONFIGS, describe_machine, group_masks, pick_device
+from model import CONFIGS, group_masks
 from plumbing.flags import UserError, parse_command_line, run
+from plumbing.machine import autocast_to, describe_machine, pick_device
 
 FLAGS = train_vlm.Config(vision_weights="none", language_weights="none", compile=False)
 DEVICE, DTYPE = pick_device("cuda" if torch.cuda.is_available() else "cpu", "auto")  # --check=true's
@@ -117,7 +118,7 @@ def make(flags, device, dtype):
 def train(model, flags, batch, device, dtype):
     """A step that gives AdamW its moments, and one of two micro-batches."""
     optimizer = train_vlm.make_optimizer(model, flags)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    autocast = autocast_to(device, dtype)
     for batches in ([batch], [batch, batch]):
         step = SimpleNamespace(number=0, batches=batches, supervised=len(batch.targets))
         train_vlm.train_step(model, optimizer, step, flags, device, autocast)
@@ -128,7 +129,7 @@ def compute(flags, batch, dtype, gpu=True):
     cpu = torch.device("cpu")
     model, real = make(flags, torch.device("meta"), dtype), train_vlm.to_device(batch, cpu)
     weights, masks = model.state_dict(), None if gpu else group_masks(real.group, real.question)
-    stand_ins = {"model.packed_mask": lambda group, question: masks,  # for what asks for values
+    stand_ins = {"model.packed_mask": lambda group, question, flex: masks,  # for what asks for values
                  "torch._subclasses.FakeTensor.tolist": lambda tensor: [0.0] * len(tensor)}
     if gpu:  # for ways that only a CPU has; a GPU's mask takes next to nothing
         stand_ins |= {"model.Linear.forward": nn.Linear.forward,

@@ -213,10 +213,29 @@ def parse_command_line(Config):
         end(one_line(error))
 
 
+def is_out_of_memory(error):
+    """Whether memory was refused: by Python or NumPy, by torch, on a GPU or a CPU, or by the system."""
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or getattr(error, "errno", None) == errno.ENOMEM
+            or isinstance(error, RuntimeError) and re.search(
+                r"out of memory|not enough memory|DefaultCPUAllocator|ALLOC_FAILED|bad_alloc", str(error)) is not None)
+
+
+def less_memory(config):
+    """What README.md says to do when memory is short, by the flags that a script has."""
+    if hasattr(config, "micro_batch_tokens") and hasattr(config, "recompute"):
+        return ("lower --micro_batch_tokens (it changes no result), and --row_length with it, or raise --recompute "
+                "towards 1")
+    for flag in ("batch_size", "workers"):
+        if hasattr(config, flag):
+            return f"lower --{flag}"
+    return "run it where there is more"
+
+
 def run(main, config):
     """
-    Call main with a Config. A UserError, and a file or disk that the system refuses, end the script
-    with one line and exit code 2; Ctrl-C ends it with 130.
+    Call main with a Config. A UserError, and a file, a disk or memory that the system refuses, end the
+    script with one line and exit code 2; Ctrl-C ends it with 130.
     """
     try:
         return main(config)
@@ -228,8 +247,14 @@ def run(main, config):
         if not flush_or_drop("\n"):  # another pipe than the one that is printed into
             raise
         sys.exit(141)  # as of a program that SIGPIPE ends
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message = f"out of memory: {less_memory(config)}"
     except OSError as error:  # without a number or a file's name, it is a mistake of ours
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_out_of_memory(error):
+            message = f"out of memory: {less_memory(config)}"
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
             message = f"{one_line(error)}; make space, then run it again"
         elif error.errno and error.filename is not None:
             message = f"{error.filename}: {error.strerror}; see to it, then run it again"

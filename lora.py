@@ -61,7 +61,9 @@ class LoRALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.scale = alpha / r
         self.dropout, self.keys = dropout, keys or DropoutKeys()
-        self.salt = zlib.crc32(name.encode()) >> 1
+        # A tensor, since torch.compile takes another number for another program
+        salt = torch.tensor(zlib.crc32(name.encode()) >> 1, dtype=torch.int32, device=base.weight.device)
+        self.register_buffer("salt", salt, persistent=False)
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device))  # float32 even
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))  # on a bf16 base

@@ -25,6 +25,7 @@ import itertools
 import json
 import os
 import re
+import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path

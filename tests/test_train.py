@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,8 @@ def stop_after_saving(monkeypatch, times):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(), dict(language="lora", lora_dropout=0.3, vision="lora", projector="frozen")])
+    dict(), dict(language="lora", lora_dropout=0.3, vision="lora", projector="frozen"),
+    dict(language="lora", dtype="float16")])
 def test_resumed_run_equals_undisturbed(shards, tmp_path, monkeypatch, changes):
     train_vlm.main(flags(shards, tmp_path / "whole", **changes))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -86,6 +88,24 @@ def test_micro_batches_change_rounding_only(shards, tmp_path):
         logs.append(next(entry for entry in read_log(run) if "loss" in entry))
     assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], rel=1e-5)
     assert logs[0]["gradient_norm"] == pytest.approx(logs[1]["gradient_norm"], rel=1e-5)
+
+
+def test_rows_may_be_others_when_a_run_is_resumed(shards, tmp_path):
+    """What README.md advises when memory is short: the numbers agree to within rounding, or the rows are refused."""
+    changes = dict(language="lora", lora_dropout=0.3, save_every=2, evaluate_every=4)
+    train_vlm.main(flags(shards, tmp_path / "whole", max_steps=4, **changes))
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut/step_000004")
+    changes |= dict(resume=True, max_steps=4)
+    with pytest.raises(UserError, match="--row_length=60: the run in .*cut has 256, at which other answers fit or"):
+        train_vlm.main(flags(shards, tmp_path / "cut", row_length=60, **changes))
+    train_vlm.main(flags(shards, tmp_path / "cut", row_length=384, micro_batch_tokens=384, recompute=1, **changes))
+    logs = [[entry[key] for entry in read_log(tmp_path / run) for key in ("loss", "gradient_norm", "held_out_loss")
+             if key in entry] for run in ("whole", "cut")]
+    assert len(logs[0]) == 9 and logs[1] == pytest.approx(logs[0], rel=1e-4)
+    adapters = [load_file(tmp_path / run / "step_000004/adapter/adapter_model.safetensors") for run in ("whole", "cut")]
+    for name, tensor in adapters[0].items():
+        assert float((adapters[1][name] - tensor).abs().max()) < 1e-4
 
 
 def test_learns_by_heart_and_answers(shards, tmp_path, capsys):

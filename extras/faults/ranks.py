@@ -53,7 +53,7 @@ from prepare.all import print_table
 
 # What is struck: a function of a class or module, after so many of its calls in step STRUCK.
 PLACES = {"forward": (VLM, "loss", 0), "backward": (torch.Tensor, "backward", 0),
-          "all_reduce": (dist, "all_reduce", 5), "held_out": (Mixture, "held_out_steps", 0),
+          "all_reduce": (dist, "all_reduce", 0), "held_out": (Mixture, "held_out_steps", 0),
           "save": (train_vlm, "save_file", 0), "load": (VLM, "load", 0)}
 FAULTS = {"kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
           "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),

@@ -115,8 +115,8 @@ def run_block(block, recomputed, *inputs):
 def compile_blocks(blocks, **settings):
     """
     torch.compile each block, for a GPU: small operations become few kernels. Blocks of a kind share what is
-    compiled, once for each kind of input: with gradients and without, one row or several, and the last
-    block, which goes on with wanted tokens alone. Lengths are no kind of their own (dynamic).
+    compiled, once for each kind of input: with gradients and without, one row or image and several, and the
+    last block, which goes on with wanted tokens alone. Lengths are no kind of their own (dynamic).
     """
     torch._dynamo.config.recompile_limit = 64  # torch's 8 are fewer than these kinds, and would end it silently
     for block in blocks:

@@ -1,0 +1,108 @@
+"""
+Start the same command twice at once: one waits or is refused in one line, and what stays is whole.
+
+    python extras/faults/at_once.py --times=60
+
+train_vlm.py in one run's folder, train_cls.py in one run's folder, eval_vqa.py on one run and
+prepare/all.py on one dataset, in turn, on a tiny sample; the second starts up to a second after the
+first. A violation is a traceback, an exit code other than 0 and 2, no command that succeeds, a
+checkpoint, model or shard that is damaged, a partial folder that stays, and a third command that fails.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not extras/faults/
+
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from data import Shard
+from extras.faults import tiny
+from extras.faults.fuzz_flags import COMMANDS, call, find_fault, make_place
+from plumbing.files import find_damage
+from plumbing.flags import Count, UserError, Whole, parse_command_line, run
+
+
+@dataclass(frozen=True)
+class Config:
+    times: Count = 60  # pairs of commands
+    seed: Whole = 0  # of the moments at which the second one starts
+
+
+def start(script, words, folder, log):
+    """The process id of a command in a folder; the file `log` gets what it says."""
+    child = os.fork()
+    if not child:
+        os.chdir(folder)
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for stream in (1, 2):
+            os.dup2(handle, stream)
+        call(script, words)
+    return child
+
+
+def damages(folder):
+    """What is wrong, in words, with the checkpoints, models and shards in a folder."""
+    wrong = [f"{path.name} stays" for path in folder.rglob("*partial*")]
+    for manifest in folder.rglob("manifest.json"):
+        if manifest.parent.parent.parent.name in ("shards", "prepared"):
+            try:
+                Shard(manifest.parent)
+            except UserError as error:
+                wrong.append(str(error))
+        elif damage := find_damage(manifest.parent):
+            wrong.append(f"{manifest.parent}: {damage}")
+    return wrong
+
+
+def try_pair(script, folder, pause):
+    """The sorted exit codes of a command that is started twice, and what is wrong, in words."""
+    words = {name: str(value) for name, value in COMMANDS[script][1].items()}
+    if script == "train_vlm.py":
+        words |= {"max_steps": "4", "save_every": "1"}
+    logs = [folder / "first.log", folder / "second.log", folder / "third.log"]
+    children = []
+    for log in logs[:2]:
+        children.append(start(script, words, folder, log))
+        time.sleep(pause)
+    codes = [tiny.wait(child) for child in children]
+    wrong = [fault for code, log in zip(codes, logs) if (fault := find_fault(script, code, log.read_text(), (), words))]
+    wrong += damages(folder) + ["neither succeeds"] * (0 not in codes)
+    if script == "train_vlm.py":
+        words["resume"] = "true"
+    if tiny.wait(start(script, words, folder, logs[2])):
+        wrong.append(f"the third: {logs[2].read_text().splitlines()[-1]}")
+    return tuple(sorted(codes)), wrong
+
+
+def main(config):
+    tiny.shrink()
+    draw, begin, ends, faults = random.Random(config.seed), time.perf_counter(), Counter(), []
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "place"
+        place.mkdir()
+        make_place(place)
+        for number in range(config.times):
+            script = list(COMMANDS)[number % len(COMMANDS)]
+            here = Path(shutil.copytree(place, Path(folder) / "here", symlinks=True))
+            codes, wrong = try_pair(script, here, draw.uniform(0, 1))
+            ends[script, codes] += 1
+            faults += [f"{script}: {fault}" for fault in wrong]
+            print(f"{number + 1} of {config.times}: {script} ended with {codes}; {'; '.join(wrong) or 'whole'}",
+                  flush=True)
+            shutil.rmtree(here)
+    for (script, codes), count in sorted(ends.items()):
+        print(f"{script:15} {codes}: {count}")
+    print(f"{config.times} pairs in {time.perf_counter() - begin:.0f} s, {len(faults)} violations")
+    if faults:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main, parse_command_line(Config))

@@ -13,8 +13,8 @@ Harm a run of train_cls.py, and see that it ends in one line or in the very byte
 The run is the real one as the command line starts it, of a tiny encoder, in a forked child. What may be said
 of each harm is "refused" (exit code 2 and one line on stderr) or "the same" (exit code 0 and the same bytes).
 
-100 kills in 16 runs, 14 disks, 10 of them too small, and 168 flipped bits (8 regions of each file), 64 of
-them refused: no violation.
+100 kills in 16 runs, 14 disks, 10 of them too small, and 96 flipped bits (8 regions of each of 12 files), used by
+160 commands, of which 64 refused: no violation.
 """
 
 import sys

@@ -573,7 +573,7 @@ def make_run(run, encoder, device, dtype):
         [image, "|".join(np.array(classes)[labels]), *(f"{p:.6f}" for p in probabilities)]
         for image, labels, probabilities in zip(splits["test"].names, actual, test)])
     write_manifest(folder, "result.json", entry)
-    for state in [*folder.glob("partial_*"), *folder.glob("damaged_*"), *checkpoints(folder)]:
+    for state in [*folder.glob(".*.partial"), *folder.glob("damaged_*"), *checkpoints(folder)]:
         shutil.rmtree(state, ignore_errors=True)
     return entry
 

@@ -135,7 +135,7 @@ def seal(partial, folder, **facts):
 @contextlib.contextmanager
 def sealed(folder, **facts):
     """A new folder to write into, which gets the name `folder` at the block's end, whole or not at all."""
-    partial = folder.with_name(f"partial_{folder.name}")
+    partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()

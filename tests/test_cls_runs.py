@@ -239,7 +239,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(what, asked, monke
             patch.setattr(train_cls, "save_file", full)
             told = refused(asked())
             assert "not saved: " in told and "No space left" in told and "the same command goes on" in told
-    assert not list(asked.folder.glob("partial_*")) and not (asked.folder / "result.json").exists()
+    assert not list(asked.folder.glob(".*.partial")) and not (asked.folder / "result.json").exists()
     assert len(checkpoints(asked.folder)) == (what != "state")
     main(asked())
     ours, undisturbed = contents(asked.folder), contents(tmp_path / "undisturbed/toy/scratch/seed_0")

@@ -179,7 +179,7 @@ def try_full(config, trial, folder):
             leave_room(disk, room)
             code = wait(start(settings, trial.told))
             wrong = trial.ended(code)
-            left = [path.name for path in disk.rglob("partial_*")]
+            left = [path.name for path in disk.rglob(".*.partial") if path.is_dir()]
             if left:
                 wrong.append(f"{left} stay")
             mount("remount,size=64m", str(disk))

@@ -8,12 +8,11 @@ Answer the questions of test splits with a trained model, and score the answers.
 Every score stands beside two that see no image: the same model with the images exchanged among the
 questions, and the most frequent training answer to the same question. What the model gains over
 them is what it saw. It stands twice: over all questions, and over those whose words and image were
-not trained on. Writes results.json and predictions*.jsonl into the run's folder, where
-extras/scales.py (other conventions) and extras/browse.py (a page to look at) find them.
+not trained on.
 
-BLEU-1 is the convention of the PathVQA authors' own code: lower-cased, split at spaces, clipped
-unigram precision times the brevity penalty, averaged over questions. Other published scales give
-other figures for the same answers, by up to 40 points.
+Each dataset's evaluation is a folder in <run>/eval/, with results.json and predictions*.jsonl
+(tasks/evaluations.py), where extras/scales.py (other conventions) and extras/browse.py (a page to
+look at) find them. The metrics are in tasks/vqa.py, what a run has seen in tasks/seen.py.
 """
 
 from dataclasses import dataclass
@@ -24,16 +23,17 @@ from plumbing.flags import Batch, Device, Range, Text, UserError, Whole, parse_c
 
 @dataclass(frozen=True)
 class Config:
-    run: str = ""  # folder of a train_vlm.py run; none: the newest in out/
+    run: str = ""  # folder of a train_vlm.py run, or one of its checkpoints; none: the newest in out/
     image: str = ""  # with --question: the image file that it is about; none: it is about none
     question: Text = ""  # to answer instead of test splits
     data: str = ""  # prepared datasets; none: all that ask about images
     split: str = "test"  # split to answer
     shards_dir: str = "shards"  # where prepare/all.py put them
+    out: str = ""  # where evaluations are written, a folder each; none: eval/ in the run's folder
     blind: Literal["both", "none", "shuffle"] = "both"  # images: right and exchanged, right, exchanged
     batch_size: Batch = 32  # images answered together, with all their questions
-    max_new_tokens: Annotated[int, Range(1, 1 << 16)] = 32  # longest answer
-    temperature: Annotated[float, Range(0, 1e3)] = 0.0  # 0: greedy
+    max_new_tokens: Annotated[int, Range(1, 1 << 16)] = 32  # longest answer; reports are longer
+    temperature: Annotated[float, Range(0, 1e3)] = 0.0  # 0: greedy; else the batch counts, too
     limit: Whole = 0  # only the first so many questions of a dataset; 0: all
     seed: Whole = 0  # of the exchange, of sampling and of the intervals
     device: Device = "auto"  # cuda, mps or cpu
@@ -44,10 +44,8 @@ if __name__ == "__main__":
     CONFIG = parse_command_line(Config)  # before torch is imported: --help and a typo are answered at once
 
 import itertools
-import json
-import math
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 
@@ -56,120 +54,26 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Shard, Tokenizer, format_prompt, load_image, resize_image
+from data import Shard, Tokenizer, format_prompt, read_settings
 from model import VLM
-from plumbing.files import newest_checkpoint, write_whole
+from plumbing.files import find_run, read_manifest
 from plumbing.machine import autocast_to, describe_machine, join_group, pick_device
+from plumbing.pixels import load_image, resize_image
+from plumbing.ranks import together
+from tasks.evaluations import encode, place_of, require_room, write_evaluation
+from tasks.seen import find_seen, open_trained, training_records
+from tasks.stats import draw_units
+from tasks.vqa import question_only_answers, report, report_faults, score, shuffled_images
 
 QUESTIONS_PER_ROW = 32  # that share an image's keys and values; more of them start another row
-METRICS = ("BLEU-1", "exact match", "token F1", "closed accuracy", "open recall")
-TYPES_SHOWN = 10
-
-
-# ----------------------------------------------------------------------------- metrics
-
-def bleu1(prediction, reference):
-    """
-    Sentence BLEU-1 in 0..1 (Papineni et al. 2002, unigrams only, no smoothing).
-
-    >>> round(bleu1("lung", "left lung"), 3)  # precision 1, brevity penalty exp(1 - 2/1)
-    0.368
-    """
-    predicted, wanted = prediction.lower().split(), reference.lower().split()
-    if not predicted:
-        return 0.0
-    matches = sum((Counter(predicted) & Counter(wanted)).values())  # each word at most as often
-    brevity = min(1.0, math.exp(1 - len(wanted) / len(predicted)))
-    return brevity * matches / len(predicted)
-
-
-def exact_match(prediction, reference):
-    """1.0 where both are the same words, case aside."""
-    return float(prediction.lower().split() == reference.lower().split())
-
-
-def open_recall(prediction, reference):
-    """The share of the reference's words that the prediction has, each at most as often, in 0..1."""
-    predicted, wanted = Counter(prediction.lower().split()), Counter(reference.lower().split())
-    return (predicted & wanted).total() / max(wanted.total(), 1)
-
-
-def token_f1(prediction, reference):
-    """Harmonic mean of recall and precision over words, in 0..1 (Rajpurkar et al. 2016)."""
-    recall, precision = open_recall(prediction, reference), open_recall(reference, prediction)
-    return 2 * recall * precision / (recall + precision) if recall else 0.0
-
-
-def is_closed(reference):
-    return reference.lower().strip() in ("yes", "no")
-
-
-def score(record, prediction):
-    """
-    One answer's METRICS in percent, the best over all references that count as right; closed
-    accuracy of a yes/no question alone and open recall of any other, nan where it has none.
-    """
-    references = record.get("references") or [record["answer"]]
-    closed = all(map(is_closed, references))
-    functions = (bleu1, exact_match, token_f1, exact_match if closed else None,
-                 None if closed else open_recall)
-    return [100 * max(function(prediction, reference) for reference in references) if function
-            else math.nan for function in functions]
-
-
-def bootstrap(values, groups, resamples=1000, seed=0):
-    """
-    Means over resampled questions, (resamples, K), of (n, K) values, nan where one does not apply.
-
-    groups: (n,) the image of each question. Images are drawn, not questions: what is asked about one
-    image is right or wrong together, and intervals that overlook it are too narrow.
-    """
-    _, groups = np.unique(groups, return_inverse=True)
-    count = groups.max() + 1
-    sums, counts = np.zeros((2, count, values.shape[1]))
-    np.add.at(sums, groups, np.nan_to_num(values))
-    np.add.at(counts, groups, ~np.isnan(values))
-    generator, means = np.random.default_rng(seed), []
-    for _ in range(resamples):
-        drawn = np.bincount(generator.integers(count, size=count), minlength=count)
-        with np.errstate(invalid="ignore"):  # a resample may hold no closed question at all
-            means.append(drawn @ sums / (drawn @ counts))
-    return np.stack(means)
 
 
 # ----------------------------------------------------------------------------- answers
 
-def question_only_answers(train, test):
-    """
-    The most frequent training answer to the same question, else to questions with the same first
-    3, 2, 1 words, else to any. Looks at no image: what a score is worth without one.
-    """
-    def keys(question):
-        words = question.lower().split()
-        return [" ".join(words), *(" ".join(words[:n]) + " ..." for n in (3, 2, 1)), ""]
-
-    answers = defaultdict(Counter)
-    for record in train:
-        for key in keys(record["question"]):
-            answers[key][record["answer"].lower()] += 1
-    return [next(answers[key].most_common(1)[0][0] for key in keys(record["question"])
-                 if key in answers) for record in test]
-
-
-def shuffled_images(image_of, seed):
-    """For each question another image than its own, (n,): the images change places in a random cycle."""
-    images, index = np.unique(image_of[image_of >= 0], return_inverse=True)
-    order = np.random.default_rng(seed).permutation(len(images))
-    other = np.empty_like(order)
-    other[order] = np.roll(order, 1)
-    shown = image_of.copy()
-    shown[image_of >= 0] = images[other[index]]
-    return shown
-
-
 def answer(model, tokenizer, shard, shown, config):
     """
-    The model's answers to a shard's first n questions, as text, {row of the table: list of n}.
+    The model's answers to a shard's first n questions, as text, {row of the table: list of n}, and
+    whether each was cut, for it has config.max_new_tokens tokens: {row: list of n}.
 
     shown: {row: (n,) number of the image to show with each question, -1 for none}. A question is
     asked once a row, and all that is asked about an image, in whatever row, shares what it gives. Of
@@ -191,28 +95,34 @@ def answer(model, tokenizer, shard, shown, config):
             yield (shard.read_image(image) if image >= 0 else None,
                    [shard.read_tokens(number)[0].tolist() for _, number in asked])
 
-    given = []  # (row, number, answer)
+    def generate():
+        given = []  # (row, number, answer, whether it was cut)
+        with tqdm(total=sum(len(asked) for _, asked in groups), unit="question", leave=False,
+                  desc=shard.folder.parent.name, disable=rank > 0) as progress:
+            for group, replies in model.generate(inputs(), config.max_new_tokens, config.temperature,
+                                                 config.batch_size):
+                for (row, number), tokens in zip(groups[group][1], replies, strict=True):
+                    text, at_the_limit = tokenizer.decode(tokens), len(tokens) == config.max_new_tokens
+                    given.append((row, number, text, at_the_limit))
+                progress.update(len(replies))
+        return given
+
     torch.manual_seed(config.seed)
-    with tqdm(total=sum(len(asked) for _, asked in groups), unit="question", leave=False,
-              desc=shard.folder.parent.name, disable=rank > 0) as progress:
-        for group, replies in model.generate(inputs(), config.max_new_tokens, config.temperature,
-                                             config.batch_size):
-            for (row, number), tokens in zip(groups[group][1], replies, strict=True):
-                given.append((row, number, tokenizer.decode(tokens)))
-            progress.update(len(replies))
+    given = together(generate)
     parts = [given] * ranks
     if ranks > 1:
         dist.all_gather_object(parts, given)
     answers = {row: [""] * len(images) for row, images in shown.items()}
-    for row, number, text in itertools.chain(*parts):
-        answers[row][number] = text
-    return answers
+    cut = {row: [False] * len(images) for row, images in shown.items()}
+    for row, number, text, at_the_limit in itertools.chain(*parts):
+        answers[row][number], cut[row][number] = text, at_the_limit
+    return answers, cut
 
 
 def ask(model, tokenizer, question, image="", resize="squash", max_new_tokens=32, temperature=0.0):
     """
     The answer to one question, as text. image: path of an image file, "" for none; resize: how it is
-    made square, as the training images were (data.resize_image). Raises UserError when it is no image.
+    made square, as the training images were (plumbing.pixels.resize_image). Raises UserError when it is no image.
     """
     pixels = None
     if image:
@@ -226,209 +136,220 @@ def ask(model, tokenizer, question, image="", resize="squash", max_new_tokens=32
     return tokenizer.decode(tokens)
 
 
-def find_seen(test, records, trained, config):
+def open_run(name):
     """
-    For each record of a test split why it is not new to the run, "words", "image", "words and image"
-    or "" where it is; or the reason, as a str, why that is not known.
-
-    words: the question with its answer occurs in what was trained on. image: it was trained on, too,
-    the same or one alike, by the leaks.json beside the training split.
+    (folder, checkpoint, what is written down of its training, tokenizer) of a run or checkpoint. What the
+    checkpoint was sealed with counts more than config.json. Raises UserError where something is not right.
     """
-    def words_of(record):
-        return tuple(" ".join(record[part].lower().split()) for part in ("question", "answer"))
-
-    if config.split != "test":
-        return "training splits are compared with test splits alone"
-    words, images = set(), set()
-    for entry in trained["flags"]["data"].split(","):
-        folder = Path(config.shards_dir) / entry.partition(":")[0].strip() / "train"
-        if not folder.is_dir():
-            return f"{folder}, which the run was trained on, is not here"
-        train, guard = Shard(folder), trained.get("leaks", {}).get(folder.parent.name, {})
-        drop = guard.get("leaks") == "drop"
-        left_out = set(train.read_leaks()[1].tolist()) if drop else ()
-        words |= {words_of(record) for number, record in enumerate(train.read_records())
-                  if number not in left_out}
-        compared = drop and guard["tests"].get(f"{test.folder.parent.name}/test")
-        if compared != test.manifest["checksum"]:  # so that nothing was left out for this test's sake
-            images |= set(train.read_leaked_images(test).tolist())
-    return [" and ".join(["words"] * (words_of(record) in words) + ["image"] * (int(image) in images))
-            for record, image in zip(records, test.samples["image"])]
+    folder, checkpoint = find_run(name)
+    sealed = read_manifest(checkpoint)
+    if sealed is None:
+        raise UserError(f"{checkpoint}: whole a moment ago, now not to be read; see to the disk")
+    trained, tokenizer = read_settings(folder / "config.json") | sealed, Tokenizer(folder / "tokenizer.model")
+    if trained.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
+        raise UserError(f"{tokenizer.path}: not the one that the run was trained with; bring that back")
+    return folder, checkpoint, trained, tokenizer
 
 
-# ----------------------------------------------------------------------------- tables
+def answer_one(config):
+    """The answer to --question, about --image where one is named. Raises UserError for a bad one."""
+    if not config.question.strip():
+        raise UserError("--image: give a --question about it, too")
+    folder, checkpoint, trained, tokenizer = open_run(config.run)
+    length, room = len(tokenizer.encode(format_prompt(config.question))), trained["flags"]["row_length"]
+    if length > room:
+        raise UserError(f"--question: {length:,} tokens; this model was trained on rows of {room:,}, so ask "
+                        "a shorter one")
+    if config.image and not Path(config.image).is_file():
+        what = "a folder" if Path(config.image).is_dir() else "no such file"
+        raise UserError(f"--image={config.image}: {what}; name one image file")
+    device, dtype = pick_device(config.device, config.dtype)
+    model = VLM.load(checkpoint, dtype, device).eval()
+    torch.manual_seed(config.seed)
+    with autocast_to(device, dtype):
+        return ask(model, tokenizer, config.question, config.image, trained.get("resize", "squash"),
+                   config.max_new_tokens, config.temperature)
 
-def summarise(scores, images, seed):
+
+# ----------------------------------------------------------------------------- which questions
+
+def name_datasets(config):
+    """The datasets of --data, or else all that have the split. UserError for a weight and a missing split."""
+    shards_dir = Path(config.shards_dir)
+    if not config.data:
+        return sorted(folder.parent.name for folder in shards_dir.glob(f"[!.]*/{config.split}"))
+    names = [name.strip() for name in config.data.split(",")]
+    for name in names:
+        if not name or ":" in name:
+            raise UserError(f"--data={config.data}: names with commas between, without weights")
+        there = sorted(path.parent.name for path in shards_dir.glob(f"{name}/[!.]*/manifest.json"))
+        if there and config.split not in there:
+            raise UserError(f"--split={config.split}: {shards_dir / name} has no such split; it has "
+                            f"{', '.join(there)}")
+    return names
+
+
+def find_misfit(shard, tokenizer, resize):
+    """Why a run of this tokenizer and resize cannot be asked a shard's questions, and what to run; or ""."""
+    here = shard.manifest["image"]["resize"]
+    mend = f"run `python prepare/all.py --only={shard.folder.parent.name}"
+    if shard.manifest["tokenizer_sha256"] != tokenizer.sha256:
+        return f"made with another tokenizer than the run; {mend} --tokenizer={tokenizer.path}`"
+    if resize and here != resize and len(shard.image_index):
+        return f"images made by --resize={here}, the run's by --resize={resize}; {mend} --resize={resize}`"
+    return ""
+
+
+def open_shards(config, tokenizer, resize=""):
     """
-    {row: {metric: [mean, low, high]}} of {row: (n, 5) scores}: means over the questions with 95%
-    intervals, None where there is none. "model" and "image shuffled" are joined by a row of their
-    difference, question by question.
+    The splits that --data names, or else all that ask about images in this tokenizer's tokens and, where
+    `resize` is given, whose images were made square that way.
     """
-    rows = dict(scores)
-    if {"model", "image shuffled"} <= rows.keys():
-        rows["the image adds"] = rows["model"] - rows["image shuffled"]
-    values = np.concatenate(list(rows.values()), axis=1)  # (n, rows * 5)
-    with np.errstate(invalid="ignore"):
-        means = np.nansum(values, axis=0) / (~np.isnan(values)).sum(axis=0)
-    interval = np.percentile(bootstrap(values, images, seed=seed), (2.5, 97.5), axis=0)
-    cells = iter([None if math.isnan(number) else number for number in cell]
-                 for cell in np.stack([means, *interval], axis=1).tolist())
-    return {row: {metric: next(cells) for metric in METRICS} for row in rows}
-
-
-def print_cells(label, cells):
-    """One line of a table, each cell a text or [mean, low, high]."""
-    def number(value):
-        return "100" if value >= 99.95 else f"{value:.1f}"
-
-    texts = [cell if isinstance(cell, str) else "-" if None in cell else
-             "{} [{} {}]".format(*map(number, cell)) for cell in cells]
-    print(f"{label[:16]:16}" + "".join(f"{text:>17}" for text in texts))
-
-
-def report(name, scores, images, types, seen, seed):
-    """
-    Print a dataset's tables: all questions, those that are new to the run, BLEU-1 by question type.
-    Returns the same as a dict. scores: {row: (n, 5)}; seen: what find_seen gives.
-    """
-    new = np.array([not reason for reason in seen]) if isinstance(seen, list) else None
-    tables = {}
-    print(f"\n{name}: {len(images):,} questions about {len(np.unique(images)):,} images; percent, with "
-          "95% intervals over images")
-    for title, chosen in (("all", np.full(len(images), True)), ("new", new)):
-        if chosen is None or not chosen.any():
-            tables[title] = seen if chosen is None else "every question's words or image were trained on"
-            print(f"questions new to the run: {'not known, ' * (chosen is None)}{tables[title]}")
-            continue
-        part = {row: values[chosen] for row, values in scores.items()}
-        closed, opened = (~np.isnan(next(iter(part.values()))[:, 3:])).sum(axis=0).tolist()
-        if title == "new":
-            print(f"{chosen.sum():,} of them new to the run, in words and image:")
-        print_cells("", (*METRICS[:3], f"closed ({closed:,})", f"open ({opened:,})"))
-        tables[title] = {"questions": int(chosen.sum()), "closed": closed, "open": opened,
-                         "rows": summarise(part, images[chosen], seed)}
-        for row, cells in tables[title]["rows"].items():
-            print_cells(row, cells.values())
-    tables["types"] = {}
-    for kind, questions in Counter(types).most_common():
-        chosen = np.array([one == kind for one in types])
-        rows = summarise({row: values[chosen] for row, values in scores.items()}, images[chosen], seed)
-        tables["types"][kind] = {"questions": questions, "rows": rows}
-    if len(tables["types"]) > 1:
-        print_cells("BLEU-1 by type", ("questions", *rows))
-        for kind, table in list(tables["types"].items())[:TYPES_SHOWN]:
-            print_cells(kind or "none", (f"{table['questions']:,}",
-                                         *(cells["BLEU-1"] for cells in table["rows"].values())))
-        if (more := len(tables["types"]) - TYPES_SHOWN) > 0:
-            print(f"and {more} rarer types, in results.json")
-    return tables
-
-
-# ----------------------------------------------------------------------------- one run
-
-def newest_run():
-    runs = sorted(Path("out").glob("*/step_*[0-9]"), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        raise UserError("no run in out/; run `python train_vlm.py`")
-    return runs[-1].parent
-
-
-def open_shards(config, tokenizer):
-    """The splits that --data names, or else all that ask about images in this tokenizer's tokens."""
-    names = [name.strip() for name in config.data.split(",")] if config.data else sorted(
-        folder.parent.name for folder in Path(config.shards_dir).glob(f"[!.]*/{config.split}"))
     shards, left_out = [], []
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys(name_datasets(config)):
         shard = Shard(Path(config.shards_dir) / name / config.split)
-        other_tokens = shard.manifest["tokenizer_sha256"] != tokenizer.sha256
+        misfit = find_misfit(shard, tokenizer, resize)
         if config.data:
             shard.require_questions()
-            if other_tokens:
-                raise UserError(f"{shard.folder}: made with another tokenizer than the run; run `python "
-                                f"prepare/all.py --only={name} --tokenizer={tokenizer.path}`")
+            if misfit:
+                raise UserError(f"{shard.folder}: {misfit}")
         elif shard.manifest["kind"] != "image questions" or not len(shard):
             continue
-        elif other_tokens:
-            left_out.append(name)
+        elif misfit:
+            left_out.append(f"{shard.folder}, {misfit}")
             continue
         shards.append(shard)
-    mend = f"run `python prepare/all.py --only={','.join(left_out) or 'path_vqa'} " \
-           f"--tokenizer={tokenizer.path}`"
-    made = f"made with another tokenizer than the run ({', '.join(left_out)})"
     if not shards:
-        raise UserError(f"{config.shards_dir}: no {config.split} split of questions about images"
-                        f"{f', but those {made}' if left_out else ''}; {mend}")
-    if left_out:
-        print(f"not answered: those {made}; for them, {mend}")
+        but = f", but {left_out[0]}" if left_out else "; run `python prepare/all.py --only=path_vqa " \
+            f"--tokenizer={tokenizer.path}`"
+        raise UserError(f"{config.shards_dir}: no {config.split} split of questions about images{but}")
+    for why in left_out:
+        print(f"not answered: {why}")
     return shards
 
 
-def main(config):
-    if config.image and not config.question:
-        raise UserError("--image: give a --question about it, too")
-    folder = Path(config.run) if config.run else newest_run()
-    checkpoint = newest_checkpoint(folder)
-    trained = json.loads((folder / "config.json").read_text())
-    tokenizer = Tokenizer(folder / "tokenizer.model")
-    device, dtype = pick_device(config.device, config.dtype)
-    if config.question:
-        model = VLM.load(checkpoint, dtype, device).eval()
-        torch.manual_seed(config.seed)
-        with autocast_to(device, dtype):
-            return print(ask(model, tokenizer, config.question, config.image, trained.get("resize", "squash"),
-                             config.max_new_tokens, config.temperature))
-    shards = open_shards(config, tokenizer)
-    rank, _, device = join_group(device)
+# ----------------------------------------------------------------------------- one evaluation
+
+def name_evaluation(checkpoint, shard, config):
+    """The name of its folder: checkpoint, dataset, split, and each flag that is not as usual."""
+    words = {"limit": "first_{}", "blind": "blind_{}", "max_new_tokens": "{}_tokens",
+             "temperature": "temperature_{}", "seed": "seed_{}", "dtype": "{}"}
+    return "_".join([checkpoint.name, shard.folder.parent.name, shard.folder.name, *(
+        word.format(getattr(config, flag)) for flag, word in words.items()
+        if getattr(config, flag) != getattr(Config, flag))])
+
+
+def list_facts(checkpoint, shard, splits, config, device, dtype):
+    """What an evaluation's numbers stand on, as a dict: two of the same have the same results."""
+    flags = ["limit", "blind", "max_new_tokens", "temperature", "seed"]
+    flags += ["batch_size"] * (config.temperature > 0)
+    return {"checkpoint": read_manifest(checkpoint)["checksum"], "data": shard.manifest["checksum"],
+            "trained": splits if isinstance(splits, str) else {
+                name: train.manifest["checksum"] for name, (train, _) in splits.items()},
+            "flags": {flag: getattr(config, flag) for flag in flags},
+            "device": device.type, "dtype": str(dtype)}
+
+
+def show_images(shard, count, config):
+    """{row of the table: (count,) number of the image that is shown with each question, -1 for none}."""
+    images = shard.samples["image"][:count].astype(np.int64)
+    shown = {} if config.blind == "shuffle" else {"model": images}
+    if config.blind != "none" and len(np.unique(images[images >= 0])) > 1:
+        shown["image shuffled"] = shuffled_images(images, config.seed)
+    if not shown:
+        raise UserError(f"--blind=shuffle: {shard.folder} has no two images to exchange; leave --blind "
+                        "out, or name other --data")
+    return shown
+
+
+def require_answerable(shards, out, config):
+    """Raise UserError where the lines of all answers do not fit into their place, were all answers empty."""
+    needed = 0
+    for shard in shards:
+        records = shard.read_records()[:config.limit or None]
+        rows = len(show_images(shard, len(records), config)) + 1
+        needed += rows * len(encode({"dataset": shard.folder.parent.name, **record, "prediction": ""}
+                                    for record in records))
+    require_room(out, needed)
+
+
+def conclude(shard, shown, answers, cut, splits, trained, config):
+    """
+    Score the answers to a shard's first questions and print the tables. Returns them as a dict, and
+    {row: lines for its file of answers}.
+    """
+    name = f"{shard.folder.parent.name}/{shard.folder.name}"
+    count = len(next(iter(answers.values())))
+    records, images = shard.read_records()[:count], shard.samples["image"][:count].astype(np.int64)
+    why = splits if isinstance(splits, str) else ""
+    if not why:
+        train = training_records(splits, shard.folder.parent.name)
+        answers["question only"] = question_only_answers(train, records)
+    scores = {row: np.array([score(*pair) for pair in zip(records, replies, strict=True)])
+              for row, replies in answers.items()}
+    seen = find_seen(shard, records, splits, trained)
+    unit, units = draw_units(images, [record.get("group", "") for record in records])
+    types = [record["type"] for record in records]
+    tables = report(name, scores, images, types, seen, config.seed, unit, units)
+    tables["answers"] = report_faults(answers, cut, config.max_new_tokens)
+    if why:
+        print(f"no row of question only: {why}")
+    lines, first_name = defaultdict(list), dict(zip(reversed(images.tolist()), reversed(records)))
+    for number, record in enumerate(records):  # one name for each image
+        about = {"image": first_name[images[number]]["image"]} if images[number] >= 0 else {}
+        about |= {"seen": seen[number]} if isinstance(seen, list) else {}
+        for row, replies in answers.items():
+            end = {"cut": True} if row in cut and cut[row][number] else {}
+            lines[row].append({"dataset": name, **record, **about, "prediction": replies[number], **end})
+    return {name: tables | {"manifest": shard.manifest["checksum"]}}, lines
+
+
+def open_all(config):
+    """(checkpoint, what its run wrote down, tokenizer, shards to answer, what it was trained on, place)."""
+    folder, checkpoint, trained, tokenizer = open_run(config.run)
+    shards = open_shards(config, tokenizer, trained.get("resize", ""))
+    out = Path(config.out) if config.out else folder / "eval"
+    require_answerable(shards, out, config)
+    return checkpoint, trained, tokenizer, shards, open_trained(trained, config.shards_dir), out
+
+
+def load(checkpoint, shards, device, dtype):
+    """The model of a checkpoint. Raises UserError where it reads images of another size than the shards'."""
     model = VLM.load(checkpoint, dtype, device).eval()
     for shard in shards:
         shard.require_image_size(model.vision.config.image_size)
+    return model
+
+
+def main(config):
+    if config.question or config.image:
+        return print(answer_one(config))
+    device, dtype = pick_device(config.device, config.dtype)
+    rank, _, device = join_group(device)
+    checkpoint, trained, tokenizer, shards, splits, out = together(lambda: open_all(config))
+    model = together(lambda: load(checkpoint, shards, device, dtype))
     print(f"{checkpoint} on {device}, {dtype}")
 
-    results, lines = {}, defaultdict(list)  # lines: row of the table -> its answers
+    def finish(shard, shown, answers, cut, seconds):
+        results, lines = conclude(shard, shown, answers, cut, splits, trained, config)
+        asked = sum(map(len, shown.values()))
+        print(f"{asked:,} answers in {seconds:.1f} s, {asked / seconds:.0f} a second")
+        facts = list_facts(checkpoint, shard, splits, config, device, dtype)
+        folder = place_of(out, name_evaluation(checkpoint, shard, config), facts)
+        write_evaluation(folder, {
+            "checkpoint": checkpoint.name, "stands_on": facts, "flags": asdict(config), "seconds": seconds,
+            "machine": describe_machine(device), "results": results, "training": {
+                name: fact for name, fact in trained.items()
+                if name not in ("files", "checksum", "name")}}, lines)
+        print(f"scores in {folder}/results.json, answers in predictions*.jsonl beside it")
+
     for shard in shards:
-        name = f"{shard.folder.parent.name}/{config.split}"
-        records = shard.read_records()[:config.limit or None]
-        images = shard.samples["image"][:len(records)].astype(np.int64)
-        seen = find_seen(shard, records, trained, config)
-        shown = {} if config.blind == "shuffle" else {"model": images}
-        if config.blind != "none" and len(np.unique(images[images >= 0])) > 1:
-            shown["image shuffled"] = shuffled_images(images, config.seed)
+        shown = show_images(shard, min(config.limit or len(shard), len(shard)), config)
         begin = time.perf_counter()
         with autocast_to(device, dtype):
-            answers = answer(model, tokenizer, shard, shown, config)
+            answers, cut = answer(model, tokenizer, shard, shown, config)
         seconds = time.perf_counter() - begin
-        if rank:
-            continue
-        if (train := shard.folder.parent / "train").is_dir():
-            answers["question only"] = question_only_answers(Shard(train).read_records(), records)
-        scores = {row: np.array([score(*pair) for pair in zip(records, replies, strict=True)])
-                  for row, replies in answers.items()}
-        # A question about no image is a group of its own
-        groups = np.where(images >= 0, images, -1 - np.arange(len(images)))
-        tables = report(name, scores, groups, [record["type"] for record in records], seen, config.seed)
-        asked = len(records) * len(shown)
-        print(f"{asked:,} answers in {seconds:.1f} s, {asked / seconds:.0f} a second"
-              + ("" if train.is_dir() else f"; no row of question only: {train} is not here"))
-        results[name] = {"seconds": seconds, "manifest": shard.manifest["checksum"], **tables}
-        first_name = dict(zip(reversed(images.tolist()), reversed(records)))  # one name for each image
-        for number, record in enumerate(records):
-            about = {"image": first_name[images[number]]["image"]} if images[number] >= 0 else {}
-            about |= {"seen": seen[number]} if isinstance(seen, list) else {}
-            for row, replies in answers.items():
-                lines[row].append({"dataset": name, **record, **about, "prediction": replies[number]})
-    if rank:
-        return
-    for path in folder.glob("predictions*.jsonl"):  # of an evaluation with other flags, perhaps
-        path.unlink()
-    for row in lines:
-        path = folder / ("predictions.jsonl" if row == "model" else
-                         f"predictions_{row.replace(' ', '_')}.jsonl")
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines[row])
-        write_whole(path, text.encode())
-    write_whole(folder / "results.json", (json.dumps(
-        {"checkpoint": checkpoint.name, "flags": asdict(config), "machine": describe_machine(device),
-         "training": trained, "results": results}, indent=2) + "\n").encode())
-    print(f"\nanswers in {folder}/predictions*.jsonl, scores in {folder}/results.json")
+        together(lambda: rank or finish(shard, shown, answers, cut, seconds))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from extras.progress import Progress, tell
 from model import VLM, Linear
 from plumbing.flags import Count, Device, UserError, Whole, parse_command_line, run
 from plumbing.machine import autocast_to, describe_machine, pick_device
+from tasks.vqa import shuffled_images
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def main(config):
     shard.require_image_size(model.vision.config.image_size)
     count = min(config.limit or len(shard), len(shard))
     images = shard.samples["image"][:count].astype(np.int64)
-    other = eval_vqa.shuffled_images(images, 0)
+    other = shuffled_images(images, 0)
     settings = eval_vqa.Config(batch_size=config.batch_size, max_new_tokens=config.new_tokens)
     peer = make_peer(model) if config.peer else None
 
@@ -172,9 +173,9 @@ def main(config):
     flops, bandwidth = measure_limits(device, dtype)
     print(f"{count:,} questions about {len(np.unique(images)):,} images of {config.data}, {dtype}; a "
           f"matrix product runs at {flops / 1e12:.2f} TFLOP/s, a copy at {bandwidth / 1e9:.0f} GB/s")
-    ways = {"ours": lambda: eval_vqa.answer(model, tokenizer, shard, {"model": images}, settings),
+    ways = {"ours": lambda: eval_vqa.answer(model, tokenizer, shard, {"model": images}, settings)[0],
             "ours, with a second image": lambda: eval_vqa.answer(
-                model, tokenizer, shard, {"model": images, "image shuffled": other}, settings)}
+                model, tokenizer, shard, {"model": images, "image shuffled": other}, settings)[0]}
     if peer:
         ways["transformers' generate"] = lambda: {"model": [
             tokenizer.decode(reply) for reply in answer_by_peer(model, peer, shard, count, config)]}

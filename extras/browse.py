@@ -3,10 +3,11 @@ Write one page to look at a model's answers: each image, its questions, and what
 
     python extras/browse.py --run=out/path_vqa
 
-needs what `python eval_vqa.py` wrote into the run's folder, and the prepared data for the images. The
-page is a single file that any browser opens and that loads nothing. It filters by right and wrong,
-dataset, type and words, and by whether the image helped. It contains the images: pass it on only where
-you may pass on the data. How it looks and works is in extras/browse.html.
+needs an evaluation by `python eval_vqa.py`, and the prepared data for the images; of several it shows
+the newest of each dataset, and one alone where --run is its folder. The page is a single file that any
+browser opens and that loads nothing. It filters by right and wrong, dataset, type and words, and by
+whether the image helped. It contains the images: pass it on only where you may pass on the data. How it
+looks and works is in extras/browse.html.
 """
 
 import sys
@@ -24,8 +25,9 @@ from dataclasses import dataclass
 from PIL import Image
 
 from data import Shard
-from eval_vqa import bleu1, exact_match
 from plumbing.flags import UserError, parse_command_line, run
+from tasks.evaluations import choose_evaluations, file_of, find_evaluations, read_predictions
+from tasks.vqa import bleu1, exact_match
 
 SIZE, QUALITY = 224, 80  # of the images: pixels of the longer side at most, and of the JPEG
 FIELDS = ("id", "dataset", "image", "question", "answer", "prediction", "type")
@@ -34,20 +36,13 @@ BLIND = ("image shuffled", "question only")  # rows of eval_vqa.py's table besid
 
 @dataclass(frozen=True)
 class Config:
-    run: str = ""  # folder with predictions.jsonl; none: the newest in out/ that has one
+    run: str = ""  # folder of a run, or of one evaluation; none: the run in out/ that was evaluated last
     shards_dir: str = "shards"  # where prepare/all.py put the images
     limit: int = 0  # only the first so many questions; 0: all
     out: str = ""  # the page; none: answers.html in the run's folder
 
 
 # ----------------------------------------------------------------------------- what was answered
-
-def newest_answers():
-    found = sorted(Path("out").glob("*/predictions.jsonl"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise UserError("no predictions.jsonl in a run of out/; make one with `python eval_vqa.py`")
-    return found[-1].parent
-
 
 def what_is_wrong(text):
     """With a line of a file of answers; "" where nothing is."""
@@ -70,10 +65,8 @@ def what_is_wrong(text):
 
 def read_lines(path):
     """{(dataset, id): line} of a file that eval_vqa.py wrote, in its order."""
-    again, lines = f"write it with `python eval_vqa.py --run={path.parent}`", {}
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; {again}")
-    for number, text in enumerate(path.read_bytes().splitlines(), start=1):
+    again, lines = "write it with `python eval_vqa.py`", {}
+    for number, text in enumerate(read_predictions(path).splitlines(), start=1):
         if wrong := what_is_wrong(text):
             raise UserError(f"{path}: line {number}: {wrong}; {again}")
         line = json.loads(text)
@@ -103,8 +96,27 @@ def read_blind(path, lines):
     wanted = {key: line for key, line in lines.items() if key[0] in datasets}
     if odd := sorted(asked(blind) ^ asked(wanted)):
         raise UserError(f"{path}: other questions than in predictions.jsonl, {some(odd)}; write both "
-                        f"with `python eval_vqa.py --run={path.parent}`, or delete it")
+                        "with `python eval_vqa.py`, or delete it")
     return blind
+
+
+def find_folders(place):
+    """Those of the newest evaluation of each dataset; or a folder of answers alone, perhaps not ours."""
+    if place and not find_evaluations(place) and (Path(place) / "predictions.jsonl").exists():
+        return [Path(place)]
+    return [folder for folder, _ in choose_evaluations(place).values()]
+
+
+def read_rows(folders):
+    """{row of the table: {(dataset, id): line}} of evaluations, the model's first."""
+    rows = {"model": {}}
+    for folder in folders:
+        lines = read_lines(folder / file_of("model"))
+        rows["model"] |= lines
+        for row in BLIND:
+            if (folder / file_of(row)).exists():
+                rows.setdefault(row, {}).update(read_blind(folder / file_of(row), lines))
+    return {row: rows[row] for row in ("model", *BLIND) if row in rows}
 
 
 def find_samples(lines, shards_dir, folder):
@@ -157,11 +169,10 @@ def fill_in(template, content):
 def main(config):
     if config.limit < 0:
         raise UserError(f"--limit={config.limit}: 0 or more")
-    folder = Path(config.run) if config.run else newest_answers()
-    lines = read_lines(folder / "predictions.jsonl")
-    paths = {row: folder / f"predictions_{row.replace(' ', '_')}.jsonl" for row in BLIND}
-    rows = {"model": lines}
-    rows |= {row: read_blind(path, lines) for row, path in paths.items() if path.exists()}
+    folders = find_folders(config.run)
+    folder = Path(config.run) if config.run else folders[0].parent.parent  # the run
+    rows = read_rows(folders)
+    lines = rows["model"]
     samples = find_samples(lines, config.shards_dir, folder)
 
     images, questions = {}, []  # images: (dataset, number) -> (place, base64)

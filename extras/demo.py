@@ -35,7 +35,7 @@ import eval_vqa
 import train_cls
 from data import BOS, EOS, Tokenizer, format_prompt, read_settings
 from model import VLM, Cache
-from plumbing.files import newest_checkpoint
+from plumbing.files import find_run
 from plumbing.flags import Device, Range, UserError, parse_command_line, run
 from plumbing.machine import autocast_to, pick_device
 from plumbing.pixels import TOO_LARGE, Unreadable, load_image, resize_image
@@ -209,8 +209,8 @@ def heat_map(image, looked):
 
 def load(config):
     """What all sessions share and none changes. There may be no examples and no classifier."""
-    folder = Path(config.run) if config.run else eval_vqa.newest_run()
-    checkpoint, tokenizer = newest_checkpoint(folder), Tokenizer(folder / "tokenizer.model")
+    folder, checkpoint = find_run(config.run)
+    tokenizer = Tokenizer(folder / "tokenizer.model")
     device, dtype = pick_device(config.device, "auto")
     model = VLM.load(checkpoint, dtype, device).eval()
     print(f"demo.py: {checkpoint} answers, on {device}", flush=True)
@@ -461,7 +461,7 @@ def main(config):
             return show_page(config)
         except UserError as error:
             return st.error(str(error))
-    newest_checkpoint(Path(config.run) if config.run else eval_vqa.newest_run())  # say now what is wrong
+    find_run(config.run)  # say now what is wrong
     settings = {**server_settings(config), "server.port": config.port, "server.headless": True,
                 "server.fileWatcherType": "none", "client.toolbarMode": "minimal", "theme.base": "light",
                 "theme.primaryColor": "#0b5c7a", "theme.secondaryBackgroundColor": "#f2f6f8"}

@@ -34,16 +34,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import eval_vqa
 import train_vlm
 from data import BOS, EOS, Tokenizer, read_settings
-from eval_vqa import METRICS, newest_run
 from model import (ADAPTERS, CLIP_MEAN, CLIP_STD, VLM, ViT, metadata_of, read_metadata, read_tensor,
                    tensor_shapes, tensors_of)
-from plumbing.files import (newest_checkpoint, read_manifest, require_writable, seal, sync,
-                            write_manifest)
+from plumbing.files import find_run, read_manifest, require_writable, seal, sync, write_manifest
 from plumbing.flags import Range, UserError, parse_command_line, run
 from prepare.datasets import DATASETS
 from prepare.weights import WEIGHTS
+from tasks.evaluations import find_evaluations, read_evaluation
+from tasks.vqa import METRICS, cell_text
 
 SOURCE = "exported_from.json"  # in each folder: which checkpoint it is of
 
@@ -413,29 +414,31 @@ def training_rows(told):
 
 
 def describe_results(run, checkpoint):
-    """The tables of results.json as Markdown, or why there are none."""
-    found = read_settings(run / "results.json") if (run / "results.json").is_file() else {}
-    if found.get("checkpoint") != checkpoint.name:
+    """The tables of all evaluations of a run's checkpoint as Markdown, or why there are none."""
+    manifest = read_manifest(checkpoint)
+    found = [results for results in map(read_evaluation, sorted(find_evaluations(run)))
+             if results["stands_on"]["checkpoint"] == manifest["checksum"]]
+    if not found:
         return f"Unknown: eval_vqa.py has not evaluated {checkpoint.name}."
-    limit, machine = found["flags"]["limit"], found["machine"]
-    lines = ["Percent, with 95% intervals over images, by eval_vqa.py at commit "
-             f"{machine['commit'] or 'unknown'} on {machine['device'].strip()}"
-             f"{f', from the first {limit:,} questions alone' if limit else ''}.",
+    machine = found[0]["machine"]
+    lines = ["Percent, with 95% intervals by resampling, by eval_vqa.py at commit "
+             f"{machine['commit'] or 'unknown'} on {machine['device'].strip()}.",
              "*image shuffled* is this model with the images exchanged among the questions,",
              "*question only* the most frequent training answer to the same words. Neither sees the",
              "right image: a score is worth what it has above them."]
-    for name, tables in found["results"].items():
-        name = name if is_public(name.partition("/")[0]) else "a private dataset"
+    for results in found:
+        flags = [f"--{flag}={value}" for flag, value in results["stands_on"]["flags"].items()
+                 if value != getattr(eval_vqa.Config, flag)]
+        ((name, tables),) = results["results"].items()
+        name = " ".join([name if is_public(name.partition("/")[0]) else "a private dataset", *flags])
         for title, table in (("all questions", tables["all"]), ("those new to the run", tables["new"])):
             if isinstance(table, str):  # the reason names places and data
                 lines += ["", f"{name}, {title}: not known"]
                 continue
-            lines += ["", f"| {name}, {title}: {table['questions']:,} | {' | '.join(METRICS)} |",
-                      "|---|" + "--:|" * len(METRICS)]
+            lines += ["", f"| {name}, {title}: {table['questions']:,}, over {tables['drawn']} | "
+                      f"{' | '.join(METRICS)} |", "|---|" + "--:|" * len(METRICS)]
             for row, cells in table["rows"].items():
-                texts = ["-" if None in cell else "{:.1f} [{:.1f} {:.1f}]".format(*cell)
-                         for cell in map(cells.get, METRICS)]
-                lines.append(f"| {row} | {' | '.join(texts)} |")
+                lines.append(f"| {row} | {' | '.join(cell_text(cells[metric]) for metric in METRICS)} |")
     return "\n".join(lines)
 
 
@@ -505,8 +508,7 @@ def choose_parts(config, run, lora):
 
 
 def main(config):
-    run = Path(config.run) if config.run else newest_run()
-    checkpoint = newest_checkpoint(run)
+    run, checkpoint = find_run(config.run)
     sealed = read_manifest(checkpoint)
     before = look(checkpoint, sealed)
     require_same(checkpoint, sealed, before)

@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data import Batch, Mixture, Shard, Tokenizer, format_prompt
-from eval_vqa import bleu1
 from model import VLM, normalise
+from plumbing.files import find_run
 from plumbing.flags import UserError, Whole, parse_command_line, run
 from plumbing.pixels import FORMATS
 from prepare.datasets import DATASETS
+from tasks.vqa import bleu1
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def find_record(name, config):
 
 def main(config):
     shard = Shard(Path(config.shards_dir) / config.data / config.split)
-    tokenizer = Tokenizer(Path(config.run) / "tokenizer.model")
+    folder, checkpoint = find_run(config.run)
+    tokenizer = Tokenizer(folder / "tokenizer.model")
     require_sample(shard, tokenizer, config)
     words, sample = shard.read_records()[config.number], shard.samples[config.number]
     record = find_record(words["id"], config)
@@ -84,7 +86,7 @@ def main(config):
           f"{shard.manifest['image']['codec']}")
     print(f"Shard.read_image {pixels.shape} {pixels.dtype}, mean {pixels.mean():.1f}")
 
-    model = VLM.from_run(config.run).eval()
+    model = VLM.load(checkpoint).eval()
     shard.require_image_size(model.vision.config.image_size)
     N = model.vision.config.tokens
     mixture = Mixture([shard], N, batch_size=1, row_length=1 + N + len(prompt) + len(answer))

@@ -1,9 +1,9 @@
 """
 Score the same answers on every scale that is in use for medical VQA.
 
-    python extras/scales.py out/x/predictions.jsonl
+    python extras/scales.py out/x                                 a run that eval_vqa.py has evaluated
     python extras/scales.py answers.jsonl --data=path_vqa         a file of id and prediction suffices
-    python extras/scales.py out/x/predictions.jsonl out/y/predictions.jsonl          two runs compared
+    python extras/scales.py out/x out/y                           two runs compared, or two files
 
 "BLEU-1" is not one number: the same answers score 31 or 69 on PathVQA, as one published script or
 another counts. So each scale stands here by the name of who uses it, with a 95% bootstrap interval
@@ -11,10 +11,11 @@ over images, with what a perfect system scores (the first reference of every que
 answer), and with the published results that were computed on it.
 
 Input: one JSON object a line, as eval_vqa.py writes them: id, prediction, answer; optional dataset,
-image, question and references, a list of all that counts as right. A mean over questions takes
-each question's best score over its references. A corpus scale adds up counts, and takes those of
-the reference with the best sentence BLEU-1, the first of equals. (NLTK and sacrebleu, given several
-references, clip each word by all of them together, which is more lenient.)
+image, group, question and references, a list of all that counts as right. A folder stands for the newest
+evaluation of each dataset in it. A group is a patient: where all lines have one, patients are resampled.
+A mean over questions takes each question's best score over its references. A corpus scale adds up
+counts, and takes those of the reference with the best sentence BLEU-1, the first of equals. (NLTK and
+sacrebleu, given several references, clip each word by all of them together, which is more lenient.)
 
 Left out: what a language model judges; what needs a fixed list of answers; the search of MedEvalKit
 for an answer in a long text; the 120 contractions of the VQA normaliser ("dont" for "don't").
@@ -38,9 +39,11 @@ from typing import NamedTuple
 import numpy as np
 
 from data import Shard
-from eval_vqa import bleu1, bootstrap, exact_match, is_closed, open_recall, token_f1
-from plumbing.flags import Count, UserError, run
+from plumbing.flags import Count, UserError, parse_command_line, run
 from prepare.questions import references
+from tasks.evaluations import choose_evaluations, read_predictions
+from tasks.stats import bootstrap
+from tasks.vqa import MANY_LACKING, bleu1, exact_match, is_closed, open_recall, token_f1
 
 
 @dataclass(frozen=True)
@@ -352,7 +355,7 @@ def find_problem(line, config):
     for name in ("id", "prediction") if config.data else ("id", "prediction", "answer"):
         if name not in line:
             return f"have no {name}"
-    for name in ("id", "prediction", "answer", "dataset", "image", "question"):
+    for name in ("id", "prediction", "answer", "dataset", "image", "group", "question"):
         if not isinstance(line.get(name, ""), (str, int) if name == "id" else str):
             return f"have another {name} than text"
     accepted = line.get("references") or []
@@ -364,10 +367,9 @@ def find_problem(line, config):
 
 def read_answers(path, config):
     """The lines of a file by (dataset, id), each with its references."""
-    try:
-        rows = Path(path).read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; name a predictions.jsonl") from None
+    files = [folder / "predictions.jsonl" for folder, _ in choose_evaluations(path).values()] if \
+        Path(path).is_dir() else [path]
+    rows = [row for file in files for row in read_predictions(file).splitlines()]
     name = f"{config.data}/{config.split}" if config.data else ""
     found, problems, again = {}, defaultdict(list), []
     for number, row in enumerate(rows, start=1):
@@ -458,9 +460,10 @@ def summarise(values, groups, config):
 
 
 def group_lines(lines):
-    """The number of each line's image, or its own where not all have an image; and the unit."""
-    unit = "image" if all(line.get("image") for line in lines) else "id"
-    return np.unique([line[unit] for line in lines], return_inverse=True)[1], unit
+    """The number of each line's patient, else image, else its own, where all lines have one; and the unit."""
+    unit = next((name for name in ("group", "image") if all(line.get(name) for line in lines)), "id")
+    return np.unique([line[unit] for line in lines], return_inverse=True)[1], \
+        "patient" if unit == "group" else unit
 
 
 # ----------------------------------------------------------------------------- tables
@@ -468,6 +471,13 @@ def group_lines(lines):
 def interval(drawn):
     low, high = np.nanquantile(drawn, (0.025, 0.975))
     return f"[{low:.1f}, {high:.1f}]"
+
+
+def print_lacking(drawn):
+    """Say which intervals rest on part of the (R, scales) resamples alone, for want of such questions."""
+    for scale, share in zip(SCALES, np.isnan(drawn).mean(axis=0)):
+        if MANY_LACKING < share < 1:
+            print(f"{scale.name}: {share:.0%} of the resamples hold no such question; a rough interval")
 
 
 def print_head(name, lines, empty, groups, unit):
@@ -490,6 +500,7 @@ def print_scales(name, lines, config):
                   f"{perfect[number]:8.1f}   {scale.used_by}".rstrip())
         for _, who, figure in (entry for entry in known if entry[0] == scale.name):
             print(f"    {who:32}{figure:>{6 + figure.endswith('*')}}")
+    print_lacking(drawn)
     if known:
         print("scale unknown, or none of these")
         print("\n".join(f"    {who}: {figure}" for scale, who, figure in known if not scale))
@@ -507,6 +518,7 @@ def print_comparison(name, pair, paths, config):
         if not math.isnan(first[number] + second[number]):
             print(f"{scale.name:36}{first[number]:6.1f}{second[number]:7.1f}"
                   f"{second[number] - first[number]:+8.1f}   {interval((other - one)[:, number])}")
+    print_lacking(other - one)
     right = [[any(exact_match(line["prediction"], text) for text in line["references"])
               for line in lines] for lines in pair]
     for who, won, lost in (("A", *right), ("B", *right[::-1])):
@@ -538,4 +550,4 @@ def main(paths, config):
 if __name__ == "__main__":
     named = [word for word in sys.argv[1:] if not word.startswith("-")]
     sys.argv[1:] = [word for word in sys.argv[1:] if word.startswith("-")]
-    run(functools.partial(main, named), Config)
+    run(functools.partial(main, named), parse_command_line(Config))

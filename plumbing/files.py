@@ -6,6 +6,7 @@ SHA-256, and bears a checksum of its own. Whoever reads it asks `find_damage` fi
 """
 
 import contextlib
+import difflib
 import errno
 import hashlib
 import json
@@ -191,6 +192,34 @@ def newest_checkpoint(run):
     if folders:
         raise UserError(f"{run}: none of its {len(folders)} checkpoints is whole, see above; start another run")
     raise UserError(f"{run}: no checkpoint here; run `python train_vlm.py --run={run}`")
+
+
+def newest_run():
+    """The folder in out/ with the newest checkpoint. Raises UserError where there is none."""
+    runs = sorted((path for path in Path("out").glob("*/step_*") if path.name[5:].isdecimal()),
+                  key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise UserError("no run in out/; run `python train_vlm.py`")
+    return runs[-1].parent
+
+
+def find_run(name=""):
+    """
+    (folder of a train_vlm.py run, its newest whole checkpoint), or (folder, the checkpoint itself) where
+    `name` is that of a checkpoint; "": the newest run in out/. Raises UserError, with the nearest name.
+    """
+    folder = Path(name) if name else newest_run()
+    if folder.is_dir() and folder.name.startswith("step_") and folder.name[5:].isdecimal():
+        if damage := find_damage(folder):
+            raise UserError(f"{folder}: {damage}; --run={folder.parent} takes the newest that is whole")
+        return folder.parent, folder
+    if not folder.is_dir():
+        beside = {str(path.parent.parent): path for place in (folder.parent, Path("out"))
+                  for path in place.glob("*/step_*/manifest.json")}
+        names = {Path(run).name: run for run in beside}
+        if near := difflib.get_close_matches(folder.name, names, n=1):
+            raise UserError(f"{folder}: no such run; did you mean {names[near[0]]}?")
+    return folder, newest_checkpoint(folder)
 
 
 # ----------------------------------------------------------------------------- places

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -21,11 +22,12 @@ import pytest
 from PIL import Image
 
 from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard
-from eval_vqa import bleu1, exact_match
 from plumbing.flags import UserError
 from prepare.datasets import Dataset
 from prepare.questions import train_sample_tokenizer
 from prepare.shards import write_dataset
+from tasks.evaluations import write_evaluation
+from tasks.vqa import bleu1, exact_match
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -459,12 +461,28 @@ def test_first_questions_and_newest_run(again, tmp_path, monkeypatch, capsys):
     for name in ("_image_shuffled", "_question_only"):
         (tmp_path / f"out/mine/predictions{name}.jsonl").unlink()
     assert again()["rows"] == ["model"]
-    shutil.copytree(tmp_path / "out/mine", tmp_path / "out/newer", copy_function=shutil.copy)
-    (tmp_path / "out/newer/predictions.jsonl").touch()
+    lines = [json.loads(line) for line in (tmp_path / "out/mine/predictions.jsonl").read_bytes().splitlines()]
     (tmp_path / "out/without").mkdir()
+    for number, (run, name, prediction) in enumerate([
+            ("newer", "scans", "old"), ("newer", "slides", "b"), ("newer", "scans", "new"), ("older", "scans", "c")]):
+        place = tmp_path / "out" / run / "eval" / f"{name}_{number}"
+        some = [line | {"prediction": prediction} for line in lines if line["dataset"] == f"{name}/test"]
+        write_evaluation(place, {"stands_on": {"checkpoint": "0"}, "results": {f"{name}/test": {}}},
+                         {"model": some, "image shuffled": some} if number == 1 else {"model": some})
+        os.utime(place / "results.json", (number % 3, number % 3))
     monkeypatch.chdir(tmp_path)
     again(run="", out="page.html")
-    assert content_of(tmp_path / "page.html")["run"] == "newer"
+    content = content_of(tmp_path / "page.html")
+    assert content["run"] == "newer" and content["rows"] == ["model", "image shuffled"]
+    given = {(question["dataset"], question["answers"][0]["text"]) for question in content["questions"]}
+    assert given == {("scans/test", "new"), ("slides/test", "b")} and len(content["questions"]) == len(lines)
+    assert {question["answers"][1] is None for question in content["questions"]} == {True, False}
+    again(run="out/newer/eval/scans_0", out="page.html")  # one alone
+    assert {q["answers"][0]["text"] for q in content_of(tmp_path / "page.html")["questions"]} == {"old"}
+    with open(tmp_path / "out/newer/eval/slides_1/predictions_image_shuffled.jsonl", "a") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match="slides_1/predictions_image_shuffled.jsonl: damaged, or of another.*; run"):
+        again(run="", out="page.html")
 
 
 def edit(lines, number, **changes):
@@ -534,7 +552,7 @@ def test_what_cannot_be_written_leaves_nothing(again, tmp_path, monkeypatch):
         assert sorted(tmp_path.rglob("*")) + sorted(tmp_path.parent.glob(".*")) == before
     with pytest.raises(UserError, match="--limit=-1"):
         again(limit=-1)
-    with pytest.raises(UserError, match="none/predictions.jsonl: no such file.*eval_vqa.py"):
+    with pytest.raises(UserError, match="none: no predictions.jsonl of an evaluation here.*eval_vqa.py"):
         again(run=str(tmp_path / "none"))
     monkeypatch.chdir(tmp_path / "out" / "mine")
     with pytest.raises(UserError, match="no predictions.jsonl in a run of out/.*eval_vqa.py"):

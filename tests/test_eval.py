@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 from types import SimpleNamespace
 
@@ -11,13 +12,17 @@ from PIL import Image
 
 import eval_vqa
 from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard, Tokenizer
-from eval_vqa import (METRICS, ask, bleu1, bootstrap, exact_match, find_seen, open_recall, open_shards,
-                      question_only_answers, report, score, shuffled_images, summarise, token_f1)
+from eval_vqa import ask, open_shards
+from plumbing.files import hash_json
 from plumbing.flags import UserError
 from prepare.datasets import Dataset
 from prepare.leaks import guard
 from prepare.questions import train_sample_tokenizer
 from prepare.shards import write_dataset
+from tasks.seen import find_seen, open_trained, training_records
+from tasks.stats import bootstrap, draw_units, intervals
+from tasks.vqa import (METRICS, bleu1, exact_match, open_recall, question_only_answers, repeats, report,
+                       score, shuffled_images, summarise, token_f1)
 from test_leaks import drawing, encoded
 
 PAIRS = [  # prediction, reference, BLEU-1 worked out by hand
@@ -164,7 +169,8 @@ def test_a_difference_is_narrower_than_the_scores_it_is_of(capsys):
     base = np.tile(base, (1, 5))
     base[:100, 4], base[100:, 3] = math.nan, math.nan
     rows = {"model": base + 10, "image shuffled": base, "question only": base * 0}
-    table = summarise(rows, image_of, seed=0)
+    table, lacking = summarise(rows, image_of, seed=0)
+    assert not any(lacking.values())
     for metric in METRICS:
         mean, low, high = table["model"][metric]
         assert low < mean < high and high - low > 5
@@ -184,12 +190,76 @@ def test_a_difference_is_narrower_than_the_scores_it_is_of(capsys):
         assert report("toy/test", rows, image_of, ["a"] * 200, seen, seed=0)["new"] == said
 
 
+def test_a_resample_without_a_closed_question_blanks_no_cell(capsys):
+    """Of 6 images one has closed questions, so a third of the resamples hold none."""
+    generator = np.random.default_rng(0)
+    scores, image_of = generator.uniform(0, 100, (24, 5)), np.repeat(np.arange(6), 4)
+    scores[4:, 3], scores[:4, 4] = math.nan, math.nan
+    cells, lacking = intervals(scores, image_of)
+    assert lacking[3] == pytest.approx((5 / 6) ** 6, abs=0.05) and not lacking[:3].any()
+    assert cells[3, 0] == pytest.approx(scores[:4, 3].mean())
+    assert np.isnan(cells[3, 1:]).all()  # of one image alone: nobody knows how others differ
+    scores[4:8, 3] = scores[:4, 3] / 2  # two images of 6
+    tables = report("toy/test", {"model": scores}, image_of, ["a"] * 24, "no shards", seed=0)
+    mean, low, high = tables["all"]["rows"]["model"]["closed accuracy"]
+    means = bootstrap(scores, image_of)[:, 3]
+    assert [low, high] == np.percentile(means[~np.isnan(means)], (2.5, 97.5)).tolist() and low < mean < high
+    text = capsys.readouterr().out
+    assert re.search(r"closed accuracy: (7|8|9|10)% of the resamples of images hold no such", text)
+    assert 0.05 < tables["all"]["resamples_without"]["closed accuracy"] < 0.13
+
+
+def test_one_image_alone_has_no_interval(capsys):
+    scores = np.array([[50.0] * 4 + [math.nan]] * 3)
+    report("toy/test", {"model": scores}, np.array([4, 4, 4]), ["a"] * 3, "no shards", seed=0)
+    text = capsys.readouterr().out
+    assert text.count("50.0 [- -]") == 4 and text.count(" - ") + text.count(" -\n") == 1
+
+
+def test_patients_are_drawn_where_they_are_known(capsys):
+    images = np.array([0, 0, 1, 2, -1, -1])
+    assert draw_units(images, [""] * 6)[0] == "images"
+    assert draw_units(images, [""] * 6)[1].tolist() == [0, 0, 1, 2, -5, -6]
+    unit, units = draw_units(images, ["ann", "ann", "ann", "bob", "ann", "cyd"])
+    assert unit == "patients" and len(set(units)) == 3 and units[0] == units[2] == units[4]
+    unit, units = draw_units(images, ["ann", "ann", "ann", "", "", ""])
+    assert unit == "patients or images" and len(set(units)) == 4 and units[0] == units[1] == units[2]
+    scores = np.random.default_rng(0).uniform(0, 100, (6, 5))
+    drawn = draw_units(images, ["a", "a", "b", "b", "c", "c"])
+    report("toy/test", {"model": scores}, images, ["a"] * 6, "x", 0, *drawn)
+    assert "6 questions about 3 images; percent, with 95% intervals over patients" in capsys.readouterr().out
+
+
+def test_intervals_over_images_miss_the_truth_where_patients_differ():
+    """Four images a patient, right or wrong together: intervals over images hold it too rarely."""
+    generator, held = np.random.default_rng(0), Counter()
+    for trial in range(200):
+        patients = np.repeat(np.arange(60), 4)
+        scores = (0.5 + generator.normal(0, 0.3, 60)[patients] + generator.normal(0, 0.1, 240))[:, None]
+        for name, units in (("patients", patients), ("images", np.arange(240))):
+            low, high = np.percentile(bootstrap(scores, units, 200, trial), (2.5, 97.5))
+            held[name] += low <= 0.5 <= high
+    assert held["patients"] > 180 and held["images"] < 160
+
+
+# ----------------------------------------------------------------------------- how answers end
+
+@pytest.mark.parametrize("answer, loops", [
+    ("", False), ("yes", False), ("no no", False), ("no no no", True), ("No, no; NO.", True),
+    ("left and left", False),
+    ("the cell of the cell of the cell of", True), ("a b c a b c a b", False), ("a b c a b c a b c", True),
+    ("so it is a b a b a b", True), ("x " * 500, True), ("1,000,000", False), ("hahahahahahahahaha", True),
+    ("........", True), ("...", False), (" ".join(map(str, range(300))), False), ("肺" * 9, True)])
+def test_loops_are_told(answer, loops):
+    assert repeats(answer) is loops
+
+
 # ----------------------------------------------------------------------------- what a run has seen
 
 TOKENIZER = train_sample_tokenizer()
 
 
-def write_questions(shards, name, splits, kind="image questions", tokenizer=TOKENIZER):
+def write_questions(shards, name, splits, kind="image questions", tokenizer=TOKENIZER, **image):
     """A dataset of {split: [(question, answer, seed of a drawing)]}."""
     records = [(split, Record(f"{split}{number}", question, answer, encoded(drawing(seed)), f"{seed}.png"))
                for split, rows in splits.items()
@@ -198,7 +268,7 @@ def write_questions(shards, name, splits, kind="image questions", tokenizer=TOKE
                       megabytes=0, page="", layouts=(), counts={})
     facts = {"dataset": name, "shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION,
              "limit": 0, "licence": "none",
-             "image": {"size": 32, "resize": "squash", "codec": "png", "quality": 0}}
+             "image": {"size": 32, "resize": "squash", "codec": "png", "quality": 0, **image}}
     write_dataset(shards / name, dataset, shards, {}, tokenizer, facts, 1)
 
 
@@ -215,10 +285,11 @@ def shards(tmp_path):
 
 
 def seen_by(shards, data="learn", leaks=None, split="test"):
-    shard = Shard(shards / "learn" / "test")
-    trained = {"flags": {"data": data}} | ({"leaks": {"learn": leaks, "more": leaks}} if leaks else {})
-    return find_seen(shard, shard.read_records(), trained,
-                     eval_vqa.Config(shards_dir=str(shards), split=split))
+    shard = Shard(shards / "learn" / split)
+    checksums = {name: Shard(shards / name / "train").manifest["checksum"] for name in ("learn", "more")}
+    trained = {"flags": {"data": data}, "shards": checksums} | (
+        {"leaks": {"learn": leaks, "more": leaks}} if leaks else {})
+    return find_seen(shard, shard.read_records(), open_trained(trained, shards), trained)
 
 
 def test_what_was_trained_on_is_not_new(shards):
@@ -238,9 +309,28 @@ def test_what_the_leak_guard_left_out_is_new(shards):
     assert seen_by(shards, leaks={"leaks": "drop", "tests": {}})[2] == "image"
 
 
+def test_what_was_left_out_is_known_by_its_hash(shards):
+    """Where images are compared in another way by now, all of the training split counts as trained on."""
+    guard(shards, "drop")
+    train, test = Shard(shards / "learn/train"), Shard(shards / "learn/test")
+    trained = {"flags": {"data": "learn"}, "shards": {"learn": train.manifest["checksum"]},
+               "leaks": {"learn": {"leaks": "drop", "tests": {"learn/test": test.manifest["checksum"]}}}}
+    for numbers, left, seen in (([1, 2], {1, 2}, ["words", "", "", "", ""]),
+                                ([2], None, ["words", "words and image", "image", "", "words"])):
+        trained["inputs"] = {"data": {"learn": {"leaked_sha256": hash_json(numbers)}}}
+        splits = open_trained(trained, shards)
+        assert splits["learn"][1] == left
+        assert find_seen(test, test.read_records(), splits, trained) == seen
+        assert len(training_records(splits, "learn")) == (1 if left else 3)
+
+
 def test_what_is_not_known_is_said(shards):
     assert "learnt/train, which the run was trained on, is not here" in seen_by(shards, "learnt")
-    assert "test splits alone" in seen_by(shards, split="validation")
+    assert "the run was trained on this split" in seen_by(shards, split="train")
+    assert "test splits alone" in seen_by(shards, "more", split="train")
+    for recorded, said in (({}, "the run does not say which training split of learn"),
+                           ({"learn": "0"}, "the training split of learn is another one now")):
+        assert said in open_trained({"flags": {"data": "learn"}, "shards": recorded}, shards)
     (shards / "learn/train/leaks.json").write_text("{}")
     with pytest.raises(UserError, match="not compared with .*learn/test; run `python prepare/all.py"):
         seen_by(shards)
@@ -260,11 +350,11 @@ def test_every_split_that_asks_about_images_is_answered(shards, capsys):
                 for shard in open_shards(eval_vqa.Config(shards_dir=str(shards), **flags), tokenizer)]
 
     assert chosen() == ["abc", "learn"]
-    assert "not answered: those made with another tokenizer than the run (other)" in capsys.readouterr().out
+    assert "other/test, made with another tokenizer than the run; run `python" in capsys.readouterr().out
     assert chosen(data="words, learn,words") == ["words", "learn"]
     for data, message in [("other", r"other/test: made with another tokenizer.*--only=other --token"),
                           ("absent", r"absent/test: not prepared; run `.*--only=absent`"),
-                          ("more", r"more/test: not prepared")]:
+                          ("more", r"more has no such split; it has train")]:
         with pytest.raises(UserError, match=message):
             chosen(data=data)
     with pytest.raises(UserError, match="no validation split of questions about images"):

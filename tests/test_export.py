@@ -28,6 +28,8 @@ from plumbing.files import manifest_checksum, newest_checkpoint, seal
 from plumbing.flags import UserError
 from prepare.leaks import guard
 from prepare.questions import train_sample_tokenizer
+from tasks.evaluations import choose_evaluations, find_evaluations
+from tasks.vqa import METRICS
 from test_encoders import CLIP_VIT, fill, references  # noqa: F401, the fixture: timm and open_clip
 from test_model import LLAMA, TOLERANCE, VIT, randomise, relative_error
 from test_train import flags, shards  # noqa: F401, the fixture: a prepared part of the sample
@@ -237,7 +239,8 @@ def test_whole_model_stands_alone_and_answers_the_same(name, runs, shards, tmp_p
     assert set(model.lora) == ({"vision", "language"} if name == "lora" else set())
     assert equal_tensors(model.state_dict(), VLM.from_run(run).state_dict())
     for file in ("predictions.jsonl", "predictions_image_shuffled.jsonl"):
-        assert (vlm / file).read_bytes() == (run / file).read_bytes()
+        ours, theirs = (find_evaluations(place)[0] / file for place in (vlm, run))
+        assert ours.read_bytes() == theirs.read_bytes()
     assert not list(vlm.rglob("optimizer*")) and newest_checkpoint(vlm).name == "step_000020"
 
 
@@ -253,10 +256,10 @@ def test_card_says_what_the_run_says(runs, shards):  # noqa: F811
     manifest = json.loads((shards / "sample/train/manifest.json").read_text())
     row = f"| sample | MIT | {manifest['samples']} | {manifest['images']} | 0, left out |"
     assert row in text and "compared with sample/test." in text
-    rows = json.loads((run / "results.json").read_text())["results"]["sample/test"]["all"]["rows"]
+    rows = choose_evaluations(run)["sample/test"][1]["results"]["sample/test"]["all"]["rows"]
     assert list(rows) == ["model", "image shuffled", "question only", "the image adds"]
     for name, cells in rows.items():
-        shown = ["{:.1f} [{:.1f} {:.1f}]".format(*cells[metric]) for metric in eval_vqa.METRICS]
+        shown = ["{:.1f} [{:.1f} {:.1f}]".format(*cells[metric]) for metric in METRICS]
         assert f"| {name} | {' | '.join(shown)} |" in text
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     loss, held = ([entry[key] for entry in log if key in entry][-1] for key in ("loss", "held_out_loss"))

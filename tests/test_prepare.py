@@ -30,6 +30,7 @@ from prepare.datasets import DATASETS, Dataset, read_tar
 from prepare.questions import train_sample_tokenizer
 from prepare.shards import read_manifests, write_dataset
 from prepare.weights import Weights
+from tasks.evaluations import choose_evaluations
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = {"dataset": "toy", "shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION,
@@ -549,8 +550,9 @@ def test_real_questions_train_and_are_answered(real_shards, tmp_path):
                   ["eval_vqa.py", "--limit=24", f"--shards_dir={real_shards}", f"--run={tmp_path}/run"]):
         done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "run/results.json").read_text())["results"]
-    assert results.keys() == {"path_vqa/test", "vqa_rad/test"}  # all that ask about images
+    evaluations = choose_evaluations(tmp_path / "run")
+    assert evaluations.keys() == {"path_vqa/test", "vqa_rad/test"}  # all that ask about images
+    results = {name: found["results"][name] for name, (_, found) in evaluations.items()}
     assert results["path_vqa/test"]["all"]["questions"] == 24
     # Half of its questions show an image of training, but those training samples were left out.
     assert results["vqa_rad/test"]["new"]["questions"] > 12

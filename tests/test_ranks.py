@@ -71,7 +71,7 @@ def test_two_processes_have_the_losses_of_one_and_go_on_as_one(shards, tmp_path)
     texts = []
     for evaluate in (eval_vqa.main, lambda config: finish(launch(2, config, "eval_vqa.py"))):
         evaluate(config)
-        texts.append([path.read_text() for path in sorted((tmp_path / "one").glob("predictions*"))])
+        texts.append([path.read_text() for path in sorted((tmp_path / "one").glob("eval/*/predictions*"))])
     assert len(texts[0]) == 3 and texts[0] == texts[1]
     assert len(one) == 22 and two == pytest.approx(one, rel=1e-5)
     # As if killed after 10 steps: by two processes again to the same bits, by one to within rounding

@@ -19,8 +19,9 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from eval_vqa import bleu1, is_closed, question_only_answers
-from plumbing.flags import UserError
+from plumbing.flags import UserError, parse_flags
+from tasks.evaluations import write_evaluation
+from tasks.vqa import bleu1, is_closed, question_only_answers
 
 ROOT = Path(__file__).resolve().parent.parent
 RAW = Path(os.environ.get("NANOMEDQ_RAW", ROOT / "raw"))
@@ -547,12 +548,14 @@ def test_bad_files_are_refused(scales, tmp_path):
     broken.write_bytes(b'\xff\xfe{"id"')
     for paths, settings, words in [
             ([], {}, "0 files named"), ([a, a, a], {}, "3 files named"),
-            ([a], {"resamples": 0}, "1 or more"),
-            ([tmp_path / "none.jsonl"], {}, "No such file"), ([tmp_path], {}, "Is a directory"),
+            ([tmp_path / "none.jsonl"], {}, "No such file"),
+            ([tmp_path], {}, "no predictions.jsonl of an evaluation here"),
             ([broken], {}, "1 lines are no JSON object"),
             ([a], {"data": "toy", "shards_dir": str(tmp_path)}, "not prepared")]:
         with pytest.raises(UserError, match=words):
             scales.main([str(path) for path in paths], scales.Config(**settings))
+    with pytest.raises(UserError, match="--resamples=0: 1 or more"):
+        parse_flags(scales.Config, ["--resamples=0"])
 
 
 def test_the_command(tmp_path):
@@ -564,6 +567,43 @@ def test_the_command(tmp_path):
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr == (f"scales.py: {tmp_path}/b.jsonl: 1 lines repeat an id: q0; "
                              "keep one answer to each question\n")
+
+
+def test_a_reader_that_has_enough_is_no_mistake(tmp_path):
+    """As `| head` is: it closes the pipe before all is said."""
+    a = write(tmp_path / "a.jsonl", lines_of([("yes", "no")] * 2000))
+    read, wrote = os.pipe()
+    os.close(read)
+    with os.fdopen(wrote, "w") as pipe:
+        done = subprocess.run([sys.executable, str(ROOT / "extras/scales.py"), "--resamples=5", "--show=3000",
+                               str(a), str(a)], stdout=pipe, stderr=subprocess.PIPE, text=True)
+    assert done.stderr == "" and done.returncode in (0, 141)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda content: content[:-5], lambda content: content.replace(b"q1", b"q7"), lambda content: b"",
+    lambda content: content[:40] + bytes([content[40] ^ 1]) + content[41:],
+    lambda content: content + content])
+def test_an_evaluation_that_was_damaged_is_refused(scales, tmp_path, spoil):
+    folder = tmp_path / "run/eval/x"
+    lines = [line | {"dataset": "toy/test"} for line in GOOD]
+    facts = {"stands_on": {"checkpoint": "0"}, "results": {"toy/test": {}}}
+    write_evaluation(folder, facts, {"model": lines})
+    for path in (folder / "predictions.jsonl", folder, tmp_path / "run"):
+        scales.main([str(path)], scales.Config(resamples=1))
+    (folder / "predictions.jsonl").write_bytes(spoil((folder / "predictions.jsonl").read_bytes()))
+    for path in (folder / "predictions.jsonl", folder, tmp_path / "run"):
+        with pytest.raises(UserError, match=r"predictions.jsonl: damaged.*; run `python eval_vqa.py --run=\S+run`"):
+            scales.main([str(path)], scales.Config(resamples=1))
+
+
+def test_patients_are_resampled_where_all_lines_name_one(scales, tmp_path, capsys):
+    lines = [line | {"image": f"{n}.png", "group": f"patient {n // 2}"} for n, line in enumerate(GOOD)]
+    scales.main([str(write(tmp_path / "a.jsonl", lines))], scales.Config(resamples=2))
+    assert "resampling 3 patients" in capsys.readouterr().out
+    del lines[0]["group"]
+    scales.main([str(write(tmp_path / "a.jsonl", lines))], scales.Config(resamples=2))
+    assert "resampling 5 images" in capsys.readouterr().out
 
 
 def test_without_nltk_one_line_says_what_to_install(scales, monkeypatch):

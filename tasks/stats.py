@@ -1,0 +1,59 @@
+"""Intervals by resampling: how far a mean may be from what other patients or images would give."""
+
+import numpy as np
+
+
+def bootstrap(values, groups, resamples=1000, seed=0):
+    """
+    Means over resampled questions, (resamples, K), of (n, K) values, nan where one does not apply.
+
+    groups: (n,) the image or patient of each question. Groups are drawn, not questions: what is asked
+    about one image is right or wrong together, and intervals that overlook it are too narrow. A mean
+    is nan where a resample holds no question that the value applies to.
+    """
+    _, groups = np.unique(groups, return_inverse=True)
+    count = groups.max() + 1
+    sums, counts = np.zeros((2, count, values.shape[1]))
+    np.add.at(sums, groups, np.nan_to_num(values))
+    np.add.at(counts, groups, ~np.isnan(values))
+    generator, means = np.random.default_rng(seed), []
+    for _ in range(resamples):
+        drawn = np.bincount(generator.integers(count, size=count), minlength=count)
+        with np.errstate(invalid="ignore"):  # a resample may hold no closed question at all
+            means.append(drawn @ sums / (drawn @ counts))
+    return np.stack(means)
+
+
+def intervals(values, groups, seed=0):
+    """
+    (mean, low, high) of each of K columns, (K, 3), with 95% intervals, and the share of the resamples
+    that hold no question of the column, (K,). values: (n, K), nan where one does not apply; groups:
+    (n,). A column without any value is nan. So are the bounds where all values are of one group: it
+    says nothing about others.
+    """
+    there = ~np.isnan(values)
+    cells = np.full((values.shape[1], 3), np.nan)
+    drawn = bootstrap(values, groups, seed=seed)
+    for column, some in enumerate(there.T):
+        if not some.any():
+            continue
+        cells[column, 0] = np.nansum(values[:, column], axis=0) / some.sum()
+        if len(np.unique(np.asarray(groups)[some])) > 1:
+            cells[column, 1:] = np.nanpercentile(drawn[:, column], (2.5, 97.5))
+    return cells, np.isnan(drawn).mean(axis=0)
+
+
+def draw_units(images, patients):
+    """
+    What a bootstrap is to draw, "images", "patients" or "patients or images", and the number of each
+    question's, (n,).
+
+    images: (n,) number of the image of each question, -1 for a question about none, which is one of
+    its own. patients: n names, "" where none is known. A patient's images are right or wrong together.
+    """
+    units = np.where(images >= 0, images, -1 - np.arange(len(images)))
+    first = images.max(initial=-1) + 1  # the patients' numbers come behind the images'
+    numbers = {name: first + number for number, name in enumerate(dict.fromkeys(patients))}
+    units = np.where([bool(name) for name in patients], [numbers[name] for name in patients], units)
+    unit = "images" if not any(patients) else "patients" if all(patients) else "patients or images"
+    return unit, units

@@ -42,7 +42,7 @@ from torch.utils.checkpoint import checkpoint
 from data import BOS, EOS, read_settings
 from lora import add_lora, load_adapter, lora_layers, save_adapter, token_keys
 from plumbing.claims import lfs_pointer, llama_refusal, vit_facts, vit_problem
-from plumbing.files import hash_file, hash_json, newest_checkpoint
+from plumbing.files import hash_file, hash_json, newest_checkpoint, sort_metadata
 from plumbing.flags import UserError
 from plumbing.machine import describe_machine, join_group, pick_device  # noqa: F401, for who asks here
 
@@ -914,6 +914,7 @@ class VLM(nn.Module):
                     tensors[f"{name}.weight"] = layer.unmerged
             if part == "vision":
                 save_file(tensors, folder / "vision.safetensors", metadata=metadata_of(module))
+                sort_metadata(folder / "vision.safetensors")
             else:
                 where = folder / "language"
                 where.mkdir(exist_ok=True)

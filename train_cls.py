@@ -85,8 +85,8 @@ from tqdm import tqdm
 from data import Shard, load_image, random_keys, resize_image
 from model import CONFIGS, ViT, hash_weights, load_encoder, metadata_of, normalise, tensors_of
 from plumbing.files import (checkpoints, differences, find_damage, hash_json, lock,
-                            newest_checkpoint, read_manifest, require_writable, sealed, write_manifest,
-                            write_whole)
+                            newest_checkpoint, read_manifest, require_writable, sealed, sort_metadata,
+                            write_manifest, write_whole)
 from plumbing.machine import (LossScale, autocast_to, describe_machine, join_group, pick_device,
                               usable_cores)
 from plumbing.results import EIGHT, newest_state, print_run, read_result, report, require_same, run_folder
@@ -436,6 +436,7 @@ def save_model(folder, model, facts):
         for part in ("encoder", "head"):
             module = getattr(model, part)
             save_file(tensors_of(module), partial / f"{part}.safetensors", metadata_of(module))
+            sort_metadata(partial / f"{part}.safetensors")
         (partial / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
         shutil.rmtree(folder / "model", ignore_errors=True)
     return read_manifest(folder / "model")["checksum"]

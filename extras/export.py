@@ -39,7 +39,8 @@ import train_vlm
 from data import BOS, EOS, Tokenizer, read_settings
 from model import (ADAPTERS, CLIP_MEAN, CLIP_STD, VLM, ViT, metadata_of, read_metadata, read_tensor,
                    tensor_shapes, tensors_of)
-from plumbing.files import find_run, read_manifest, require_writable, seal, sync, write_manifest
+from plumbing.files import (find_run, read_manifest, require_writable, seal,
+                            sort_metadata, sync, write_manifest)
 from plumbing.flags import Range, UserError, parse_command_line, run
 from prepare.datasets import DATASETS
 from prepare.weights import WEIGHTS
@@ -204,6 +205,7 @@ def write_vision(checkpoint, how, folder):
     vit = ViT.load(checkpoint)
     config, size = vit.config, vit.config.image_size
     save_file(tensors_of(vit), folder / "model.safetensors", metadata=metadata_of(vit))
+    sort_metadata(folder / "model.safetensors")
     crop_mode = {"squash": "squash", "crop": "center", "pad": "border"}[how]  # ours pads with black
     write_json(folder / "config.json", {
         "architecture": "vit_base_patch32_clip_224" if config.clip else "vit_base_patch16_224",
@@ -338,6 +340,7 @@ def write_vlm(checkpoint, told, folder):
     if vision := weights["vision"]:
         facts = metadata_of(ViT.from_pretrained(vision, device="meta"))  # a config beside may tell them
         save_file(load_file(vision), step / "vision.safetensors", {**read_metadata(vision), **facts})
+        sort_metadata(step / "vision.safetensors")
     if weights["language"]:
         (step / "language").mkdir()
         base = Path(weights["language"])

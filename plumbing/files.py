@@ -109,6 +109,21 @@ def differences(before, now, name=""):
     return [f"{name} was {short(before)}, now {short(now)}"]
 
 
+def sort_metadata(path):
+    """
+    Put the metadata of a safetensors file into order. safetensors writes several entries in any order, so
+    that the same tensors would not have the same bytes.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size, path
+        file.seek(8)
+        file.write(text)
+
+
 # ----------------------------------------------------------------------------- sealed folders
 
 def seal(partial, folder, **facts):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Callable
 
 from plumbing.claims import lfs_pointer, vit_facts
-from plumbing.files import hash_file, sync
+from plumbing.files import hash_file, sort_metadata, sync
 from plumbing.flags import UserError
 from prepare.download import Source, hub_revision
 
@@ -81,6 +81,7 @@ def write_tensors(weights, source, tensors, target, **facts):
     save_file(tensors, target, metadata={
         "format": "pt", "source": hub_revision(source.parent) or weights.page,
         "source_sha256": hash_file(source), **facts} | tensor_hashes(tensors))
+    sort_metadata(target)
     sync(target)
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 import prepare.shards
 import test_cls
@@ -388,3 +389,15 @@ def test_a_draw_without_a_class_gives_a_number():
     for groups in (range(5), ["a", "a", "b", "b", "c"]):
         low, high = interval_of(actual, actual, False, list(groups))
         assert low == high == 1
+
+
+def test_the_same_tensors_have_the_same_bytes(tmp_path):
+    """safetensors itself writes three entries of metadata in any of six orders."""
+    for number in range(12):
+        path = tmp_path / f"{number}.safetensors"
+        save_file({"weight": torch.arange(3.0)}, path, {"format": "pt", "heads": "2", "activation": "gélu"})
+        files.sort_metadata(path)
+        assert path.read_bytes() == (tmp_path / "0.safetensors").read_bytes()
+    assert torch.equal(load_file(path)["weight"], torch.arange(3.0))
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt", "heads": "2", "activation": "gélu"}

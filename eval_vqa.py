@@ -18,7 +18,7 @@ look at) find them. The metrics are in tasks/vqa.py, what a run has seen in task
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from plumbing.flags import Batch, Device, Range, Text, UserError, Whole, parse_command_line, run
+from plumbing.flags import BatchSize, Device, Range, Text, UserError, Whole, parse_command_line, run
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Config:
     shards_dir: str = "shards"  # where prepare/all.py put them
     out: str = ""  # where evaluations are written, a folder each; none: eval/ in the run's folder
     blind: Literal["both", "none", "shuffle"] = "both"  # images: right and exchanged, right, exchanged
-    batch_size: Batch = 32  # images answered together, with all their questions
+    batch_size: BatchSize = 32  # images answered together, with all their questions
     max_new_tokens: Annotated[int, Range(1, 1 << 16)] = 32  # longest answer; reports are longer
     temperature: Annotated[float, Range(0, 1e3)] = 0.0  # 0: greedy; else the batch counts, too
     limit: Whole = 0  # only the first so many questions of a dataset; 0: all

@@ -1034,13 +1034,19 @@ def tensor_hash(tensor):
 
 def hash_weights(path):
     """
-    SHA-256 that tells a weights file, or a hub folder of them, from others. Of a file that holds the hash
-    of each of its tensors, which read_tensor checks, the header says all; of others every byte is read.
+    SHA-256 that tells a weights file, or a hub folder of them, from others, by the configs beside it, too. Of
+    a file that holds the hash of each of its tensors, which read_tensor checks, the header says all; of
+    others every byte is read.
     """
     path = Path(path)
-    if path.is_dir():
-        names = ["config.json", *sorted(file.name for file in path.glob("*.safetensors"))]
-        return hash_json({name: hash_weights(path / name) for name in names})
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    configs = [files[0].parent / name for name in ("config.json", "open_clip_config.json")] if files else []
+    return hash_json({file.name: hash_tensors(file) for file in files}
+                     | {config.name: hash_file(config) for config in configs if config.is_file()})
+
+
+def hash_tensors(path):
+    """hash_weights of one file, whatever lies beside it."""
     if path.suffix == ".safetensors":
         with open(path, "rb") as file:
             header = file.read(int.from_bytes(file.read(8), "little"))

@@ -19,7 +19,7 @@ encoder, is written down with it, and a command that finds it changed is refused
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from plumbing.flags import (Batch, Count, Device, Form, Range, Scale, Share, UserError, Whole,
+from plumbing.flags import (BatchSize, Count, Device, Form, Range, Scale, Share, UserError, Whole,
                             parse_command_line, run)
 
 
@@ -33,7 +33,7 @@ class Config:
     seeds: Annotated[int, Range(1, 10_000)] = 1  # runs, each with another seed
     seed: Whole = 0  # the first one's: of the head, the order and the augmentation
     epochs: Annotated[int, Range(1, 1_000_000)] = 100  # passes over the training images
-    batch_size: Batch = 64  # images in an optimiser step
+    batch_size: BatchSize = 64  # images in an optimiser step
     learning_rate: Scale = 5e-5  # peak
     warmup: Share = 0.05  # share of the steps in which it rises from 0; then a cosine down to 0
     weight_decay: Scale = 0.01  # of matrices and convolutions

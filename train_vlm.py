@@ -13,7 +13,7 @@ step alone. It is refused where the data, the tokenizer or the base weights are 
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from plumbing.flags import (Batch, Count, Datasets, Device, Range, Scale, Seconds, Share, ShareBelow1,
+from plumbing.flags import (BatchSize, Count, Datasets, Device, Range, Scale, Seconds, Share, ShareBelow1,
                             Threads, UserError, Whole, parse_command_line, run)
 
 
@@ -21,7 +21,7 @@ from plumbing.flags import (Batch, Count, Datasets, Device, Range, Scale, Second
 class Config:
     data: Datasets = "path_vqa,vqa_rad,pubmed_qa"  # prepared datasets, each with an optional weight: name:2
     shards_dir: str = "shards"  # where prepare/all.py put them
-    batch_size: Batch = 64  # samples in an optimiser step
+    batch_size: BatchSize = 64  # samples in an optimiser step
     questions_per_image: Whole = 1  # questions of a step that may share one copy of their image; 0: all
     row_length: Annotated[int, Range(16, 1 << 20)] = 3584  # tokens of a packed row
     micro_batch_tokens: Count = 8192  # tokens of a forward pass; trades memory for speed, not results

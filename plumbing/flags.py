@@ -71,7 +71,7 @@ class Form:
 
 Count = Annotated[int, Range(1, LARGEST)]
 Whole = Annotated[int, Range(0, LARGEST)]  # counts from 0, and seeds
-Batch = Annotated[int, Range(1, 1 << 20)]  # samples, images or rows that are worked on at a time
+BatchSize = Annotated[int, Range(1, 1 << 20)]  # samples, images or rows that are worked on at a time
 Threads = Annotated[int, Range(0, 1024)]  # or processes; 0 leaves their number to the script
 Seconds = Annotated[int, Range(1, 30 * 24 * 3600)]
 Share = Annotated[float, Range(0, 1)]

@@ -160,6 +160,10 @@ def test_weights_are_known_by_every_number_and_setting(tmp_path):
     config = tmp_path / "0/config.json"
     config.write_text(config.read_text().replace("1e-06", "1e-05"))
     assert hash_weights(tmp_path / "0") != known[0]
+    (tmp_path / "vit.safetensors").write_bytes((tmp_path / "2/model.safetensors").read_bytes())
+    alone = hash_weights(tmp_path / "vit.safetensors")
+    (tmp_path / "config.json").write_text('{"num_heads": 3}')
+    assert hash_weights(tmp_path / "vit.safetensors") != alone
     file = tmp_path / "3/model.safetensors"
     tensors = load_file(file)
     tensors["model.norm.weight"][3] += 1e-6

@@ -1052,8 +1052,9 @@ def hash_tensors(path):
             header = file.read(int.from_bytes(file.read(8), "little"))
         with contextlib.suppress(ValueError, AttributeError):
             tensors = json.loads(header)
-            if json.loads(tensors.pop("__metadata__", {}).get("tensors", "{}")).keys() == tensors.keys():
-                return hashlib.sha256(header).hexdigest()
+            facts = tensors.pop("__metadata__", {})
+            if json.loads(facts.get("tensors", "{}")).keys() == tensors.keys():
+                return hash_json([facts, tensors])  # safetensors writes the facts in any order
     return hash_file(path)
 
 

@@ -157,6 +157,12 @@ def test_weights_are_known_by_every_number_and_setting(tmp_path):
         write_llama(tmp_path / str(number), seed, hashes)
     known = [hash_weights(tmp_path / str(number)) for number in range(5)]
     assert known[0] == known[1] and len(set(known)) == 4
+    orders = set()
+    for number in range(5, 15):  # the same, whatever the order in which it was written
+        write_llama(tmp_path / str(number), 0)
+        orders.add((tmp_path / str(number) / "model.safetensors").read_bytes())
+        assert hash_weights(tmp_path / str(number)) == known[0]
+    assert len(orders) > 1
     config = tmp_path / "0/config.json"
     config.write_text(config.read_text().replace("1e-06", "1e-05"))
     assert hash_weights(tmp_path / "0") != known[0]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import prepare.shards
 import test_cls
 import train_cls
-from model import CONFIGS, ViT, ViTConfig
+from model import CONFIGS, ViT, ViTConfig, metadata_of
 from plumbing import files
 from plumbing.files import checkpoints, hash_file, lock, read_manifest, seal, write_manifest
 from plumbing.flags import UserError
@@ -123,7 +123,8 @@ def test_an_encoder_that_was_trained_further_is_another(asked, tmp_path):
     for step in (2, 4):
         partial = tmp_path / "vlm/partial"
         partial.mkdir(parents=True)
-        save_file(ViT(CONFIGS["sample"][0]).state_dict(), partial / "vision.safetensors")
+        vision = ViT(CONFIGS["sample"][0])
+        save_file(vision.state_dict(), partial / "vision.safetensors", metadata_of(vision))
         (partial / "config.json").write_text(json.dumps({"weights": {"vision": ""}, "lora": {}}))
         seal(partial, tmp_path / f"vlm/step_{step:06d}")
         config = asked(encoder="openmedq", run=str(tmp_path / "vlm"), epochs=1)

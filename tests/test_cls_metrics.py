@@ -276,6 +276,11 @@ def test_sign_flip_of_many_is_approximate():
     assert sign_flip([1] * 12 + [-1] * 4) == exact
 
 
+def test_p_of_many_differences_is_never_0():
+    """None of 100,000 draws has all 40 of one sign, but what was found is one of the draws."""
+    assert sign_flip([1.0] * 40) == 1 / 100_000
+
+
 # ----------------------------------------------------------------------------- schedule and splits
 
 def test_learning_rate_at():

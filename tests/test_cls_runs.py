@@ -162,6 +162,18 @@ def test_seeds_that_stand_on_other_images_are_not_averaged(asked, capsys):
     assert "seed_1: the result in it is that of" in capsys.readouterr().out
 
 
+def test_most_seeds_decide_which_are_averaged(tmp_path, capsys):
+    for seed, images in enumerate((8, 24, 24)):
+        folder = tmp_path / f"toy/scratch/seed_{seed}"
+        folder.mkdir(parents=True)
+        write_manifest(folder, "result.json", {
+            "dataset": "toy", "name": "scratch", "seed": seed, "flags": {"seed": seed},
+            "inputs": {"test": {"images": images}}})
+    assert [seed for _, _, seed in read_results(tmp_path)] == [1, 2]
+    told = "seed_0: does not stand on the same as seed_1: test.images was 24, now 8"
+    assert told in capsys.readouterr().out
+
+
 def test_a_record_is_read_by_later_versions_and_without_inputs_refused(asked):
     main(asked())
     result = read_manifest(asked.folder, "result.json")

@@ -367,6 +367,11 @@ def test_a_column_without_a_single_patient_is_passed_over(prepare, tmp_path):
     assert records[0]["group"] == f"patient {int(records[0]['image'].split('.')[0]) // 4}"  # 0.0 is 0
 
 
+def test_capitals_make_no_other_patient(prepare, tmp_path):
+    table = patients_table(tmp_path, "patient", lambda n: f"{'Pp'[n % 2]}{n // 4}")
+    assert divided(prepare(table)[1], lambda number: number // 4) == []
+
+
 def test_an_image_without_a_patient_goes_where_its_copy_is(prepare, tmp_path):
     table = patients_table(tmp_path, "patient", lambda n: f"p{n // 4}" if n < 36 else "-")
     for copy, original in ((36, 0), (37, 9), (39, 38)):

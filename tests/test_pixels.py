@@ -389,6 +389,13 @@ def test_the_channels_of_a_colour_keep_their_proportion():
     assert not found[..., 2].any()
 
 
+def test_the_range_of_a_large_image_is_that_of_all_its_parts(monkeypatch):
+    film = np.add.outer(40 * np.arange(64), 20 * np.arange(64)).astype(np.uint16)  # darkest at the top left
+    whole = np.asarray(load_image(png(film))).astype(int)
+    monkeypatch.setattr(plumbing.pixels, "SAMPLED", 256)
+    assert np.abs(np.asarray(load_image(png(film))) - whole).max() <= 12
+
+
 def test_every_format_has_names_and_a_folder_takes_them(tmp_path):
     forms = Image.registered_extensions()
     assert {forms[name] for name in SUFFIXES} == set(FORMATS)

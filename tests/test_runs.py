@@ -107,6 +107,17 @@ def test_a_run_without_a_record_is_refused(shards, tmp_path):  # noqa: F811
         train_vlm.main(flags(shards, tmp_path, max_steps=1, resume=True))
 
 
+@pytest.mark.parametrize("name, now", [
+    ("data", {"a": {"images_sha256": "4" * 64}}), ("tokenizer", "4" * 64), ("weights", {"vision": "4" * 64})])
+def test_other_images_tokenizers_and_weights_are_refused_each(name, now, tmp_path):
+    inputs = {"data": {"a": {"images_sha256": "1" * 64}}, "tokenizer": "2" * 64,
+              "weights": {"vision": "3" * 64}}
+    write_manifest(tmp_path, "manifest.json", {"inputs": inputs, "step": 1})
+    assert train_vlm.require_same_inputs(tmp_path, inputs) == {"inputs": inputs}
+    with pytest.raises(UserError, match=f"cannot go on, .*: {name}.* was .*, now 444444444444; bring"):
+        train_vlm.require_same_inputs(tmp_path, inputs | {name: now})
+
+
 def test_a_flag_that_the_run_does_not_know_has_its_default(shards, tmp_path):  # noqa: F811
     train_vlm.main(flags(shards, tmp_path, max_steps=1))
     rewrite_manifest(tmp_path / "step_000001", lambda manifest: manifest["flags"].pop("beta2"))

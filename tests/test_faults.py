@@ -72,7 +72,7 @@ def test_promises_hold(told, campaign, counted):
 
 @pytest.mark.parametrize("what, file, changes, test", mutants.MUTANTS, ids=[mutant[0] for mutant in mutants.MUTANTS])
 def test_a_planted_bug_still_fits_the_code(what, file, changes, test):
-    """mutants.py takes a quarter of an hour; that its words are still in the code is known at once."""
+    """mutants.py takes half an hour; that its words are still in the code is known at once."""
     text = (ROOT / file).read_text()
     for old, new in changes:
         assert text.count(old) == 1

@@ -1,11 +1,12 @@
 """
-Plant bugs into what writes and reads checkpoints, one at a time, and see which test finds each.
+Plant bugs, one at a time, and see which test finds each: into what writes and reads checkpoints, and where a
+bug gives wrong results and no traceback, from pixels, labels and masks to metrics.
 
-    python extras/faults/mutants.py                a quarter of an hour on one core
+    python extras/faults/mutants.py                half an hour on one core
     python extras/faults/mutants.py --only=fsync   those whose description has this word
 
 Every mutant is a copy of the repository with a few words replaced; the one test or campaign named with
-it has to fail there, and passes without the bug. All 36 are found.
+it has to fail there, and passes without the bug. All 73 are found.
 """
 
 import sys
@@ -28,6 +29,11 @@ KILLS = "kill.py --kills=25 --steps=12"
 CALLS = "calls.py --errors=EIO --limits=0 --only="
 WHOLE, RESUMED = "test_checkpoints.py::", "test_train.py::test_resumed_run_equals_undisturbed"
 RANKS = "test_ranks.py::"
+PACKED, MODEL, FOLDER = "test_packing.py::", "test_model.py::", "test_folder.py::"
+TOGETHER = MODEL + "test_generation_together_equals_uncached_generation_one_at_a_time"
+SCORES, BLEU = "test_cls_metrics.py::", "test_eval.py::test_bleu1_agrees_with_an_independent_statement"
+RANGES = "test_flags.py::test_a_value_out_of_its_range_is_named_in_one_line"
+KINDS = "test_pixels.py::test_each_kind_of_file_becomes_what_the_table_says"
 STATE = "test_cls.py::test_a_damaged_state_or_model_is_refused_and_an_older_whole_state_is_used"
 FILES_SYNCED = '''    for path in [*paths, partial / "manifest.json", partial]:
         sync(path)
@@ -131,6 +137,113 @@ MUTANTS = [  # what is wrong, in which file, [(its words, the words instead), ..
      [("if not (damage := find_damage(state)):", "if not (damage := None):")], STATE),
     ("a damaged classifier predicts", "train_cls.py",
      [("if damage := find_damage(path):", "if damage := None:")], STATE),
+    # What would give wrong results without a word: masks, positions and the key-value cache
+    ("of two questions the second sees the first", "model.py",
+     [("seen.tril() if own.max() > 1 else None", "seen.tril() if own.max() > 2 else None")],
+     PACKED + "test_editing_one_question_leaves_its_row_mates_bit_identical"),
+    ("in FlexAttention a question sees the groups before its own", "model.py",
+     [("(group[r, at] == group[r, other]) & own", "own")],
+     PACKED + "test_attention_of_packed_rows_is_the_dense_one_either_way"),
+    ("positions do not restart behind the image", "data.py",
+     [("np.arange(prefix, prefix + end - at)", "np.arange(at - begin, end - begin)")],
+     PACKED + "test_supervised_positions_of_a_hand_made_row"),
+    ("rotary angles turn the other way", "model.py",
+     [("torch.cat([-sin, sin], dim=-1)", "torch.cat([sin, -sin], dim=-1)")],
+     MODEL + "test_llama_logits_equal_those_of_transformers"),
+    ("positions of generated words are one too high", "model.py",
+     [("position=inputs[-1][1])", "position=inputs[-1][1] + 1)")], TOGETHER),
+    ("questions that are answered together see one another", "model.py",
+     [("(of_slot == 0) |", "(of_slot >= 0) |")], TOGETHER),
+    ("a slot of the cache is off by one", "model.py",
+     [("slot = self.used[row] + lane", "slot = self.used[row] + lane - 1")], TOGETHER),
+    ("a row of the cache keeps what was in it", "model.py", [("cache.used[r] = 0", "pass")],
+     MODEL + "test_groups_are_taken_in_as_others_are_finished"),
+    # Metrics
+    ("the brevity penalty is turned round", "tasks/vqa.py",
+     [("math.exp(1 - len(wanted) / len(predicted))", "math.exp(1 - len(predicted) / len(wanted))")], BLEU),
+    ("a word that is repeated counts each time", "tasks/vqa.py",
+     [("sum((Counter(predicted) & Counter(wanted)).values())", "sum(word in wanted for word in predicted)")],
+     BLEU),
+    ("a draw without a closed question leaves no interval", "tasks/stats.py",
+     [("np.nanpercentile(", "np.percentile(")],
+     "test_eval.py::test_a_resample_without_a_closed_question_blanks_no_cell"),
+    ("questions are resampled in place of images", "tasks/stats.py",
+     [("_, groups = np.unique(groups, return_inverse=True)", "groups = np.arange(len(groups))")],
+     "test_eval.py::test_bootstrap_is_that_of_resampling_the_questions_themselves"),
+    ("images are resampled in place of patients", "plumbing/scores.py",
+     [("_, place = np.unique(groups, return_inverse=True)", "place = np.arange(len(groups))")],
+     "test_cls_runs.py::test_the_interval_draws_patients"),
+    ("macro-F1 is a mean over classes that do not occur", "plumbing/scores.py",
+     [("np.maximum(occurs.sum(-1), 1)", "occurs.shape[-1]")],
+     SCORES + "test_one_class_an_image_agrees_with_scikit_learn"),
+    ("signs are flipped for one side alone", "plumbing/scores.py",
+     [("np.abs(signs @ differences) >= abs(differences.sum())", "signs @ differences >= differences.sum()")],
+     SCORES + "test_sign_flip"),
+    ("p of many differences may be 0", "plumbing/scores.py", [("    signs[0] = 1  #", "    pass  #")],
+     SCORES + "test_p_of_many_differences_is_never_0"),
+    ("the lowest seed decides which runs are averaged", "plumbing/results.py",
+     [("most = max(hashes, key=lambda key: counts[hashes[key]])", "most = min(hashes)")],
+     "test_cls_runs.py::test_most_seeds_decide_which_are_averaged"),
+    # The leak guard
+    ("mirrored copies are not proposed", "prepare/looks.py",
+     [("np.where(np.arange(16) % 2, np.float32(-1), np.float32(1))", "np.ones(16, np.float32)")],
+     "test_leaks.py::test_proposed_pairs_are_those_of_a_comparison_one_by_one"),
+    ("numbers of images are taken for those of samples", "prepare/leaks.py",
+     [("np.flatnonzero(np.isin(self.image_of, images)).tolist()", "np.asarray(images).tolist()")],
+     "test_leaks.py::test_training_images_that_a_test_split_has_are_found_and_left_out"),
+    ("a test split that was prepared anew is not compared again", "prepare/leaks.py",
+     [('if holds and before["tests"].get(test) == checksum:', 'if holds and test in before["tests"]:')],
+     "test_leaks.py::test_only_what_is_new_is_compared_and_no_shard_is_written_again"),
+    # Flags
+    ("an end that is out of a range is in it", "plumbing/flags.py",
+     [("self.low <= value < self.high if", "self.low <= value <= self.high if")], RANGES),
+    ("NaN is a finite number", "plumbing/flags.py",
+     [('not abs(value) < float("inf")', 'abs(value) >= float("inf")')], RANGES),
+    ("of a flag that is given twice the last counts", "plumbing/flags.py",
+     [("        given.add(self.dest)\n", "")], RANGES),
+    # Pixels
+    ("the low byte of 16-bit colour is lost", "plumbing/pixels.py",
+     [("        pixels |= np.asarray(", "        np.asarray(")],
+     KINDS),
+    ("16-bit grey is cut at 255", "plumbing/pixels.py",
+     [('if image.mode.startswith(("I", "F")):', 'if image.mode.startswith("F"):')], KINDS),
+    ("white stays zero in pixels of 16 bits", "plumbing/pixels.py",
+     [("inverted = bool(tags) and tags[WHICH_IS_ZERO] == 0", "inverted = False")], KINDS),
+    ("of several pages the first is taken", "plumbing/pixels.py",
+     [("if len(whole) > 1 or not whole and", "if not whole and")], KINDS),
+    ("NaN counts in a percentile", "plumbing/pixels.py",
+     [("    some = some[np.isfinite(some)]\n", "")], KINDS),
+    ("the range of a large image is that of its first rows", "plumbing/pixels.py",
+     [("(slice(None, None, round(step ** 0.5)),) * 2", "(slice(None, len(counted) // step),)")],
+     "test_pixels.py::test_the_range_of_a_large_image_is_that_of_all_its_parts"),
+    # Labels and patients
+    ("a label that is not known is no finding", "prepare/listing.py",
+     [("not (multi_label and not any(parts))", "not multi_label")],
+     FOLDER + "test_beside_several_labels_an_empty_cell_is_no_finding_and_a_question_mark_is_none"),
+    ("patients are divided", "prepare/folder.py",
+     [("split_by_group(groups, [", "split_by_group(range(len(items)), [")],
+     FOLDER + "test_a_patient_is_never_divided"),
+    ("P7 and p7 are two patients", "prepare/listing.py",
+     [("cells = [printable(cells[place]).casefold()", "cells = [printable(cells[place])")],
+     FOLDER + "test_capitals_make_no_other_patient"),
+    # What a run stands on
+    ("a run goes on with other images", "train_vlm.py",
+     [('differences(record["inputs"], inputs)',
+       'differences(record["inputs"]["weights"], inputs["weights"])')],
+     "test_runs.py::test_other_images_tokenizers_and_weights_are_refused_each"),
+    ("what came to a record is no difference", "plumbing/files.py",
+     [("sorted(before.keys() | now.keys(), key=str)", "sorted(before, key=str)")],
+     "test_runs.py::test_differences_name_what_was_and_what_is"),
+    ("other base weights are accepted", "model.py",
+     [("elif hash_weights(place) != sha256:", "elif hash_weights(place) is None:")],
+     "test_runs.py::test_other_base_weights_of_the_same_sizes_are_refused"),
+    ("weights without hashes of their own are known by their shapes", "model.py",
+     [('get("tensors", "{}")).keys() == tensors.keys()', 'get("tensors", "{}")).keys() <= tensors.keys()')],
+     "test_runs.py::test_weights_are_known_by_every_number_and_setting"),
+    ("a lock is held by several at once", "plumbing/files.py",
+     [("hold(file, fcntl.LOCK_EX | fcntl.LOCK_NB if fcntl else 0)",
+       "hold(file, fcntl.LOCK_SH | fcntl.LOCK_NB if fcntl else 0)")],
+     "test_prepare.py::test_a_lock_is_one_s_alone_and_a_killed_process_s_is_nobody_s"),
 ]
 
 
@@ -139,46 +252,67 @@ class Config:
     only: str = ""  # mutants whose description has these words; none: all
 
 
-def passes(test, repository, shards):
-    """Whether a test or a campaign passes in this copy; None if it ended in another way."""
-    if "::" in test:
-        words = ["-m", "pytest", "-n0", "-x", "-q", "-p", "no:cacheprovider", f"tests/{test}"]
+def passes(tests, repository, shards=None, seconds=300):
+    """Whether tests, or a campaign on these shards, pass in this copy; None if they ended in another way."""
+    if shards:
+        words = [f"extras/faults/{tests.split()[0]}", *tests.split()[1:], f"--shards_dir={shards}"]
     else:
-        words = [f"extras/faults/{test.split()[0]}", *test.split()[1:], f"--shards_dir={shards}"]
+        words = ["-m", "pytest", "-n0", "-x", "-q", "-p", "no:cacheprovider",
+                 *(f"tests/{test}" for test in tests.split())]
     try:
         done = subprocess.run([sys.executable, *words], cwd=repository, capture_output=True, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=seconds)
     except subprocess.TimeoutExpired:
         return None
     return {0: True, 1: False}.get(done.returncode)
 
 
-def main(config):
-    begin, passed, missed = time.perf_counter(), {}, 0
-    chosen = [mutant for mutant in MUTANTS if config.only in mutant[0]]
+def copy_repository(folder):
+    """A copy of what git knows of this repository."""
     names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=sys.path[0], check=True,
                            capture_output=True, text=True).stdout.splitlines()
-    names = [name for name in names if (Path(sys.path[0]) / name).is_file()]
+    for name in names:
+        if (Path(sys.path[0]) / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(sys.path[0]) / name, folder / name)
+
+
+def plant(what, text, changes):
+    """A file's text with the bug in it. Raises UserError where the words are not there once."""
+    for old, new in changes:
+        if text.count(old) != 1:
+            raise UserError(f"{what}: its file has {old!r} {text.count(old)} times")
+        text = text.replace(old, new)
+    return text
+
+
+def main(config):
+    begin, missed = time.perf_counter(), 0
+    chosen = [mutant for mutant in MUTANTS if config.only in mutant[0]]
+    if not chosen:
+        raise UserError(f"--only={config.only}: in the description of no bug")
+    tests = list(dict.fromkeys(mutant[3] for mutant in chosen))
+    campaigns = [test for test in tests if "::" not in test]
+    tests = " ".join(test for test in tests if "::" in test)
+    print(f"{len(chosen)} bugs, about {-(-len(chosen) // 3)} minute(s) on one core; what finds them is first "
+          "tried without any", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         copy, shards = Path(folder) / "repository", Path(folder) / "shards"
-        for name in names:
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(Path(sys.path[0]) / name, copy / name)
-        prepare(shards)
-        for what, name, changes, test in chosen:
-            if test not in passed:
-                passed[test] = passes(test, copy, shards)
-                if not passed[test]:
-                    raise UserError(f"{test} does not even pass without a bug")
-            original = mutated = (copy / name).read_text()
-            for old, new in changes:
-                if mutated.count(old) != 1:
-                    raise UserError(f"{what}: {name} has {old!r} {mutated.count(old)} times")
-                mutated = mutated.replace(old, new)
-            (copy / name).write_text(mutated)
-            found = passes(test, copy, shards) is False
+        copy_repository(copy)
+        if campaigns:
+            prepare(shards)
+        for campaign in campaigns:
+            if not passes(campaign, copy, shards):
+                raise UserError(f"{campaign} does not even pass without a bug")
+        if tests and not passes(tests, copy, seconds=3600):
+            raise UserError(f"one of {tests} does not even pass without a bug")
+        for number, (what, name, changes, test) in enumerate(chosen, start=1):
+            print(f"{number:2} of {len(chosen)}  {what}, by {test}: ", end="", flush=True)
+            original = (copy / name).read_text()
+            (copy / name).write_text(plant(what, original, changes))
+            found = passes(test, copy, None if "::" in test else shards) is False
             missed += not found
-            print(f"{'found' if found else 'MISSED':6}  {what}, by {test}", flush=True)
+            print("found" if found else "MISSED", flush=True)
             (copy / name).write_text(original)
     print(f"{len(chosen) - missed} of {len(chosen)} bugs found, in {time.perf_counter() - begin:.0f} s")
     if missed:

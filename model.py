@@ -42,7 +42,7 @@ from torch.utils.checkpoint import checkpoint
 from data import BOS, EOS, read_settings
 from lora import add_lora, load_adapter, lora_layers, save_adapter, token_keys
 from plumbing.claims import lfs_pointer, llama_refusal, vit_facts, vit_problem
-from plumbing.files import hash_file, hash_json, newest_checkpoint, sort_metadata
+from plumbing.files import find_run, hash_file, hash_json, sort_metadata
 from plumbing.flags import UserError
 from plumbing.machine import describe_machine, join_group, pick_device  # noqa: F401, for who asks here
 
@@ -245,7 +245,7 @@ class ViT(nn.Module):
     @classmethod
     def from_run(cls, run, device="cpu"):
         """The encoder of a train_vlm.py run, from its newest checkpoint."""
-        return cls.load(newest_checkpoint(run), device)
+        return cls.load(find_run(run)[1], device)
 
     @classmethod
     def load(cls, folder, device="cpu"):
@@ -949,7 +949,7 @@ class VLM(nn.Module):
     @classmethod
     def from_run(cls, folder, dtype=torch.float32, device="cpu"):
         """The model of a train_vlm.py run, from its newest checkpoint."""
-        return cls.load(newest_checkpoint(folder), dtype, device)
+        return cls.load(find_run(folder)[1], dtype, device)
 
 
 # ----------------------------------------------------------------------------- weights

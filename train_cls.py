@@ -84,9 +84,8 @@ from tqdm import tqdm
 
 from data import Shard, load_image, random_keys, resize_image
 from model import CONFIGS, ViT, hash_weights, load_encoder, metadata_of, normalise, tensors_of
-from plumbing.files import (checkpoints, differences, find_damage, hash_json, lock,
-                            newest_checkpoint, read_manifest, require_writable, sealed, sort_metadata,
-                            write_manifest, write_whole)
+from plumbing.files import (checkpoints, differences, find_damage, find_run, hash_json, lock, read_manifest,
+                            require_writable, sealed, sort_metadata, write_manifest, write_whole)
 from plumbing.machine import (LossScale, autocast_to, describe_machine, join_group, pick_device,
                               usable_cores)
 from plumbing.results import EIGHT, newest_state, print_run, read_result, report, require_same, run_folder
@@ -269,7 +268,7 @@ def make_encoder(config):
     if config.encoder == "openmedq":
         if not config.run:
             raise UserError("--encoder=openmedq: name the train_vlm.py run that it is of with --run")
-        checkpoint = newest_checkpoint(config.run)
+        _, checkpoint = find_run(config.run)
         encoder, manifest = ViT.load(checkpoint), read_manifest(checkpoint)
         if manifest is None:
             raise UserError(f"{checkpoint}: gone while it was read; run the same command again")

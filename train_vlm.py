@@ -90,10 +90,10 @@ from data import Batch, Tokenizer, open_mixture
 from lora import add_lora
 from model import CONFIGS, HAS_TRITON, VLM, compile_blocks, is_trained
 from plumbing.claims import tokenizer_mismatch
-from plumbing.files import (checkpoints, differences, find_damage, hash_json, lock, newest_checkpoint, read_manifest,
-                            require_writable, seal, sync, write_manifest, write_whole)
+from plumbing.files import (checkpoints, differences, find_damage, hash_json, lock, nearest_run,
+                            newest_checkpoint, read_manifest, require_writable, seal, sync, write_manifest,
+                            write_whole)
 from plumbing.machine import LossScale, autocast_to, describe_machine, join_group, pick_device, usable_cores
-
 
 FREE_ON_RESUME = {"workers", "recompute", "compile", "device", "resume", "run", "log_every",
                   "evaluate_every", "save_every", "save_minutes", "keep", "shard", "rank_timeout", "wandb",
@@ -120,7 +120,9 @@ def choose_folder(config):
         folder = runs[-1].parent
     if (folder / "manifest.json").exists():
         raise UserError(f"--run={folder}: this is a checkpoint or a shard; a run is the folder that it lies in")
-    folder = folder.absolute() if folder.is_symlink() else folder
+    if config.resume and not folder.exists():  # as when a scheduler gives the same command every time
+        near = nearest_run(folder)
+        print(f"{folder}: no run here yet, a new one begins" + f"; did you mean {near}?" * bool(near))
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     require_writable(folder, "run")
     for path in {folder, *new}:

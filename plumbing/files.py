@@ -228,13 +228,17 @@ def find_run(name=""):
         if damage := find_damage(folder):
             raise UserError(f"{folder}: {damage}; --run={folder.parent} takes the newest that is whole")
         return folder.parent, folder
-    if not folder.is_dir():
-        beside = {str(path.parent.parent): path for place in (folder.parent, Path("out"))
-                  for path in place.glob("*/step_*/manifest.json")}
-        names = {Path(run).name: run for run in beside}
-        if near := difflib.get_close_matches(folder.name, names, n=1):
-            raise UserError(f"{folder}: no such run; did you mean {names[near[0]]}?")
+    if not folder.is_dir() and (near := nearest_run(folder)):
+        raise UserError(f"{folder}: no such run; did you mean {near}?")
     return folder, newest_checkpoint(folder)
+
+
+def nearest_run(folder):
+    """The run whose name is most like that of a folder that is not there, beside it or in out/; or None."""
+    runs = {path.parent.parent.name: path.parent.parent for place in (Path(folder).parent, Path("out"))
+            for path in place.glob("*/step_*/manifest.json")}
+    near = difflib.get_close_matches(Path(folder).name, runs, n=1)
+    return runs[near[0]] if near else None
 
 
 # ----------------------------------------------------------------------------- places

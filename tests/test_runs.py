@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train_vlm
-from model import VLM, LLaMA, LlamaConfig, hash_weights, tensor_hashes, tensors_of
+from model import VLM, LLaMA, LlamaConfig, ViT, hash_weights, tensor_hashes, tensors_of
 from plumbing.files import (differences, find_damage, lock, manifest_checksum, newest_checkpoint, read_manifest,
                             require_writable, write_manifest)
 from plumbing.flags import UserError
@@ -302,3 +302,14 @@ def test_locks_are_not_needed_where_there_are_none(tmp_path, monkeypatch):
     monkeypatch.setattr(plumbing.files, "fcntl", None)
     with lock(tmp_path / ".lock", "training"), lock(tmp_path / ".lock", "training"):
         pass
+
+
+def test_a_run_that_is_resumed_under_a_wrong_name_is_told_of_the_right_one(shards, tmp_path, capsys):  # noqa: F811
+    train_vlm.main(flags(shards, tmp_path / "sample", max_steps=1))
+    capsys.readouterr()
+    train_vlm.main(flags(shards, tmp_path / "smaple", max_steps=1, resume=True))  # a scheduler's first job
+    assert f"smaple: no run here yet, a new one begins; did you mean {tmp_path}/sample?" in capsys.readouterr().out
+    for load in (VLM.from_run, ViT.from_run):
+        with pytest.raises(UserError, match=f"sampel: no such run; did you mean {tmp_path}/sample?"):
+            load(tmp_path / "sampel")
+        load(tmp_path / "sample/step_000001")

@@ -45,7 +45,7 @@ from plumbing.flags import UserError, parse_command_line, run
 STEPS = 3  # each saved; with --keep=2 the last save removes the first checkpoint
 CALLS = ("openat,open,creat,write,pwrite64,writev,ftruncate,truncate,fsync,fdatasync,sync_file_range,"
          "rename,renameat,renameat2,mkdir,mkdirat,unlink,unlinkat,rmdir,link,linkat,symlink,symlinkat,"
-         "copy_file_range,sendfile,fallocate,readlink")
+         "copy_file_range,sendfile,fallocate,readlink,lseek")
 UNREAD = re.compile("/(partial|removed)_.*/")
 RETURNED = "/returned/"  # a link that is asked for, in vain, whenever a save has returned
 
@@ -73,6 +73,7 @@ class Disk:
 
     def __init__(self, root):
         self.top, self.root = Folder(), str(root)
+        self.places = {}  # path of an open file -> where in it the next write goes; not there: its end
 
     def find(self, path):
         node = self.top
@@ -88,9 +89,10 @@ class Disk:
         if node is not None:
             folder.now[name] = node
 
-    def replay(self, name, words):
+    def replay(self, name, words, result):
         """Do what one line of the log says; False where that is nothing to a disk."""
         if name == "openat":
+            self.places.pop(words[1], None)
             if "O_CREAT" in words[2] and Path(words[1]).name not in self.find(Path(words[1]).parent).now:
                 self.put(words[1], File())
             elif "O_TRUNC" in words[2]:
@@ -98,7 +100,14 @@ class Disk:
             else:
                 return False
         elif name == "write":
-            self.find(words[0]).now += words[1]  # every file is written from its start to its end
+            file = self.find(words[0])
+            at = self.places.get(words[0], len(file.now))
+            file.now = file.now[:at] + words[1] + file.now[at + len(words[1]):]
+            if words[0] in self.places:
+                self.places[words[0]] += len(words[1])
+        elif name == "lseek":
+            self.places[words[0]] = result
+            return False
         elif name == "ftruncate":
             return False  # to the length that the following writes fill: zeros are among what is tried
         elif name == "fsync":
@@ -255,7 +264,7 @@ def crash_states(lines, disk, digest, config):
         if name == "readlink" and words[0].startswith(RETURNED):
             returned = int(words[0].removeprefix(RETURNED))
         elif not any(f"{word}/".startswith(f"{disk.root}/") for word in words) or result < 0 \
-                or not disk.replay(name, words):
+                or not disk.replay(name, words, result):
             continue
         number += 1
         for state in disk.states():

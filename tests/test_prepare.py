@@ -394,7 +394,7 @@ def test_of_several_at_once_one_prepares_a_dataset(all_py, tokenizer, tmp_path, 
     assert at_once(lambda: all_py.prepare_dataset(toy, config)) == [("ready", ""), *[("up to date", "")] * 2]
     assert len(read) == 1 and os.listdir(tmp_path / "shards") == ["toy"]
     assert len(Shard(tmp_path / "shards/toy/train")) == 4 and "is preparing toy" in capsys.readouterr().out
-    at_once(lambda: str(all_py.print_leaks(config)))
+    at_once(lambda: str(all_py.print_leaks(["toy"], config)))
     assert Shard(tmp_path / "shards/toy/train").read_leaks()[0] == "drop"
     assert os.listdir(tmp_path / "shards") == ["toy"]
 

@@ -39,8 +39,8 @@ import train_vlm
 from data import BOS, EOS, Tokenizer, read_settings
 from model import (ADAPTERS, CLIP_MEAN, CLIP_STD, VLM, ViT, metadata_of, read_metadata, read_tensor,
                    tensor_shapes, tensors_of)
-from plumbing.files import (find_run, read_manifest, require_writable, seal,
-                            sort_metadata, sync, write_manifest)
+from plumbing.files import (find_run, hash_file, read_manifest, require_writable, seal, sort_metadata, sync,
+                            write_manifest)
 from plumbing.flags import Range, UserError, parse_command_line, run
 from prepare.datasets import DATASETS
 from prepare.weights import WEIGHTS
@@ -349,6 +349,10 @@ def write_vlm(checkpoint, told, folder):
         settings = read_settings(base / "config.json")
         write_json(step / "language/config.json", {key: value for key, value in settings.items()
                                                    if key != "_name_or_path"})  # a place on a disk, often
+        index = step / "language/model.safetensors.index.json"
+        if index.is_file() and "config" in ((settings := read_settings(index)).get("metadata") or {}):
+            settings["metadata"]["config"] = hash_file(step / "language/config.json")  # LLaMA compares it
+            write_json(index, settings)
     write_json(step / "config.json", {**config, "weights": {"vision": "", "language": ""}})
     seal(step, folder / checkpoint.name, step=int(checkpoint.name[5:]), **told)
 

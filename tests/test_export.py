@@ -23,8 +23,8 @@ import train_vlm
 from data import Tokenizer
 from extras import export
 from lora import add_lora, load_adapter, lora_layers, read_adapter_config
-from model import CLIP_MEAN, CLIP_STD, VLM, LLaMA, ViT, load_encoder
-from plumbing.files import manifest_checksum, newest_checkpoint, seal
+from model import CLIP_MEAN, CLIP_STD, VLM, LLaMA, ViT, load_encoder, tensor_shapes
+from plumbing.files import hash_file, manifest_checksum, newest_checkpoint, seal
 from plumbing.flags import UserError
 from prepare.leaks import guard
 from prepare.questions import train_sample_tokenizer
@@ -328,11 +328,21 @@ def private(shards, tmp_path_factory):  # noqa: F811
     settings = json.loads((folder / "language_of_maria/config.json").read_text())
     (folder / "language_of_maria/config.json").write_text(json.dumps(
         settings | {"_name_or_path": str(folder / "language_of_maria")}))
+    shapes = tensor_shapes(folder / "language_of_maria/model.safetensors")
+    (folder / "language_of_maria/model.safetensors.index.json").write_text(json.dumps({  # as prepare/weights.py does
+        "metadata": {"config": hash_file(folder / "language_of_maria/config.json")},
+        "weight_map": dict.fromkeys(shapes, "model.safetensors")}))
     train_vlm.main(flags(here, folder / "run", data="sample,st_anna_skulls:2", max_steps=2, language="lora",
                          vision="full", language_weights=str(folder / "language_of_maria")))
     eval_vqa.main(eval_vqa.Config(run=str(folder / "run"), shards_dir=str(here), limit=4, blind="none"))
     export.main(export.Config(run=str(folder / "run"), folder=str(folder / "out")))
     return folder / "out", ("st_anna", "feet_of", "home_of", str(Path.home()), str(folder), str(ROOT))
+
+
+def test_a_base_loads_whose_config_lost_the_name_of_its_place(private):
+    settings = json.loads(next(private[0].glob("vlm/step_*/language/config.json")).read_text())
+    assert "_name_or_path" not in settings and settings["hidden_size"] == 128
+    assert VLM.from_run(private[0] / "vlm").language.config.hidden_size == 128
 
 
 def test_no_exported_file_names_private_datasets_people_or_places(private):

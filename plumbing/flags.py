@@ -53,7 +53,8 @@ class Range:
     def __str__(self):
         if self.high == LARGEST:
             return f"{self.low} or more"
-        return f"from {self.low:g} to {'below ' * self.below}{self.high:g}"
+        low, high = (f"{end:,}" if isinstance(end, int) else f"{end:g}" for end in (self.low, self.high))
+        return f"from {low} to {'below ' * self.below}{high}"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ Threads = Annotated[int, Range(0, 1024)]  # or processes; 0 leaves their number 
 Seconds = Annotated[int, Range(1, 30 * 24 * 3600)]
 Share = Annotated[float, Range(0, 1)]
 ShareBelow1 = Annotated[float, Range(0, 1, below=True)]
-Scale = Annotated[float, Range(0, 1e6)]  # rates, decays and other numbers that are not negative
+Scale = Annotated[float, Range(0, 1e30)]  # rates, decays and other numbers that are not negative
 Device = Annotated[str, Form(r"auto|cpu|mps|cuda(:\d{1,3})?", "auto, cpu, mps, cuda or cuda:0")]
 Text = Annotated[str, Form(r".{0,20000}", "a text of at most 20,000 characters")]  # not a name or a path
 Datasets = Annotated[str, Form(  # train_vlm.py's mixture

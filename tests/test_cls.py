@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import train_cls
 from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard
 from lora import add_lora
-from model import CONFIGS, Linear, ResNet, ResNetConfig, ViT, ViTConfig
+from model import CONFIGS, Linear, ResNet, ResNetConfig, ViT, ViTConfig, metadata_of
 from plumbing.files import checkpoints, read_manifest, seal, write_manifest
 from plumbing.flags import UserError, parse_flags
 from plumbing.results import EIGHT, read_results
@@ -147,7 +147,7 @@ def test_batch_norms_keep_their_statistics(toy, monkeypatch):
 def test_openmedq_s_encoder_is_that_of_the_run(lora, tmp_path):
     config = ViTConfig(32, 16, 64, 2)
     vision, folder = randomise(ViT(config), 1), tmp_path / "run/partial"
-    save_file(vision.state_dict(), tmp_path / "vision.safetensors")
+    save_file(vision.state_dict(), tmp_path / "vision.safetensors", metadata_of(vision))
     images = torch.randn(2, 3, 32, 32)
     settings_of = {"targets": "qkv", "r": 2, "alpha": 4, "dropout": 0.0}
     folder.mkdir(parents=True)
@@ -157,7 +157,7 @@ def test_openmedq_s_encoder_is_that_of_the_run(lora, tmp_path):
         randomise(vision, 2)
         base = {name.replace(".base.", "."): tensor for name, tensor in vision.state_dict().items()
                 if "lora" not in name}
-        save_file(base, tmp_path / "vision.safetensors")
+        save_file(base, tmp_path / "vision.safetensors", metadata_of(vision))
         save_adapter(vision, folder / "vision_adapter", "", **settings_of)
     (folder / "config.json").write_text(json.dumps({
         "weights": {"vision": str(tmp_path / "vision.safetensors"), "language": ""},

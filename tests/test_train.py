@@ -188,7 +188,7 @@ def test_another_tokenizer_is_refused(shards, tmp_path):
 @pytest.mark.parametrize("words, expected", [
     (["train_vlm.py", "--batchsize=3"], "did you mean --batch_size?"),
     (["train_vlm.py", "--batch_size=many"], "--batch_size"),
-    (["train_vlm.py", "--batch_size=0"], "--batch_size=0: 1 or more"),
+    (["train_vlm.py", "--batch_size=0"], "--batch_size=0: from 1 to 1,048,576"),
     (["train_vlm.py", "--data=nowhere", "--model=sample"], "prepare/all.py --only=nowhere"),
     (["train_vlm.py", "--data=sample:much"], "'much' is no weight"),
     (["eval_vqa.py", "--run=out/no_such_run"], "python train_vlm.py --run=out/no_such_run"),

@@ -87,6 +87,7 @@ def call(script, words):
     module, sys.argv = COMMANDS[script][0], [script, *(f"--{name}={value}" for name, value in words.items())]
     if module is prepare.all:  # its workers begin with the script that started them: not with this one
         os.execv(sys.executable, [sys.executable, str(tiny.ROOT / script), *sys.argv[1:]])
+    sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))  # whatever stood in for them
     code = 0
     try:
         run(module.main, parse_command_line(module.Config))

@@ -513,7 +513,7 @@ def entries(folder):
     adapter, found = folder / "adapter" / "now", folder / "now"
     encoder = found / "vision" / "encoder.safetensors"
     yield at(encoder, lambda: load_encoder(encoder))
-    for name in ("config.json", "model.safetensors.index.json", "model-0.safetensors"):
+    for name in ("config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors"):
         yield at(found / "language" / name, lambda: LLaMA.from_pretrained(found / "language"))
     yield at(adapter / "adapter_config.json", lambda: read_adapter_config(adapter))
     yield at(folder / "tokenizer.model", lambda: Tokenizer(folder / "tokenizer.model"))

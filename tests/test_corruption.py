@@ -132,7 +132,7 @@ def test_whole_numbers_are_no_weights(tmp_path):
         tensors = load_file(file)
         key = next(key for key in tensors if key.endswith(name))
         tensors[key] = tensors[key].int()
-        save_file(tensors, file)
+        save_file(tensors, file, {"heads": "1", "activation": "gelu"})
         with pytest.raises(UserError, match=f"{file}: .*{key} .*int32"):
             target.use()
 

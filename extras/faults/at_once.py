@@ -14,7 +14,6 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not extras/faults/
 
-import os
 import random
 import shutil
 import tempfile
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 
 from data import Shard
 from extras.faults import tiny
-from extras.faults.fuzz_flags import COMMANDS, call, find_fault, make_place
+from extras.faults.fuzz_flags import COMMANDS, find_fault, make_place, start
 from plumbing.files import find_damage
 from plumbing.flags import Count, UserError, Whole, parse_command_line, run
 
@@ -33,18 +32,6 @@ from plumbing.flags import Count, UserError, Whole, parse_command_line, run
 class Config:
     times: Count = 60  # pairs of commands
     seed: Whole = 0  # of the moments at which the second one starts
-
-
-def start(script, words, folder, log):
-    """The process id of a command in a folder; the file `log` gets what it says."""
-    child = os.fork()
-    if not child:
-        os.chdir(folder)
-        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for stream in (1, 2):
-            os.dup2(handle, stream)
-        call(script, words)
-    return child
 
 
 def damages(folder):

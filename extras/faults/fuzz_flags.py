@@ -102,9 +102,8 @@ def call(script, words):
     os._exit(code)
 
 
-def try_command(script, words, folder, patience):
-    """(exit code or None, what it printed) of a command in a folder, which it may take `patience` seconds for."""
-    log = folder / "said"
+def start(script, words, folder, log):
+    """The process id of a command in a folder; the file `log` gets what it says."""
     child = os.fork()
     if not child:
         os.chdir(folder)
@@ -112,6 +111,13 @@ def try_command(script, words, folder, patience):
         for stream in (1, 2):
             os.dup2(handle, stream)
         call(script, words)
+    return child
+
+
+def try_command(script, words, folder, patience):
+    """(exit code or None, what it printed) of a command in a folder, which it may take `patience` seconds for."""
+    log = folder / "said"
+    child = start(script, words, folder, log)
     deadline, told = time.monotonic() + patience, False
     while True:
         done, status = os.waitpid(child, os.WNOHANG)

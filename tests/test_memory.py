@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from extras import memory
-from plumbing.flags import run
+from plumbing.flags import parse_command_line, run
 
 LANGUAGE, OTHERS, LORA = 6_738_415_616, 85_798_656 + 3_149_824, 4_194_304  # the paper's parameters
 
@@ -93,7 +93,7 @@ def test_tables_have_a_line_for_every_size_and_card(capsys):
 def test_a_mistake_is_told_in_one_line(flag, told, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["memory.py", flag])
     with pytest.raises(SystemExit) as stopped:
-        run(memory.main, memory.Config)
+        run(memory.main, parse_command_line(memory.Config))
     assert stopped.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"memory.py: {told}")

@@ -39,8 +39,8 @@ import train_vlm
 from data import BOS, EOS, Tokenizer, read_settings
 from model import (ADAPTERS, CLIP_MEAN, CLIP_STD, VLM, ViT, metadata_of, read_metadata, read_tensor,
                    tensor_shapes, tensors_of)
-from plumbing.files import (find_run, hash_file, read_manifest, require_writable, seal, sort_metadata, sync,
-                            write_manifest)
+from plumbing.files import (find_run, hash_file, lock, read_manifest, require_writable, seal, sort_metadata,
+                            sync, write_manifest)
 from plumbing.flags import Range, UserError, parse_command_line, run
 from prepare.datasets import DATASETS
 from prepare.weights import WEIGHTS
@@ -80,8 +80,11 @@ def require_same(checkpoint, record, before):
                         "(train_vlm.py --keep); nothing of another one was taken: run it again")
 
 
-def require_one_source(folder, record):
-    """Raise UserError where a folder already has parts of another checkpoint."""
+def require_free(folder, targets, record):
+    """Raise UserError where a target is there already, or a folder has parts of another checkpoint."""
+    for target in targets:
+        if target.exists():
+            raise UserError(f"{target}: there already; remove it, or choose another --folder")
     for path in sorted(folder.glob(f"*/{SOURCE}")):
         other = read_settings(path)
         if other.get("manifest") != record["checksum"]:
@@ -534,16 +537,15 @@ def main(config):
             for name, job in jobs.get(part, {}).items()}
     if "card" in parts:
         jobs[folder / "README.md"] = write_card, checkpoint, told
-    for target in jobs:
-        if target.exists():
-            raise UserError(f"{target}: there already; remove it, or choose another --folder")
-    require_one_source(folder, sealed)
+    require_free(folder, jobs, sealed)
     model = VLM.load(checkpoint, device="meta")  # no values, but its base weights are those of the training
     require_writable(folder, "folder")
     require_room(folder, checkpoint, model, parts, dtype)
-    print(f"of {checkpoint}, into {folder}:", flush=True)
-    for target, job in jobs.items():
-        write_part(target, *job, unchanged=lambda: require_same(checkpoint, sealed, before))
+    with lock(folder / ".lock", "exporting"):
+        require_free(folder, jobs, sealed)  # another export may have ended since
+        print(f"of {checkpoint}, into {folder}:", flush=True)
+        for target, job in jobs.items():
+            write_part(target, *job, unchanged=lambda: require_same(checkpoint, sealed, before))
 
 
 if __name__ == "__main__":

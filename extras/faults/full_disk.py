@@ -64,13 +64,16 @@ class Config:
 # ----------------------------------------------------------------------------- small disks
 
 def own_mounts():
-    """Let this process mount what it alone sees, root or not. Raises OSError where that is refused."""
+    """Let this process mount what it alone sees, root or not. Raises NotHere where that is refused."""
     user, group = os.getuid(), os.getgid()
-    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS | CLONE_NEWUSER):
-        raise OSError(ctypes.get_errno(), "no name space of its own")
-    Path("/proc/self/setgroups").write_text("deny")
-    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
-    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    try:
+        if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS | CLONE_NEWUSER):
+            raise OSError(ctypes.get_errno(), "unshare")
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+        Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    except OSError:
+        raise NotHere("no disk can be mounted here, even in a name space of its own") from None
 
 
 def mount(options, *what):
@@ -92,9 +95,10 @@ def used(disk):
 
 
 def leave_room(disk, room):
-    """Let whole blocks of a disk be free, of so many bytes at most."""
+    """Let whole blocks of a disk be free, of so many bytes at most, but one block of an empty disk."""
     block = os.statvfs(disk).f_bsize
-    mount(f"remount,size={used(disk) + int(room) // block * block}", str(disk))
+    size = max(used(disk) + int(room) // block * block, block)  # a tmpfs of size 0 would have no limit
+    mount(f"remount,size={size}", str(disk))
 
 
 def rooms(config, needed):

@@ -31,6 +31,7 @@ import eval_vqa
 import prepare.all
 import train_cls
 import train_vlm
+from extras import export
 from extras.faults import tiny
 from plumbing.flags import Count, UserError, Whole, parse_command_line, run, type_of
 
@@ -53,6 +54,7 @@ COMMANDS = {  # script -> its module and the flags of a short run
         dataset="sample", shards_dir="shards", encoder="scratch", model="sample", epochs=1, device="cpu", out="cls")),
     "eval_vqa.py": (eval_vqa, dict(run="run", data="sample", shards_dir="shards", limit=4, max_new_tokens=2,
                                    device="cpu")),
+    "extras/export.py": (export, dict(run="run", folder="exported")),
     "prepare/all.py": (prepare.all, dict(only="sample", limit=2, image_size=32, shards_dir="prepared", workers=1,
                                          raw_dir="raw", weights_dir="weights"))}
 
@@ -78,7 +80,7 @@ def draw_command(draw, script):
 
 
 # What would leave the folder, or fetch every dataset there is
-NEVER = {(name, value) for name in ("run", "out", "shards_dir", "raw_dir", "weights_dir") for value in ("..", "~")} | {
+NEVER = {(name, value) for name in ("run", "out", "folder", "shards_dir", "raw_dir", "weights_dir") for value in ("..", "~")} | {
     ("only", value) for value in ("", " ", ",")}
 
 
@@ -143,10 +145,13 @@ def find_fault(script, code, text, odd, words):
     return ""
 
 
-def make_place(folder):
-    """A folder with a prepared sample, a trained run, and some files and folders that flags may name."""
+def make_place(folder, **changes):
+    """
+    A folder with a prepared sample, a run trained on it, its flags changed so, and some files and folders
+    that flags may name.
+    """
     shards = tiny.prepare(folder / "shards", limit=400)  # 11 images of each class
-    settings = dict(COMMANDS["train_vlm.py"][1], run=str(folder / "run"), shards_dir=str(shards))
+    settings = dict(COMMANDS["train_vlm.py"][1], run=str(folder / "run"), shards_dir=str(shards)) | changes
     if tiny.wait(tiny.fork(train_vlm.main, train_vlm.Config(**settings))):
         raise UserError("the run that the commands are about failed")
     (folder / "file").write_text("a file")

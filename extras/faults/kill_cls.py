@@ -25,7 +25,6 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the reposito
 import contextlib
 import functools
 import io
-import json
 import os
 import random
 import shutil
@@ -33,7 +32,6 @@ import signal
 import tempfile
 import time
 import traceback
-from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -42,7 +40,7 @@ from PIL import Image
 import train_cls
 from extras.faults.corrupt import flipped
 from extras.faults.full_disk import leave_room, mount, mounted, own_mounts, used
-from extras.faults.tiny import SUCCESS, USER_ERROR, shrink, wait
+from extras.faults.tiny import SUCCESS, USER_ERROR, bits_of, shrink, try_parts, wait
 from plumbing.files import checkpoints, find_damage, hash_file, hash_json, read_manifest
 from plumbing.flags import Count, UserError, parse_command_line, run
 from prepare.folder import prepare_folder
@@ -167,7 +165,7 @@ def try_kill(config, trial, folder):
 
 
 def try_full(config, trial, folder):
-    """In a name space of the process's own, which may mount."""
+    own_mounts()
     disk = folder / "disk"
     disk.mkdir(exist_ok=True)
     settings = replace(trial.config, out=str(disk))
@@ -248,53 +246,17 @@ def try_flip(config, trial, folder):
             yield f"stopped, {name}: {'refused' if code else 'the same'}", wrong
 
 
-def bits_of(path, draw, regions):
-    """A bit of each of so many regions of a file, or of each byte of a smaller one."""
-    size = path.stat().st_size
-    edges = np.linspace(0, size, min(regions, size) + 1).astype(int)
-    return [8 * draw.randrange(begin, end) + draw.randrange(8) for begin, end in zip(edges, edges[1:])]
-
-
 # ----------------------------------------------------------------------------- all of it
-
-def try_part(part, config, trial, folder, told):
-    """One part, in a process that may mount what it alone sees; the file `told` gets its counts and violations."""
-    if part == "full":
-        own_mounts()
-    counts, wrong = Counter(), []
-    for outcome, found in globals()[f"try_{part}"](config, trial, folder):
-        counts[outcome] += 1
-        wrong += found
-    told.write_text(json.dumps([counts, wrong]))
-
 
 def main(config):
     shrink()
-    violations = []
-    for part in config.parts.split(","):
-        if f"try_{part}" not in globals():
-            raise UserError(f"--parts: {part} is none of kill, full, flip")
+    ways = {"kill": try_kill, "full": try_full, "flip": try_flip}
+    names = config.parts.split(",")
+    if not set(names) <= ways.keys():
+        raise UserError(f"--parts={config.parts}: of {', '.join(ways)}")
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        trial = Trial(folder)
-        for part in config.parts.split(","):
-            told, begin = folder / f"{part}.json", time.perf_counter()
-            child = os.fork()
-            if not child:
-                try:
-                    try_part(part, config, trial, folder, told)
-                except OSError as error:
-                    told.write_text(json.dumps([{f"not tried: {error}": 1}, []]))
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    os._exit(0)
-            wait(child)
-            counts, wrong = json.loads(told.read_text()) if told.exists() else ({}, [f"{part}: ended by an error"])
-            violations += wrong
-            print(f"{part}: " + ", ".join(f"{count} {name}" for name, count in counts.items())
-                  + f"; {time.perf_counter() - begin:.0f} s", flush=True)
-    print(f"{len(violations)} violations" + "".join(f"\n  {line}" for line in violations[:20]))
+        trial = Trial(Path(folder))
+        violations = try_parts({name: ways[name](config, trial, Path(folder)) for name in names}, Path(folder))
     if violations:
         sys.exit(1)
 

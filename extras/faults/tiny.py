@@ -5,14 +5,18 @@ forked children, so that torch is imported once for thousands of runs.
 
 import contextlib
 import io
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import traceback
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import train_vlm
@@ -102,6 +106,46 @@ def open_saver(config, checkpoint):
     optimizer = train_vlm.make_optimizer(model, config)
     train_vlm.load_optimizer(optimizer, model, checkpoint)
     return model, optimizer
+
+
+def bits_of(path, draw, regions):
+    """A bit of each of so many regions of a file, or of each byte of a smaller one."""
+    size = path.stat().st_size
+    edges = np.linspace(0, size, min(regions, size) + 1).astype(int)
+    return [8 * draw.randrange(begin, end) + draw.randrange(8) for begin, end in zip(edges, edges[1:])]
+
+
+def try_parts(parts, folder):
+    """
+    Print what came of each part of a campaign, and return the violations, a list of texts.
+
+    parts: {name: iterator of (what came of a harm, in words; list of what is wrong)}. Each runs in a
+    process of its own, so that it may mount what it alone sees.
+    """
+    violations = []
+    for name, part in parts.items():
+        told, begin = folder / f"{name}.json", time.perf_counter()
+        child = os.fork()
+        if not child:
+            counts, wrong = Counter(), []
+            try:
+                for outcome, faults in part:
+                    counts[outcome] += 1
+                    wrong += faults
+                told.write_text(json.dumps([counts, wrong]))
+            except NotHere as error:
+                told.write_text(json.dumps([{f"not tried: {error}": 1}, []]))
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(0)
+        wait(child)
+        counts, wrong = json.loads(told.read_text()) if told.exists() else ({}, [f"{name}: ended by an error"])
+        violations += wrong
+        print(f"{name}: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+              + f"; {time.perf_counter() - begin:.0f} s", flush=True)
+    print(f"{len(violations)} violations" + "".join(f"\n  {line}" for line in violations[:20]))
+    return violations
 
 
 # ----------------------------------------------------------------------------- one save

@@ -75,7 +75,8 @@ def train_sample_tokenizer():
     from prepare import sample
 
     # Wordings and answers recur every 6 images of a class: the first 1,000 records hold them all.
-    records = [record for _, record in itertools.islice(sample.records(), 1000)]
+    images = (sample.image_records("train", number, drawn=False) for number in itertools.count())
+    records = itertools.islice(itertools.chain.from_iterable(images), 1000)
     # Line by line, so that a line break stays a byte, as in LLaMA's vocabulary.
     lines = [line for record in records
              for line in (*format_prompt(record.question).split("\n"), record.answer)]

@@ -217,8 +217,8 @@ def encode(rng, image):
     return stream.getvalue()
 
 
-def image_records(split, number, seed=0):
-    """Draw one image and yield its records. Odd numbers show their kind's finding."""
+def image_records(split, number, seed=0, drawn=True):
+    """Draw one image, unless its words suffice, and yield its records. Odd numbers show their kind's finding."""
     case, has_finding, name = number // 8, number % 2, list(KINDS)[number % 8 // 2]
     draw, modality, organ, finding, details, *impressions = KINDS[name]
     value = list(details)[case % len(details)] if has_finding else 0
@@ -227,7 +227,7 @@ def image_records(split, number, seed=0):
     if has_finding:
         answers["side" if details is SIDES else "count"] = details[value]
     rng = np.random.default_rng([seed, list(SPLITS).index(split), number])
-    image, image_name = encode(rng, draw(rng, value)), f"sample_{split}_{number:06d}"
+    image, image_name = encode(rng, draw(rng, value)) if drawn else None, f"sample_{split}_{number:06d}"
     label = f"{name}_{'' if has_finding else 'no_'}{finding}".replace(" ", "_")
     words = {"a": "an" if finding[0] in "aeiou" else "a", "finding": finding}
     for type, answer in answers.items():
@@ -237,11 +237,15 @@ def image_records(split, number, seed=0):
 
 
 def records(seed=0):
-    """Yield (split, Record): "train", then "test", the questions of an image one after another."""
-    for split, cases in SPLITS.items():
-        for number in range(cases * 2 * len(KINDS)):
-            for record in image_records(split, number, seed):
-                yield split, record
+    """
+    Yield (split, Record): the questions of an image one after another, and the splits in turns, so that who
+    wants the first of each has them soon.
+    """
+    for number in range(max(SPLITS.values()) * 2 * len(KINDS)):
+        for split, cases in SPLITS.items():
+            if number < cases * 2 * len(KINDS):
+                for record in image_records(split, number, seed):
+                    yield split, record
 
 
 def contact_sheet(path):

@@ -51,9 +51,11 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 HAS_TRITON = find_spec("triton") is not None  # which torch.compile needs on a GPU
-# Compiled when they are first called, on a GPU alone, for rows of any length
-compiled_flex_attention = torch.compile(flex_attention, dynamic=True)
-compiled_create_block_mask = torch.compile(create_block_mask, dynamic=True)
+# Compiled when they are first called, on a GPU alone, for rows of any length. Elsewhere nothing calls them, and
+# the compiler, whose import takes longer than torch's own, stays out
+compiled_flex_attention, compiled_create_block_mask = (
+    torch.compile(function, dynamic=True) if HAS_TRITON else function
+    for function in (flex_attention, create_block_mask))
 
 
 # ----------------------------------------------------------------------------- matrix products

@@ -26,13 +26,20 @@ from plumbing.flags import UserError, parse_flags
 from plumbing.results import EIGHT, read_results
 from prepare.datasets import DATASETS, Dataset
 from prepare.leaks import guard
-from prepare.questions import train_sample_tokenizer
 from prepare.shards import write_dataset
 from test_bad_input import WRITERS
 from test_model import TOLERANCE, randomise, relative_error
 from train_cls import Classifier, Config, copy_of, main, open_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+TINY = ViTConfig(image_size=32, width=64, depth=1), CONFIGS["sample"][1]
+
+
+@pytest.fixture(autouse=True)
+def tiny_encoder(monkeypatch):
+    monkeypatch.setitem(CONFIGS, "sample", TINY)
 
 
 def picture(seed, shade):
@@ -56,14 +63,14 @@ def toy_records(classes, each={"train": 8, "validation": 4, "test": 4}, multi_la
     return rows
 
 
-def write(shards, name, records, classes, size=224, multi_label=False):
+def write(shards, name, records, classes, size=32, multi_label=False):
     """A prepared classification dataset."""
     dataset = Dataset(name=name, read=lambda raw: iter(records), kind="classification", licence="none",
                       access="open", megabytes=0, page="", layouts=(), counts={}, classes=tuple(classes),
                       multi_label=multi_label)
     facts = {"dataset": name, "shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION, "limit": 0,
              "licence": "none", "image": {"size": size, "resize": "squash", "codec": "png", "quality": 0}}
-    write_dataset(shards / name, dataset, shards, {}, train_sample_tokenizer(), facts, 1)
+    write_dataset(shards / name, dataset, shards, {}, b"", facts, 1)
     guard(shards, "drop")
     return shards
 
@@ -131,7 +138,7 @@ def test_a_frozen_encoder_stays_and_only_the_head_learns(toy):
 
 
 def test_batch_norms_keep_their_statistics(toy, monkeypatch):
-    model = ResNet(ResNetConfig(224, 8, (1, 1, 1, 1), 64))
+    model = ResNet(ResNetConfig(32, 8, (1, 1, 1, 1), 64))
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(std=0.1)
@@ -193,7 +200,7 @@ def test_questions_about_an_image_are_one_image_of_it(tmp_path):
     rows = [(split, replace(record, question=f"{n}?", answer="yes"))
             for split, record in rows for n in range(3)]
     write(tmp_path, "toy", rows, ("dark", "light"))
-    splits, shards, _ = open_dataset("toy", settings(tmp_path), 224)
+    splits, shards, _ = open_dataset("toy", settings(tmp_path), 32)
     assert {name: len(split.names) for name, split in splits.items()} == {
         "train": 36, "test": 8, "validation": 4}  # no validation split: a tenth of train
     assert not set(splits["train"].names) & set(splits["validation"].names)
@@ -210,7 +217,7 @@ def test_training_images_of_a_test_split_are_left_out(tmp_path):
     for recorded, asked, told, images in [("drop", "recorded", "drop", 16), ("drop", "keep", "keep", 17),
                                           ("keep", "recorded", "keep", 17), ("keep", "drop", "drop", 16)]:
         guard(tmp_path, recorded)
-        splits, _, facts = open_dataset("toy", settings(tmp_path, leaks=asked), 224)
+        splits, _, facts = open_dataset("toy", settings(tmp_path, leaks=asked), 32)
         assert facts["train"]["images"] == len(splits["train"].names) == images
         assert ("leak.png" in splits["train"].names) == (told == "keep")
         assert (facts["leaks"]["told"], facts["leaks"]["left out"]) == (told, 17 - images)
@@ -222,7 +229,7 @@ def test_validation_images_of_the_test_split_are_left_out_of_validation(tmp_path
     rows.append(("validation", replace(test, id="leak", image_name="leak.png")))
     write(tmp_path, "toy", rows, ("dark", "light"))
     for asked, images in [("recorded", 8), ("drop", 8), ("keep", 9)]:
-        splits, _, facts = open_dataset("toy", settings(tmp_path, leaks=asked), 224)
+        splits, _, facts = open_dataset("toy", settings(tmp_path, leaks=asked), 32)
         assert facts["validation"]["images"] == images == len(splits["validation"].names)
         assert ("leak.png" in splits["validation"].names) == (images == 9)
         assert len(splits["train"].names) == 16 and test.image_name in splits["test"].names
@@ -298,8 +305,11 @@ def test_a_damaged_state_or_model_is_refused_and_an_older_whole_state_is_used(to
         main(settings(toy, predict=str(toy), **flags))
 
 
-def test_two_processes_share_the_runs_and_make_what_one_makes(toy):
+def test_two_processes_share_the_runs_and_make_what_one_makes(tmp_path, monkeypatch):
     """Each run is one process's: not a bit depends on their number."""
+    monkeypatch.undo()  # two other processes have no tiny encoder
+    rows = toy_records(("dark", "light"), {"train": 4, "validation": 1, "test": 4})
+    toy = write(tmp_path, "toy", rows, ("dark", "light"), size=224)
     main(settings(toy, seeds=3))
     config = settings(toy, seeds=3, out=str(toy / "two"))
     flags = [f"--{item.name}={getattr(config, item.name)}" for item in fields(config)]
@@ -356,12 +366,8 @@ def test_thresholds_come_from_validation_alone(tmp_path, monkeypatch):
 
 # ----------------------------------------------------------------------------- own images
 
-def command(*words):
-    return subprocess.run([sys.executable, "train_cls.py", *words], cwd=ROOT, text=True, capture_output=True)
-
-
 @pytest.mark.parametrize("kind", ["folder", "csv"])
-def test_own_images_are_trained_on_and_new_ones_predicted(kind, tmp_path):
+def test_own_images_are_trained_on_and_new_ones_predicted(kind, tmp_path, capsys):
     source, new = tmp_path / "my wrists", tmp_path / "new"
     lines = ["path,labels"]
     for number in range(60):
@@ -379,15 +385,15 @@ def test_own_images_are_trained_on_and_new_ones_predicted(kind, tmp_path):
     dataset = str(source if kind == "folder" else source / "labels.csv")
     words = [f"--dataset={dataset}", "--encoder=scratch", "--model=sample", "--epochs=5", "--learning_rate=1e-3",
              f"--shards_dir={tmp_path}/shards", f"--out={tmp_path}/cls", "--device=cpu"]
-    done = command(*words)
-    assert done.returncode == 0, done.stderr
+    main(parse_flags(Config, words))
     results, = read_results(tmp_path / "cls").values()
     assert results["test"]["macro_f1"] > (0.9 if kind == "folder" else 0.4)
     assert list(results["test"]["classes"]) == ["broken", "whole"] if kind == "folder" else ["broken", "old", "whole"]
-    done = command(*words, f"--predict={new}")
-    assert done.returncode == 0 and "notes.txt: not an image" in done.stdout, done.stderr
-    assert "even.png: not an image that can be read (even: all pixels alike)" in done.stdout
-    assert "2 images, 2 files that could not be read" in done.stdout
+    main(parse_flags(Config, [*words, f"--predict={new}"]))
+    told = capsys.readouterr().out
+    assert "notes.txt: not an image" in told
+    assert "even.png: not an image that can be read (even: all pixels alike)" in told
+    assert "2 images, 2 files that could not be read" in told
     table, = (tmp_path / "cls").glob("*/scratch/seed_0/predicted_new_????????.csv")
     rows = {row["image"]: row for row in csv.DictReader(open(table))}
     assert rows.keys() == {"a/light.png", "dark.PNG"}
@@ -417,8 +423,8 @@ def test_what_cannot_be_learnt_or_tested_is_refused_in_one_line(tmp_path):
     bare = [(split, replace(record, labels=())) for split, record in rows]
     write(tmp_path, "bare", bare, (), multi_label=True)
     assert "has no labels; those with labels" in refused(settings(tmp_path, dataset="bare"))
-    assert "images of 32 pixels, but the model reads 224" in refused(settings(
-        write(tmp_path, "small", rows, ("dark", "light"), size=32), dataset="small"))
+    assert "images of 64 pixels, but the model reads 32" in refused(settings(
+        write(tmp_path, "large", rows, ("dark", "light"), size=64), dataset="large"))
     unseen = rows + [("test", replace(rows[-1][1], labels=("grey",)))]  # not trained on: no such class
     write(tmp_path, "unseen", unseen, ("dark", "light"))
     assert Shard(tmp_path / "unseen/test").manifest["skipped"] == {"unknown label": 1}

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,34 +15,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-import prepare.shards
-import test_cls
 import train_cls
-from model import CONFIGS, ViT, ViTConfig, metadata_of
+from model import CONFIGS, ViT, metadata_of
 from plumbing import files
 from plumbing.files import checkpoints, hash_file, lock, read_manifest, seal, write_manifest
 from plumbing.flags import UserError
 from plumbing.results import read_results
 from plumbing.scores import interval_of, score
 from prepare.leaks import guard
-from test_cls import picture, refused, settings, toy_records, write
+from test_cls import TINY, picture, refused, settings, tiny_encoder, toy_records, write  # noqa: F401, a fixture
 from train_cls import main
 
 EACH = {"train": 10, "validation": 4, "test": 4}
 
 
-@pytest.fixture(autouse=True)
-def tiny_encoder(monkeypatch):
-    monkeypatch.setitem(CONFIGS, "sample", (ViTConfig(image_size=32, width=64, depth=1), CONFIGS["sample"][1]))
-
-
 def prepare_toy(folder, classes, each, **changes):
-    """A dataset of 32 pixels below the folder, encoded by a thread: starting processes takes seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare.shards, "ProcessPoolExecutor", lambda *rest: ThreadPoolExecutor(1))
-        patch.setattr(test_cls, "train_sample_tokenizer", bytes)  # which labels alone do not need
-        return write(folder, "toy", changes.pop("records", None) or toy_records(classes, each), classes, 32,
-                     **changes)
+    """A dataset below the folder."""
+    return write(folder, "toy", changes.pop("records", None) or toy_records(classes, each), classes, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +278,7 @@ def test_two_commands_do_not_share_a_run(asked):
 @pytest.fixture(scope="module")
 def trained(shards, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(CONFIGS, "sample", (ViTConfig(image_size=32, width=64, depth=1), CONFIGS["sample"][1]))
+        patch.setitem(CONFIGS, "sample", TINY)
         config = settings(shards / "was", out=str(tmp_path_factory.mktemp("trained") / "cls"), epochs=1)
         main(config)
     return config

@@ -25,12 +25,6 @@ from prepare.shards import locked, read_manifests, write_dataset
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(autouse=True)
-def threads(monkeypatch):
-    """Images are encoded by threads here: that processes make the same bytes is test_prepare.py's."""
-    monkeypatch.setattr("prepare.shards.ProcessPoolExecutor", lambda workers, *rest: ThreadPoolExecutor(workers))
-
-
 def put(path, seed=None):
     """Write an image of 8 pixels, unlike any of another seed; by default its path's end is the seed."""
     path.parent.mkdir(parents=True, exist_ok=True)

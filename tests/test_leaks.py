@@ -2,7 +2,6 @@
 
 import io
 import json
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +11,6 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 import prepare.all as all_py
 import prepare.leaks
 import prepare.looks
-import prepare.shards
 from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard, load_image, open_mixture
 from plumbing.files import manifest_checksum
 from plumbing.flags import UserError
@@ -222,7 +220,6 @@ def write(tokenizer, tmp_path, monkeypatch):
         dataset = Dataset(name=name, read=lambda raw: iter(records), kind="text questions", licence="none",
                           access="open", megabytes=0, page="", layouts=(), counts={}, **facts)
         monkeypatch.setitem(DATASETS, name, dataset)
-        monkeypatch.setattr(prepare.shards, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))  # starts at once
         manifest = {"dataset": name, "shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION,
                     "limit": 0, "licence": "none",
                     "image": {"size": 32, "resize": "squash", "codec": "png", "quality": 0}}

@@ -12,7 +12,7 @@ import sys
 import tarfile
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -202,7 +202,8 @@ def test_a_dataset_of_which_nothing_can_be_used_is_not_written(tokenizer, tmp_pa
         Shard(tmp_path / "toy/test").require_questions()
 
 
-def test_files_do_not_depend_on_the_number_of_workers(tokenizer, tmp_path):
+def test_files_do_not_depend_on_the_number_of_workers(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("prepare.shards.ProcessPoolExecutor", ProcessPoolExecutor)  # see conftest.py
     records = [("train", Record(str(n), "what is this?", "a lung", picture(n // 2), f"{n // 2}.png"))
                for n in range(40)]
     contents = []
@@ -366,9 +367,8 @@ def test_a_dataset_without_questions_wants_no_tokenizer(tokenizer, tmp_path):
 
 @pytest.fixture
 def all_py(monkeypatch):
-    """prepare/all.py as a module; images are encoded by threads."""
+    """prepare/all.py as a module."""
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr("prepare.shards.ProcessPoolExecutor", lambda workers, *rest: ThreadPoolExecutor(workers))
     return importlib.import_module("prepare.all")
 
 

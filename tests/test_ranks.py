@@ -1,9 +1,12 @@
 """Several processes under torchrun train as one does, end together, and save one checkpoint."""
 
+import contextlib
+import multiprocessing
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,25 +22,53 @@ import train_vlm
 from data import Tokenizer
 from model import VLM
 from plumbing.files import newest_checkpoint
+from plumbing.flags import run
 from test_packing import corpus, mix  # noqa: F401, corpus: a fixture
 from test_train import flags, read_log, shards  # noqa: F401, shards: a fixture
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def launch(ranks, config, script="train_vlm.py"):
-    """A script under torchrun, one thread a process."""
+def launch(ranks, config):
+    """train_vlm.py under torchrun, one thread a process."""
     words = [f"--{item.name}={getattr(config, item.name)}" for item in fields(config)
              if getattr(config, item.name) != item.default]
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone",
-         "--shutdown-timeout=2", "--", script, *words], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+         "--shutdown-timeout=2", "--", "train_vlm.py", *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def finish(process):
     told, _ = process.communicate(timeout=120)
     assert process.returncode == 0, told
+    return told
+
+
+def member(rank, ranks, port, told, main, config):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    torch.set_num_threads(1)  # others would not survive the fork
+    with open(told, "a") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        run(main, config)
+
+
+def fork(ranks, config, main=train_vlm.main):
+    """(exit codes, what is told) of a group of forked processes: torch is imported already. On CPUs alone."""
+    told, context = Path(f"{config.run}.told"), multiprocessing.get_context("fork")
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    group = [context.Process(target=member, args=(rank, ranks, port, told, main, config)) for rank in range(ranks)]
+    for process in group:
+        process.start()
+    for process in group:
+        process.join(120)
+    return [process.exitcode for process in group], told.read_text()
+
+
+def together(ranks, config, main=train_vlm.main):
+    codes, told = fork(ranks, config, main)
+    assert codes == [0] * ranks, told
     return told
 
 
@@ -60,7 +91,7 @@ def test_the_ranks_parts_make_the_step_of_one(ranks, corpus):  # noqa: F811
 
 
 def test_two_processes_have_the_losses_of_one_and_go_on_as_one(shards, tmp_path):  # noqa: F811
-    changes = dict(max_steps=20, save_every=10, evaluate_every=10, batch_size=12)
+    changes = dict(max_steps=8, save_every=4, evaluate_every=4, batch_size=12)
     train_vlm.main(flags(shards, tmp_path / "one", **changes))
     told = finish(launch(2, flags(shards, tmp_path / "two", **changes)))
     assert "2 process(es)" in told and told.count("finished") == 1
@@ -69,21 +100,21 @@ def test_two_processes_have_the_losses_of_one_and_go_on_as_one(shards, tmp_path)
     # Evaluated by two as by one
     config = eval_vqa.Config(run=str(tmp_path / "one"), shards_dir=str(shards))
     texts = []
-    for evaluate in (eval_vqa.main, lambda config: finish(launch(2, config, "eval_vqa.py"))):
+    for evaluate in (eval_vqa.main, lambda config: together(2, config, eval_vqa.main)):
         evaluate(config)
         texts.append([path.read_text() for path in sorted((tmp_path / "one").glob("eval/*/predictions*"))])
     assert len(texts[0]) == 3 and texts[0] == texts[1]
-    assert len(one) == 22 and two == pytest.approx(one, rel=1e-5)
-    # As if killed after 10 steps: by two processes again to the same bits, by one to within rounding
-    (tmp_path / "two/step_000020").rename(tmp_path / "whole")
+    assert len(one) == 10 and two == pytest.approx(one, rel=1e-5)
+    # As if killed after 4 steps: by two processes again to the same bits, by one to within rounding
+    (tmp_path / "two/step_000008").rename(tmp_path / "whole")
     shutil.copytree(tmp_path / "two", tmp_path / "by_one")
-    finish(launch(2, flags(shards, tmp_path / "two", resume=True, **changes)))
+    together(2, flags(shards, tmp_path / "two", resume=True, **changes))
     files = [sorted(folder.rglob("*.safetensors"))
-             for folder in (tmp_path / "whole", tmp_path / "two/step_000020")]
+             for folder in (tmp_path / "whole", tmp_path / "two/step_000008")]
     assert len(files[0]) > 3 and all(a.read_bytes() == b.read_bytes() for a, b in zip(*files))
     train_vlm.main(flags(shards, tmp_path / "by_one", resume=True, **changes))
     after = [load_file(folder / "projector.safetensors")["weight"]
-             for folder in (tmp_path / "whole", tmp_path / "by_one/step_000020")]
+             for folder in (tmp_path / "whole", tmp_path / "by_one/step_000008")]
     assert float((after[0] - after[1]).abs().max()) < 1e-4
 
 
@@ -95,7 +126,7 @@ def test_a_split_language_model_learns_the_same(shards, tmp_path):  # noqa: F811
     changes = dict(max_steps=6, save_every=6, evaluate_every=6, batch_size=9, row_length=64,
                    micro_batch_tokens=64, language="lora", language_weights=str(tmp_path / "language"))
     train_vlm.main(flags(shards, tmp_path / "1", **changes))
-    told = finish(launch(3, flags(shards, tmp_path / "3", shard=True, recompute=0.5, **changes)))
+    told = together(3, flags(shards, tmp_path / "3", shard=True, recompute=0.5, **changes))
     assert part_kept(told) == pytest.approx(1 / 3, rel=0.01)
     one, three = ([entry[key] for entry in read_log(tmp_path / ranks) for key in ("loss", "held_out_loss")
                    if key in entry] for ranks in "13")
@@ -119,13 +150,13 @@ def test_a_split_language_model_that_trains_in_full_learns_the_same(shards, tmp_
                    clip=0.3)
     train_vlm.main(flags(shards, tmp_path / "1", **changes))
     split = dict(shard=True, recompute=0.5, **changes)
-    told = finish(launch(2, flags(shards, tmp_path / "2", **split)))
+    told = together(2, flags(shards, tmp_path / "2", **split))
     assert part_kept(told) == pytest.approx(1 / 2, rel=0.01)
     for ranks in "3b":  # as if stopped after 6 steps
         shutil.copytree(tmp_path / "2", tmp_path / ranks)
         shutil.rmtree(tmp_path / ranks / "step_000012")
-    finish(launch(2, flags(shards, tmp_path / "b", resume=True, **split)))
-    finish(launch(3, flags(shards, tmp_path / "3", resume=True, **split)))
+    together(2, flags(shards, tmp_path / "b", resume=True, **split))
+    together(3, flags(shards, tmp_path / "3", resume=True, **split))
     one, *others = ([entry[key] for entry in read_log(tmp_path / run) for key in ("loss", "held_out_loss", "gradient_norm")
                      if key in entry] for run in "123")
     assert len(one) == 26 and one[0] > one[-3] + 0.1
@@ -177,8 +208,7 @@ def test_a_signal_stops_all_at_the_same_step(shards, tmp_path):  # noqa: F811
 
 
 def test_an_unusable_gradient_on_one_rank_stops_all(shards, tmp_path):  # noqa: F811
-    process = launch(2, flags(shards, tmp_path, learning_rate=1e30, clip=0.0, warmup=0.0, batch_size=12,
-                              max_steps=9, save_every=100))
-    told, _ = process.communicate(timeout=120)
-    assert process.returncode != 0 and "try a lower --learning_rate" in told
-    assert not list(tmp_path.glob("step_*"))
+    codes, told = fork(2, flags(shards, tmp_path / "run", learning_rate=1e30, clip=0.0, warmup=0.0, batch_size=12,
+                                max_steps=9, save_every=100))
+    assert codes == [2, 2] and "try a lower --learning_rate" in told
+    assert not list(tmp_path.glob("run/step_*"))

@@ -16,7 +16,7 @@ from model import VLM, LLaMA, LlamaConfig, ViT, hash_weights, tensor_hashes, ten
 from plumbing.files import (differences, find_damage, lock, manifest_checksum, newest_checkpoint, read_manifest,
                             require_writable, write_manifest)
 from plumbing.flags import UserError
-from test_train import command, flags, shards  # noqa: F401, shards: a prepared part of the sample
+from test_train import flags, prepare_sample, shards  # noqa: F401, shards: a prepared part of the sample
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,10 +53,7 @@ def alter_image_settings(shards_dir, **changes):
 @pytest.fixture(scope="module")
 def fewer(tmp_path_factory):
     """The sample prepared from fewer questions."""
-    folder = tmp_path_factory.mktemp("fewer")
-    done = command("prepare/all.py", "--only=sample", "--limit=48", f"--shards_dir={folder}")
-    assert done.returncode == 0, done.stderr
-    return folder
+    return prepare_sample(tmp_path_factory.mktemp("fewer"), "--limit=48")
 
 
 @pytest.mark.parametrize("steps", [2, 4])  # stopped, finished

@@ -13,10 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import eval_vqa
+import prepare.all as all_py
 import train_vlm
 from data import Shard, Tokenizer
 from model import VLM
-from plumbing.flags import UserError
+from plumbing.flags import UserError, parse_flags
 from tasks.evaluations import choose_evaluations
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,13 +27,15 @@ def command(*words):
     return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
 
 
+def prepare_sample(folder, *words):
+    all_py.main(parse_flags(all_py.Config, ["--only=sample", "--workers=1", f"--shards_dir={folder}", *words]))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """The first 64 questions of each split of the sample, prepared by the real command."""
-    folder = tmp_path_factory.mktemp("shards")
-    done = command("prepare/all.py", "--only=sample", "--limit=64", f"--shards_dir={folder}")
-    assert done.returncode == 0, done.stderr
-    return folder
+    """The first 64 questions of each split of the sample."""
+    return prepare_sample(tmp_path_factory.mktemp("shards"), "--limit=64")
 
 
 def flags(shards, run, **changes):
@@ -203,9 +206,7 @@ def test_a_mistake_gets_one_line_and_code_2(words, expected):
 
 def test_images_of_another_size_are_refused(shards, tmp_path):
     train_vlm.main(flags(shards, tmp_path / "run", max_steps=1))
-    done = command("prepare/all.py", "--only=sample", "--limit=40", "--image_size=64",
-                   f"--shards_dir={tmp_path}/small")
-    assert done.returncode == 0, done.stderr
+    prepare_sample(tmp_path / "small", "--limit=40", "--image_size=64")
     message = "images of 64 pixels, but the model reads 224; run `.*--only=sample --image_size=224`"
     with pytest.raises(UserError, match=message):
         train_vlm.main(flags(tmp_path / "small", tmp_path / "other", max_steps=1))
@@ -221,7 +222,7 @@ def test_missing_weights_name_the_command(shards, tmp_path):
 def test_training_and_evaluating_open_no_connection(shards, tmp_path):
     """What the core does with private images stays on the machine: a socket would end it."""
     run = tmp_path / "run"
-    command("prepare/all.py", "--only=sample", "--limit=400", f"--shards_dir={tmp_path}/more")  # 11 images a class
+    prepare_sample(tmp_path / "more", "--limit=400")  # 11 images a class
     words = [f"--{name}={value}" for name, value in vars(flags(shards, run, max_steps=2)).items()
              if value != getattr(train_vlm.Config, name)]
     for script, given in [

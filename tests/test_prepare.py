@@ -1,7 +1,7 @@
 """From raw files to shards: what is stored, what is skipped, and what survives a kill or a flipped bit."""
 
+import contextlib
 import hashlib
-import importlib
 import io
 import json
 import os
@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -22,10 +23,13 @@ import pytest
 import torch
 from PIL import Image
 
+import eval_vqa
+import prepare.all as all_py
+import train_vlm
 from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard, Tokenizer, format_prompt, resize_image
 from model import VLM
 from plumbing.files import lock, manifest_checksum
-from plumbing.flags import UserError
+from plumbing.flags import UserError, parse_flags, run
 from prepare.datasets import DATASETS, Dataset, read_tar
 from prepare.questions import train_sample_tokenizer
 from prepare.shards import read_manifests, write_dataset
@@ -41,6 +45,16 @@ FACTS = {"dataset": "toy", "shard_version": SHARD_VERSION, "prompt_version": PRO
 def command(*words, **environment):
     return subprocess.run([sys.executable, "prepare/all.py", *words], cwd=ROOT, text=True,
                           capture_output=True, env={**os.environ, **environment})
+
+
+def prepare(*words):
+    """The same in this process, which has imported everything."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            code = run(all_py.main, parse_flags(all_py.Config, words)) or 0
+        except SystemExit as stopped:
+            code = stopped.code
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def picture(seed, form="PNG"):
@@ -256,9 +270,9 @@ def test_a_damaged_file_is_refused_by_name(name, damage, tokenizer, tmp_path):
 
 
 def test_a_dataset_killed_at_any_moment_is_absent_or_whole(tmp_path):
-    words = ["--only=sample", "--limit=300", "--workers=1", f"--shards_dir={tmp_path}/shards"]
+    words = ["--only=sample", "--limit=100", "--workers=1", f"--shards_dir={tmp_path}/shards"]
     images, target = tmp_path / "shards/.sample.partial/train/images.bin", tmp_path / "shards/sample"
-    for size in (0, 1_000_000, 2_000_000):  # bytes of images on the disk when the kill comes
+    for size in (0, 300_000, 600_000):  # bytes of images on the disk when the kill comes
         process = subprocess.Popen([sys.executable, "prepare/all.py", *words], cwd=ROOT,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not (images.is_file() and images.stat().st_size >= size):
@@ -267,18 +281,18 @@ def test_a_dataset_killed_at_any_moment_is_absent_or_whole(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not target.exists() and images.is_file()
-    done = command(*words)
+    done = prepare(*words)
     assert done.returncode == 0 and "ready" in done.stdout, done.stderr
     assert os.listdir(tmp_path / "shards") == ["sample"]  # nothing is left of the killed runs
     assert set(read_manifests(target)) == {"train", "test"}
     before = {path: path.stat().st_mtime_ns for path in target.rglob("*")}
 
-    again = command(*words)  # prepared already: nothing is written
+    again = prepare(*words)  # prepared already: nothing is written
     assert again.returncode == 0 and "up to date" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in target.rglob("*")} == before
 
     (target / "test/manifest.json").unlink()  # whole again, and the same bytes
-    assert "a manifest is missing" in command(*words).stdout
+    assert "a manifest is missing" in prepare(*words).stdout
     assert {path for path in target.rglob("*")} == set(before)
     for split in ("train", "test"):  # as an earlier version of the code wrote it
         manifest = json.loads((target / split / "manifest.json").read_text())
@@ -287,18 +301,18 @@ def test_a_dataset_killed_at_any_moment_is_absent_or_whole(tmp_path):
         (target / split / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="another version of this code; run .*all.py --only=sample`"):
         Shard(target / "train")
-    anew = command(*words)
+    anew = prepare(*words)
     assert anew.returncode == 0 and "ready" in anew.stdout
     assert f"sample: shard_version was {SHARD_VERSION - 1}, now {SHARD_VERSION}" in anew.stdout
     assert len(Shard(target / "train").read_leaks()) == 2
-    other = command(*words, "--codec=png")
+    other = prepare(*words, "--codec=png")
     assert "sample: image was" in other.stdout and other.returncode == 0
     assert Shard(target / "train").manifest["image"]["codec"] == "png"
 
 
 def test_a_full_disk_fails_in_one_line_and_leaves_nothing(tmp_path):
-    words = f"prepare/all.py --only=sample --limit=300 --shards_dir={tmp_path}/shards"
-    done = subprocess.run(["bash", "-c", f"ulimit -f 500; {sys.executable} {words}"], cwd=ROOT,  # kB a file
+    words = f"prepare/all.py --only=sample --limit=100 --shards_dir={tmp_path}/shards"
+    done = subprocess.run(["bash", "-c", f"ulimit -f 200; {sys.executable} {words}"], cwd=ROOT,  # kB a file
                           text=True, capture_output=True)
     line, = [line for line in done.stdout.splitlines() if line.startswith("sample: failed")]
     assert done.returncode == 1 and "File too large" in line and "Traceback" not in done.stderr
@@ -327,9 +341,9 @@ def test_a_failed_dataset_keeps_what_was_there_and_stops_no_other(tokenizer, tmp
     assert "500 samples were expected, 1 found" in done.stdout
 
     (raw / "ori_pqal.json").write_text('{"7": {"QUESTION"')
-    done = command(*words[1:], "--only=pubmed_qa")
+    done = prepare(*words[1:], "--only=pubmed_qa")
     assert done.returncode == 1 and "damaged or not JSON" in done.stdout
-    done = command(*words[1:3], "--only=pubmed_qa", f"--tokenizer={tmp_path}/typo.model")
+    done = prepare(*words[1:3], "--only=pubmed_qa", f"--tokenizer={tmp_path}/typo.model")
     assert done.returncode == 1 and f"{tmp_path}/typo.model: no tokenizer here" in done.stdout
     assert Shard(tmp_path / "shards/pubmed_qa/train").read_records() == [record]
 
@@ -341,15 +355,15 @@ def test_a_dataset_without_questions_wants_no_tokenizer(tokenizer, tmp_path):
         path.write_bytes(picture(number))
     words = ["--only=busi", f"--raw_dir={tmp_path}/raw", f"--shards_dir={tmp_path}/shards",
              f"--tokenizer={tmp_path}/none.model"]
-    done = command(*words)
+    done = prepare(*words)
     assert done.returncode == 0 and "tokenizer" not in done.stdout + done.stderr and "ready" in done.stdout
     target = tmp_path / "shards/busi"
     assert sorted(os.listdir(target)) == ["test", "train", "validation"]
     shard = Shard(target / "train")
     assert len(shard) == 11 and shard.manifest["tokenizer_sha256"] == ""
-    assert "up to date" in command(*words).stdout
+    assert "up to date" in prepare(*words).stdout
     words[0] = "--only=busi,pubmed_qa"  # which has questions
-    assert "none.model: no tokenizer here" in command(*words).stdout
+    assert "none.model: no tokenizer here" in prepare(*words).stdout
 
     (target / "tokenizer.model").write_bytes(tokenizer)  # as it was when every dataset had one
     for split in ("train", "validation", "test"):
@@ -357,20 +371,13 @@ def test_a_dataset_without_questions_wants_no_tokenizer(tokenizer, tmp_path):
         manifest = json.loads(path.read_text()) | {"tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest()}
         path.write_text(json.dumps(manifest | {"checksum": manifest_checksum(manifest)}))
     words[0] = "--only=busi"
-    assert "up to date" in command(*words).stdout
+    assert "up to date" in prepare(*words).stdout
     (target / "tokenizer.model").unlink()
-    assert "tokenizer.model is missing or altered" in command(*words).stdout  # so prepared anew, without
-    assert "up to date" in command(*words).stdout and "tokenizer.model" not in os.listdir(target)
+    assert "tokenizer.model is missing or altered" in prepare(*words).stdout  # so prepared anew, without
+    assert "up to date" in prepare(*words).stdout and "tokenizer.model" not in os.listdir(target)
 
 
 # ----------------------------------------------------------------------------- several at once
-
-@pytest.fixture
-def all_py(monkeypatch):
-    """prepare/all.py as a module."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    return importlib.import_module("prepare.all")
-
 
 def at_once(work):
     """What three calls at once return, sorted. A lock is of an open file: threads are as strange as processes."""
@@ -378,7 +385,7 @@ def at_once(work):
         return sorted(call.result() for call in [pool.submit(work) for _ in range(3)])
 
 
-def test_of_several_at_once_one_prepares_a_dataset(all_py, tokenizer, tmp_path, capsys):
+def test_of_several_at_once_one_prepares_a_dataset(tokenizer, tmp_path, capsys):
     read = []
 
     def slowly(raw):
@@ -399,7 +406,7 @@ def test_of_several_at_once_one_prepares_a_dataset(all_py, tokenizer, tmp_path, 
     assert os.listdir(tmp_path / "shards") == ["toy"]
 
 
-def test_of_several_at_once_one_downloads_and_one_converts(all_py, tmp_path, monkeypatch):
+def test_of_several_at_once_one_downloads_and_one_converts(tmp_path, monkeypatch):
     fetched, converted = [], []
 
     def fetch(url, path):
@@ -521,35 +528,41 @@ real = pytest.mark.skipif(not (RAW / "path_vqa").is_dir() or not (RAW / "vqa_rad
                           reason=f"no real data in {RAW}; set NANOMEDQ_RAW to a folder of it")
 
 
-@pytest.fixture(scope="module")
-def real_shards(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("real")
-    (folder / "tokenizer.model").write_bytes(tokenizer)
-    done = command("--only=path_vqa,vqa_rad,pubmed_qa", f"--raw_dir={RAW}", f"--shards_dir={folder}/shards",
-                   f"--tokenizer={folder}/tokenizer.model")
-    assert done.returncode == 0, done.stdout
-    return folder / "shards"
-
-
 @real
-def test_real_datasets_have_the_published_counts(real_shards):
+def test_real_datasets_have_the_published_counts(tokenizer, tmp_path):
+    """By the real command; images of 32 pixels, since those of 224 take several times as long."""
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer)
+    done = command("--only=path_vqa,vqa_rad,pubmed_qa", "--image_size=32", f"--raw_dir={RAW}",
+                   f"--shards_dir={tmp_path}/shards", f"--tokenizer={tmp_path}/tokenizer.model")
+    assert done.returncode == 0, done.stdout
     counts = {(name, split): (manifest["samples"], manifest["images"], manifest["skipped"])
               for name in ("path_vqa", "vqa_rad", "pubmed_qa")
-              for split, manifest in read_manifests(real_shards / name).items() if split != "validation"}
+              for split, manifest in read_manifests(tmp_path / "shards" / name).items() if split != "validation"}
     assert counts == {
         ("path_vqa", "train"): (19654, 2599, {}), ("path_vqa", "test"): (6719, 858, {}),
         ("vqa_rad", "train"): (1797, 313, {}), ("vqa_rad", "test"): (451, 203, {}),
         ("pubmed_qa", "train"): (500, 0, {}), ("pubmed_qa", "test"): (500, 0, {})}
 
 
+@pytest.fixture(scope="module")
+def real_shards(tmp_path_factory, tokenizer):
+    """All of VQA-RAD and PubMedQA, and the first 200 questions of PathVQA's splits."""
+    folder = tmp_path_factory.mktemp("real")
+    (folder / "tokenizer.model").write_bytes(tokenizer)
+    for words in (["--only=vqa_rad,pubmed_qa"], ["--only=path_vqa", "--limit=200"]):
+        done = prepare(*words, f"--raw_dir={RAW}", f"--shards_dir={folder}/shards",
+                       f"--tokenizer={folder}/tokenizer.model")
+        assert done.returncode == 0, done.stdout
+    return folder / "shards"
+
+
 @real
 def test_real_questions_train_and_are_answered(real_shards, tmp_path):
-    for words in (["train_vlm.py", "--model=sample", "--language=full", "--data=vqa_rad,pubmed_qa",
-                   "--questions_per_image=0", "--row_length=1024", "--held_out=32", "--max_steps=2",
-                   f"--shards_dir={real_shards}", f"--run={tmp_path}/run"],
-                  ["eval_vqa.py", "--limit=24", f"--shards_dir={real_shards}", f"--run={tmp_path}/run"]):
-        done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    for script, words in (
+            (train_vlm, ["--model=sample", "--language=full", "--data=vqa_rad,pubmed_qa", "--batch_size=16",
+                         "--questions_per_image=0", "--row_length=1024", "--held_out=32", "--max_steps=2"]),
+            (eval_vqa, ["--limit=24"])):
+        script.main(parse_flags(script.Config, [*words, f"--shards_dir={real_shards}", f"--run={tmp_path}/run"]))
     evaluations = choose_evaluations(tmp_path / "run")
     assert evaluations.keys() == {"path_vqa/test", "vqa_rad/test"}  # all that ask about images
     results = {name: found["results"][name] for name, (_, found) in evaluations.items()}
@@ -560,13 +573,13 @@ def test_real_questions_train_and_are_answered(real_shards, tmp_path):
 
 @real
 def test_answers_together_are_those_given_one_at_a_time(real_shards):
-    """500 real questions, token for token, by random weights, whose answers differ and go on."""
+    """200 real questions, token for token, by random weights, whose answers differ and go on."""
     torch.manual_seed(0)
     model = VLM.build("sample", 32000).eval()
     shard = Shard(real_shards / "path_vqa" / "test")
-    prompts = [shard.read_tokens(number)[0].tolist() for number in range(500)]
+    prompts = [shard.read_tokens(number)[0].tolist() for number in range(200)]
     questions = defaultdict(list)
-    for number in range(500):
+    for number in range(200):
         questions[int(shard.samples[number]["image"])].append(number)
     together, groups = {}, list(questions.items())
     given = ((shard.read_image(image), [prompts[n] for n in numbers]) for image, numbers in groups)

@@ -76,7 +76,7 @@ def check_classes(found, f1, recall, areas, actual):
 
 def test_one_class_an_image_agrees_with_scikit_learn():
     rng, absent, all_one = np.random.default_rng(0), 0, 0
-    for _ in range(500):
+    for _ in range(150):
         probabilities, actual = one_class(rng)
         found = silent_score(probabilities, actual, None)
         m, labels, said = actual.shape[1], actual.argmax(1), probabilities.argmax(1)
@@ -90,13 +90,13 @@ def test_one_class_an_image_agrees_with_scikit_learn():
         check_classes(found, f1, recall, areas_of(probabilities, actual), actual)
         absent += len({*labels, *said}) < m
         all_one += len(set(labels)) == 1
-    assert absent > 50 and all_one > 50  # the cases are what they are meant to be
+    assert absent > 15 and all_one > 15  # the cases are what they are meant to be
 
 
 def test_several_labels_agree_with_scikit_learn():
     """A label without positives, or without negatives, counts 0 where scikit-learn's zero_division is 0."""
     rng, empty = np.random.default_rng(1), 0
-    for _ in range(500):
+    for _ in range(150):
         probabilities, actual = many_labels(rng)
         thresholds = rng.choice([0.1, 0.3, 0.5, 0.7], actual.shape[1])
         found = silent_score(probabilities, actual, thresholds)
@@ -111,7 +111,7 @@ def test_several_labels_agree_with_scikit_learn():
         assert found["balanced_accuracy"] == pytest.approx((recall + specificity).mean() / 2, abs=CLOSE)
         check_classes(found, f1, recall, areas_of(probabilities, actual), actual)
         empty += not actual.any(0).all()
-    assert empty > 50
+    assert empty > 15
 
 
 def test_one_label_is_a_task_of_two_classes():
@@ -211,15 +211,16 @@ def test_the_interval_is_that_of_a_plain_bootstrap(multi_label):
     actual = rng.random((n, m)) < 0.3 if multi_label else np.arange(m) == labels[:, None]
     probabilities = rng.random((n, m)) * 0.8 + 0.3 * actual
     found = silent_score(probabilities, actual, np.full(m, 0.5) if multi_label else None)
-    predicted, values = decide(probabilities, 0.5 if multi_label else None), []
-    said = predicted.argmax(1)
-    for _ in range(1000):
-        drawn = rng.integers(0, n, n)
-        if multi_label:
-            values.append(np.mean([sk.f1_score(truth[drawn], guess[drawn], average="macro")
-                                   for truth, guess in ((actual, predicted), (~actual, ~predicted))]))
-        else:
-            values.append(sk.f1_score(labels[drawn], said[drawn], average="macro"))
+    predicted = decide(probabilities, 0.5 if multi_label else None)
+    pairs = [(actual, predicted), (~actual, ~predicted)] if multi_label else [(actual, predicted)]
+
+    def f1(drawn):  # scikit-learn's takes milliseconds
+        return np.mean([2 * (truth & guess)[drawn].sum(0) / (truth[drawn].sum(0) + guess[drawn].sum(0))
+                        for truth, guess in pairs])
+
+    assert f1(np.arange(n)) == pytest.approx(
+        np.mean([sk.f1_score(truth, guess, average="macro") for truth, guess in pairs]), abs=CLOSE)
+    values = [f1(rng.integers(0, n, n)) for _ in range(1000)]
     (low, high), spread = found["interval"], np.std(values)
     assert low < found["macro_f1"] < high
     # Of 1000 draws each end has a standard error of 0.085 spreads, two such ends 0.12; a 90% interval

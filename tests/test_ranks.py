@@ -124,7 +124,7 @@ def test_a_split_language_model_learns_the_same(shards, tmp_path):  # noqa: F811
     base = VLM.build("sample", Tokenizer(shards / "sample/tokenizer.model").vocab_size)
     base.save(tmp_path)
     changes = dict(max_steps=6, save_every=6, evaluate_every=6, batch_size=9, row_length=64,
-                   micro_batch_tokens=64, language="lora", language_weights=str(tmp_path / "language"))
+                   micro_batch_tokens=128, language="lora", language_weights=str(tmp_path / "language"))
     train_vlm.main(flags(shards, tmp_path / "1", **changes))
     told = together(3, flags(shards, tmp_path / "3", shard=True, recompute=0.5, **changes))
     assert part_kept(told) == pytest.approx(1 / 3, rel=0.01)
@@ -146,24 +146,24 @@ def part_kept(told):
 
 def test_a_split_language_model_that_trains_in_full_learns_the_same(shards, tmp_path):  # noqa: F811
     """Weights, gradients and moments in two parts, then in three, saved as one: the losses of one process."""
-    changes = dict(max_steps=12, save_every=6, evaluate_every=6, batch_size=9, row_length=64, micro_batch_tokens=64,
+    changes = dict(max_steps=6, save_every=3, evaluate_every=3, batch_size=9, row_length=64, micro_batch_tokens=128,
                    clip=0.3)
     train_vlm.main(flags(shards, tmp_path / "1", **changes))
     split = dict(shard=True, recompute=0.5, **changes)
     told = together(2, flags(shards, tmp_path / "2", **split))
     assert part_kept(told) == pytest.approx(1 / 2, rel=0.01)
-    for ranks in "3b":  # as if stopped after 6 steps
+    for ranks in "3b":  # as if stopped after 3 steps
         shutil.copytree(tmp_path / "2", tmp_path / ranks)
-        shutil.rmtree(tmp_path / ranks / "step_000012")
+        shutil.rmtree(tmp_path / ranks / "step_000006")
     together(2, flags(shards, tmp_path / "b", resume=True, **split))
     together(3, flags(shards, tmp_path / "3", resume=True, **split))
     one, *others = ([entry[key] for entry in read_log(tmp_path / run) for key in ("loss", "held_out_loss", "gradient_norm")
                      if key in entry] for run in "123")
-    assert len(one) == 26 and one[0] > one[-3] + 0.1
+    assert len(one) == 14 and one[0] > one[-3] + 0.1
     for other in others:
         assert other == pytest.approx(one, rel=1e-4)
     states = [{path.relative_to(folder): load_file(path) for path in folder.rglob("*.safetensors")}
-              for folder in (tmp_path / run / "step_000012" for run in "123b")]
+              for folder in (tmp_path / run / "step_000006" for run in "123b")]
     assert len(states[0]) == 4
     for path, tensors in states[0].items():
         for name, tensor in tensors.items():

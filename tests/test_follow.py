@@ -7,6 +7,7 @@ import pytest
 from data import Shard, Tokenizer
 from extras import follow, progress
 from plumbing.flags import UserError, parse_flags, require_packages
+from prepare import sample
 from test_eval import TOKENIZER, write_questions
 
 
@@ -34,7 +35,8 @@ def test_a_number_that_is_not_there_is_told_in_one_line(argument, told, split):
     (["--data=xyzzy"], "--data: no raw files of 'xyzzy' in raw"),
     (["--data=path_vqa", "--raw_dir=nowhere"], "--data: no raw files of 'path_vqa' in nowhere"),
     (["--data=sample", "--split=test"], "raw: no 'xyzzy' in sample's test split")])
-def test_a_sample_that_the_raw_files_have_not_is_told_in_one_line(flags, told):
+def test_a_sample_that_the_raw_files_have_not_is_told_in_one_line(flags, told, monkeypatch):
+    monkeypatch.setattr(sample, "SPLITS", {"train": 1, "test": 1})  # images a class, each of which is drawn
     with pytest.raises(UserError, match=re.escape(told)):
         follow.find_record("xyzzy", parse_flags(follow.Config, flags))
 

@@ -313,7 +313,7 @@ def test_order_depends_on_seed_and_step_alone(corpus):
     assert order != other and text_only(corpus, order) != text_only(corpus, other)
 
 
-SCHEDULES = int(os.environ.get("NANOMEDQ_SCHEDULES", 200))
+SCHEDULES = int(os.environ.get("NANOMEDQ_SCHEDULES", 60))
 
 
 def digest(step):

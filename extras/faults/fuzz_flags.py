@@ -9,7 +9,7 @@ sample. The command is the real main of its script, from the command line on, in
 inside a folder of its own. What counts as a violation: a traceback, another exit code than 0 and 2 (1
 of prepare/all.py, where a dataset failed, and 128 + 15 where a run was told to stop), more than one
 line of error, and a command that is still at work after --patience seconds, unless what it was given
-is long work, such as a million epochs.
+may be long work, such as a million epochs: that is stopped after 20 seconds.
 """
 
 import sys
@@ -175,7 +175,8 @@ def main(config):
             script = scripts[number % len(scripts)]
             words, odd = draw_command(draw, script)
             here = Path(shutil.copytree(place, Path(folder) / "here", symlinks=True))
-            code, text = try_command(script, words, here, config.patience)
+            patience = min(20, config.patience) if LONG & set(odd) else config.patience
+            code, text = try_command(script, words, here, patience)
             shutil.rmtree(here)
             ends["at work" if code is None else code] += 1
             if fault := find_fault(script, code, text, odd, words):

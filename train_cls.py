@@ -67,7 +67,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -76,7 +75,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -88,6 +86,7 @@ from plumbing.files import (checkpoints, differences, find_damage, find_run, has
                             require_writable, sealed, sort_metadata, write_manifest, write_whole)
 from plumbing.machine import (LossScale, autocast_to, describe_machine, join_group, pick_device,
                               usable_cores)
+from plumbing.ranks import agree, together
 from plumbing.results import EIGHT, newest_state, print_run, read_result, report, require_same, run_folder
 from plumbing.scores import decide, macro_f1, score, tune_thresholds
 from prepare.folder import find_dataset
@@ -654,30 +653,6 @@ def find_datasets(config, image_size):
     return list(dict.fromkeys(find_dataset(name, config.shards_dir, image_size) for name in names))
 
 
-def together(work):
-    """
-    What work() returns. Of torchrun's processes none goes on before all have done theirs; where one raises
-    UserError all end, and the first one says why.
-    """
-    value = error = None
-    try:
-        value = work()
-    except UserError as raised:
-        error = str(raised)
-    errors = [error]
-    if dist.is_initialized():
-        errors *= dist.get_world_size()
-        try:
-            dist.all_gather_object(errors, error)
-        except RuntimeError:  # another process has ended, and has said why
-            sys.exit(2)
-        if any(errors) and dist.get_rank():
-            sys.exit(2)
-    for error in filter(None, errors):
-        raise UserError(error)
-    return value
-
-
 def plan(names, encoder_facts, image_size, config, held):
     """
     Every run that is asked for, opened: [(its dataset's shards, its Run)]. What is to be refused is refused
@@ -706,12 +681,10 @@ def main(config):
     rank, ranks, device = join_group(device, timeout=30 * 24 * 3600)  # each is done when it is done
     encoder, encoder_facts = together(lambda: make_encoder(config))
     image_size = encoder.config.image_size
-    names = [together(lambda: find_datasets(config, image_size) if rank == 0 else None)]
-    if ranks > 1:
-        dist.broadcast_object_list(names)
+    names = agree(lambda: find_datasets(config, image_size))
     if config.predict:
-        return together(lambda: [predict_new(name, config, device, dtype) for name in names[0][rank::ranks]])
-    pairs = list(itertools.product(names[0], range(config.seed, config.seed + config.seeds)))
+        return together(lambda: [predict_new(name, config, device, dtype) for name in names[rank::ranks]])
+    pairs = list(itertools.product(names, range(config.seed, config.seed + config.seeds)))
     mine = [(name, [seed for _, seed in group]) for name, group in
             itertools.groupby(pairs[rank::ranks], key=lambda pair: pair[0])]
     with contextlib.ExitStack() as held:

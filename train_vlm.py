@@ -94,6 +94,7 @@ from plumbing.files import (checkpoints, differences, find_damage, hash_json, lo
                             newest_checkpoint, read_manifest, require_writable, seal, sync, write_manifest,
                             write_whole)
 from plumbing.machine import LossScale, autocast_to, describe_machine, join_group, pick_device, usable_cores
+from plumbing.ranks import agree
 
 FREE_ON_RESUME = {"workers", "recompute", "compile", "device", "resume", "run", "log_every",
                   "evaluate_every", "save_every", "save_minutes", "keep", "shard", "rank_timeout", "wandb",
@@ -535,15 +536,6 @@ def main(config):
     folder = agree(lambda: choose_folder(config))
     with lock(folder / ".lock", "training") if rank == 0 else contextlib.nullcontext():
         train(config, folder, rank, ranks, device, dtype)
-
-
-def agree(decide):
-    """What the first process decides, for all of them."""
-    if not dist.is_initialized():
-        return decide()
-    decided = [decide() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(decided)
-    return decided[0]
 
 
 def train(config, folder, rank, ranks, device, dtype):

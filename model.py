@@ -230,7 +230,7 @@ class ViT(nn.Module):
             (width, _, P, _), grid = shapes["patch_embed.proj.weight"], shapes["pos_embed"][1] - 1
         except (KeyError, ValueError):
             raise UserError(f"{file}: no ViT in timm's layout (patch_embed.proj.weight, pos_embed); "
-                            "README.md says under Weights which files fit") from None
+                            "docs/interchange.md says which files fit") from None
         depth = len([key for key in shapes if re.fullmatch(r"blocks\.\d+\.norm1\.weight", key)])
         config = ViTConfig(round(grid ** 0.5) * P, P, width, depth, "norm_pre.weight" in shapes)
         facts, problem = vit_facts(file, read_metadata(file))
@@ -372,8 +372,8 @@ class ResNet(nn.Module):
             stem, width = shapes["conv3.weight"][0], shapes["attnpool.c_proj.weight"][0]
             grid = shapes["attnpool.positional_embedding"][0] - 1
         except (KeyError, IndexError):
-            raise UserError(f"{file}: no ResNet in CLIP's layout (conv3.weight, attnpool.*); README.md "
-                            "says under Weights which files fit") from None
+            raise UserError(f"{file}: no ResNet in CLIP's layout (conv3.weight, attnpool.*); "
+                            "docs/interchange.md says which files fit") from None
         layers = [len([key for key in shapes if re.fullmatch(rf"layer{n}\.\d+\.bn1\.weight", key)])
                   for n in (1, 2, 3, 4)]
         with torch.device("meta"):

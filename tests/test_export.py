@@ -205,7 +205,7 @@ def test_adapter_is_peft_s_and_comes_back(runs, tmp_path):
 
 
 def test_adapter_trained_elsewhere_becomes_part_of_a_model(runs, tmp_path):
-    """With another rank and alpha, and all linear layers, as in README.md."""
+    """With another rank and alpha, and all linear layers, as in docs/interchange.md."""
     run, base = runs["lora"][0], runs["full"][1] / "language"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
     theirs = peft.get_peft_model(theirs, peft.LoraConfig(

@@ -1,4 +1,4 @@
-"""What README.md says can be run, and the core imports no more than it promises."""
+"""What README.md and docs/ say can be run, and the core imports no more than it promises."""
 
 import ast
 import importlib
@@ -27,20 +27,20 @@ ROOT = Path(__file__).resolve().parent.parent
 CORE = [name for name in ("model.py", "lora.py", "data.py", "train_vlm.py", "train_cls.py", "eval_vqa.py")
         if (ROOT / name).is_file()]
 PACKAGES = {"torch", "safetensors", "sentencepiece", "numpy", "PIL", "tqdm", "sklearn"}
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
 OPTIONAL = {"wandb"}  # train_vlm.py's, with --wandb=true
 SCRIPTS = [*CORE, *(path.relative_to(ROOT).as_posix() for folder in ("prepare", "extras", "extras/faults")
                     for path in (ROOT / folder).glob("*.py"))]
 
 
 def commands():
-    """(file that says so, command) of every command in README.md and in the scripts' docstrings."""
-    texts = {"README.md": (ROOT / "README.md").read_text()}
-    texts |= {name: ast.get_docstring(ast.parse((ROOT / name).read_text())) or "" for name in SCRIPTS}
+    """(file that says so, command) of every command in README.md, docs/ and the scripts' docstrings."""
+    texts = PAGES | {name: ast.get_docstring(ast.parse((ROOT / name).read_text())) or "" for name in SCRIPTS}
     found = []
     for name, text in texts.items():
         lines = re.findall(r"`((?:python|torchrun|streamlit|sbatch|pip) [^`\n]+)`", text)
         blocks = re.findall(r"^```\n(.*?)^```", re.sub(r"^```python\n.*?^```\n", "", text, flags=re.M | re.S),
-                            re.M | re.S) if name == "README.md" else [
+                            re.M | re.S) if name in PAGES else [
             re.sub(r"(\S)  +.*", r"\1", line) for line in re.findall(r"^    \w.*", text, re.M)]
         for line in [*lines, *"\n".join(blocks).splitlines()]:
             for command in line.split("#")[0].split("&&"):
@@ -52,7 +52,7 @@ def commands():
 def test_commands_are_found():
     """So that no other test passes because nothing was read."""
     counts = Counter(source for source, _ in commands())
-    assert counts["README.md"] > 40 and len(counts) > 25
+    assert sum(counts[name] for name in PAGES) > 60 and counts["README.md"] > 15 and len(counts) > 25
 
 
 @pytest.mark.parametrize("source, command", commands())
@@ -81,7 +81,21 @@ def test_a_command_is_one_that_its_script_takes(source, command, monkeypatch):
 
 def test_ci_runs_the_line_of_the_readme():
     line = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
-    assert "pytest" in line and f"\n{line}\n" in (ROOT / "README.md").read_text()
+    assert "pytest" in line and f"\n{line}\n" in PAGES["README.md"]
+
+
+def test_the_readme_is_read_in_minutes_and_its_links_lead_somewhere():
+    assert PAGES["README.md"].count("\n") <= 250
+    links = 0
+    for page, text in PAGES.items():
+        for target, _, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(#([^)\s]+))?\)", text):
+            path = (ROOT / page).parent / target if target else ROOT / page
+            assert path.is_file(), (page, target)
+            heads = [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-")
+                     for head in re.findall(r"^#+ (.*)", path.read_text() if anchor else "", re.M)]
+            assert not anchor or anchor in heads, (page, anchor)
+            links += 1
+    assert links > 30
 
 
 @pytest.mark.parametrize("name", CORE)
@@ -103,23 +117,23 @@ def test_mix_is_the_table_that_the_script_prints(tmp_path):
     done = subprocess.run([sys.executable, "extras/mix.py", f"--shards_dir={tmp_path}"], cwd=ROOT,
                           text=True, capture_output=True, check=True)
     lines = [line.split("|")[1:3] for line in done.stdout.splitlines()]
-    readme = (ROOT / "README.md").read_text().splitlines()
-    begin = readme.index(done.stdout.splitlines()[0])
-    assert [line.split("|")[1:3] for line in readme[begin:begin + len(lines)]] == lines and len(lines) > 20
+    page = PAGES["docs/data.md"].splitlines()
+    begin = page.index(done.stdout.splitlines()[0])
+    assert [line.split("|")[1:3] for line in page[begin:begin + len(lines)]] == lines and len(lines) > 20
 
 
-def test_python_of_the_readme_names_what_there_is():
-    """Its blocks compile, and what they import is there."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+def test_python_of_the_pages_names_what_there_is():
+    """The blocks compile, and what they import is there."""
+    blocks = re.findall(r"```python\n(.*?)```", "".join(PAGES.values()), re.S)
     imports = [line for block in blocks for line in block.splitlines() if re.match("(from|import) ", line)]
     for block in blocks:
-        compile(block, "README.md", "exec")
+        compile(block, "README.md and docs/", "exec")
     exec("\n".join(imports), {})
     assert len(blocks) >= 5 and len(imports) > 6
 
 
-def test_own_data_goes_in_by_the_blocks_of_the_readme(tmp_path, monkeypatch):
-    section = (ROOT / "README.md").read_text().split("### Your own data")[1].split("### ")[0]
+def test_own_data_goes_in_by_the_blocks_of_docs(tmp_path, monkeypatch):
+    section = PAGES["docs/data.md"].split("## Your own data")[1].split("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, re.S)
     assert len(blocks) == 2 and max(block.count("\n") for block in blocks) <= 20
     monkeypatch.setattr(prepare.datasets, "DATASETS", DATASETS.copy())

@@ -156,6 +156,9 @@ def parse_flags(Config, arguments):
     The comment behind a field is its help text. Raises UserError on an unknown flag, with the nearest
     name, on a flag given twice, and on a value of the wrong type or out of its range.
     """
+    for argument in arguments:
+        if argument.endswith("=--"):  # which argparse takes for the end of all flags, and away
+            raise UserError(f"{argument:.80}: -- is no value; see --help")
     try:
         known, unknown = make_parser(Config).parse_known_args(arguments)
     except argparse.ArgumentError as error:

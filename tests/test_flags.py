@@ -111,6 +111,7 @@ class Ranged:
     ("--name=a\nb", "without line breaks"), ("--data=,", "names with commas between"),
     ("--data=a,,b", "names with commas between"), ("--data=", "names with commas between"),
     ("--device=tpu", "auto, cpu, mps, cuda or cuda:0"), ("--device=cuda:x", "cuda:0"),
+    (["--rows=--"], "--rows=--: -- is no value"), (["--name=--"], "--name=--: -- is no value"),
     (["--rows=1", "--rows=1"], "--rows: given twice"), (["--name=", "--rows=2", "--name=a"], "--name: given twice")])
 def test_a_value_out_of_its_range_is_named_in_one_line(argument, told):
     with pytest.raises(UserError, match=re.escape(told)) as error:

@@ -33,9 +33,8 @@ from PIL import Image
 
 import eval_vqa
 import train_cls
-from data import BOS, EOS, Tokenizer, format_prompt, read_settings
+from data import BOS, EOS, format_prompt
 from model import VLM, Cache
-from plumbing.files import find_run
 from plumbing.flags import Device, Range, UserError, parse_command_line, run
 from plumbing.machine import autocast_to, pick_device
 from plumbing.pixels import TOO_LARGE, Unreadable, load_image, resize_image
@@ -209,8 +208,7 @@ def heat_map(image, looked):
 
 def load(config):
     """What all sessions share and none changes. There may be no examples and no classifier."""
-    folder, checkpoint = find_run(config.run)
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+    folder, checkpoint, trained, tokenizer = eval_vqa.open_run(config.run)
     device, dtype = pick_device(config.device, "auto")
     model = VLM.load(checkpoint, dtype, device).eval()
     print(f"demo.py: {checkpoint} answers, on {device}", flush=True)
@@ -236,7 +234,7 @@ def load(config):
     return SimpleNamespace(
         model=model, tokenizer=tokenizer, device=device, dtype=dtype, size=size, examples=examples,
         facts=f"{folder} · {checkpoint.name.replace('_', ' ')} · {device}",
-        resize=read_settings(folder / "config.json").get("resize", "squash"),
+        resize=trained.get("resize", "squash"),
         questions=dict.fromkeys(question for question, _ in frequent.most_common(4)),  # for other images
         classifier=(*train_cls.load_model(where, device), where) if where.name else None)
 
@@ -461,7 +459,7 @@ def main(config):
             return show_page(config)
         except UserError as error:
             return st.error(str(error))
-    find_run(config.run)  # say now what is wrong
+    eval_vqa.open_run(config.run)  # say now what is wrong
     settings = {**server_settings(config), "server.port": config.port, "server.headless": True,
                 "server.fileWatcherType": "none", "client.toolbarMode": "minimal", "theme.base": "light",
                 "theme.primaryColor": "#0b5c7a", "theme.secondaryBackgroundColor": "#f2f6f8"}

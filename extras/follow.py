@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import Batch, Mixture, Shard, Tokenizer, format_prompt
+from data import Batch, Mixture, Shard, format_prompt
+from eval_vqa import open_run
 from model import VLM, normalise
-from plumbing.files import find_run
 from plumbing.flags import UserError, Whole, parse_command_line, run
 from plumbing.pixels import FORMATS
 from prepare.datasets import DATASETS
@@ -64,8 +64,7 @@ def find_record(name, config):
 
 def main(config):
     shard = Shard(Path(config.shards_dir) / config.data / config.split)
-    folder, checkpoint = find_run(config.run)
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+    _, checkpoint, _, tokenizer = open_run(config.run)
     require_sample(shard, tokenizer, config)
     words, sample = shard.read_records()[config.number], shard.samples[config.number]
     record = find_record(words["id"], config)

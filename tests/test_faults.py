@@ -20,7 +20,7 @@ from test_checkpoints import make_checkpoint, write_folder
 ROOT = Path(__file__).resolve().parent.parent
 CAMPAIGNS = '''
 import contextlib, io, json, sys
-from extras.faults import calls, full_disk, fuzz_flags, kill, kill_cls, lost_writes, ranks, tiny
+from extras.faults import calls, full_disk, fuzz_flags, kill, kill_cls, kill_outputs, lost_writes, ranks, tiny
 
 shards, told = tiny.prepare(sys.argv[1]), {}
 for module, settings in [(kill, dict(kills=25, steps=8)),
@@ -31,11 +31,12 @@ for module, settings in [(kill, dict(kills=25, steps=8)),
                          (ranks, dict(ranks="2", places="backward,save", faults="kill",
                                       torchrun=False)),
                          (fuzz_flags, dict(cases=16, seed=1, patience=300)),
-                         (kill_cls, dict(kills=4, sizes=2, regions=1))]:
+                         (kill_cls, dict(kills=4, sizes=2, regions=1)),
+                         (kill_outputs, dict(parts="kill,full", kills=2, sizes=2))]:
     code, text = 0, io.StringIO()
     with contextlib.redirect_stdout(text):
         try:
-            if module not in (fuzz_flags, kill_cls):  # which make a place of their own
+            if module not in (fuzz_flags, kill_cls, kill_outputs):  # which make a place of their own
                 settings["shards_dir"] = shards
             module.main(module.Config(**settings))
         except SystemExit as error:
@@ -62,7 +63,8 @@ def told(tmp_path_factory):
 @pytest.mark.parametrize("campaign, counted", [
     ("kill", "25 kills"), ("full_disk", "download: 15 disks"),
     ("lost_writes", "states that a crash may leave"), ("calls", "system calls in a save"),
-    ("ranks", "3 groups"), ("fuzz_flags", "16 commands"), ("kill_cls", "kill: 4 killed")])
+    ("ranks", "3 groups"), ("fuzz_flags", "16 commands"), ("kill_cls", "kill: 4 killed"),
+    ("kill_outputs", "kill: 2 eval_vqa.py")])
 def test_promises_hold(told, campaign, counted):
     code, text = told[campaign]
     if code == "not here":

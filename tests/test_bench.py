@@ -17,7 +17,7 @@ from test_packing import VOCABULARY, N, loss_alone, random_images, tensors, tiny
 from test_train import shards  # noqa: F401, the fixture: a prepared part of the sample
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 20
+STEPS = 50
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def optimizer_of(model):
 
 @pytest.fixture(scope="module")
 def plain(questions):
-    """The losses of 20 steps whose samples are run one at a time."""
+    """The losses of 50 steps whose samples are run one at a time."""
     _, raw, steps = questions
     model, losses = tiny_vlm("lora"), []
     optimizer = optimizer_of(model)
@@ -55,8 +55,8 @@ def plain(questions):
 @pytest.mark.parametrize("shared, row_length, everywhere, recomputed", [
     (1, 18, True, 1), (1, 40, True, 1), (1, 40, False, 1), (1, 40, False, 0), (2, 60, False, 0),
     (4, 60, False, 0), (0, 60, False, 0)])
-def test_twenty_steps_have_the_losses_of_samples_run_alone(shared, row_length, everywhere, recomputed,
-                                                           questions, plain):
+def test_fifty_steps_have_the_losses_of_samples_run_alone(shared, row_length, everywhere, recomputed,
+                                                          questions, plain):
     shard, _, steps = questions
     model, losses = tiny_vlm("lora"), []
     model.vision.recomputed = model.language.recomputed = recomputed

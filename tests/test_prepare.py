@@ -546,10 +546,10 @@ def test_real_datasets_have_the_published_counts(tokenizer, tmp_path):
 
 @pytest.fixture(scope="module")
 def real_shards(tmp_path_factory, tokenizer):
-    """All of VQA-RAD and PubMedQA, and the first 200 questions of PathVQA's splits."""
+    """All of VQA-RAD and PubMedQA, and the first 500 questions of PathVQA's splits."""
     folder = tmp_path_factory.mktemp("real")
     (folder / "tokenizer.model").write_bytes(tokenizer)
-    for words in (["--only=vqa_rad,pubmed_qa"], ["--only=path_vqa", "--limit=200"]):
+    for words in (["--only=vqa_rad,pubmed_qa"], ["--only=path_vqa", "--limit=500"]):
         done = prepare(*words, f"--raw_dir={RAW}", f"--shards_dir={folder}/shards",
                        f"--tokenizer={folder}/tokenizer.model")
         assert done.returncode == 0, done.stdout
@@ -573,13 +573,13 @@ def test_real_questions_train_and_are_answered(real_shards, tmp_path):
 
 @real
 def test_answers_together_are_those_given_one_at_a_time(real_shards):
-    """200 real questions, token for token, by random weights, whose answers differ and go on."""
+    """500 real questions, token for token, by random weights, whose answers differ and go on."""
     torch.manual_seed(0)
     model = VLM.build("sample", 32000).eval()
     shard = Shard(real_shards / "path_vqa" / "test")
-    prompts = [shard.read_tokens(number)[0].tolist() for number in range(200)]
+    prompts = [shard.read_tokens(number)[0].tolist() for number in range(500)]
     questions = defaultdict(list)
-    for number in range(200):
+    for number in range(500):
         questions[int(shard.samples[number]["image"])].append(number)
     together, groups = {}, list(questions.items())
     given = ((shard.read_image(image), [prompts[n] for n in numbers]) for image, numbers in groups)

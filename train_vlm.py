@@ -81,8 +81,6 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
@@ -251,6 +249,8 @@ def shard_language(model, config):
             config.language == "lora" and not model.weights["language"]):
         raise UserError("--shard=true: for torchrun's processes, with --language=full, or with "
                         "--language=lora and a language model from a weights file")
+    from torch.distributed.fsdp import fully_shard  # whose import takes as long as half of torch's
+
     language, lora = model.language, config.language == "lora"
     for module in [*language.model.layers, language.model.embed_tokens, language.lm_head]:
         fully_shard(module, reshard_after_forward=True, ignored_params={
@@ -258,8 +258,13 @@ def shard_language(model, config):
         module.set_force_sum_reduction_for_comms(True)  # by plain sums, as train_step sums the others
         module.set_gradient_divide_factor(1.0)
     parameters = [p for p in language.parameters() if not lora or not p.requires_grad]
-    here = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
+    here = sum((p.to_local() if is_split(p) else p).numel() for p in parameters)
     print(f"language  {sum(p.numel() for p in parameters):13,} split, {here:13,} of them on each process")
+
+
+def is_split(tensor):
+    """Whether a tensor is a DTensor, of which each process has a part: --shard=true makes them."""
+    return hasattr(tensor, "full_tensor")
 
 
 def gather(tensors):
@@ -269,7 +274,7 @@ def gather(tensors):
     """
     found = {}
     for name, tensor in tensors.items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        whole = tensor.full_tensor() if is_split(tensor) else tensor
         if dist.get_rank() == 0:
             found[name] = whole.cpu()
     return found
@@ -277,7 +282,7 @@ def gather(tensors):
 
 def whole_and_split(parameters):
     """Two lists: the parameters that are whole on each process, and those that --shard=true has split."""
-    return [[p for p in parameters if isinstance(p, DTensor) == split] for split in (False, True)]
+    return [[p for p in parameters if is_split(p) == split] for split in (False, True)]
 
 
 def make_optimizer(model, config):
@@ -331,7 +336,8 @@ def load_optimizer(optimizer, model, checkpoint):
             name, _, kind = key.rpartition(":")
             parameter, value = parameters[name], file.get_tensor(key)
             value = value.to(parameter.device, copy=True)
-            if isinstance(parameter, DTensor) and kind != "step":
+            if is_split(parameter) and kind != "step":
+                from torch.distributed.tensor import distribute_tensor
                 value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
             optimizer.state[parameter][kind] = value
 
@@ -489,7 +495,7 @@ def train_step(model, optimizer, step, config, device, autocast, scale=None):
             p.grad.div_(factor)
     parts = [part for part in whole_and_split(trained) if part]
     norms = [get_total_norm([p.grad for p in part]) for part in parts]
-    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    norms = [norm.full_tensor() if is_split(norm) else norm for norm in norms]
     norm = torch.stack(norms).norm() if len(norms) > 1 else norms[0] if norms else torch.zeros_like(total)
     for part in parts:
         clip_grads_with_norm_(part, config.clip or math.inf, norm)

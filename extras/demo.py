@@ -228,8 +228,8 @@ def load(config):
         for image in sorted(asked)[::max(len(asked) * len(shards) // EXAMPLES, 1)]:
             name = f"{shard.folder.relative_to(config.shards_dir)}, image {image + 1}"
             examples.append((name, shard.read_image(image), asked[image]))
-    trained = Path("out/cls").glob("*/*/seed_*/model")
-    newest = max(trained, key=lambda path: path.stat().st_mtime, default=Path()).parent
+    classifiers = Path("out/cls").glob("*/*/seed_*/model")
+    newest = max(classifiers, key=lambda path: path.stat().st_mtime, default=Path()).parent
     where = Path(config.classifier) if config.classifier else newest
     return SimpleNamespace(
         model=model, tokenizer=tokenizer, device=device, dtype=dtype, size=size, examples=examples,

@@ -5,8 +5,12 @@ Start the same command twice at once: one waits or is refused in one line, and w
 
 train_vlm.py in one run's folder, train_cls.py in one run's folder, eval_vqa.py on one run,
 extras/export.py of one run and prepare/all.py on one dataset, in turn, on a tiny sample; the second
-starts up to a second after the first. A violation is a traceback, an exit code other than 0 and 2, no command that succeeds, a
-checkpoint, model or shard that is damaged, a partial folder that stays, and a third command that fails.
+starts up to a second after the first. A violation is a traceback, an exit code other than 0 and 2, no
+command that succeeds, a checkpoint, model or shard that is damaged, a partial folder that stays, and a
+third command that fails.
+
+Of 60 pairs none was one: of train_vlm.py and export.py the second was always refused, of train_cls.py 3
+times in 12; else both succeeded.
 """
 
 import sys

@@ -85,7 +85,7 @@ def require_free(folder, targets, record):
     for target in targets:
         if target.exists():
             raise UserError(f"{target}: there already; remove it, or choose another --folder")
-    for path in sorted(folder.glob(f"*/{SOURCE}")):
+    for path in sorted(folder.glob(f"[!.]*/{SOURCE}")):
         other = read_settings(path)
         if other.get("manifest") != record["checksum"]:
             raise UserError(f"{path.parent}: is of {other.get('checkpoint')}, another checkpoint than this "

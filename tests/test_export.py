@@ -24,7 +24,7 @@ from data import Tokenizer
 from extras import export
 from lora import add_lora, load_adapter, lora_layers, read_adapter_config
 from model import CLIP_MEAN, CLIP_STD, VLM, LLaMA, ViT, load_encoder, tensor_shapes
-from plumbing.files import hash_file, manifest_checksum, newest_checkpoint, seal
+from plumbing.files import hash_file, lock, manifest_checksum, newest_checkpoint, seal
 from plumbing.flags import UserError
 from prepare.leaks import guard
 from prepare.questions import train_sample_tokenizer
@@ -370,6 +370,18 @@ def test_a_mistake_gets_a_line(changes, message, runs):
     with pytest.raises(UserError, match=message) as caught:
         export.main(export.Config(**{"run": str(runs["full"][0]), **changes}))
     assert "\n" not in str(caught.value) and sorted(runs["full"][1].rglob("*")) == before
+
+
+def test_what_a_killed_export_left_is_in_no_way_and_two_at_once_take_turns(runs, tmp_path):
+    config, out = export.Config(run=str(runs["full"][0]), folder=str(tmp_path / "out"), only="card,vision"), tmp_path / "out"
+    left = out / ".vision.partial"
+    left.mkdir(parents=True)
+    (left / export.SOURCE).write_text("")  # it was killed while it wrote this
+    with lock(out / ".lock", "exporting"), pytest.raises(UserError, match="out: process .* is exporting there already"):
+        export.main(config)
+    assert list(out.iterdir()) == [left]
+    export.main(config)
+    assert {path.name for path in out.iterdir()} == {"vision", "README.md"}
 
 
 def change_bit(path, at):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._dynamo  # noqa: F401, else each child imports it, with its first optimizer
 
 import train_vlm
 from model import CONFIGS, LlamaConfig, ViTConfig

@@ -63,8 +63,8 @@ def told(tmp_path_factory):
 @pytest.mark.parametrize("campaign, counted", [
     ("kill", "25 kills"), ("full_disk", "download: 15 disks"),
     ("lost_writes", "states that a crash may leave"), ("calls", "system calls in a save"),
-    ("ranks", "3 groups"), ("fuzz_flags", "16 commands"), ("kill_cls", "kill: 4 killed"),
-    ("kill_outputs", "kill: 2 eval_vqa.py")])
+    ("ranks", "3 groups"), ("fuzz_flags", "16 commands"), ("kill_cls", "4 killed"),
+    ("kill_outputs", "full: 1 eval_vqa.py refused, then the same")])
 def test_promises_hold(told, campaign, counted):
     code, text = told[campaign]
     if code == "not here":

@@ -373,7 +373,8 @@ def test_a_mistake_gets_a_line(changes, message, runs):
 
 
 def test_what_a_killed_export_left_is_in_no_way_and_two_at_once_take_turns(runs, tmp_path):
-    config, out = export.Config(run=str(runs["full"][0]), folder=str(tmp_path / "out"), only="card,vision"), tmp_path / "out"
+    out = tmp_path / "out"
+    config = export.Config(run=str(runs["full"][0]), folder=str(out), only="card,vision")
     left = out / ".vision.partial"
     left.mkdir(parents=True)
     (left / export.SOURCE).write_text("")  # it was killed while it wrote this

@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CORE = [name for name in ("model.py", "lora.py", "data.py", "train_vlm.py", "train_cls.py", "eval_vqa.py")
         if (ROOT / name).is_file()]
 PACKAGES = {"torch", "safetensors", "sentencepiece", "numpy", "PIL", "tqdm", "sklearn"}
-PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text()
+         for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
 OPTIONAL = {"wandb"}  # train_vlm.py's, with --wandb=true
 SCRIPTS = [*CORE, *(path.relative_to(ROOT).as_posix() for folder in ("prepare", "extras", "extras/faults")
                     for path in (ROOT / folder).glob("*.py"))]

@@ -46,6 +46,7 @@ from plumbing.flags import Count, UserError, parse_command_line, run
 from prepare import download
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
+NO_MOUNTS = "no disk can be mounted here, even in a name space of its own"
 CONTENT = random.Random(0).randbytes(3_000_000)  # of the file that is downloaded
 
 
@@ -73,7 +74,7 @@ def own_mounts():
         Path("/proc/self/uid_map").write_text(f"0 {user} 1")
         Path("/proc/self/gid_map").write_text(f"0 {group} 1")
     except OSError:
-        raise NotHere("no disk can be mounted here, even in a name space of its own") from None
+        raise NotHere(NO_MOUNTS) from None
 
 
 def mount(options, *what):
@@ -268,7 +269,7 @@ def main(config):
         disk, told = folder / "disk", folder / "told"
         code = wait(fork(try_parts, config, folder, disk, told))
         if not told.exists():
-            raise NotHere("no disk can be mounted here, even in a name space of its own")
+            raise NotHere(NO_MOUNTS)
         print(told.read_text() or f"ended before it was done, with exit code {code}")
     if code:
         sys.exit(1)

@@ -83,8 +83,8 @@ def draw_command(draw, script):
 
 
 # What would leave the folder, or fetch every dataset there is
-NEVER = {(name, value) for name in ("run", "out", "folder", "shards_dir", "raw_dir", "weights_dir") for value in ("..", "~")} | {
-    ("only", value) for value in ("", " ", ",")}
+NEVER = {(name, value) for name in ("run", "out", "folder", "shards_dir", "raw_dir", "weights_dir")
+         for value in ("..", "~")} | {("only", value) for value in ("", " ", ",")}
 
 
 def call(script, words):

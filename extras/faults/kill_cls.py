@@ -29,7 +29,6 @@ import os
 import random
 import shutil
 import signal
-import tempfile
 import time
 import traceback
 from dataclasses import dataclass, replace
@@ -40,7 +39,7 @@ from PIL import Image
 import train_cls
 from extras.faults.corrupt import flipped
 from extras.faults.full_disk import leave_room, mount, mounted, own_mounts, used
-from extras.faults.tiny import SUCCESS, USER_ERROR, bits_of, shrink, try_parts, wait
+from extras.faults.tiny import SUCCESS, USER_ERROR, bits_of, try_parts, wait
 from plumbing.files import checkpoints, find_damage, hash_file, hash_json, read_manifest
 from plumbing.flags import Count, UserError, parse_command_line, run
 from prepare.folder import prepare_folder
@@ -106,7 +105,7 @@ class Trial:
     """The run to harm, what it makes undisturbed, and how a child of it ended."""
 
     def __init__(self, folder):
-        self.told = folder / "told"
+        self.folder, self.told = folder, folder / "told"
         name = write_images(folder)
         self.config = train_cls.Config(
             dataset=name, encoder="scratch", model="sample", epochs=6, save_every=2, batch_size=16,
@@ -135,10 +134,10 @@ class Trial:
 # ----------------------------------------------------------------------------- what is done to it
 # Each part yields (what came of a harm, in words; what is wrong).
 
-def try_kill(config, trial, folder):
+def try_kill(config, trial):
     draw, before = random.Random(config.seed), 0
-    settings = replace(trial.config, out=str(folder / "killed"))
-    target, kills = folder / "killed" / trial.path, 0
+    settings = replace(trial.config, out=str(trial.folder / "killed"))
+    target, kills = trial.folder / "killed" / trial.path, 0
     while kills < config.kills or target.exists():
         child = start(settings, trial.told)
         if kills < config.kills:
@@ -164,9 +163,9 @@ def try_kill(config, trial, folder):
         yield "finished", wrong
 
 
-def try_full(config, trial, folder):
+def try_full(config, trial):
     own_mounts()
-    disk = folder / "disk"
+    disk = trial.folder / "disk"
     disk.mkdir(exist_ok=True)
     settings = replace(trial.config, out=str(disk))
     with mounted(disk):
@@ -187,10 +186,10 @@ def try_full(config, trial, folder):
         yield "refused, then the same" if code else "had room", wrong
 
 
-def stopped_run(trial, folder):
+def stopped_run(trial):
     """A run that was killed once it had its state of epoch 4."""
-    settings = replace(trial.config, out=str(folder / "stopped"))
-    target = folder / "stopped" / trial.path
+    settings = replace(trial.config, out=str(trial.folder / "stopped"))
+    target = trial.folder / "stopped" / trial.path
     while not (states := checkpoints(target)) or states[0].name < "step_000004":
         shutil.rmtree(target, ignore_errors=True)
         child = start(settings, trial.told)
@@ -201,20 +200,20 @@ def stopped_run(trial, folder):
     return settings, target
 
 
-def try_flip(config, trial, folder):
+def try_flip(config, trial):
     draw = random.Random(config.seed)
-    new = folder / "scans" / "dark"
+    new = trial.folder / "scans" / "dark"
     whole = Path(trial.config.out) / trial.path
     asks = {"again": trial.config, "report": replace(trial.config, report=True),
             "predict": replace(trial.config, predict=str(new))}
     right = {}
     for name, settings in asks.items():
         trial.require(settings)
-        right[name] = (folder / "told.out").read_text()
+        right[name] = (trial.folder / "told.out").read_text()
     table = next(whole.glob("predicted_*.csv"))
     predicted = table.read_bytes()
-    stopped, target = stopped_run(trial, folder)
-    kept = folder / "kept"
+    stopped, target = stopped_run(trial)
+    kept = trial.folder / "kept"
     shutil.copytree(target, kept)
     for older in checkpoints(kept)[1:]:  # to which a run with a damaged state would go back
         shutil.rmtree(older)
@@ -226,7 +225,7 @@ def try_flip(config, trial, folder):
             for ask in ("again", "report") if name == "result.json" else ("again", "predict"):
                 code = wait(start(asks[ask], trial.told))
                 wrong = trial.ended(code)
-                said = (folder / "told.out").read_text()
+                said = (trial.folder / "told.out").read_text()
                 if ask == "report" and "left out: " in said:
                     code = USER_ERROR
                 elif code == SUCCESS and (said != right[ask] or table.read_bytes() != predicted):
@@ -246,19 +245,8 @@ def try_flip(config, trial, folder):
             yield f"stopped, {name}: {'refused' if code else 'the same'}", wrong
 
 
-# ----------------------------------------------------------------------------- all of it
-
 def main(config):
-    shrink()
-    ways = {"kill": try_kill, "full": try_full, "flip": try_flip}
-    names = config.parts.split(",")
-    if not set(names) <= ways.keys():
-        raise UserError(f"--parts={config.parts}: of {', '.join(ways)}")
-    with tempfile.TemporaryDirectory() as folder:
-        trial = Trial(Path(folder))
-        violations = try_parts({name: ways[name](config, trial, Path(folder)) for name in names}, Path(folder))
-    if violations:
-        sys.exit(1)
+    try_parts({"kill": try_kill, "full": try_full, "flip": try_flip}, config, Trial)
 
 
 if __name__ == "__main__":

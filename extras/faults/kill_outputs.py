@@ -29,7 +29,6 @@ import os
 import random
 import shutil
 import signal
-import tempfile
 import time
 from dataclasses import dataclass
 
@@ -38,7 +37,7 @@ import numpy as np
 from extras.faults.corrupt import flipped
 from extras.faults.full_disk import leave_room, mount, mounted, own_mounts, used
 from extras.faults.fuzz_flags import COMMANDS, find_fault, make_place, start
-from extras.faults.tiny import SUCCESS, bits_of, shrink, try_parts, wait
+from extras.faults.tiny import SUCCESS, bits_of, try_parts, wait
 from plumbing.files import hash_file, hash_json
 from plumbing.flags import Count, UserError, parse_command_line, run
 
@@ -168,19 +167,8 @@ def try_flip(config, trial):
         path.write_bytes(content)
 
 
-# ----------------------------------------------------------------------------- all of it
-
 def main(config):
-    shrink()
-    ways = {"kill": try_kill, "full": try_full, "flip": try_flip}
-    names = config.parts.split(",")
-    if not set(names) <= ways.keys():
-        raise UserError(f"--parts={config.parts}: of {', '.join(ways)}")
-    with tempfile.TemporaryDirectory() as folder:
-        trial = Trial(Path(folder))
-        violations = try_parts({name: ways[name](config, trial) for name in names}, Path(folder))
-    if violations:
-        sys.exit(1)
+    try_parts({"kill": try_kill, "full": try_full, "flip": try_flip}, config, Trial)
 
 
 if __name__ == "__main__":

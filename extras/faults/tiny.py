@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -116,37 +117,51 @@ def bits_of(path, draw, regions):
     return [8 * draw.randrange(begin, end) + draw.randrange(8) for begin, end in zip(edges, edges[1:])]
 
 
-def try_parts(parts, folder):
+def try_parts(ways, config, Trial):
     """
-    Print what came of each part of a campaign, and return the violations, a list of texts.
+    A whole campaign of --parts: print what came of each, and end with exit code 1 if something is wrong.
 
-    parts: {name: iterator of (what came of a harm, in words; list of what is wrong)}. Each runs in a
-    process of its own, so that it may mount what it alone sees.
+    ways: {part: function of config and the Trial, which is made of a folder; it yields what came of a harm,
+    in words, and a list of what is wrong}. Each runs in a process of its own, so that it may mount what it
+    alone sees.
     """
-    violations = []
-    for name, part in parts.items():
-        told, begin = folder / f"{name}.json", time.perf_counter()
-        child = os.fork()
-        if not child:
-            counts, wrong = Counter(), []
-            try:
-                for outcome, faults in part:
-                    counts[outcome] += 1
-                    wrong += faults
-                told.write_text(json.dumps([counts, wrong]))
-            except NotHere as error:
-                told.write_text(json.dumps([{f"not tried: {error}": 1}, []]))
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(0)
-        wait(child)
-        counts, wrong = json.loads(told.read_text()) if told.exists() else ({}, [f"{name}: ended by an error"])
-        violations += wrong
-        print(f"{name}: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-              + f"; {time.perf_counter() - begin:.0f} s", flush=True)
+    names, violations = config.parts.split(","), []
+    if not set(names) <= ways.keys():
+        raise UserError(f"--parts={config.parts}: of {', '.join(ways)}")
+    shrink()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        trial = Trial(folder)
+        for name in names:
+            told, begin = folder / f"{name}.json", time.perf_counter()
+            child = os.fork()
+            if not child:
+                try:
+                    told.write_text(json.dumps(try_part(ways[name](config, trial))))
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    os._exit(0)
+            wait(child)
+            counts, wrong = json.loads(told.read_text()) if told.exists() else ({}, [f"{name}: ended by an error"])
+            violations += wrong
+            print(f"{name}: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+                  + f"; {time.perf_counter() - begin:.0f} s", flush=True)
     print(f"{len(violations)} violations" + "".join(f"\n  {line}" for line in violations[:20]))
-    return violations
+    if violations:
+        sys.exit(1)
+
+
+def try_part(harms):
+    """[{what came of a harm: how often}, list of what is wrong] of one part."""
+    counts, wrong = Counter(), []
+    try:
+        for outcome, faults in harms:
+            counts[outcome] += 1
+            wrong += faults
+    except NotHere as error:
+        return [{f"not tried: {error}": 1}, []]
+    return [counts, wrong]
 
 
 # ----------------------------------------------------------------------------- one save

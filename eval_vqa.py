@@ -57,9 +57,9 @@ from tqdm import tqdm
 from data import Shard, Tokenizer, format_prompt, read_settings
 from model import VLM
 from plumbing.files import find_run, read_manifest
-from plumbing.machine import autocast_to, describe_machine, join_group, pick_device
+from plumbing.devices import autocast_to, describe_machine, join_group, pick_device
 from plumbing.pixels import load_image, resize_image
-from plumbing.ranks import together
+from plumbing.devices import together
 from tasks.evaluations import encode, place_of, require_room, write_evaluation
 from tasks.seen import find_seen, open_trained, training_records
 from tasks.stats import draw_units

@@ -44,7 +44,7 @@ from lora import add_lora, load_adapter, lora_layers, save_adapter, token_keys
 from plumbing.claims import lfs_pointer, llama_refusal, vit_facts, vit_problem
 from plumbing.files import find_run, hash_file, hash_json, sort_metadata
 from plumbing.flags import UserError
-from plumbing.machine import describe_machine, join_group, pick_device  # noqa: F401, for who asks here
+from plumbing.devices import describe_machine, join_group, pick_device  # noqa: F401, for who asks here
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -84,11 +84,11 @@ from data import Shard, load_image, random_keys, resize_image
 from model import CONFIGS, ViT, hash_weights, load_encoder, metadata_of, normalise, tensors_of
 from plumbing.files import (checkpoints, differences, find_damage, find_run, hash_json, lock, read_manifest,
                             require_writable, sealed, sort_metadata, write_manifest, write_whole)
-from plumbing.machine import (LossScale, autocast_to, describe_machine, join_group, pick_device,
+from plumbing.devices import (LossScale, autocast_to, describe_machine, join_group, pick_device,
                               usable_cores)
-from plumbing.ranks import agree, together
-from plumbing.results import EIGHT, newest_state, print_run, read_result, report, require_same, run_folder
-from plumbing.scores import decide, macro_f1, score, tune_thresholds
+from plumbing.devices import agree, together
+from tasks.encoders import EIGHT, newest_state, print_run, read_result, report, require_same, run_folder
+from tasks.labels import decide, macro_f1, score, tune_thresholds
 from prepare.folder import find_dataset
 from prepare.listing import files_below, written
 

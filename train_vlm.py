@@ -91,8 +91,8 @@ from plumbing.claims import tokenizer_mismatch
 from plumbing.files import (checkpoints, differences, find_damage, hash_json, lock, nearest_run,
                             newest_checkpoint, read_manifest, require_writable, seal, sync, write_manifest,
                             write_whole)
-from plumbing.machine import LossScale, autocast_to, describe_machine, join_group, pick_device, usable_cores
-from plumbing.ranks import agree
+from plumbing.devices import LossScale, autocast_to, describe_machine, join_group, pick_device, usable_cores
+from plumbing.devices import agree
 
 FREE_ON_RESUME = {"workers", "recompute", "compile", "device", "resume", "run", "log_every",
                   "evaluate_every", "save_every", "save_minutes", "keep", "shard", "rank_timeout", "wandb",

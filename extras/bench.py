@@ -54,7 +54,7 @@ from extras.bench_eval import clock, measure_limits
 from extras.progress import Progress, about, tell
 from model import HAS_TRITON, VLM, normalise
 from plumbing.flags import Count, Device, Range, UserError, Whole, parse_command_line, run
-from plumbing.machine import autocast_to, describe_machine, pick_device
+from plumbing.devices import autocast_to, describe_machine, pick_device
 
 
 @dataclass(frozen=True)

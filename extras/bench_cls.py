@@ -41,7 +41,7 @@ from data import Shard
 from extras.progress import Progress, tell
 from model import CLIP_MEAN, CLIP_STD, CONFIGS, ViT, normalise, tensors_of
 from plumbing.flags import Count, Device, Range, Threads, UserError, parse_command_line, run
-from plumbing.machine import autocast_to, pick_device
+from plumbing.devices import autocast_to, pick_device
 from plumbing.pixels import FORMATS
 from prepare.datasets import DATASETS
 from train_cls import Classifier, make_optimizer, read_split, train_epoch

@@ -40,7 +40,7 @@ from data import BOS, EOS, Shard, Tokenizer
 from extras.progress import Progress, tell
 from model import VLM, Linear
 from plumbing.flags import Count, Device, UserError, Whole, parse_command_line, run
-from plumbing.machine import autocast_to, describe_machine, pick_device
+from plumbing.devices import autocast_to, describe_machine, pick_device
 from tasks.vqa import shuffled_images
 
 

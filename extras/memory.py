@@ -46,7 +46,7 @@ from data import Mixture
 from extras.progress import Progress
 from model import CONFIGS, group_masks
 from plumbing.flags import UserError, parse_command_line, run
-from plumbing.machine import autocast_to, describe_machine, pick_device
+from plumbing.devices import autocast_to, describe_machine, pick_device
 
 FLAGS = train_vlm.Config(vision_weights="none", language_weights="none", compile=False)
 DEVICE, DTYPE = pick_device("cuda" if torch.cuda.is_available() else "cpu", "auto")  # --check=true's

@@ -26,7 +26,7 @@ import numpy as np
 
 from extras import mix
 from plumbing.flags import Share, UserError, parse_command_line, run
-from plumbing.results import MEAN, PAPER, measured, read_results
+from tasks.encoders import MEAN, PAPER, measured, read_results
 
 WIDTH = 12  # inches of 100 pixels
 FONT = 12  # points of 1.4 pixels

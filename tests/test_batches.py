@@ -23,7 +23,7 @@ from data import IMAGE, SAMPLE, Mixture
 from lora import lora_layers
 from model import LlamaConfig, ViTConfig
 from plumbing.flags import UserError
-from plumbing.machine import autocast_to
+from plumbing.devices import autocast_to
 
 model_file.CONFIGS["tiny"] = (ViTConfig(image_size=32, width=64, depth=1), LlamaConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2))

@@ -23,7 +23,7 @@ from lora import add_lora
 from model import CONFIGS, Linear, ResNet, ResNetConfig, ViT, ViTConfig, metadata_of
 from plumbing.files import checkpoints, read_manifest, seal, write_manifest
 from plumbing.flags import UserError, parse_flags
-from plumbing.results import EIGHT, read_results
+from tasks.encoders import EIGHT, read_results
 from prepare.datasets import DATASETS, Dataset
 from prepare.leaks import guard
 from prepare.shards import write_dataset

@@ -14,8 +14,8 @@ from sklearn import metrics as sk
 
 import train_cls
 from model import ResNet, ResNetConfig, ViT, ViTConfig
-from plumbing.results import print_run
-from plumbing.scores import (auroc, decide, f1_scores, macro_f1, positive_f1, score, sign_flip,
+from tasks.encoders import print_run
+from tasks.labels import (auroc, decide, f1_scores, macro_f1, positive_f1, score, sign_flip,
                              tune_thresholds)
 from train_cls import (Classifier, Config, Run, Split, augment, choose_few, hold_out, learning_rate_at,
                        make_optimizer)

@@ -20,8 +20,8 @@ from model import CONFIGS, ViT, metadata_of
 from plumbing import files
 from plumbing.files import checkpoints, hash_file, lock, read_manifest, seal, write_manifest
 from plumbing.flags import UserError
-from plumbing.results import read_results
-from plumbing.scores import interval_of, score
+from tasks.encoders import read_results
+from tasks.labels import interval_of, score
 from prepare.leaks import guard
 from test_cls import TINY, picture, refused, settings, tiny_encoder, toy_records, write  # noqa: F401, a fixture
 from train_cls import main

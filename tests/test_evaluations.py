@@ -17,7 +17,7 @@ import eval_vqa
 from data import Shard
 from eval_vqa import Config
 from model import VLM, LlamaConfig, LLaMA, ViT, ViTConfig, init_weights
-from plumbing import ranks
+from plumbing import devices
 from plumbing.files import find_run, read_manifest, seal
 from plumbing.flags import UserError, parse_flags
 from prepare.leaks import guard
@@ -429,10 +429,10 @@ def test_a_mistake_of_one_process_ends_all_with_one_line(rank, monkeypatch):
                             all_gather_object=gather)
     monkeypatch.setattr(ranks, "dist", group)
     with pytest.raises(SystemExit if rank else UserError) as ended:  # the first alone says it
-        ranks.together(work)
+        devices.together(work)
     assert ended.value.code == 2 if rank else str(ended.value) == "image 3 is damaged"
     monkeypatch.setattr(group, "all_gather_object", lambda errors, own: None)
-    assert ranks.together(lambda: "done") == "done"
+    assert devices.together(lambda: "done") == "done"
 
 
 # ----------------------------------------------------------------------------- how answers end

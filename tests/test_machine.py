@@ -12,7 +12,7 @@ import torch
 
 import train_vlm
 from plumbing.flags import UserError, run
-from plumbing.machine import LossScale, autocast_to, describe_machine, join_group, pick_device, usable_cores
+from plumbing.devices import LossScale, autocast_to, describe_machine, join_group, pick_device, usable_cores
 from test_batches import CPU, STEPS, config_of, make, mixture_of, pack, state_of
 
 

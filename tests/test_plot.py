@@ -23,7 +23,7 @@ from extras import mix, plot
 from lora import add_lora
 from model import VLM, packed_mask
 from plumbing.flags import UserError, parse_command_line, run
-from plumbing.results import EIGHT, measured
+from tasks.encoders import EIGHT, measured
 from prepare.datasets import DATASETS
 from test_cls import write_results
 

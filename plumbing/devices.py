@@ -1,4 +1,9 @@
-"""The machine that a script runs on: its device, the numbers that compute there, the processes that share it."""
+"""
+The machine that a script runs on: its device, the numbers that compute there, the processes that share it.
+
+torchrun's processes act in step: a mistake that one of them meets ends all, with one line. With --shard=true
+each has a part of the language model: its tensors are then DTensors.
+"""
 
 import atexit
 import os
@@ -121,3 +126,96 @@ def join_group(device, timeout=600):
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def together(work):
+    """
+    What work() returns on this process. Where it raises UserError or OSError on any of torchrun's
+    processes, it ends all of them: the first process raises the first error, the others leave silently.
+    """
+    if not dist.is_initialized():
+        return work()
+    result, error = None, None
+    try:
+        result = work()
+    except (UserError, OSError) as caught:
+        error = str(caught)
+    errors = [None] * dist.get_world_size()
+    try:
+        dist.all_gather_object(errors, error)
+    except RuntimeError:  # another process has ended, and has said why
+        if error is not None:
+            raise UserError(error) from None
+        sys.exit(2)
+    told = [text for text in errors if text is not None]
+    if told and dist.get_rank() == 0:
+        raise UserError(told[0])
+    if told:
+        sys.exit(2)
+    return result
+
+
+def agree(decide):
+    """What decide() returns on the first process, for all of them; an error of it ends all."""
+    if not dist.is_initialized():
+        return decide()
+    decided = [together(lambda: decide() if dist.get_rank() == 0 else None)]
+    dist.broadcast_object_list(decided)
+    return decided[0]
+
+
+# ----------------------------------------------------------------------------- tensors of several processes
+
+def to_device(array, device):
+    """A numpy array as a tensor on a device. From pinned memory a GPU's copy waits for nothing."""
+    tensor = torch.from_numpy(array)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def is_split(tensor):
+    """Whether a tensor is a DTensor, of which each process has a part."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole_and_split(parameters):
+    """Two lists: the parameters that are whole on each process, and those of which each has a part."""
+    return [[p for p in parameters if is_split(p) == split] for split in (False, True)]
+
+
+def gather(tensors):
+    """
+    A dict of tensors with those that the processes have split put together, on the first one's CPU. All
+    have to take part; the others get nothing.
+    """
+    gathered = {}
+    for name, tensor in tensors.items():
+        whole = tensor.full_tensor() if is_split(tensor) else tensor
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            gathered[name] = whole.cpu() if is_split(tensor) else whole
+    return gathered
+
+
+def fill(parameter, tensor):
+    """Copy a whole tensor into a parameter; of one that is split, each process its own part."""
+    if is_split(parameter):
+        from torch.distributed.tensor import distribute_tensor
+        mine = distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements,
+                                 src_data_rank=None)  # each process has the whole tensor: nothing is sent
+        parameter.to_local().copy_(mine.to_local())
+    else:
+        parameter.copy_(tensor)
+
+
+def sum_over_ranks(parameters, loss):
+    """
+    Sum the gradients of n parameters and the loss of all ranks, in one message: the same bits on every rank.
+    Returns the loss and, (n,), how many ranks have reached each parameter; none: its gradient is 0.
+    """
+    reached = torch.tensor([float(p.grad is not None) for p in parameters], device=loss.device)
+    flat = torch.cat([*((torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters),
+                      reached, loss[None]])
+    dist.all_reduce(flat)
+    *gradients, reached, loss = flat.split([*(p.numel() for p in parameters), len(reached), 1])
+    for p, gradient in zip(parameters, gradients):
+        p.grad = gradient.view_as(p)
+    return loss[0], reached

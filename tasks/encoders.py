@@ -18,7 +18,7 @@ import numpy as np
 
 from plumbing.files import checkpoints, differences, find_damage, hash_json, read_manifest
 from plumbing.flags import UserError
-from plumbing.scores import sign_flip
+from tasks.labels import sign_flip
 
 EIGHT = ("cxr8", "med_fmc_chest", "med_fmc_colon", "med_fmc_endo", "busi", "chaoyang", "cbis_ddsm",
          "mendeley_cxray")

@@ -11,7 +11,7 @@ them is what it saw. It stands twice: over all questions, and over those whose w
 not trained on.
 
 Each dataset's evaluation is a folder in <run>/eval/, with results.json and predictions*.jsonl
-(tasks/evaluations.py), where extras/scales.py (other conventions) and extras/browse.py (a page to
+(tasks/evaluations.py), where extras/look/scales.py (other conventions) and extras/look/browse.py (a page to
 look at) find them. The metrics are in tasks/vqa.py, what a run has seen in tasks/seen.py.
 """
 

@@ -6,7 +6,7 @@ Each image has a look, itself in grey at 48 x 48 pixels, which prepare/shards.py
 the signs of their lowest frequencies, proposes pairs, by one product of matrices; what is mirrored or turned
 has the same frequencies in another order, with other signs. Hashes of images of one kind, such as photographs
 of eyes, are as near to one another as those of copies, so that a closer comparison decides: it aligns two
-looks and correlates what is fine in them. `python extras/leaks.py` measures both; see docs/leaks.md.
+looks and correlates what is fine in them. `python extras/look/leaks.py` measures both; see docs/leaks.md.
 """
 
 import functools
@@ -18,7 +18,7 @@ from PIL import Image
 
 SIDE = 48  # pixels of a look; at 32 some eyes of different people correlate as copies do
 FINGERPRINT = np.dtype([("pixels", "<u8"), ("look", "u1", (SIDE, SIDE))])
-# extras/leaks.py measures how often copies and strangers come how close; docs/leaks.md has the numbers.
+# extras/look/leaks.py measures how often copies and strangers come how close; docs/leaks.md has the numbers.
 BITS = 90  # of 255 that differ at most between a pair of looks that is proposed
 CLOSEST = 16  # pairs proposed at most for one image, those of the fewest bits
 SAME = 0.84  # correlation from which two looks are of one image

@@ -3,7 +3,7 @@ How answers to questions about images are scored: five metrics, what words alone
 
 BLEU-1 is the convention of the PathVQA authors' own code: lower-cased, split at spaces, clipped
 unigram precision times the brevity penalty, averaged over questions. Other published scales give
-other figures for the same answers, by up to 40 points; extras/scales.py has them.
+other figures for the same answers, by up to 40 points; extras/look/scales.py has them.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Each row of extras/bench.py's table learns what samples run one at a time would learn."""
+"""Each row of extras/bench/training.py's table learns what samples run one at a time would learn."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data import Shard
-from extras import bench
+from extras.bench import training
 from model import VLM
 from test_packing import VOCABULARY, N, loss_alone, random_images, tensors, tiny_vlm, write_shard
 from test_train import shards  # noqa: F401, the fixture: a prepared part of the sample
@@ -46,8 +46,8 @@ def plain(questions):
     for numbers in steps:
         batches = [raw[number] for number in numbers]
         supervised = sum(len(answer) + 1 for _, answer, _ in batches)
-        losses.append(bench.update(model, optimizer, lambda model, sample: loss_alone(model, *sample),
-                                   batches, supervised, contextlib.nullcontext()))
+        losses.append(training.update(model, optimizer, lambda model, sample: loss_alone(model, *sample),
+                                      batches, supervised, contextlib.nullcontext()))
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1  # 1,000 times what rounding may alter
     return losses
 
@@ -61,25 +61,25 @@ def test_fifty_steps_have_the_losses_of_samples_run_alone(shared, row_length, ev
     model, losses = tiny_vlm("lora"), []
     model.vision.recomputed = model.language.recomputed = recomputed
     optimizer = optimizer_of(model)
-    config = bench.Config(micro_batch_tokens=60)
+    config = training.Config(micro_batch_tokens=60)
     for numbers in steps:
-        step = bench.pack(shard, numbers, shared, row_length, config, N)
+        step = training.pack(shard, numbers, shared, row_length, config, N)
         assert len(step.batches) > 1
-        losses.append(bench.update(
-            model, optimizer, bench.loss_at_every_position if everywhere else VLM.loss,
+        losses.append(training.update(
+            model, optimizer, training.loss_at_every_position if everywhere else VLM.loss,
             [tensors(batch) for batch in step.batches], step.supervised, contextlib.nullcontext()))
     assert losses == pytest.approx(plain, rel=1e-4)
 
 
 def test_recomputing_keeps_less_and_changes_no_gradient(questions):
     shard, _, steps = questions
-    step = bench.pack(shard, steps[0], 1, 40, bench.Config(micro_batch_tokens=10_000), N)
+    step = training.pack(shard, steps[0], 1, 40, training.Config(micro_batch_tokens=10_000), N)
     found = []
     for recomputed in (0, 1, 2):
         model = tiny_vlm("lora")
         model.vision.recomputed = model.language.recomputed = recomputed
         given = model, None, VLM.loss, [tensors(step.batches[0])], 1, contextlib.nullcontext()
-        kept = bench.count_kept(*given)
+        kept = training.count_kept(*given)
         model.loss(tensors(step.batches[0])).backward()
         found.append((kept, [p.grad for p in model.parameters() if p.grad is not None]))
     assert found[0][0] > 1.2 * found[1][0] > 1.2 * found[2][0]
@@ -89,7 +89,7 @@ def test_recomputing_keeps_less_and_changes_no_gradient(questions):
 
 def test_the_table_is_written_and_the_peer_does_the_same_work(shards, tmp_path):  # noqa: F811
     done = subprocess.run(
-        [sys.executable, "extras/bench.py", "--model=sample", "--data=sample", "--batch_size=6",
+        [sys.executable, "extras/bench/training.py", "--model=sample", "--data=sample", "--batch_size=6",
          "--rounds=1", "--questions=6", f"--shards_dir={shards}", f"--out={tmp_path}/table.md"], cwd=ROOT,
         text=True, capture_output=True)
     assert done.returncode == 0, done.stderr

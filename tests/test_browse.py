@@ -1,5 +1,5 @@
 """
-extras/browse.py: its page in a browser, without which those tests are skipped, and bad input.
+extras/look/browse.py: its page in a browser, without which those tests are skipped, and bad input.
 
 What the page counts, orders and draws is compared with what Python finds in the files. Answers are
 hostile: they must be shown as they are, and nothing of them may run.
@@ -89,7 +89,7 @@ def write_lines(path, lines):
 def browse():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", list(sys.path))  # the script replaces the first
-        spec = importlib.util.spec_from_file_location("browse", ROOT / "extras" / "browse.py")
+        spec = importlib.util.spec_from_file_location("browse", ROOT / "extras" / "look" / "browse.py")
         module = importlib.util.module_from_spec(spec)
         patch.setitem(sys.modules, "browse", module)  # dataclasses look their module up
         spec.loader.exec_module(module)
@@ -417,7 +417,7 @@ def test_every_image_is_embedded_once(made):
 
 def test_colours_can_be_told_from_what_is_behind_them():
     """4.5 to 1, WCAG's for texts, and 3 to 1 for the borders of controls; light and dark."""
-    style = (ROOT / "extras" / "browse.html").read_text(encoding="utf-8")
+    style = (ROOT / "extras" / "look" / "browse.html").read_text(encoding="utf-8")
     light, dark = (dict(re.findall(r"--([\w-]+): #(\w+)", block)) for block in re.findall(
         r":root \{(.*?)\}", style, re.S))
     assert light.keys() == dark.keys()
@@ -560,6 +560,6 @@ def test_what_cannot_be_written_leaves_nothing(again, tmp_path, monkeypatch):
 
 
 def test_the_command_ends_with_2_and_a_line(tmp_path):
-    done = subprocess.run([sys.executable, "extras/browse.py", f"--run={tmp_path}"], cwd=ROOT, text=True,
+    done = subprocess.run([sys.executable, "extras/look/browse.py", f"--run={tmp_path}"], cwd=ROOT, text=True,
                           capture_output=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "predictions.jsonl" in done.stderr

@@ -1,5 +1,5 @@
 """
-extras/demo.py: its conversation against VLM.generate and against attention written out; its page in a
+extras/share/demo.py: its conversation against VLM.generate and against attention written out; its page in a
 browser, without which those tests are skipped.
 
 The server of the page may write 1,000 bytes to a file, which no image has, and its home stays empty.
@@ -26,7 +26,7 @@ from PIL import Image
 
 import train_cls
 from data import BOS, EOS, Shard, Tokenizer, format_prompt
-from extras import demo
+from extras.share import demo
 from model import VLM, LLaMA, LlamaConfig, ViT, ViTConfig, normalise, rotary_angles, rotate
 from plumbing.files import seal
 from plumbing.flags import UserError, parse_command_line
@@ -291,7 +291,7 @@ def port(run, chromium):  # noqa: F811
     environment = {"HOME": str(home), "TMPDIR": str(home), "PATH": os.environ["PATH"],
                    "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     server = subprocess.Popen(
-        [sys.executable, "extras/demo.py", *(f"--{name}={value}" for name, value in flags.items())],
+        [sys.executable, "extras/share/demo.py", *(f"--{name}={value}" for name, value in flags.items())],
         cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         preexec_fn=write_little)
     try:
@@ -498,7 +498,7 @@ def test_no_other_machine_is_asked_for_anything(run, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(RECORD.format(path=str(tmp_path / "asked")))
     port = free_port()
     server = subprocess.Popen(
-        [sys.executable, "extras/demo.py", f"--run={run / 'run'}", "--address=0.0.0.0", f"--port={port}"],
+        [sys.executable, "extras/share/demo.py", f"--run={run / 'run'}", "--address=0.0.0.0", f"--port={port}"],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
@@ -551,7 +551,7 @@ def test_other_settings_are_refused(name, tmp_path, monkeypatch):
     settings = demo.server_settings(config)
     assert settings["server.address"] == "127.0.0.1" and len(settings) == 6
     monkeypatch.setattr(demo.st, "get_option", lambda one: None if one == name else settings[one])
-    said = "start it with `python extras/demo.py`" if name else "no checkpoint"
+    said = "start it with `python extras/share/demo.py`" if name else "no checkpoint"
     with pytest.raises(UserError, match=said):
         demo.show_page(config)
 

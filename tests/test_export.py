@@ -1,5 +1,5 @@
 """
-extras/export.py: what it writes is loaded by timm, open_clip, transformers and PEFT, and what they save
+extras/share/export.py: what it writes is loaded by timm, open_clip, transformers and PEFT, and what they save
 again comes back, bit for bit. The second run starts from the parts that the first one exported.
 """
 
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import eval_vqa
 import train_vlm
 from data import Tokenizer
-from extras import export
+from extras.share import export
 from lora import add_lora, load_adapter, lora_layers, read_adapter_config
 from model import CLIP_MEAN, CLIP_STD, VLM, LLaMA, ViT, load_encoder, tensor_shapes
 from plumbing.files import hash_file, lock, manifest_checksum, newest_checkpoint, seal
@@ -153,7 +153,7 @@ def texts(lines):
 
 @pytest.mark.parametrize("kind", ["sample", "larger"])
 def test_tokenizer_gives_our_ids_for_any_text(kind, tmp_path):
-    lines = [line for path in sorted(Path(export.__file__).parent.glob("*.py"))
+    lines = [line for path in sorted(ROOT.glob("extras/*/*.py"))
              for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     (tmp_path / "tokenizer.model").write_bytes(
         train_sample_tokenizer() if kind == "sample" else train_tokenizer(lines))

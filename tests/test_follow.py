@@ -1,11 +1,12 @@
-"""extras/follow.py, extras/progress.py and what the scripts in extras/ need: what goes wrong is one line."""
+"""look/follow.py, bench/progress.py and what the scripts in extras/ need: what goes wrong is one line."""
 
 import re
 
 import pytest
 
 from data import Shard, Tokenizer
-from extras import follow, progress
+from extras.bench import progress
+from extras.look import follow
 from plumbing.flags import UserError, parse_flags, require_packages
 from prepare import sample
 from test_eval import TOKENIZER, write_questions
@@ -62,9 +63,9 @@ def test_many_rows_are_told_now_and_then(capsys, monkeypatch):
 
 
 def test_a_missing_package_is_told_with_what_to_run(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["bench.py"])
+    monkeypatch.setattr("sys.argv", ["training.py"])
     require_packages("tests/requirements.txt", "json")
     with pytest.raises(SystemExit) as stopped:
         require_packages("tests/requirements.txt", "json", "xyzzy")
     assert stopped.value.code == 2
-    assert capsys.readouterr().err == "bench.py: no xyzzy here; run `pip install -r tests/requirements.txt`\n"
+    assert capsys.readouterr().err == "training.py: no xyzzy here; run `pip install -r tests/requirements.txt`\n"

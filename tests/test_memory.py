@@ -1,4 +1,4 @@
-"""What extras/memory.py computes is exact where a formula tells it, and is what a process takes."""
+"""What extras/bench/memory.py computes is exact where a formula tells it, and is what a process takes."""
 
 import contextlib
 import sys
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from extras import memory
+from extras.bench import memory
 from plumbing.flags import parse_command_line, run
 
 LANGUAGE, OTHERS, LORA = 6_738_415_616, 85_798_656 + 3_149_824, 4_194_304  # the paper's parameters

@@ -1,12 +1,12 @@
-"""extras/plan.py: what it works out, by a second way on paper."""
+"""extras/bench/plan.py: what it works out, by a second way on paper."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from extras import plan
-from extras.memory import FLAGS, make
+from extras.bench import plan
+from extras.bench.memory import FLAGS, make
 
 
 def test_the_papers_run_by_hand(monkeypatch, capsys):

@@ -1,5 +1,5 @@
 """
-extras/plot.py: what its bars and lines show, what it leaves blank, and what it says where it cannot
+extras/look/plot.py: what its bars and lines show, what it leaves blank, and what it says where it cannot
 draw; and that assets/architecture.svg, drawn by hand, shows what the code does.
 """
 
@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 import train_vlm
-from extras import mix, plot
+from extras.look import mix, plot
 from lora import add_lora
 from model import VLM, packed_mask
 from plumbing.flags import UserError, parse_command_line, run
@@ -257,7 +257,7 @@ def test_the_mix_is_that_of_the_table(prepared, monkeypatch):
 # ----------------------------------------------------------------------------- mistakes
 
 def test_the_command_says_in_a_line_what_it_cannot_draw(tmp_path):
-    done = subprocess.run([sys.executable, "extras/plot.py", f"--out={tmp_path}"], cwd=ROOT, text=True,
+    done = subprocess.run([sys.executable, "extras/look/plot.py", f"--out={tmp_path}"], cwd=ROOT, text=True,
                           capture_output=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no run yet" in done.stderr
 

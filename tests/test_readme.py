@@ -30,8 +30,8 @@ PACKAGES = {"torch", "safetensors", "sentencepiece", "numpy", "PIL", "tqdm", "sk
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text()
          for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
 OPTIONAL = {"wandb"}  # train_vlm.py's, with --wandb=true
-SCRIPTS = [*CORE, *(path.relative_to(ROOT).as_posix() for folder in ("prepare", "extras", "extras/faults")
-                    for path in (ROOT / folder).glob("*.py"))]
+SCRIPTS = [*CORE, *(path.relative_to(ROOT).as_posix() for pattern in ("prepare/*.py", "extras/*/*.py")
+                    for path in ROOT.glob(pattern))]
 
 
 def commands():
@@ -72,7 +72,7 @@ def test_a_command_is_one_that_its_script_takes(source, command, monkeypatch):
     assert (ROOT / words[0]).is_file()
     if program in ("python", "python3", "torchrun", "streamlit"):
         script = importlib.import_module(words[0].removesuffix(".py").replace("/", "."))
-        if words[0] in ("extras/scales.py", "prepare/sample.py"):  # which take files, too
+        if words[0] in ("extras/look/scales.py", "prepare/sample.py"):  # which take files, too
             words = [word for word in words if word.startswith("--") or word == words[0]]
         if words[1:]:
             parse_flags(script.Config, words[1:])
@@ -115,7 +115,7 @@ def test_core_imports_its_packages_alone(name):
 
 def test_mix_is_the_table_that_the_script_prints(tmp_path):
     """Published counts and sums; what is prepared depends on the machine."""
-    done = subprocess.run([sys.executable, "extras/mix.py", f"--shards_dir={tmp_path}"], cwd=ROOT,
+    done = subprocess.run([sys.executable, "extras/look/mix.py", f"--shards_dir={tmp_path}"], cwd=ROOT,
                           text=True, capture_output=True, check=True)
     lines = [line.split("|")[1:3] for line in done.stdout.splitlines()]
     page = PAGES["docs/data.md"].splitlines()

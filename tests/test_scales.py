@@ -1,5 +1,5 @@
 """
-extras/scales.py: each convention against the library or script that it restates, the scores of ten
+extras/look/scales.py: each convention against the library or script that it restates, the scores of ten
 pairs worked out by hand, what real references score on each scale, and what it refuses.
 """
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:\\nThe hypothesis contains")  # 
 @pytest.fixture(scope="module")
 def scales():
     path = list(sys.path)  # the script replaces the first
-    spec = importlib.util.spec_from_file_location("scales", ROOT / "extras" / "scales.py")
+    spec = importlib.util.spec_from_file_location("scales", ROOT / "extras" / "look" / "scales.py")
     module = sys.modules["scales"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.path[:] = path
@@ -415,7 +415,7 @@ def write(path, lines):
 
 
 def script(*words, folder=ROOT):
-    return subprocess.run([sys.executable, str(ROOT / "extras" / "scales.py"), *map(str, words)],
+    return subprocess.run([sys.executable, str(ROOT / "extras" / "look" / "scales.py"), *map(str, words)],
                           cwd=folder, text=True, capture_output=True, encoding="utf-8")
 
 
@@ -575,7 +575,7 @@ def test_a_reader_that_has_enough_is_no_mistake(tmp_path):
     read, wrote = os.pipe()
     os.close(read)
     with os.fdopen(wrote, "w") as pipe:
-        done = subprocess.run([sys.executable, str(ROOT / "extras/scales.py"), "--resamples=5", "--show=3000",
+        done = subprocess.run([sys.executable, str(ROOT / "extras/look/scales.py"), "--resamples=5", "--show=3000",
                                str(a), str(a)], stdout=pipe, stderr=subprocess.PIPE, text=True)
     assert done.stderr == "" and done.returncode in (0, 141)
 

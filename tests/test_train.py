@@ -142,7 +142,7 @@ def test_learns_by_heart_and_answers(tmp_path, capsys):
         assert eval_vqa.ask(model, tokenizer, question, tmp_path / "x.png") == lines[number]["prediction"]
     done = command("eval_vqa.py", f"--run={run}", f"--image={tmp_path}/x.png", f"--question={question}")
     assert done.stdout == lines[number]["prediction"] + "\n" and done.returncode == 0
-    done = command("extras/follow.py", f"--run={run}", "--data=sample", "--split=train",
+    done = command("extras/look/follow.py", f"--run={run}", "--data=sample", "--split=train",
                    f"--shards_dir={shards}")
     assert done.returncode == 0, done.stderr
     assert re.search(r"VLM.loss +0\.\d+ nats.*Tokenizer.decode '.+'\nbleu1 +[01]\.\d\d\n", done.stdout, re.S)

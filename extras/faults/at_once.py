@@ -4,7 +4,7 @@ Start the same command twice at once: one waits or is refused in one line, and w
     python extras/faults/at_once.py --times=60
 
 train_vlm.py in one run's folder, train_cls.py in one run's folder, eval_vqa.py on one run,
-extras/export.py of one run and prepare/all.py on one dataset, in turn, on a tiny sample; the second
+extras/share/export.py of one run and prepare/all.py on one dataset, in turn, on a tiny sample; the second
 starts up to a second after the first. A violation is a traceback, an exit code other than 0 and 2, no
 command that succeeds, a checkpoint, model or shard that is damaged, a partial folder that stays, and a
 third command that fails.
@@ -16,7 +16,7 @@ times in 12; else both succeeded.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not extras/faults/
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not this folder
 
 import random
 import shutil
@@ -67,7 +67,7 @@ def try_pair(script, folder, pause):
     wrong += damages(folder) + ["neither succeeds"] * (0 not in codes)
     if script == "train_vlm.py":
         words["resume"] = "true"
-    if script == "extras/export.py":
+    if script == "extras/share/export.py":
         words["folder"] = "exported again"  # what is there is not overwritten
     if tiny.wait(start(script, words, folder, logs[2])):
         wrong.append(f"the third: {logs[2].read_text().splitlines()[-1]}")

@@ -20,7 +20,7 @@ is taken for damage, and a checkpoint is set aside, not removed, that could be r
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not extras/faults/
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not this folder
 
 import ctypes
 import os
@@ -34,9 +34,9 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
+from extras.bench.progress import Progress
 from extras.faults.tiny import (AFTER, OS_ERROR, SUCCESS, USER_ERROR, NotHere, OneSave, fork, newest_step,
                                 prepare, shrink, wait)
-from extras.progress import Progress
 from plumbing.flags import UserError, parse_command_line
 from plumbing.flags import run as run_script
 

@@ -25,7 +25,7 @@ It found, with the flags above:   found  harmless  not told  MISSED
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not extras/faults/
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not this folder
 
 import contextlib
 import functools
@@ -48,7 +48,7 @@ import train_vlm
 from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard
 from lora import add_lora, load_adapter, lora_layers, read_adapter_config, save_adapter
 from model import VLM, LLaMA, LlamaConfig, ViT, ViTConfig, init_weights, load_encoder
-from extras.progress import Progress
+from extras.bench.progress import Progress
 from plumbing.files import checkpoints, newest_checkpoint, seal
 from plumbing.flags import UserError, parse_command_line, run
 from prepare.all import print_table

@@ -22,7 +22,7 @@ block for leaks.json was missing, prepare/all.py ended with a traceback.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not extras/faults/
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not this folder
 
 import contextlib
 import ctypes

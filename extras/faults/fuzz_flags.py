@@ -18,7 +18,7 @@ the two dashes away). It is mended.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not extras/faults/
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not this folder
 
 import os
 import random
@@ -34,8 +34,8 @@ import eval_vqa
 import prepare.all
 import train_cls
 import train_vlm
-from extras import export
 from extras.faults import tiny
+from extras.share import export
 from plumbing.flags import Count, UserError, Whole, parse_command_line, run, type_of
 
 ODD = ["", " ", "0", "-1", "1", "2", "3.5", "0.5", "-0.5", "nan", "inf", "-inf", "1e9", "1e-9", "1e400", "1_0", "0x10",
@@ -57,7 +57,7 @@ COMMANDS = {  # script -> its module and the flags of a short run
         dataset="sample", shards_dir="shards", encoder="scratch", model="sample", epochs=1, device="cpu", out="cls")),
     "eval_vqa.py": (eval_vqa, dict(run="run", data="sample", shards_dir="shards", limit=4, max_new_tokens=2,
                                    device="cpu")),
-    "extras/export.py": (export, dict(run="run", folder="exported")),
+    "extras/share/export.py": (export, dict(run="run", folder="exported")),
     "prepare/all.py": (prepare.all, dict(only="sample", limit=2, image_size=32, shards_dir="prepared", workers=1,
                                          raw_dir="raw", weights_dir="weights"))}
 

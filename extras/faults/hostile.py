@@ -22,7 +22,7 @@ place of weights, and broken pickles and settings that raised what nobody expect
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not extras/faults/
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not this folder
 
 import contextlib
 import gzip
@@ -54,7 +54,7 @@ from data import EOS, PROMPT_VERSION, SHARD_VERSION, Shard, Tokenizer
 from extras.faults.corrupt import flipped, spoil_adapter, spoil_weights
 from lora import read_adapter_config
 from model import LLaMA, load_encoder
-from extras.progress import Progress
+from extras.bench.progress import Progress
 from plumbing.flags import UserError, parse_command_line, run
 from plumbing.pixels import FORMATS, Unreadable, load_image, resize_image
 from prepare.all import print_table

@@ -16,7 +16,7 @@ complete and its pruning not.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not extras/faults/
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not this folder
 
 import json
 import os
@@ -29,9 +29,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 import train_vlm
+from extras.bench.progress import Progress
 from extras.faults.tiny import (SUCCESS, contents, flags, fork, leftovers, newest_step, prepare, shrink,
                                 wait)
-from extras.progress import Progress
 from plumbing.files import checkpoints, find_damage
 from plumbing.flags import Count, UserError, parse_command_line, run
 

@@ -20,7 +20,7 @@ of each harm is "refused" (exit code 2 and one line on stderr) or "the same" (ex
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not extras/faults/
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not this folder
 
 import contextlib
 import functools

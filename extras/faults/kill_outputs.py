@@ -1,5 +1,5 @@
 """
-Harm eval_vqa.py and extras/export.py: what they write is whole or not there, and what they read is what it was.
+Harm eval_vqa.py and extras/share/export.py: their output is whole or absent, and what they read is unharmed.
 
     python extras/faults/kill_outputs.py                        all of it
     python extras/faults/kill_outputs.py --parts=full --sizes=14
@@ -22,7 +22,7 @@ one. It is mended.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not extras/faults/
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not this folder
 
 import json
 import os
@@ -41,7 +41,7 @@ from extras.faults.tiny import SUCCESS, bits_of, try_parts, wait
 from plumbing.files import hash_file, hash_json
 from plumbing.flags import Count, UserError, parse_command_line, run
 
-PLACE = {"eval_vqa.py": ("out", "results"), "extras/export.py": ("folder", "exported")}  # its flag and value
+PLACE = {"eval_vqa.py": ("out", "results"), "extras/share/export.py": ("folder", "exported")}  # its flag and value
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Trial:
 
     def again(self, script, out):
         """What is wrong, in words, when the command is given again; an export overwrites nothing."""
-        if script == "extras/export.py":
+        if script == "extras/share/export.py":
             for path in out.glob("[!.]*"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         return self.faults(script, self.call(script, out), out)
@@ -151,8 +151,8 @@ def try_flip(config, trial):
     draw, out = random.Random(config.seed), trial.folder / "flipped"
     trial.call("eval_vqa.py", trial.place / "run/eval")  # for the card
     shutil.rmtree(trial.place / "exported")
-    trial.call("extras/export.py")
-    trial.right["extras/export.py"] = written(trial.place / "exported")
+    trial.call("extras/share/export.py")
+    trial.right["extras/share/export.py"] = written(trial.place / "exported")
     files = [path for name in ("run", "shards") for path in sorted((trial.place / name).rglob("*"))
              if path.is_file() and path.name not in ("log.jsonl", ".lock")]
     for path in files:

@@ -11,7 +11,7 @@ and at last left to finish.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not extras/faults/
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not this folder
 
 import random
 import shutil
@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from extras.progress import Progress
+from extras.bench.progress import Progress
 from plumbing.files import hash_file
 from plumbing.flags import UserError, parse_command_line, run
 

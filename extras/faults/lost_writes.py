@@ -21,7 +21,7 @@ of 9,540 states is left in which a wrong checkpoint, or none, would be loaded.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not extras/faults/
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not this folder
 
 import contextlib
 import functools
@@ -36,10 +36,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import train_vlm
+from extras.bench.progress import Progress
 from extras.faults.calls import traced
 from extras.faults.kill import read_losses
 from extras.faults.tiny import OS_ERROR, SUCCESS, contents, flags, fork, leftovers, prepare, shrink, wait
-from extras.progress import Progress
 from plumbing.flags import UserError, parse_command_line, run
 
 STEPS = 3  # each saved; with --keep=2 the last save removes the first checkpoint

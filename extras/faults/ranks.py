@@ -22,7 +22,7 @@ None outlived its group, no checkpoint was damaged, and all finished with an und
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not extras/faults/
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not this folder
 
 import ctypes
 import multiprocessing
@@ -46,7 +46,7 @@ from data import Mixture
 from extras.faults.tiny import (ROOT, SUCCESS, USER_ERROR, contents, flags, fork, leftovers, newest_step,
                                 prepare, shrink)
 from model import VLM
-from extras.progress import Progress
+from extras.bench.progress import Progress
 from plumbing.files import checkpoints, find_damage
 from plumbing.flags import Count, UserError, parse_command_line, run
 from prepare.all import print_table

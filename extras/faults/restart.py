@@ -17,13 +17,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from extras.progress import tell
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[0] = str(ROOT)  # the repository, not this folder
+
+from extras.bench.progress import tell
 from plumbing.files import newest_checkpoint
 from plumbing.flags import UserError, parse_command_line, run
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[0] = str(ROOT)  # the repository, not extras/faults/
-
 
 FLAGS = ("--model=sample --data=sample --language=full --questions_per_image=0 --row_length=256 "
          "--micro_batch_tokens=512 --batch_size=12 --max_steps=60 --save_every=5 --log_every=1 --held_out=8 "

@@ -25,13 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[0] = str(ROOT)  # the repository, not extras/faults/
+sys.path[0] = str(ROOT)  # the repository, not this folder
 
 import numpy as np
 
 import train_vlm
 
-from extras.progress import about, tell
+from extras.bench.progress import about, tell
 from plumbing.flags import UserError, parse_command_line, run
 
 

@@ -1,19 +1,19 @@
 """
 Write one page to look at a model's answers: each image, its questions, and what was answered to them.
 
-    python extras/browse.py --run=out/path_vqa
+    python extras/look/browse.py --run=out/path_vqa
 
 needs an evaluation by `python eval_vqa.py`, and the prepared data for the images; of several it shows
 the newest of each dataset, and one alone where --run is its folder. The page is a single file that any
 browser opens and that loads nothing. It filters by right and wrong, dataset, type and words, and by
 whether the image helped. It contains the images: pass it on only where you may pass on the data. How it
-looks and works is in extras/browse.html.
+looks and works is in extras/look/browse.html.
 """
 
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not this folder
 
 import base64
 import hashlib

@@ -2,7 +2,7 @@
 Load a LLaMA-7B and a ViT-B/16 of random values in the exact layouts of PMC-LLaMA and BiomedCLIP,
 and answer one question about an image: what it takes in seconds and memory, without the download.
 
-    python extras/load_7b.py --folder=weights/random_7b --tokenizer=weights/llama_tokenizer/tokenizer.model
+    python extras/bench/load_7b.py --folder=weights/random_7b --tokenizer=weights/llama_tokenizer/tokenizer.model
 
 The files (13.5 GB in three shards, and 0.3 GB) are written once and may be deleted afterwards. The
 answer is noise, the cost is real.
@@ -11,7 +11,7 @@ answer is noise, the cost is real.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not this folder
 
 import json
 import multiprocessing

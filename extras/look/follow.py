@@ -1,7 +1,7 @@
 """
 Follow one question from its raw file to its loss and its answer, naming each function on the way.
 
-    python extras/follow.py --run=out/path_vqa --data=path_vqa --split=test --number=0
+    python extras/look/follow.py --run=out/path_vqa --data=path_vqa --split=test --number=0
 
 README.md's "How it works" is this script's output.
 """
@@ -9,7 +9,7 @@ README.md's "How it works" is this script's output.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not this folder
 
 import io
 from dataclasses import dataclass

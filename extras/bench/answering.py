@@ -1,8 +1,8 @@
 """
 How fast eval_vqa.py answers, beside transformers' generate on the same weights and questions.
 
-    python extras/bench_eval.py --run=out/path_vqa --limit=500
-    python extras/bench_eval.py --model=paper --new_tokens=8 --rounds=1     random weights, on a GPU
+    python extras/bench/answering.py --run=out/path_vqa --limit=500
+    python extras/bench/answering.py --model=paper --new_tokens=8 --rounds=1     random weights, on a GPU
 
 Ours is VLM.generate with all questions of an image in a row of its cache. It is timed twice: with the
 right images alone, and as eval_vqa.py runs it, where each question is asked about a second image, too,
@@ -19,7 +19,7 @@ copy, measured first: for each pass the larger of its arithmetic and of one read
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not this folder
 
 from plumbing.flags import require_packages
 
@@ -37,7 +37,7 @@ import transformers
 
 import eval_vqa
 from data import BOS, EOS, Shard, Tokenizer
-from extras.progress import Progress, tell
+from extras.bench.progress import Progress, tell
 from model import VLM, Linear
 from plumbing.flags import Count, Device, UserError, Whole, parse_command_line, run
 from plumbing.devices import autocast_to, describe_machine, pick_device

@@ -1,7 +1,7 @@
 """
 Ask a trained model about images in the browser: what it answers, how surely, and where it looked.
 
-    python extras/demo.py --run=out/sample
+    python extras/share/demo.py --run=out/sample
 
 The page is at http://127.0.0.1:8501, for this machine alone. It is research software, not for clinical
 use. Images and questions stay in memory while the page is open: nothing is written to the disk or sent
@@ -14,7 +14,7 @@ Streamlit shows the page, with the settings of server_settings(); under others t
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not this folder
 
 import base64
 import html
@@ -374,7 +374,7 @@ def show_page(config):
     options = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
     if options != server_settings(config):
         raise UserError("This server's settings do not keep the page private; start it with `python "
-                        "extras/demo.py` and the same flags.")
+                        "extras/share/demo.py` and the same flags.")
     loaded = st.cache_resource(load, show_spinner="Loading the model")(config)
     st.html(f'<p class="name">nanoMedQ</p><p class="note">{html.escape(loaded.facts)}</p>'
             '<p class="notice"><b>Research software: not for diagnosis or treatment, not for clinical '

@@ -1,7 +1,7 @@
 """
 How fast images are prepared, on one core, step by step, and what that means for the whole mix.
 
-    python extras/bench_prepare.py --data=path_vqa,vqa_rad
+    python extras/bench/preparing.py --data=path_vqa,vqa_rad
 
 reads up to --images image files of each dataset's raw folder, times each step of
 prepare/shards.encode_image on all of them, and beside it what plain Pillow takes to decode and
@@ -11,7 +11,7 @@ resize the same files. The steps run in turns, so that a machine's moods meet al
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not this folder
 
 import io
 import tempfile
@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from data import Tokenizer, load_image, resize_image
-from extras.progress import Progress
+from extras.bench.progress import Progress
 from plumbing.flags import Count, Range, UserError, parse_command_line, run
 from plumbing.pixels import FORMATS
 from prepare.datasets import DATASETS

@@ -1,9 +1,9 @@
 """
 Measure how far the comparison of images can be trusted, and look at what the leak guard finds.
 
-    python extras/leaks.py                                   drawn images, and real ones where raw/ has them
-    python extras/leaks.py --folder=eyes                     a folder of images of which no two are one
-    python extras/leaks.py --train=path_vqa --test=path_vqa  draws the pairs of two prepared splits
+    python extras/look/leaks.py                                   drawn images, and real ones where raw/ has them
+    python extras/look/leaks.py --folder=eyes                     a folder of images of which no two are one
+    python extras/look/leaks.py --train=path_vqa --test=path_vqa  draws the pairs of two prepared splits
 
 The first two print for each set of images how many pairs of it are called alike, and which share of altered
 copies is found again, by the hash of 255 bits alone, as it was done once (at most 48 of them differ), and as
@@ -13,7 +13,7 @@ prepare/looks.py does it. docs/leaks.md says what came of it.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not this folder
 
 import io
 import time

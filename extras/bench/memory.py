@@ -1,8 +1,8 @@
 """
 How much memory a training step of train_vlm.py takes, and which GPUs it fits: computed, on any machine.
 
-    python extras/memory.py                    the paper's model (each takes two minutes on one core)
-    python extras/memory.py --check=true       the small model on this machine, computed and measured
+    python extras/bench/memory.py                    the paper's model (each takes two minutes on one core)
+    python extras/bench/memory.py --check=true       the small model on this machine, computed and measured
 
 What runs is train_vlm.train_step itself, on fake tensors: they have a shape, a type and a storage, but
 no content, so that LLaMA-7B takes no memory here and next to no time. A ledger adds the bytes of every
@@ -20,8 +20,8 @@ here: those are for them.
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # the repository, not extras/
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[0] = str(ROOT)  # the repository, not this folder
 
 import contextlib
 import itertools
@@ -43,7 +43,7 @@ from torch.utils._pytree import tree_leaves
 
 import train_vlm
 from data import Mixture
-from extras.progress import Progress
+from extras.bench.progress import Progress
 from model import CONFIGS, group_masks
 from plumbing.flags import UserError, parse_command_line, run
 from plumbing.devices import autocast_to, describe_machine, pick_device
@@ -167,7 +167,7 @@ def measure(name, tokens, recompute):
 def measure_afresh(*given):
     """measure() in a process of its own, in which what is freed goes back to the system at once."""
     at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}  # glibc's
-    code = f"from extras.memory import measure; print(measure(*{given}))"
+    code = f"from extras.bench.memory import measure; print(measure(*{given}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **at_once},
                           stdout=subprocess.PIPE, text=True, check=True)
     return int(done.stdout)

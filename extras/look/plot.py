@@ -1,9 +1,9 @@
 """
 Draw what was run and what there is to train on, a picture a command.
 
-    python extras/plot.py                                         the runs of train_cls.py, as bars
-    python extras/plot.py --what=training --runs=out/a,out/b      the curves of train_vlm.py's runs
-    python extras/plot.py --what=mix                              extras/mix.py's table
+    python extras/look/plot.py                                         the runs of train_cls.py, as bars
+    python extras/look/plot.py --what=training --runs=out/a,out/b      the curves of train_vlm.py's runs
+    python extras/look/plot.py --what=mix                              extras/look/mix.py's table
 
 Classification has a group of bars a dataset and a bar an encoder, beside the paper's means; what was
 not run is left blank. The training loss is a running mean over about a twentieth of the run, with what
@@ -13,7 +13,7 @@ was logged faint behind it. Needs `pip install -r extras/requirements.txt`.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not this folder
 
 import json
 import math
@@ -24,7 +24,7 @@ from typing import Literal
 
 import numpy as np
 
-from extras import mix
+from extras.look import mix
 from plumbing.flags import Share, UserError, parse_command_line, run
 from tasks.encoders import MEAN, PAPER, measured, read_results
 

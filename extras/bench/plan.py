@@ -1,10 +1,10 @@
 """
 What a training run takes in hours, network, disk and checkpoints, worked out before it begins.
 
-    python extras/plan.py                                  the paper's run, and one with ten times the data
-    python extras/plan.py --mfu=0.35 --tflops=312          on other GPUs, or with what bench.py measured on yours
+    python extras/bench/plan.py                               the paper's run, and one with ten times the data
+    python extras/bench/plan.py --mfu=0.35 --tflops=312       on other GPUs, or as training.py measured on yours
 
-Counted: the products that a step cannot do without (as extras/bench.py counts them), the bytes of what trains.
+Counted: the products that a step cannot do without (as training.py counts them), the bytes of what trains.
 Measured here, on this machine's disk: how long a checkpoint of that size takes to save and verify.
 Assumed, by flags: the GPU's peak and the share of it that training reaches, and the network between GPUs.
 """
@@ -12,7 +12,7 @@ Assumed, by flags: the GPU's peak and the share of it that training reaches, and
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not this folder
 
 from plumbing.flags import require_packages
 
@@ -29,8 +29,8 @@ import numpy as np
 import torch
 
 import train_vlm
-from extras.bench import count_flop
-from extras.memory import FLAGS, make, read_numbers
+from extras.bench.memory import FLAGS, make, read_numbers
+from extras.bench.training import count_flop
 from lora import lora_layers
 from plumbing.flags import Count, Range, parse_command_line, run
 from prepare.datasets import DATASETS

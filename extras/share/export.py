@@ -1,8 +1,8 @@
 """
 Write what a train_vlm.py run has learnt as folders that other libraries load as they are.
 
-    python extras/export.py --run=out/sample                  all of it, into out/sample/export
-    python extras/export.py --run=out/paper --only=language --dtype=bfloat16
+    python extras/share/export.py --run=out/sample                  all of it, into out/sample/export
+    python extras/share/export.py --run=out/paper --only=language --dtype=bfloat16
 
     vision/     timm.create_model("local-dir:<folder>", pretrained=True); open_clip's TimmModel
     language/   transformers: AutoModelForCausalLM and AutoTokenizer; LoRA is merged
@@ -23,7 +23,7 @@ libraries is read by --vision_weights and --language_weights of train_vlm.py and
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not this folder
 
 import json
 import shutil

@@ -1,7 +1,7 @@
 """
 The pretraining mix as a Markdown table: what was published, what is prepared, and the paper's sum.
 
-    python extras/mix.py
+    python extras/look/mix.py
 
 A published count is that of the training split of the version that a plain `python prepare/all.py`
 prepares; what is not prepared here stays blank.
@@ -10,7 +10,7 @@ prepares; what is not prepared here stays blank.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not this folder
 
 from dataclasses import dataclass
 

@@ -1,9 +1,9 @@
 """
 Score the same answers on every scale that is in use for medical VQA.
 
-    python extras/scales.py out/x                                 a run that eval_vqa.py has evaluated
-    python extras/scales.py answers.jsonl --data=path_vqa         a file of id and prediction suffices
-    python extras/scales.py out/x out/y                           two runs compared, or two files
+    python extras/look/scales.py out/x                                 a run that eval_vqa.py has evaluated
+    python extras/look/scales.py answers.jsonl --data=path_vqa         a file of id and prediction suffices
+    python extras/look/scales.py out/x out/y                           two runs compared, or two files
 
 "BLEU-1" is not one number: the same answers score 31 or 69 on PathVQA, as one published script or
 another counts. So each scale stands here by the name of who uses it, with a 95% bootstrap interval
@@ -24,7 +24,7 @@ for an answer in a long text; the 120 contractions of the VQA normaliser ("dont"
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not this folder
 
 import functools
 import json

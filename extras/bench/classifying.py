@@ -1,7 +1,7 @@
 """
 How fast train_cls.py fine-tunes, beside what one would otherwise write.
 
-    python extras/bench_cls.py --data=busi --model=small
+    python extras/bench/classifying.py --data=busi --model=small
 
 Ours is train_cls.train_epoch. The peer is a DataLoader with a worker a core, which decodes, resizes
 and augments image files with Pillow, and transformers' ViTModel with the same head, weights, images
@@ -13,7 +13,7 @@ each, in turns, so that a machine's moods meet all of them. Needs tests/requirem
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not this folder
 
 from plumbing.flags import require_packages
 
@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import train_cls
 from data import Shard
-from extras.progress import Progress, tell
+from extras.bench.progress import Progress, tell
 from model import CLIP_MEAN, CLIP_STD, CONFIGS, ViT, normalise, tensors_of
 from plumbing.flags import Count, Device, Range, Threads, UserError, parse_command_line, run
 from plumbing.devices import autocast_to, pick_device

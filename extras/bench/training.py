@@ -1,8 +1,8 @@
 """
 How fast train_vlm.py trains: each thing that it leaves out, and the usual way beside it.
 
-    python extras/bench.py                       the small model, 64 real questions a step
-    python extras/bench.py --model=paper         the paper's sizes, random weights, on a GPU
+    python extras/bench/training.py                       the small model, 64 real questions a step
+    python extras/bench/training.py --model=paper         the paper's sizes, random weights, on a GPU
 
 A step is the same --batch_size questions of a prepared training split in every row of the table: they
 are read and packed first, and only forward, backward and update are timed. Rows go from what one would
@@ -11,7 +11,7 @@ peer is the step as LLaVA-style code builds it from transformers and PEFT: ViTMo
 LlamaForCausalLM with its LoRA, every question with its image in a row padded to the longest, logits and
 labels at all positions. A round is two steps of each row, in turns, of which the second is timed: the
 first brings the row's memory back. Then the loader alone, which has to keep ahead of the fastest row; then
-extras/bench_eval.py times answers and, with --raw_dir, extras/bench_prepare.py the way from raw files to
+extras/bench/answering.py times answers and, with --raw_dir, extras/bench/preparing.py the way from raw files to
 shards. Needs tests/requirements.txt.
 
 MFU is the share of the machine's own matrix product (measured first, or --peak_tflops) that a step
@@ -24,7 +24,7 @@ Writes a table in Markdown, and a json beside it with what machine, versions and
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not extras/
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not this folder
 
 from plumbing.flags import require_packages
 
@@ -49,9 +49,9 @@ import transformers
 
 import train_vlm
 from data import BOS, EOS, Mixture, Shard, Tokenizer
-from extras.bench_cls import make_vit
-from extras.bench_eval import clock, measure_limits
-from extras.progress import Progress, about, tell
+from extras.bench.answering import clock, measure_limits
+from extras.bench.classifying import make_vit
+from extras.bench.progress import Progress, about, tell
 from model import HAS_TRITON, VLM, normalise
 from plumbing.flags import Count, Device, Range, UserError, Whole, parse_command_line, run
 from plumbing.devices import autocast_to, describe_machine, pick_device
@@ -368,11 +368,11 @@ def main(config):
     tell("then the loader, the answers and the preparation")
     loader = {"each question with its image": time_loader(shard, N, 1, config),
               "all questions share an image": time_loader(shard, N, 0, config)}
-    others = [run_beside("bench_eval.py", model=config.model, data=config.data, limit=config.questions,
+    others = [run_beside("answering.py", model=config.model, data=config.data, limit=config.questions,
                          shards_dir=config.shards_dir, new_tokens=4, rounds=config.rounds,
                          peer=config.peer, device=config.device, dtype=config.dtype)]
     if config.raw_dir:
-        others.append(run_beside("bench_prepare.py", data=config.data, raw_dir=config.raw_dir))
+        others.append(run_beside("preparing.py", data=config.data, raw_dir=config.raw_dir))
     write_tables(rows, loader, others, peak, config, device, dtype)
 
 

@@ -1,4 +1,4 @@
-"""What README.md and docs/ say can be run, and the core imports no more than it promises."""
+"""What README.md and docs/ say can be run, and their links and names are there."""
 
 import ast
 import importlib
@@ -26,10 +26,8 @@ from prepare.shards import SplitWriter
 ROOT = Path(__file__).resolve().parent.parent
 CORE = [name for name in ("model.py", "lora.py", "data.py", "train_vlm.py", "train_cls.py", "eval_vqa.py")
         if (ROOT / name).is_file()]
-PACKAGES = {"torch", "safetensors", "sentencepiece", "numpy", "PIL", "tqdm", "sklearn"}
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text()
          for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
-OPTIONAL = {"wandb"}  # train_vlm.py's, with --wandb=true
 SCRIPTS = [*CORE, *(path.relative_to(ROOT).as_posix() for pattern in ("prepare/*.py", "extras/*/*.py")
                     for path in ROOT.glob(pattern))]
 
@@ -85,8 +83,7 @@ def test_ci_runs_the_line_of_the_readme():
     assert "pytest" in line and f"\n{line}\n" in PAGES["README.md"]
 
 
-def test_the_readme_is_read_in_minutes_and_its_links_lead_somewhere():
-    assert PAGES["README.md"].count("\n") <= 250
+def test_links_of_the_pages_lead_somewhere():
     links = 0
     for page, text in PAGES.items():
         for target, _, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(#([^)\s]+))?\)", text):
@@ -97,20 +94,6 @@ def test_the_readme_is_read_in_minutes_and_its_links_lead_somewhere():
             assert not anchor or anchor in heads, (page, anchor)
             links += 1
     assert links > 30
-
-
-@pytest.mark.parametrize("name", CORE)
-def test_core_imports_its_packages_alone(name):
-    imported = set()
-    for node in ast.walk(ast.parse((ROOT / name).read_text())):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        if isinstance(node, ast.ImportFrom):
-            imported.add(node.module.split(".")[0])
-    allowed = PACKAGES | OPTIONAL | {"model", "lora", "data", "plumbing", "tasks"} | set(sys.stdlib_module_names)
-    if name == "train_cls.py":
-        allowed |= {"prepare"}  # a folder of one's own is prepared on the spot
-    assert imported <= allowed and len(imported) > 3
 
 
 def test_mix_is_the_table_that_the_script_prints(tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,7 @@ def told(tmp_path_factory):
 
 
 @pytest.mark.parametrize("campaign, counted", [
-    ("kill", "25 kills"), ("full_disk", "download: 15 disks"),
+    ("kill", "25 kills"), ("full_disk", "download: 12 refused, 3 had room"),
     ("lost_writes", "states that a crash may leave"), ("calls", "system calls in a save"),
     ("ranks", "3 groups"), ("fuzz_flags", "16 commands"), ("kill_cls", "4 killed"),
     ("kill_outputs", "full: 1 eval_vqa.py refused, then the same")])
@@ -69,7 +70,10 @@ def test_promises_hold(told, campaign, counted):
     code, text = told[campaign]
     if code == "not here":
         pytest.skip(text)
-    assert code == 0 and "0 violations" in text and counted in text, text
+    assert code == 0 and "0 violations" in text, text
+    if refusal := re.search("not tried: .*", text):  # where no disk may be mounted
+        pytest.skip(refusal[0])
+    assert counted in text, text
 
 
 @pytest.mark.parametrize("what, file, changes, test", mutants.MUTANTS, ids=[mutant[0] for mutant in mutants.MUTANTS])

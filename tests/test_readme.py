@@ -24,12 +24,10 @@ from prepare.leaks import FINGERPRINT
 from prepare.shards import SplitWriter
 
 ROOT = Path(__file__).resolve().parent.parent
-CORE = [name for name in ("model.py", "lora.py", "data.py", "train_vlm.py", "train_cls.py", "eval_vqa.py")
-        if (ROOT / name).is_file()]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text()
          for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
-SCRIPTS = [*CORE, *(path.relative_to(ROOT).as_posix() for pattern in ("prepare/*.py", "extras/*/*.py")
-                    for path in ROOT.glob(pattern))]
+SCRIPTS = [path.relative_to(ROOT).as_posix() for pattern in ("*.py", "prepare/*.py", "extras/*/*.py")
+           for path in ROOT.glob(pattern)]
 
 
 def commands():

@@ -39,8 +39,8 @@ import eval_vqa
 from data import BOS, EOS, Shard, Tokenizer
 from extras.bench.progress import Progress, tell
 from model import VLM, Linear
-from plumbing.flags import Count, Device, UserError, Whole, parse_command_line, run
 from plumbing.devices import autocast_to, describe_machine, pick_device
+from plumbing.flags import Count, Device, UserError, Whole, parse_command_line, run
 from tasks.vqa import shuffled_images
 
 
@@ -147,13 +147,19 @@ def count_work(model, passes):
         (model.language.lm_head, predicted))]
 
 
-def main(config):
-    device, dtype = pick_device(config.device, config.dtype)
-    shard = Shard(Path(config.shards_dir) / config.data / "test")
+def open_questions(config, split):
+    """The shard of a split of --data, all of whose questions are about images, and its tokenizer."""
+    folder = Path(config.shards_dir) / config.data
+    shard = Shard(folder / split)
     shard.require_questions()
     if shard.samples["image"].min() < 0:
         raise UserError(f"--data: {config.data} asks about no image, too, which the peer cannot")
-    tokenizer = Tokenizer(Path(config.shards_dir) / config.data / "tokenizer.model")
+    return shard, Tokenizer(folder / "tokenizer.model")
+
+
+def main(config):
+    device, dtype = pick_device(config.device, config.dtype)
+    shard, tokenizer = open_questions(config, "test")
     if config.run:
         model = VLM.from_run(config.run, dtype, device)
     else:

@@ -40,8 +40,8 @@ import train_cls
 from data import Shard
 from extras.bench.progress import Progress, tell
 from model import CLIP_MEAN, CLIP_STD, CONFIGS, ViT, normalise, tensors_of
-from plumbing.flags import Count, Device, Range, Threads, UserError, parse_command_line, run
 from plumbing.devices import autocast_to, pick_device
+from plumbing.flags import Count, Device, Range, Threads, UserError, parse_command_line, run
 from plumbing.pixels import FORMATS
 from prepare.datasets import DATASETS
 from train_cls import Classifier, make_optimizer, read_split, train_epoch
@@ -199,6 +199,20 @@ def flops_an_image(encoder):
     return 3 * (2 * weights * N + depth * 2 * 2 * N * N * C)
 
 
+def print_rates(seconds, flops, config, device):
+    """The table; seconds: {way: of each epoch, the first one to warm up}; flops: of an image."""
+    images, median = config.steps * config.batch_size, {}
+    print(f"{'':20}  steps/s, median   best   images/s, median   best   TFLOP/s")
+    for name, times in seconds.items():
+        median[name], best = np.median(times[1:]), min(times[1:])
+        rate = flops * images / median[name] / 1e12
+        print(f"{name:20}  {config.steps / median[name]:15.2f} {config.steps / best:6.2f} "
+              f"{images / median[name]:18.1f} {images / best:6.1f} {rate:9.3f}"
+              + f", {rate / config.peak_tflops:.1%} of the bound" * (device.type == "cuda"))
+    print(f"ours / peer: {median['peer'] / median['ours']:.2f}; the data's share of our step: "
+          f"{1 - median['ours, images ready'] / median['ours']:.1%}")
+
+
 def main(config):
     transformers.utils.logging.disable_progress_bar()
     device, dtype = pick_device(config.device, config.dtype)
@@ -251,16 +265,7 @@ def main(config):
     print(f"{config.data}, {config.model} ViT on {device} in {str(dtype)[6:]}: {config.rounds} rounds "
           f"of {config.steps} steps of {config.batch_size} images; {workers} workers; load "
           f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    print(f"{'':20}  steps/s, median   best   images/s, median   best   TFLOP/s")
-    flops, median = flops_an_image(ours.encoder), {}
-    for name, times in seconds.items():
-        median[name], best = np.median(times[1:]), min(times[1:])
-        rate = flops * images / median[name] / 1e12
-        print(f"{name:20}  {config.steps / median[name]:15.2f} {config.steps / best:6.2f} "
-              f"{images / median[name]:18.1f} {images / best:6.1f} {rate:9.3f}"
-              + f", {rate / config.peak_tflops:.1%} of the bound" * (device.type == "cuda"))
-    print(f"ours / peer: {median['peer'] / median['ours']:.2f}; the data's share of our step: "
-          f"{1 - median['ours, images ready'] / median['ours']:.1%}")
+    print_rates(seconds, flops_an_image(ours.encoder), config, device)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ import train_vlm
 from data import Mixture
 from extras.bench.progress import Progress
 from model import CONFIGS, group_masks
-from plumbing.flags import UserError, parse_command_line, run
 from plumbing.devices import autocast_to, describe_machine, pick_device
+from plumbing.flags import UserError, parse_command_line, run
 
 FLAGS = train_vlm.Config(vision_weights="none", language_weights="none", compile=False)
 DEVICE, DTYPE = pick_device("cuda" if torch.cuda.is_available() else "cpu", "auto")  # --check=true's

@@ -88,7 +88,8 @@ def main(config):
     saving, size = time_saving(model, FLAGS)
     print(f"a step: {config.batch_size} samples, {tokens:,.0f} tokens, {flop / 1e12:,.0f} TFLOP; {trained / 1e6:,.1f}M "
           f"parameters train; {steps:,.0f} steps\n\n"
-          "| GPUs | batch | samples | hours | GPU-hours | a step, ms | of which network | images read, MB/s | saving |\n"
+          "| GPUs | batch | samples | hours | GPU-hours | a step, ms | of which network | images read, MB/s "
+          "| saving |\n"
           "|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     for times in (1, 10):
         for gpus in read_numbers(config, "gpus", int, 1, 1_000_000):

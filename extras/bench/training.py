@@ -48,13 +48,13 @@ import torch.nn.functional as F
 import transformers
 
 import train_vlm
-from data import BOS, EOS, Mixture, Shard, Tokenizer
-from extras.bench.answering import clock, measure_limits
+from data import BOS, EOS, Mixture
+from extras.bench.answering import clock, measure_limits, open_questions
 from extras.bench.classifying import make_vit
 from extras.bench.progress import Progress, about, tell
 from model import HAS_TRITON, VLM, normalise
-from plumbing.flags import Count, Device, Range, UserError, Whole, parse_command_line, run
 from plumbing.devices import autocast_to, describe_machine, pick_device
+from plumbing.flags import Count, Device, Range, Whole, parse_command_line, run
 
 
 @dataclass(frozen=True)
@@ -282,14 +282,60 @@ def write_tables(rows, loader, others, peak, config, device, dtype):
          "others": others}, indent=2) + "\n")
 
 
+def ladder(config, longest, on_gpu):
+    """[(name, questions that share an image, length of a row, loss, recomputed?, compiled?)] of our rows."""
+    every, dense, plain = loss_at_every_position, dense_loss, VLM.loss
+    long, short = config.row_length, config.dense_row_length
+    return [
+        ("padded, logits everywhere, recomputed", 1, longest, every, True, False),
+        ("packed", 1, short, every, True, False),
+        ("logits at answers", 1, short, dense, True, False),
+        ("attention within groups, in long rows", 1, long, plain, True, False),
+        *([("compiled", 1, long, plain, True, True)] if on_gpu else []),
+        ("nothing recomputed", 1, long, plain, False, on_gpu),
+        *((f"{count} questions share an image", count, long, plain, False, on_gpu)
+          for count in (2, 4, 8)),
+        ("all questions share an image", 0, long, plain, False, on_gpu)]
+
+
+def peer_row(model, batches, supervised, config, device, autocast):
+    """The peer's row, of the weights of our model: its step, how much is padding, its tokens."""
+    peer = Peer(model, config.language == "lora").to(device).train()
+    peer.vision.requires_grad_(config.vision == "full")
+    trained = [p for p in peer.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
+    tokens = sum(tokens.numel() for tokens, *_ in batches)
+    return {"run": lambda function=update: function(peer, optimizer, loss_of_peer, batches, supervised, autocast),
+            "padded": 1 - sum(int(seen.sum()) for _, seen, *_ in batches) / tokens, "tokens": tokens}
+
+
+def measure(rows, rounds, device):
+    """Run each row's step, and add to the row its loss, its seconds, the bytes that it keeps and its peak."""
+    warm_up, forward = Progress(len(rows), "rows warmed up"), 0
+    for row in rows.values():  # the learning rate is 0, so that all have the same weights and loss
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        row["loss"], row["seconds"] = row["run"](), []
+        row["peak"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+        begin = clock(device)
+        row["kept"] = row["run"](count_kept)
+        warm_up.row(f"{clock(device) - begin:.2f} s")
+        forward += clock(device) - begin
+    tell(f"{about(6 * rounds * forward)}: {len(rows)} rows x {rounds} rounds, then the others")
+    measured = Progress(rounds * len(rows), "steps")
+    for _ in range(rounds):
+        for name, row in rows.items():
+            row["run"]()
+            begin = clock(device)
+            row["run"]()
+            row["seconds"].append(clock(device) - begin)
+            measured.row(f"{name}, {row['seconds'][-1]:.2f} s")
+
+
 def main(config):
     device, dtype = pick_device(config.device, config.dtype)
     autocast = autocast_to(device, dtype)
-    shard = Shard(Path(config.shards_dir) / config.data / "train")
-    shard.require_questions()
-    if shard.samples["image"].min() < 0:
-        raise UserError(f"--data: {config.data} asks about no image, too, which the peer cannot")
-    tokenizer = Tokenizer(Path(config.shards_dir) / config.data / "tokenizer.model")
+    shard, tokenizer = open_questions(config, "train")
     flags = train_vlm.Config(model=config.model, vision=config.vision, language=config.language,
                              vision_weights="none", language_weights="none", compile=False)
     torch.manual_seed(0)
@@ -301,22 +347,9 @@ def main(config):
     blocks = [*model.vision.blocks, *model.language.model.layers]
     on_gpu = device.type == "cuda" and HAS_TRITON
     compiled = [torch.compile(block.forward) for block in blocks] if on_gpu else []
-    every, dense, plain = loss_at_every_position, dense_loss, VLM.loss
-    long, short = config.row_length, config.dense_row_length
-    ladder = [  # name, questions that share an image, length of a row, loss, recomputed?, compiled?
-        ("padded, logits everywhere, recomputed", 1, longest, every, True, False),
-        ("packed", 1, short, every, True, False),
-        ("logits at answers", 1, short, dense, True, False),
-        ("attention within groups, in long rows", 1, long, plain, True, False),
-        *([("compiled", 1, long, plain, True, True)] if on_gpu else []),
-        ("nothing recomputed", 1, long, plain, False, on_gpu),
-        *((f"{count} questions share an image", count, long, plain, False, on_gpu)
-          for count in (2, 4, 8)),
-        ("all questions share an image", 0, long, plain, False, on_gpu)]
-
     peak = config.peak_tflops * 1e12 or measure_limits(device, dtype)[0]
     optimizer, rows = train_vlm.make_optimizer(model, flags), {}
-    for name, count, row_length, loss_of, recomputed, fused in ladder:
+    for name, count, row_length, loss_of, recomputed, fused in ladder(config, longest, on_gpu):
         step = pack(shard, numbers, count, row_length, config, N)
         batches = [train_vlm.to_device(batch, device) for batch in step.batches]
 
@@ -333,38 +366,10 @@ def main(config):
         rows[name] = {"run": run_step, "padded": step.padded, "flop": count_flop(model, batches, config),
                       "tokens": sum(batch.tokens.numel() for batch in batches)}
     if config.peer:
-        peer = Peer(model, config.language == "lora").to(device).train()
-        peer.vision.requires_grad_(config.vision == "full")
-        trained = [p for p in peer.parameters() if p.requires_grad]
-        peer_optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
-        size = max(1, config.micro_batch_tokens // longest)
-        given, supervised = peer_batches(shard, numbers, N, size, device)
-        tokens = sum(tokens.numel() for tokens, *_ in given)
-        rows["transformers + PEFT"] = {
-            "run": lambda function=update: function(peer, peer_optimizer, loss_of_peer, given,
-                                                    supervised, autocast),
-            "padded": 1 - sum(int(seen.sum()) for _, seen, *_ in given) / tokens, "tokens": tokens,
+        batches, supervised = peer_batches(shard, numbers, N, max(1, config.micro_batch_tokens // longest), device)
+        rows["transformers + PEFT"] = peer_row(model, batches, supervised, config, device, autocast) | {
             "flop": rows["nothing recomputed"]["flop"]}
-
-    warm_up, forward = Progress(len(rows), "rows warmed up"), 0
-    for row in rows.values():  # the learning rate is 0, so that all have the same weights and loss
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        row["loss"], row["seconds"] = row["run"](), []
-        row["peak"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-        begin = clock(device)
-        row["kept"] = row["run"](count_kept)
-        warm_up.row(f"{clock(device) - begin:.2f} s")
-        forward += clock(device) - begin
-    tell(f"{about(6 * config.rounds * forward)}: {len(rows)} rows x {config.rounds} rounds, then the others")
-    measured = Progress(config.rounds * len(rows), "steps")
-    for _ in range(config.rounds):
-        for name, row in rows.items():
-            row["run"]()
-            begin = clock(device)
-            row["run"]()
-            row["seconds"].append(clock(device) - begin)
-            measured.row(f"{name}, {row['seconds'][-1]:.2f} s")
+    measure(rows, config.rounds, device)
     tell("then the loader, the answers and the preparation")
     loader = {"each question with its image": time_loader(shard, N, 1, config),
               "all questions share an image": time_loader(shard, N, 0, config)}

@@ -78,9 +78,7 @@ def main(config):
     tiny.shrink()
     draw, begin, ends, faults = random.Random(config.seed), time.perf_counter(), Counter(), []
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "place"
-        place.mkdir()
-        make_place(place)
+        place = make_place(Path(folder) / "place")
         for number in range(config.times):
             script = list(COMMANDS)[number % len(COMMANDS)]
             here = Path(shutil.copytree(place, Path(folder) / "here", symlinks=True))
@@ -92,9 +90,8 @@ def main(config):
             shutil.rmtree(here)
     for (script, codes), count in sorted(ends.items()):
         print(f"{script:15} {codes}: {count}")
-    print(f"{config.times} pairs in {time.perf_counter() - begin:.0f} s, {len(faults)} violations")
-    if faults:
-        sys.exit(1)
+    print(f"{config.times} pairs in {time.perf_counter() - begin:.0f} s")
+    tiny.conclude(faults)
 
 
 if __name__ == "__main__":

@@ -195,7 +195,8 @@ def spoil_weights(folder):
         raw, vision = folder / f"raw_{name}", folder / name / "vision"
         raw.mkdir()
         vision.mkdir(parents=True)
-        write_tensors(known, source, ViT(VIT).state_dict(), vision / "encoder.safetensors", heads="1", activation="gelu")
+        write_tensors(known, source, ViT(VIT).state_dict(), vision / "encoder.safetensors", heads="1",
+                      activation="gelu")
         tensors = list(LLaMA(LLAMA).state_dict().items())
         for number in (0, 1):
             torch.save(dict(tensors[number::2]), raw / f"pytorch_model-{number + 1:05}-of-00002.bin")

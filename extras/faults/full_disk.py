@@ -30,23 +30,19 @@ import hashlib
 import os
 import random
 import subprocess
-import tempfile
 import threading
-import time
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 
-from extras.faults.tiny import (AFTER, ROOT, SUCCESS, USER_ERROR, NotHere, OneSave, fork, leftovers,
-                                newest_step, shrink, wait)
+from extras.faults.tiny import (AFTER, ROOT, SUCCESS, USER_ERROR, NotHere, OneSave, fork, hashes,
+                                leftovers, newest_step, try_parts, wait)
 from extras.faults.tiny import prepare as prepare_sample
-from plumbing.files import hash_file
 from plumbing.flags import Count, UserError, parse_command_line, run
 from prepare import download
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
-NO_MOUNTS = "no disk can be mounted here, even in a name space of its own"
 CONTENT = random.Random(0).randbytes(3_000_000)  # of the file that is downloaded
 
 
@@ -64,17 +60,23 @@ class Config:
 
 # ----------------------------------------------------------------------------- small disks
 
-def own_mounts():
-    """Let this process mount what it alone sees, root or not. Raises NotHere where that is refused."""
-    user, group = os.getuid(), os.getgid()
+def own_disk(folder):
+    """
+    A folder in this one on which this process may mount a disk that it alone sees, root or not. Raises
+    NotHere where that is refused.
+    """
+    user, group, disk = os.getuid(), os.getgid(), folder / "disk"
+    disk.mkdir(exist_ok=True)
     try:
         if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS | CLONE_NEWUSER):
             raise OSError(ctypes.get_errno(), "unshare")
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"0 {user} 1")
         Path("/proc/self/gid_map").write_text(f"0 {group} 1")
-    except OSError:
-        raise NotHere(NO_MOUNTS) from None
+        with mounted(disk):
+            return disk
+    except (OSError, subprocess.CalledProcessError):
+        raise NotHere("no disk can be mounted here, even in a name space of its own") from None
 
 
 def mount(options, *what):
@@ -108,16 +110,16 @@ def rooms(config, needed):
     return [*(needed * shares), needed - 1]
 
 
-def hashes(folder):
-    """{name: SHA-256} of all files below a folder, which may be absent."""
-    return {path.relative_to(folder).as_posix(): hash_file(path)
-            for path in sorted(folder.rglob("*")) if path.is_file()}
+def outcome(share, code, wrong):
+    """(what came of a disk with room for this share, in words; what is wrong)."""
+    return ("refused" if code else "had room"), [f"room for {share:.3f} of it: {line}" for line in wrong]
 
 
 # ----------------------------------------------------------------------------- what is written
-# Each part yields, for each disk, (share that there was room for, whether it succeeded, what is wrong).
+# Each part yields the outcome of each disk.
 
-def try_save(config, folder, disk):
+def try_save(config, folder):
+    disk = own_disk(folder)
     one = OneSave(config.shards_dir or prepare_sample(folder / "shards"), folder)
     checkpoint = sum(facts["bytes"] for facts in one.right[AFTER].values())
     for room in rooms(config, checkpoint):
@@ -132,10 +134,11 @@ def try_save(config, folder, disk):
                 wrong.append(f"exit code {code}, step {newest_step(copy)} loads")
             mount("remount,size=64m", str(disk))
             wrong += one.violations_of_the_next(copy)
-        yield room / checkpoint, code == SUCCESS, wrong
+        yield outcome(room / checkpoint, code, wrong)
 
 
-def try_prepare(config, folder, disk):
+def try_prepare(config, folder):
+    disk = own_disk(folder)
     command = [sys.executable, "prepare/all.py", f"--only={config.dataset}", f"--limit={config.limit}",
                f"--raw_dir={Path(config.raw_dir).absolute()}", f"--shards_dir={disk}", "--workers=1"]
     target = disk / config.dataset
@@ -169,7 +172,7 @@ def try_prepare(config, folder, disk):
             again, text = prepare()
             if again or hashes(target) != right or list(disk.iterdir()) != [target]:
                 wrong.append(f"with room exit code {again}, {sorted(hashes(disk))}: ...{text[-300:]}")
-        yield room / size, code == SUCCESS, wrong
+        yield outcome(room / size, code, wrong)
 
 
 def serve(asked):
@@ -208,8 +211,8 @@ def fetch(url, path, crowded):
         raise
 
 
-def try_download(config, folder, disk):
-    asked = []
+def try_download(config, folder):
+    disk, asked = own_disk(folder), []
     server, path = serve(asked), disk / "file.bin"
     partial = path.with_name(".file.bin.partial")
     for way in ("stated", "unstated", "crowded"):
@@ -230,49 +233,11 @@ def try_download(config, folder, disk):
                     wrong.append(f"with room {sorted(hashes(disk))}, or other bytes")
                 if asked[:1] != [arrived] * (code != SUCCESS):
                     wrong.append(f"goes on at {asked}, while {arrived} bytes were there")
-            yield room / len(CONTENT), code == SUCCESS, [f"{way}: {line}" for line in wrong]
-
-
-# ----------------------------------------------------------------------------- all of it
-
-def try_parts(config, folder, disk, told):
-    """The whole campaign, in a process that may mount; the file `told` gets what it has to say."""
-    own_mounts()
-    disk.mkdir()
-    with mounted(disk):
-        told.touch()
-    lines, violations = [], []
-    for part in config.parts.split(","):
-        begin, succeeded = time.perf_counter(), []
-        for share, success, wrong in PARTS[part](config, folder, disk):
-            succeeded.append(success)
-            violations += [f"{part}, room for {share:.3f} of it: {line}" for line in wrong]
-        lines.append(f"{part}: {len(succeeded)} disks with room for {config.smallest} to "
-                     f"{config.largest} of it, {sum(succeeded)} successes, "
-                     f"{succeeded.count(False)} refusals, in {time.perf_counter() - begin:.0f} s")
-    lines.append(f"{len(violations)} violations")
-    told.write_text("\n".join(lines) + "".join(f"\n  {line}" for line in violations[:20]))
-    if violations:
-        raise UserError  # for the exit code; what it has to say is written down
-
-
-PARTS = {"save": try_save, "prepare": try_prepare, "download": try_download}
+            yield outcome(room / len(CONTENT), code, [f"{way}: {line}" for line in wrong])
 
 
 def main(config):
-    for part in config.parts.split(","):
-        if part not in PARTS:
-            raise UserError(f"--parts: {part} is none of {Config.parts}")
-    shrink()
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        disk, told = folder / "disk", folder / "told"
-        code = wait(fork(try_parts, config, folder, disk, told))
-        if not told.exists():
-            raise NotHere(NO_MOUNTS)
-        print(told.read_text() or f"ended before it was done, with exit code {code}")
-    if code:
-        sys.exit(1)
+    try_parts({"save": try_save, "prepare": try_prepare, "download": try_download}, config, Path)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not this folder
 
+import functools
 import os
 import random
 import re
@@ -87,36 +88,18 @@ NEVER = {(name, value) for name in ("run", "out", "folder", "shards_dir", "raw_d
          for value in ("..", "~")} | {("only", value) for value in ("", " ", ",")}
 
 
-def call(script, words):
-    """Run a script's main as from the command line, and end the process as the interpreter would."""
+def call(script, words, folder):
+    """Run a script's main as from the command line, in a folder."""
+    os.chdir(folder)
     module, sys.argv = COMMANDS[script][0], [script, *(f"--{name}={value}" for name, value in words.items())]
     if module is prepare.all:  # its workers begin with the script that started them: not with this one
         os.execv(sys.executable, [sys.executable, str(tiny.ROOT / script), *sys.argv[1:]])
-    sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))  # whatever stood in for them
-    code = 0
-    try:
-        run(module.main, parse_command_line(module.Config))
-    except SystemExit as error:
-        code = error.code or 0
-    except BaseException:
-        import traceback
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    run(module.main, parse_command_line(module.Config))
 
 
 def start(script, words, folder, log):
     """The process id of a command in a folder; the file `log` gets what it says."""
-    child = os.fork()
-    if not child:
-        os.chdir(folder)
-        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for stream in (1, 2):
-            os.dup2(handle, stream)
-        call(script, words)
-    return child
+    return tiny.start(functools.partial(call, script, words, folder), log, log)
 
 
 def try_command(script, words, folder, patience):
@@ -150,9 +133,10 @@ def find_fault(script, code, text, odd, words):
 
 def make_place(folder, **changes):
     """
-    A folder with a prepared sample, a run trained on it, its flags changed so, and some files and folders
-    that flags may name.
+    Make a folder with a prepared sample, a run trained on it, its flags changed so, and some files and
+    folders that flags may name; return it.
     """
+    folder.mkdir()
     shards = tiny.prepare(folder / "shards", limit=400)  # 11 images of each class
     settings = dict(COMMANDS["train_vlm.py"][1], run=str(folder / "run"), shards_dir=str(shards)) | changes
     if tiny.wait(tiny.fork(train_vlm.main, train_vlm.Config(**settings))):
@@ -161,6 +145,7 @@ def make_place(folder, **changes):
     (folder / "dangling").symlink_to("nowhere/at/all")
     (folder / "own/a").mkdir(parents=True)
     (folder / "own.csv").write_text("path,label\nfile,a\n")
+    return folder
 
 
 def main(config):
@@ -171,9 +156,7 @@ def main(config):
     if not set(scripts) <= COMMANDS.keys():
         raise UserError(f"--only={config.only}: one of {', '.join(COMMANDS)}")
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "place"
-        place.mkdir()
-        make_place(place)
+        place = make_place(Path(folder) / "place")
         for number in range(config.cases):
             script = scripts[number % len(scripts)]
             words, odd = draw_command(draw, script)
@@ -189,9 +172,8 @@ def main(config):
                 print(f"{number + 1:,} of {config.cases:,} commands, {time.perf_counter() - begin:.0f} s, "
                       f"{len(faults)} violations", flush=True)
     print(f"{config.cases:,} commands in {time.perf_counter() - begin:.0f} s, ended with "
-          f"{', '.join(f'{code}: {count:,}' for code, count in ends.most_common())}; {len(faults)} violations")
-    if faults:
-        sys.exit(1)
+          f"{', '.join(f'{code}: {count:,}' for code, count in ends.most_common())}")
+    tiny.conclude(faults)
 
 
 if __name__ == "__main__":

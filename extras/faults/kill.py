@@ -30,7 +30,7 @@ from dataclasses import dataclass
 
 import train_vlm
 from extras.bench.progress import Progress
-from extras.faults.tiny import (SUCCESS, contents, flags, fork, leftovers, newest_step, prepare, shrink,
+from extras.faults.tiny import (SUCCESS, conclude, contents, flags, fork, leftovers, newest_step, prepare, shrink,
                                 wait)
 from plumbing.files import checkpoints, find_damage
 from plumbing.flags import Count, UserError, parse_command_line, run
@@ -134,9 +134,7 @@ def main(config):
           + f"; after {resumed} of them a checkpoint was there")
     print(f"{finished} runs of {config.steps} steps finished, each compared with the undisturbed one in "
           f"{len(right[0])} files and {len(right[1])} losses, in {time.perf_counter() - begin:.0f} s")
-    print(f"{len(wrong)} violations" + "".join(f"\n  {line}" for line in wrong[:20]))
-    if wrong:
-        sys.exit(1)
+    conclude(wrong)
 
 
 if __name__ == "__main__":

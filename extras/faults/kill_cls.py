@@ -30,17 +30,17 @@ import random
 import shutil
 import signal
 import time
-import traceback
 from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
 
 import train_cls
+from extras.faults import tiny
 from extras.faults.corrupt import flipped
-from extras.faults.full_disk import leave_room, mount, mounted, own_mounts, used
-from extras.faults.tiny import SUCCESS, USER_ERROR, bits_of, try_parts, wait
-from plumbing.files import checkpoints, find_damage, hash_file, hash_json, read_manifest
+from extras.faults.full_disk import leave_room, mount, mounted, own_disk, used
+from extras.faults.tiny import SUCCESS, USER_ERROR, bits_of, hashes, try_parts, wait
+from plumbing.files import checkpoints, find_damage, hash_json, read_manifest
 from plumbing.flags import Count, UserError, parse_command_line, run
 from prepare.folder import prepare_folder
 
@@ -70,24 +70,11 @@ def write_images(folder):
 
 def start(config, told):
     """The process id of a child that does what the command line does; the file `told` gets its stderr."""
-    child = os.fork()
-    if child:
-        return child
-    code = 4
-    try:
-        os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        os.dup2(os.open(f"{told}.out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+    def call():
         train_cls.tqdm = functools.partial(train_cls.tqdm, disable=True)
         run(train_cls.main, config)
-        code = SUCCESS
-    except SystemExit as end:
-        code = end.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+
+    return tiny.start(call, f"{told}.out", told)
 
 
 def finished(folder):
@@ -95,10 +82,8 @@ def finished(folder):
     result = read_manifest(folder, "result.json")
     if result is None:
         return None
-    same = {path.relative_to(folder).as_posix(): hash_file(path) for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name != "result.json"}
-    return same | {"result.json": hash_json({key: value for key, value in result.items()
-                                             if key not in ("seconds", "machine", "checksum")})}
+    return hashes(folder) | {"result.json": hash_json({
+        key: value for key, value in result.items() if key not in ("seconds", "machine", "checksum")})}
 
 
 class Trial:
@@ -164,9 +149,7 @@ def try_kill(config, trial):
 
 
 def try_full(config, trial):
-    own_mounts()
-    disk = trial.folder / "disk"
-    disk.mkdir(exist_ok=True)
+    disk = own_disk(trial.folder)
     settings = replace(trial.config, out=str(disk))
     with mounted(disk):
         trial.require(replace(settings, epochs=2))

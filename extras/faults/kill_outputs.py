@@ -35,10 +35,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from extras.faults.corrupt import flipped
-from extras.faults.full_disk import leave_room, mount, mounted, own_mounts, used
+from extras.faults.full_disk import leave_room, mount, mounted, own_disk, used
 from extras.faults.fuzz_flags import COMMANDS, find_fault, make_place, start
-from extras.faults.tiny import SUCCESS, bits_of, try_parts, wait
-from plumbing.files import hash_file, hash_json
+from extras.faults.tiny import SUCCESS, bits_of, hashes, try_parts, wait
+from plumbing.files import hash_json
 from plumbing.flags import Count, UserError, parse_command_line, run
 
 PLACE = {"eval_vqa.py": ("out", "results"), "extras/share/export.py": ("folder", "exported")}  # its flag and value
@@ -55,24 +55,21 @@ class Config:
 
 def written(folder):
     """{file: what has to be the same} below a folder; seconds and checksum of an evaluation may differ."""
-    found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"):
-        name = path.relative_to(folder).as_posix()
-        found[name] = hash_file(path)
-        if path.name == "results.json":
-            results = json.loads(path.read_text())
+    files = {name: digest for name, digest in hashes(folder).items() if Path(name).name != ".lock"}
+    for name in files:
+        if Path(name).name == "results.json":
+            results = json.loads((folder / name).read_text())
             results["flags"].pop("out")
-            found[name] = hash_json({key: results[key] for key in results.keys() - {"seconds", "checksum", "machine"}})
-    return found
+            files[name] = hash_json({key: results[key] for key in results.keys() - {"seconds", "checksum", "machine"}})
+    return files
 
 
 class Trial:
     """A run in a folder `place`, and what each command makes of it undisturbed."""
 
     def __init__(self, folder):
-        self.folder, self.place, self.log = folder, folder / "place", folder / "said"
-        self.place.mkdir()
-        make_place(self.place, language="lora")
+        self.folder, self.log = folder, folder / "said"
+        self.place = make_place(folder / "place", language="lora")
         self.seconds, self.right = {}, {}
         for script, (_, name) in PLACE.items():
             for _ in range(2):  # the first one is slower than all that follow
@@ -130,9 +127,7 @@ def try_kill(config, trial):
 
 
 def try_full(config, trial):
-    own_mounts()
-    disk = trial.folder / "disk"
-    disk.mkdir()
+    disk = own_disk(trial.folder)
     for script in PLACE:
         with mounted(disk):
             trial.call(script, disk / "out")

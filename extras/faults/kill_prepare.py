@@ -23,9 +23,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from extras.bench.progress import Progress
-from plumbing.files import hash_file
+from extras.faults.tiny import hashes
 from plumbing.flags import UserError, parse_command_line, run
-
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,6 @@ def start(config, folder):
     return subprocess.Popen(
         [sys.executable, "prepare/all.py", f"--only={config.data}", f"--raw_dir={Path(config.raw_dir).resolve()}",
          f"--shards_dir={folder}"], cwd=sys.path[0], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def hashes(folder):
-    """{relative name: sha256} of every file below a folder."""
-    return {path.relative_to(folder).as_posix(): hash_file(path)
-            for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def main(config):

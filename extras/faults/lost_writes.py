@@ -39,7 +39,7 @@ import train_vlm
 from extras.bench.progress import Progress
 from extras.faults.calls import traced
 from extras.faults.kill import read_losses
-from extras.faults.tiny import OS_ERROR, SUCCESS, contents, flags, fork, leftovers, prepare, shrink, wait
+from extras.faults.tiny import OS_ERROR, SUCCESS, conclude, contents, flags, fork, leftovers, prepare, shrink, wait
 from plumbing.flags import UserError, parse_command_line, run
 
 STEPS = 3  # each saved; with --keep=2 the last save removes the first checkpoint
@@ -307,9 +307,7 @@ def main(config):
     print(f"{number} calls of a run with {STEPS} saves change the disk or end a save: {loaded.total()} "
           f"states that a crash may leave, in {time.perf_counter() - begin:.0f} s")
     print(f"the checkpoint that was saved last loads in {loaded[0]}, the next one in {loaded[1]}")
-    print(f"{len(wrong)} violations" + "".join(f"\n  {line}" for line in wrong))
-    if wrong:
-        sys.exit(1)
+    conclude(wrong)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import train_vlm
 from data import Mixture
-from extras.faults.tiny import (ROOT, SUCCESS, USER_ERROR, contents, flags, fork, leftovers, newest_step,
+from extras.faults.tiny import (ROOT, SUCCESS, USER_ERROR, conclude, contents, flags, fork, leftovers, newest_step,
                                 prepare, shrink)
 from model import VLM
 from extras.bench.progress import Progress
@@ -249,9 +249,7 @@ def main(config):
     print_table(rows)
     print(f"\n{len(cases)} groups in {time.monotonic() - started:.0f} s; at most "
           f"{config.rank_timeout} + {GRACE} s are promised")
-    print(f"{len(wrong)} violations" + "".join(f"\n  {line}" for line in wrong[:20]))
-    if wrong:
-        sys.exit(1)
+    conclude(wrong)
 
 
 if __name__ == "__main__":

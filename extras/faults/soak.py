@@ -104,8 +104,8 @@ def main(config):
         slope = np.polyfit(known[:, 0] / 3600, known[:, column], 1)[0]
         print(f"{name:8} {known[:, column].min():,.0f} to {known[:, column].max():,.0f} MB, slope {slope:+,.0f} MB "
               "an hour")
-    print(f"files {half[0, 3]:.0f} to {half[-1, 3]:.0f}, threads {half[0, 4]:.0f} to {half[-1, 4]:.0f}; ended with code "
-          f"{code}; shared memory left: {len(set(os.listdir('/dev/shm')) - shared)}")
+    print(f"files {half[0, 3]:.0f} to {half[-1, 3]:.0f}, threads {half[0, 4]:.0f} to {half[-1, 4]:.0f}; "
+          f"ended with code {code}; shared memory left: {len(set(os.listdir('/dev/shm')) - shared)}")
 
 
 if __name__ == "__main__":

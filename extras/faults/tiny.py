@@ -23,7 +23,7 @@ import torch._dynamo  # noqa: F401, else each child imports it, with its first o
 
 import train_vlm
 from model import CONFIGS, LlamaConfig, ViTConfig
-from plumbing.files import checkpoints, find_damage, newest_checkpoint, read_manifest
+from plumbing.files import checkpoints, find_damage, hash_file, newest_checkpoint, read_manifest
 from plumbing.flags import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -81,6 +81,31 @@ def fork(function, *arguments):
         os._exit(code)
 
 
+def start(function, out, errors):
+    """
+    The process id of a child that calls a function as a script would, loudly: the files `out` and `errors`,
+    which may be one, get its stdout and stderr; its exit code is a script's.
+    """
+    child = os.fork()
+    if child:
+        return child
+    code = 0
+    try:
+        for stream, path in ((1, out), (2, errors)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), stream)
+        sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))  # not what replaced them
+        function()
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 def wait(child):
     """The exit code of a child; minus the signal's number if that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -108,6 +133,12 @@ def open_saver(config, checkpoint):
     optimizer = train_vlm.make_optimizer(model, config)
     train_vlm.load_optimizer(optimizer, model, checkpoint)
     return model, optimizer
+
+
+def hashes(folder):
+    """{name: SHA-256} of all files below a folder, which may be absent."""
+    return {path.relative_to(folder).as_posix(): hash_file(path)
+            for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def bits_of(path, draw, regions):
@@ -147,6 +178,11 @@ def try_parts(ways, config, Trial):
             violations += wrong
             print(f"{name}: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
                   + f"; {time.perf_counter() - begin:.0f} s", flush=True)
+    conclude(violations)
+
+
+def conclude(violations):
+    """The end of a campaign: print what is wrong, and end with exit code 1 if something is."""
     print(f"{len(violations)} violations" + "".join(f"\n  {line}" for line in violations[:20]))
     if violations:
         sys.exit(1)

@@ -35,8 +35,8 @@ import eval_vqa
 import train_cls
 from data import BOS, EOS, format_prompt
 from model import VLM, Cache
-from plumbing.flags import Device, Range, UserError, parse_command_line, run
 from plumbing.devices import autocast_to, pick_device
+from plumbing.flags import Device, Range, UserError, parse_command_line, run
 from plumbing.pixels import TOO_LARGE, Unreadable, load_image, resize_image
 
 try:

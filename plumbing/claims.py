@@ -12,6 +12,9 @@ import math
 import re
 from pathlib import Path
 
+from plumbing.files import read_settings
+from plumbing.flags import UserError
+
 POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 
@@ -162,6 +165,30 @@ def lora_refusal(config):
     if isinstance(config.get("target_modules"), str):
         unsupported.append("target_modules as a pattern")
     return refusal(unsupported, unknown, "plain LoRA is")
+
+
+def read_adapter_config(folder):
+    """
+    The add_lora settings of an adapter folder, ours or PEFT's.
+
+    Raises UserError when it is absent or uses what lora.py does not do.
+    """
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        raise UserError(f"{path}: not there; an adapter folder has it beside adapter_model.safetensors")
+    config = read_settings(path)
+    if refused := lora_refusal(config):
+        raise UserError(f"{path}: {refused}")
+    targets, r, alpha, dropout = (
+        config.get(key) for key in ("target_modules", "r", "lora_alpha", "lora_dropout"))
+    sound = {"target_modules": isinstance(targets, list) and all(isinstance(t, str) for t in targets),
+             "r": type(r) is int and 0 < r < 1 << 16,
+             "lora_alpha": type(alpha) in (int, float) and abs(alpha) < 1e9,
+             "lora_dropout": type(dropout) in (int, float) and 0 <= dropout < 1}
+    if not all(sound.values()):
+        wrong = ", ".join(f"{key} {config.get(key)!r:.50}" for key in sound if not sound[key])
+        raise UserError(f"{path}: {wrong} cannot be")
+    return {"targets": ",".join(sorted(targets)), "r": r, "alpha": alpha, "dropout": dropout}
 
 
 # ----------------------------------------------------------------------------- a ViT's config

@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -166,10 +167,16 @@ def agree(decide):
 
 # ----------------------------------------------------------------------------- tensors of several processes
 
-def to_device(array, device):
-    """A numpy array as a tensor on a device. From pinned memory a GPU's copy waits for nothing."""
-    tensor = torch.from_numpy(array)
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+def to_device(value, device):
+    """A numpy array as a tensor on a device; so are those in a list and in a dataclass, such as a data.Batch."""
+    if isinstance(value, list):
+        return [to_device(item, device) for item in value]
+    if is_dataclass(value):
+        return replace(value, **{item.name: to_device(getattr(value, item.name), device) for item in fields(value)})
+    tensor = torch.from_numpy(value)
+    if device.type == "cuda":  # from pinned memory a copy waits for nothing that the GPU has yet to do
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def is_split(tensor):
@@ -204,6 +211,20 @@ def fill(parameter, tensor):
         parameter.to_local().copy_(mine.to_local())
     else:
         parameter.copy_(tensor)
+
+
+def split_among_ranks(language):
+    """
+    Leave each process a part of a language model (FSDP2), of its gradients and moments. A module's weights
+    are gathered when it runs and freed behind it. LoRA, which is small, stays whole everywhere.
+    """
+    from torch.distributed.fsdp import fully_shard  # whose import takes as long as half of torch's
+
+    lora = {parameter for name, parameter in language.named_parameters() if ".lora_" in name}
+    for module in [*language.blocks, language.model.embed_tokens, language.lm_head, language]:
+        fully_shard(module, reshard_after_forward=True, ignored_params=lora & {*module.parameters()})
+        module.set_force_sum_reduction_for_comms(True)  # by plain sums, as sum_over_ranks sums the others
+        module.set_gradient_divide_factor(1.0)
 
 
 def sum_over_ranks(parameters, loss):

@@ -67,6 +67,17 @@ def hash_json(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def read_settings(path):
+    """The JSON object in a file that came with weights or an adapter. UserError where it holds none."""
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged, or not JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: no JSON object in it")
+    return settings
+
+
 # ----------------------------------------------------------------------------- manifests
 
 def manifest_checksum(manifest):
@@ -209,6 +220,16 @@ def newest_checkpoint(run):
     raise UserError(f"{run}: no checkpoint here; run `python train_vlm.py --run={run}`")
 
 
+def best_checkpoint(run):
+    """The checkpoint of a run with the lowest held-out loss, of those that were sealed with one; or None."""
+    losses = {}
+    for folder in checkpoints(run):
+        loss = (read_manifest(folder) or {}).get("held_out_loss")
+        if loss is not None:
+            losses[folder] = loss
+    return min(losses, key=losses.get, default=None)  # of equals the newest
+
+
 def newest_run():
     """The folder in out/ with the newest checkpoint. Raises UserError where there is none."""
     runs = sorted((path for path in Path("out").glob("*/step_*") if path.name[5:].isdecimal()),
@@ -218,10 +239,11 @@ def newest_run():
     return runs[-1].parent
 
 
-def find_run(name=""):
+def find_run(name="", checkpoint=""):
     """
     (folder of a train_vlm.py run, its newest whole checkpoint), or (folder, the checkpoint itself) where
-    `name` is that of a checkpoint; "": the newest run in out/. Raises UserError, with the nearest name.
+    `name` is that of a checkpoint; "": the newest run in out/. checkpoint: "best" for that of the lowest
+    held-out loss, or a name such as step_000500. Raises UserError, with the nearest name.
     """
     folder = Path(name) if name else newest_run()
     if folder.is_dir() and folder.name.startswith("step_") and folder.name[5:].isdecimal():
@@ -230,7 +252,16 @@ def find_run(name=""):
         return folder.parent, folder
     if not folder.is_dir() and (near := nearest_run(folder)):
         raise UserError(f"{folder}: no such run; did you mean {near}?")
-    return folder, newest_checkpoint(folder)
+    if not checkpoint:
+        return folder, newest_checkpoint(folder)
+    chosen = best_checkpoint(folder) if checkpoint == "best" else folder / checkpoint
+    if chosen is None or chosen not in checkpoints(folder):
+        there = ", ".join(path.name for path in checkpoints(folder)) or "none"
+        raise UserError(f"--checkpoint={checkpoint}: {folder} has {there}"
+                        + "; none was saved with a held-out loss" * (checkpoint == "best"))
+    if damage := find_damage(chosen):
+        raise UserError(f"{chosen}: {damage}; leave --checkpoint out for the newest that is whole")
+    return folder, chosen
 
 
 def nearest_run(folder):

@@ -22,6 +22,7 @@ import difflib
 import errno
 import importlib.util
 import inspect
+import json
 import os
 import re
 import sys
@@ -153,11 +154,12 @@ def parse_flags(Config, arguments):
     Turn ["--key=value", ...] into the dataclass Config, each value of its field's type; a boolean flag
     alone is true.
 
-    The comment behind a field is its help text. Raises UserError on an unknown flag, with the nearest
-    name, on a flag given twice, and on a value of the wrong type or out of its range.
+    The comment behind a field is its help text. What is not given is as a run recorded it, see
+    recorded_flags, or the field's default. Raises UserError on an unknown flag, with the nearest name, on a
+    flag given twice, and on a value of the wrong type or out of its range.
     """
     for argument in arguments:
-        if argument.endswith("=--"):  # which argparse takes for the end of all flags, and away
+        if argument.partition("=")[2] == "--":  # which argparse takes for the end of all flags, and away
             raise UserError(f"{argument:.80}: -- is no value; see --help")
     try:
         known, unknown = make_parser(Config).parse_known_args(arguments)
@@ -168,12 +170,40 @@ def parse_flags(Config, arguments):
         near = difflib.get_close_matches(name, [item.name for item in fields(Config)], n=1)
         hint = f"did you mean --{near[0]}?" if near else "see --help"
         raise UserError(f"unknown flag {unknown[0]!r:.80}: {hint}")
-    known = {name: value for name, value in vars(known).items() if name != "given"}
+    known, given = {item.name: getattr(known, item.name) for item in fields(Config)}, getattr(known, "given", set())
+    known |= {name: value for name, value in recorded_flags(Config, known).items() if name not in given}
     for item in fields(Config):
         kind, _, limits = type_of(item)
         if fault := find_fault(known[item.name], kind, limits):
             raise UserError(f"--{item.name}={one_line(known[item.name]):.60}: {fault}")
     return Config(**known)
+
+
+def recorded_flags(Config, known):
+    """
+    {flag: value} that a run wrote down, for a script with these flags: --config names its config.json, of
+    which all but the run's place counts; --resume=true goes on with --run, or else with the newest in out/.
+    """
+    path, without = Path(known.get("config") or ""), {"config", "resume", "run"}
+    if not known.get("config"):
+        if not known.get("resume"):
+            return {}
+        runs = sorted(Path("out").glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+        path = Path(known["run"]) / "config.json" if known["run"] else runs[-1] if runs else path
+        without = {"config", "resume"}
+        if not path.is_file():  # as when a scheduler gives the same command every time
+            return {}
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))["flags"]
+        unknown = recorded.keys() - {item.name for item in fields(Config)}
+        wrong = [item.name for item in fields(Config) if item.name in recorded
+                 and type(recorded[item.name]) not in {type(item.default), int if type(item.default) is float else str}]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: no flags of a run in it ({one_line(error):.80})") from None
+    if unknown or wrong:
+        raise UserError(f"{path}: --{min([*unknown, *wrong])} there is none of this version's; give the flags anew")
+    place = {} if "run" in without else {"run": str(path.parent)}
+    return {name: value for name, value in recorded.items() if name not in without} | place
 
 
 # ----------------------------------------------------------------------------- running

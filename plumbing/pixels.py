@@ -24,6 +24,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".gif", "
 # film's own range of grey lies within.
 TAIL = 0.5
 DEEP_PIXELS = f"percentiles {TAIL:g} and {100 - TAIL:g} of the finite pixels become 0 and 255"  # in manifests
+FIT_STEP = 32  # pixels: patches of 8, 16 and 32 fill such sides, and so do 2 x 2 of 16
 SAMPLED = 1 << 22  # of a larger image, rows and columns at even distances give the percentiles
 
 # Reasons, each without names and numbers, so that few kinds are counted.
@@ -281,28 +282,32 @@ def lay_over_black(image):
 
 # ----------------------------------------------------------------------------- stored images
 
-def open_stored(content, size):
+def open_stored(content, height, width):
     """
-    Pixels of an image that prepare/ stored, (size, size, 3) uint8. Raises ValueError where the bytes
-    are no RGB JPEG or PNG of that size, whatever else they may be, or as Pillow does.
+    Pixels of an image that prepare/ stored, (height, width, 3) uint8. Raises ValueError where the bytes
+    are no RGB JPEG or PNG of that shape, whatever else they may be, or as Pillow does.
     """
     image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
-    if (image.size, image.mode) != ((size, size), "RGB"):
+    if (image.size, image.mode) != ((width, height), "RGB"):
         raise ValueError(f"{image.mode} of {image.width} x {image.height} pixels")
-    return np.asarray(image)
+    return np.array(image)
 
 
 def resize_image(image, size, how="squash"):
     """
-    Bring an RGB image to size x size, bicubic and antialiased.
+    Bring an RGB image to size x size, bicubic and antialiased; fit alone keeps its shape.
 
     squash: the whole image, its aspect changed (the paper's "resized to 224x224");
-    crop: shortest side to size, then the centre (BiomedCLIP's own); pad: black borders.
+    crop: shortest side to size, then the centre (BiomedCLIP's own); pad: black borders;
+    fit: longest side to size, its aspect but for rounding both sides to multiples of FIT_STEP.
     """
     bicubic = Image.Resampling.BICUBIC
     if how == "crop":
         return ImageOps.fit(image, (size, size), bicubic)
     if how == "pad":
         return ImageOps.pad(image, (size, size), bicubic)
+    if how == "fit":
+        scale = size / max(image.size) / FIT_STEP
+        return image.resize([FIT_STEP * max(round(side * scale), 1) for side in image.size], bicubic)
     assert how == "squash", how
     return image.resize((size, size), bicubic)

@@ -31,7 +31,7 @@ class Config:
     workers: Threads = 0  # processes that decode images; 0: one a core
     limit: Whole = 0  # take only the first so many samples of each split; 0: all
     image_size: Annotated[int, Range(1, 1 << 12)] = 224  # pixels, height and width of a stored image
-    resize: Literal["squash", "crop", "pad"] = "squash"  # how an image becomes square
+    resize: Literal["squash", "crop", "pad", "fit"] = "squash"  # how an image becomes square; fit: keeps its shape
     codec: Literal["jpeg", "png"] = "jpeg"  # of stored images; png is lossless and twice as large
     quality: Annotated[int, Range(1, 100)] = 97  # of jpeg; 97 alters a pixel by 1.1 of 255 levels on average
     leaks: Literal["", "drop", "keep"] = ""  # test images in --only to train on; none: as it was, or drop
@@ -50,8 +50,9 @@ import traceback
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 
-from data import PROMPT_VERSION, SHARD_VERSION, Tokenizer
+from data import Tokenizer
 from plumbing.files import hash_file
+from plumbing.shards import PROMPT_VERSION, SHARD_VERSION
 from prepare.datasets import DATASETS
 from prepare.download import fetch, fetch_hub
 from prepare.leaks import REASONS, guard, report_rows

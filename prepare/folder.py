@@ -23,10 +23,11 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 
-from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard
+from data import Record
 from plumbing.files import read_manifest
 from plumbing.flags import UserError
 from plumbing.pixels import SUFFIXES
+from plumbing.shards import PROMPT_VERSION, SHARD_VERSION, Shard
 from prepare.classify import group_alike, split_by_group
 from prepare.datasets import DATASETS, Dataset, read_image
 from prepare.leaks import guard

@@ -11,7 +11,7 @@ validation split with its own test split, by
     same id       of datasets whose images bear the ids of one collection (Dataset.shared_ids)
     known source  what is known of the files that a dataset was made of (Dataset.known_leaks)
 
-and the samples found are written beside its manifest, into leaks.json, which Shard.read_leaks reads; so are
+and the samples found are written beside its manifest, into leaks.json, which plumbing/leaks.py reads; so are
 the other split's images that they show. No dataset is compared with the test images that somebody prepared of
 their own (prepare/folder.py), except that one itself. Shards are never written anew, and a rerun is free.
 """
@@ -23,8 +23,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from data import SHARD_VERSION, Shard, UserError, splits_to_guard
 from plumbing.files import hash_file, manifest_checksum, read_manifest, write_whole
+from plumbing.flags import UserError
+from plumbing.leaks import splits_to_guard
+from plumbing.shards import SHARD_VERSION, Shard
 from prepare.datasets import DATASETS
 from prepare.looks import BITS, CLOSEST, FINGERPRINT, SAME, alike, fingerprint  # noqa: F401, kept together
 
@@ -42,7 +44,7 @@ class Split:
         if hash_file(path) != shard.manifest["files"][path.name]["sha256"]:
             raise UserError(f"{path}: damaged; {shard.mend}")
         self.fingerprints = shard.map(path.name, FINGERPRINT)  # those of a large dataset fill gigabytes
-        self.image_of = shard.samples["image"]
+        self.sample, self.image = shard.image_pairs()  # which sample shows which image
         self.names, self.ids = [], defaultdict(list)  # image name of each sample; id -> samples
         if self.dataset and (self.dataset.shared_ids or self.dataset.known_leaks):
             for number, record in enumerate(shard.read_records()):
@@ -51,7 +53,7 @@ class Split:
 
     def samples_of(self, images):
         """Numbers of the samples that show one of these images."""
-        return np.flatnonzero(np.isin(self.image_of, images)).tolist()
+        return np.unique(self.sample[np.isin(self.image, images)]).tolist()
 
 
 def compare(train, test):
@@ -70,8 +72,8 @@ def compare(train, test):
     if train.dataset and test.dataset and train.dataset.shared_ids == test.dataset.shared_ids != "":
         names = train.ids.keys() & test.ids.keys()
         found["same id"] = sorted(n for name in names for n in train.ids[name])
-        images += [test.image_of[n] for name in names for n in test.ids[name]]
-    images = sorted(set(map(int, images)) - {-1})  # -1: a sample without an image
+        images += test.image[np.isin(test.sample, [n for name in names for n in test.ids[name]])].tolist()
+    images = sorted(set(map(int, images)))
     return {reason: numbers for reason, numbers in found.items() if numbers}, images
 
 
@@ -88,7 +90,7 @@ def from_known_sources(train, known_leaks):
 def guard(shards_dir, leaks="", named=None):
     """
     Compare every prepared training and validation split with the splits that it must have no image of
-    (data.splits_to_guard), and write their leaks.json.
+    (plumbing.leaks.splits_to_guard), and write their leaks.json.
 
     leaks: "drop", or "keep" to train on the published mix; it is written down either way, for the `named`
     datasets alone where any are. "" leaves it as it was, or else drops. Returns {split: its leaks.json as a

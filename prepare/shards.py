@@ -1,5 +1,5 @@
 """
-The writer of shards, whose format data.py describes.
+The writer of shards, whose format plumbing/shards.py describes.
 
 A dataset is written into <shards_dir>/.<name>.partial and renamed when all of it is on the disk,
 so that a run killed at any moment leaves the dataset as it was, absent, or whole. Images are
@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -19,26 +20,27 @@ import threading
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from tqdm import tqdm
 
-from data import IMAGE, SAMPLE, Tokenizer, format_prompt, sample_checksum
+from data import Tokenizer, View, write_plain
 from plumbing.files import hash_file, lock, manifest_checksum, read_manifest
 from plumbing.flags import UserError
 from plumbing.pixels import DEEP_PIXELS, Unreadable, load_image, open_stored, resize_image
+from plumbing.shards import IMAGE, SAMPLE, hash_words, sample_checksum
 from prepare.download import hub_revision
 from prepare.looks import fingerprint
 
-FILES = ("tokens.bin", "samples.bin", "images.bin", "images.idx", "fingerprints.bin", "records.jsonl")
+FILES = ("tokens.bin", "samples.bin", "parts.bin", "images.bin", "images.idx", "fingerprints.bin", "records.jsonl")
 RECORDS_AHEAD = 4096  # read but not written yet; bounds memory where many share an image
 IMAGES_AHEAD = 4  # images under way, per worker
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How images are stored: size pixels along each side, see resize_image for resize."""
+    """How images are stored: size pixels along each side, or the longest, see resize_image for resize."""
     size: int
     resize: str
     codec: str
@@ -50,9 +52,9 @@ def encode_image(content, settings):
     """
     Decode, resize and encode one image file, in a worker process.
 
-    Returns the encoded bytes, their pixel error, which is the mean absolute difference in grey
-    levels (0 to 255) that the codec makes, and the image's fingerprint; where it cannot be used, the
-    reason alone, in words.
+    Returns the encoded bytes, the image's (height, width), their pixel error, which is the mean absolute
+    difference in grey levels (0 to 255) that the codec makes, and the image's fingerprint; where it cannot
+    be used, the reason alone, in words.
     """
     try:
         # Decoding at no less than twice the size alters a pixel less than the codec does.
@@ -68,8 +70,9 @@ def encode_image(content, settings):
         image.save(stream, "PNG")
     else:  # colour at full resolution: halving it costs stains more than a lower quality does
         image.save(stream, "JPEG", quality=settings.quality, subsampling="4:4:4")
-    stored = open_stored(stream.getvalue(), settings.size).astype(np.int16)
-    return stream.getvalue(), float(np.abs(stored - np.asarray(image)).mean()), mark
+    stored = open_stored(stream.getvalue(), image.height, image.width).astype(np.int16)
+    pixel_error = float(np.abs(stored - np.asarray(image)).mean())
+    return stream.getvalue(), (image.height, image.width), pixel_error, mark
 
 
 def end_with_parent():
@@ -84,6 +87,28 @@ def end_with_parent():
 def clean(text):
     """Strip a text and collapse its whitespace; halves of surrogate pairs are no UTF-8: a "?"."""
     return " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
+
+
+def clean_record(record):
+    """A Record with all of its texts clean."""
+    parts = tuple(clean(part) if isinstance(part, str) else replace(part, role=clean(part.role))
+                  for part in record.parts)
+    return replace(record, question=clean(record.question), answer=clean(record.answer),
+                   context=clean(record.context), parts=parts,
+                   turns=tuple((clean(question), clean(answer)) for question, answer in record.turns))
+
+
+def words_of(record):
+    """A clean Record's line in records.jsonl, as a dict; what it has none of is left out."""
+    words = {"id": record.id, "question": record.question, "answer": record.answer, "type": record.type,
+             "image": record.image_name or next((view.name for view in record.views()), "")}
+    references = list(dict.fromkeys(filter(None, map(clean, record.references))))
+    more = {"context": record.context, "turns": [list(turn) for turn in record.turns],
+            "parts": [{"image": part.name, "role": part.role} if isinstance(part, View) else part
+                      for part in record.parts],
+            "references": references if references != [record.answer] else [], "group": record.group}
+    words |= {name: value for name, value in more.items() if value}
+    return words | ({"labels": list(record.labels)} if record.labels is not None else {})
 
 
 class HashedFile:
@@ -115,49 +140,48 @@ class SplitWriter:
         self.encode, self.images_ahead = encode, images_ahead
         self.files = {name: HashedFile(folder / name) for name in FILES}
         self.vocab_size = tokenizer.vocab_size if dataset.asks else 0
-        self.token_dtype = np.dtype(np.uint16 if self.vocab_size <= 65536 else np.uint32)
-        self.samples = self.tokens = self.images = self.pixel_error = 0
+        self.token_dtype = np.dtype(np.uint16 if self.vocab_size < 65535 else np.uint32)  # the last: an image
+        self.samples = self.tokens = self.parts = self.images = self.pixel_error = 0
         self.skipped, self.first_skipped = Counter(), {}  # reason -> samples; -> the first one's name
         self.image_numbers = {}  # sha256 of a source image -> its place in images.idx, or why it has none
+        self.prefixes = {}  # what samples can share -> number of the first one that has it
         self.images_hash = hashlib.sha256()  # over those sha256, in the order of images.idx
-        self.pending = deque()  # (words, prompt, answer, sha256 of the image, its future)
+        self.pending = deque()  # (words, tokens, spans, shared text, [(sha256 of an image, its future)])
         self.images_pending = 0
 
     def add(self, record):
-        """Check and tokenize a record and send its image to be encoded, if it is a new one."""
-        question, answer, context = map(clean, (record.question, record.answer, record.context))
-        prompt = self.tokenizer.encode(format_prompt(question, context)) if self.asks else []
-        target = self.tokenizer.encode(answer) if self.asks else []
-        labels = set(record.labels or ())
-        named = record.image_name or self.kind != "text questions"  # where no image is a fault
-        reason = ("empty question" if self.asks and not question else
-                  "empty answer" if self.asks and not target else
-                  "no label" if record.labels is None and not self.asks else
-                  "no label" if record.labels == () and not self.multi_label else
-                  "several labels" if len(labels) > 1 and not self.multi_label else
-                  "image missing" if record.image is None and named else
-                  "unknown label" if labels - set(self.classes) else "")
-        if reason:
+        """Check and tokenize a record and send its images to be encoded, those that are new."""
+        record = clean_record(record)
+        tokens, spans = write_plain(record, self.tokenizer.encode) if self.asks else ([], [])
+        if reason := self.find_fault(record, spans):
             return self.skip(reason, record.image_name or record.id)
-        assert max(prompt + target, default=-1) < self.vocab_size, record.id
-        assert not isinstance(record.references, str), record.id  # one text is no tuple of texts
-        references = list(dict.fromkeys(filter(None, map(clean, record.references))))
-        words = {"id": record.id, "question": question, "answer": answer, "type": record.type,
-                 "image": record.image_name}
-        words |= {"context": context} if context else {}
-        words |= {"labels": list(record.labels)} if record.labels is not None else {}
-        words |= {"references": references} if references not in ([], [answer]) else {}
-        words |= {"group": record.group} if record.group else {}
-        key = future = None
-        if record.image is not None:
-            key = hashlib.sha256(record.image).digest()
+        assert max(tokens, default=-1) < self.vocab_size, record.id
+        encoded = []
+        for view in record.views():
+            key, future = hashlib.sha256(view.image).digest(), None
             if key not in self.image_numbers:
                 self.image_numbers[key] = None
-                future = self.encode(record.image)
+                future = self.encode(view.image)
                 self.images_pending += 1
-        self.pending.append((words, prompt, target, key, future))
+            encoded.append((key, future))
+        shared = [part if isinstance(part, str) else f"image {part.role}" for part in record.parts]
+        self.pending.append((words_of(record), tokens, spans, (record.context, *shared), encoded))
         while len(self.pending) > RECORDS_AHEAD or self.images_pending > self.images_ahead:
             self.write_next()
+
+    def find_fault(self, record, spans):
+        """Why a record cannot be used, in words; "" where it can."""
+        assert not isinstance(record.references, str), record.id  # one text is no tuple of texts
+        labels = set(record.labels or ())
+        missing = any(view.image is None for view in record.views()) or not record.views() and (
+            record.image_name or self.kind != "text questions")  # where no image is a fault
+        return ("empty question" if self.asks and not all([record.question, *(q for q, _ in record.turns)]) else
+                "empty answer" if any(end - begin == 1 for begin, end in spans) else
+                "no label" if record.labels is None and not self.asks else
+                "no label" if record.labels == () and not self.multi_label else
+                "several labels" if len(labels) > 1 and not self.multi_label else
+                "image missing" if missing else
+                "unknown label" if labels - set(self.classes) else "")
 
     def skip(self, reason, name):
         """Count a sample that is left out, and keep the name of the first for each reason."""
@@ -165,30 +189,43 @@ class SplitWriter:
         self.first_skipped.setdefault(reason, clean(str(name)))
 
     def write_next(self):
-        """Write the longest-waiting sample, after its image if it is the first with that one."""
-        words, prompt, answer, key, future = self.pending.popleft()
-        if future:
-            self.images_pending -= 1
-            self.write_image(key, future.result())
-        image = -1 if key is None else self.image_numbers[key]
-        if isinstance(image, str):
-            return self.skip(f"image unreadable: {image}", words["image"] or words["id"])
-        tokens = np.array(prompt + answer, self.token_dtype)
-        sample = np.array([(self.tokens, len(prompt), len(answer), image, 0)], SAMPLE)
-        sample["checksum"] = sample_checksum(sample[0], tokens)
-        self.files["samples.bin"].write(sample.tobytes())
-        self.files["tokens.bin"].write(tokens.tobytes())
+        """Write the longest-waiting sample, after those of its images that it is the first to have."""
+        words, tokens, spans, shared, encoded = self.pending.popleft()
+        for key, future in encoded:
+            if future:
+                self.images_pending -= 1
+                self.write_image(key, future.result())
+        images = [self.image_numbers[key] for key, _ in encoded]
+        if unreadable := [image for image in images if isinstance(image, str)]:
+            return self.skip(f"image unreadable: {unreadable[0]}", words["image"] or words["id"])
+        alike = (*images, *shared)
+        prefix = self.prefixes.setdefault(alike, self.samples) if any(shared) or images else self.samples
+        tokens = np.array(tokens, np.int64)
+        prompt = spans[0][0] if spans else 0
+        places = np.flatnonzero(tokens[:prompt] < 0)
+        head = int(places[-1]) + 1 if len(places) else min(1, prompt)
+        stored = np.where(tokens < 0, np.iinfo(self.token_dtype).max, tokens).astype(self.token_dtype)
+        parts = np.array([*images, *itertools.chain(*spans)], "<i4")
+        row = np.zeros(1, SAMPLE)
+        turns = [(words["question"], words["answer"]), *words.get("turns", ())]
+        row[0] = (self.tokens, len(tokens), self.parts, len(images), len(spans), images[0] if images else -1,
+                  head, prompt, prefix, hash_words(*("\n".join(texts) for texts in zip(*turns))), 0)
+        row["checksum"] = sample_checksum(row[0], stored, parts)
+        self.files["samples.bin"].write(row.tobytes())
+        self.files["tokens.bin"].write(stored.tobytes())
+        self.files["parts.bin"].write(parts.tobytes())
         line = json.dumps(words, ensure_ascii=False) + "\n"
         self.files["records.jsonl"].write(line.encode("utf-8", "replace"))
         self.tokens += len(tokens)
+        self.parts += len(parts)
         self.samples += 1
 
     def write_image(self, key, encoded):
         if isinstance(encoded, str):
             self.image_numbers[key] = encoded
             return
-        content, pixel_error, mark = encoded
-        entry = np.array([(self.files["images.bin"].bytes, len(content), zlib.crc32(content))], IMAGE)
+        content, shape, pixel_error, mark = encoded
+        entry = np.array([(self.files["images.bin"].bytes, len(content), zlib.crc32(content), *shape)], IMAGE)
         self.files["images.bin"].write(content)
         self.files["images.idx"].write(entry.tobytes())
         self.files["fingerprints.bin"].write(mark)

@@ -74,7 +74,7 @@ def read_pickle(source):
 
 
 def write_tensors(weights, source, tensors, target, **facts):
-    from model import tensor_hashes
+    from plumbing.tensors import tensor_hashes
     from safetensors.torch import save_file
 
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -88,7 +88,7 @@ def write_tensors(weights, source, tensors, target, **facts):
 def write_encoder(weights, raw, target):
     """An image encoder alone, of the first layout that is there; refused if model.py cannot load it."""
     import torch
-    from model import load_encoder
+    from weights import load_encoder
 
     source = next(raw / file for file, in weights.layouts if (raw / file).is_file())
     dropped, renames = ENCODERS[source.name]
@@ -154,7 +154,7 @@ def write_llama(weights, raw, target):
     A folder in the hub's layout, a safetensors file for each pickle, and the tokenizer where there is
     one; refused if model.py cannot load it, which is tried without its values.
     """
-    from model import LLaMA
+    from weights import load_llama
 
     sources = llama_pickles(raw)
     partial = target.with_name(f".{target.name}.partial")
@@ -172,7 +172,7 @@ def write_llama(weights, raw, target):
     (partial / "model.safetensors.index.json").write_text(json.dumps(
         {"metadata": {"config": hash_file(raw / "config.json")}, "weight_map": weight_map}))
     try:
-        LLaMA.from_pretrained(partial, device="meta")
+        load_llama(partial, device="meta")
     except UserError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(str(error).replace(str(partial), str(raw))) from None

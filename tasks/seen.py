@@ -6,8 +6,9 @@ about the run; then the reason is given in place of a number.
 
 from pathlib import Path
 
-from data import Shard
 from plumbing.files import hash_json, read_manifest
+from plumbing.leaks import read_leaked_images, read_leaks
+from plumbing.shards import Shard, hash_words
 
 
 def open_trained(trained, shards_dir):

@@ -1,0 +1,218 @@
+"""
+Answering: the key-value cache, and the loop that gives each answer one token more.
+
+Prompts come in groups. What the prompts of a group share, such as an image and "Question:", is run once, as
+the prefix of a row of the cache; each prompt is a branch behind it, which sees the prefix and itself, as in
+training (data.py). Tokens of many rows are run through the model end to end, so that none is padding; for
+attention alone they are parted by row.
+
+Letters: R rows, S slots of a row, T tokens that are run, K the most of them in a row, P pieces, V vocabulary.
+"""
+
+import itertools
+import os
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data import EOS, Record, count_before, write_plain
+from plumbing.flags import UserError
+from plumbing.pixels import load_image, resize_image
+
+
+class Cache:
+    """Keys and values of R rows of S slots in every layer. place() comes before each pass of the model."""
+
+    def __init__(self, config, rows, dtype, device):
+        self.used = np.zeros(rows, np.int64)  # slots of each row that are in use, from the first on
+        self.branch = torch.zeros(rows, 0, dtype=torch.long, device=device)  # of what a slot holds; 0: prefix
+        self.layers = [[torch.zeros(rows, config.num_key_value_heads, 0, config.head_size, dtype=dtype,
+                                    device=device) for _ in ("keys", "values")]
+                       for _ in range(config.num_hidden_layers)]
+
+    def place(self, row, branch):
+        """
+        Give the next T tokens slots in their rows, and note who will see whom: a token sees what stands
+        before it in its row, if that is prefix or of its own branch. row, branch: (T,) int64.
+        """
+        device, lane = self.branch.device, count_before(row)  # (T,): the how-manieth of its row here
+        slot = self.used[row] + lane
+        np.add.at(self.used, row, 1)
+        rows, K = np.unique(row), int(lane.max()) + 1
+        if (more := -(-int(self.used.max()) // 64) * 64 - self.branch.shape[1]) > 0:
+            self.branch = F.pad(self.branch, (0, more))  # store() makes the layers as long
+        # All rows as they lie, or a copy of the few that these tokens are of
+        few = 2 * len(rows) < len(self.used)
+        self.rows = torch.from_numpy(rows).to(device) if few else slice(None)
+        self.shape = (len(rows) if few else len(self.used), K)
+        lane += K * (np.searchsorted(rows, row) if few else row)
+        self.row, self.slot, self.lane, branch = (
+            torch.from_numpy(array).to(device) for array in (row, slot, lane, branch))
+        self.branch[self.row, self.slot] = branch
+        self.S = -(-int(self.used[rows].max()) // 8) * 8  # what lies behind is in nobody's sight
+        own, last = torch.zeros(2, self.shape[0] * K, dtype=torch.long, device=device)
+        own[self.lane], last[self.lane] = branch, self.slot
+        of_slot = self.branch[self.rows, None, :self.S]  # (R, 1, S)
+        seen = (of_slot == 0) | (of_slot == own.view(self.shape)[:, :, None])  # (R, K, S)
+        seen &= torch.arange(self.S, device=device) <= last.view(self.shape)[:, :, None]
+        self.mask = torch.zeros(seen.shape, dtype=self.layers[0][0].dtype, device=device)
+        self.mask = self.mask.masked_fill_(~seen, -torch.inf)[:, None]  # (R, 1, K, S), added to the scores
+
+    def attend(self, layer, q, k, v):
+        """Attention of (T, nh, hs) queries to all in their sight, (T, nkv, hs) keys and values among it."""
+        k, v = (self.store(layer, kind, new) for kind, new in enumerate((k, v)))  # (R, nkv, S, hs)
+        lanes = q.new_zeros(self.shape[0] * self.shape[1], *q.shape[1:])
+        lanes[self.lane] = q
+        lanes = lanes.unflatten(0, self.shape).transpose(1, 2)  # (R, nh, K, hs)
+        y = F.scaled_dot_product_attention(lanes, k, v, attn_mask=self.mask,
+                                           enable_gqa=q.shape[1] != k.shape[1])
+        return y.transpose(1, 2).flatten(0, 1)[self.lane]  # (T, nh, hs)
+
+    def store(self, layer, kind, new):
+        """Write (T, nkv, hs) keys (kind 0) or values (1) into their slots; all in sight come back, (R, nkv, S, hs)."""
+        tensors = self.layers[layer]
+        if (more := self.branch.shape[1] - tensors[kind].shape[2]) > 0:  # one by one: never all of them twice
+            tensors[kind] = F.pad(tensors[kind], (0, 0, 0, more))
+        tensors[kind][self.row, :, self.slot] = new.to(tensors[kind].dtype)
+        return tensors[kind][self.rows, :, :self.S]
+
+
+@dataclass
+class Piece:
+    """Tokens that are to be run: the next ones of a branch."""
+    row: int
+    branch: int
+    position: int  # rotary, of the first
+    tokens: list  # ids; image number k of the group as -1 - k
+    images: list  # of the group, each (H, W, 3) uint8
+
+
+def count_tokens(model, tokens, images):
+    """How many tokens a list of them becomes in the model, where images have several."""
+    return sum(1 if token >= 0 else model.vision.tokens(*images[-1 - token].shape[:2]) for token in tokens)
+
+
+def run_pieces(model, cache, pieces, wanted=True):
+    """Run P Pieces into the cache. Returns the logits behind each, (P, V), where they are wanted."""
+    columns, shown, image_at, last = [], [], [], []  # columns: (token, position, row, branch)
+    for piece in pieces:
+        position = piece.position
+        for token in piece.tokens:
+            count = count_tokens(model, [token], piece.images)
+            if token < 0:
+                image_at += range(len(columns), len(columns) + count)
+                shown.append(piece.images[-1 - token])
+            columns += [(max(token, 0), position + place, piece.row, piece.branch) for place in range(count)]
+            position += count
+        last.append(len(columns) - 1)
+    tokens, positions, row, branch = np.array(columns, np.int64).T.copy()
+    cache.place(row, branch)
+    device = model.projector.weight.device
+    tokens, positions, image_at, last = (torch.as_tensor(numbers, dtype=torch.long, device=device) for numbers in
+                                         (tokens, positions, image_at, last if wanted else []))
+    images = model.encode_images([torch.from_numpy(image).to(device) for image in shown]) if shown else None
+    return model.language(tokens, positions, None, last, images, image_at, cache)
+
+
+@dataclass
+class Answer:
+    """An answer that is being generated."""
+    group: int  # number of its group
+    prompt: int  # number of its prompt in there
+    prompts: int  # of the group
+    next: Piece  # what is run for its next token
+    tokens: list = field(default_factory=list)  # without what stops it
+    log_probabilities: list = field(default_factory=list)  # of each token, what stops it included
+    done: bool = False
+
+
+def begin_group(model, cache, row, number, images, prompts):
+    """Where a group begins in a row of the cache: the Piece of its prefix, and its Answers."""
+    cache.used[row] = 0
+    prefix = os.path.commonprefix(prompts)[:min(map(len, prompts)) - 1]
+    position = count_tokens(model, prefix, images)
+    answers = [Answer(number, place, len(prompts), Piece(row, place + 1, position, prompt[len(prefix):], images))
+               for place, prompt in enumerate(prompts)]
+    return Piece(row, 0, 0, prefix, images), answers
+
+
+@torch.no_grad()
+def extend(model, cache, answers, max_new_tokens, temperature=0.0, stops=(EOS,)):
+    """Give each of n Answers its next token, in one pass. Returns the logits that they were chosen from, (n, V)."""
+    logits = run_pieces(model, cache, [answer.next for answer in answers])
+    if temperature > 0:
+        chosen = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
+    else:
+        chosen = logits.argmax(dim=-1, keepdim=True)
+    values = (logits.gather(1, chosen) - logits.logsumexp(-1, keepdim=True))[:, 0].tolist()
+    for answer, token, value in zip(answers, chosen[:, 0].tolist(), values):
+        piece = answer.next
+        position = piece.position + count_tokens(model, piece.tokens, piece.images)
+        answer.next = Piece(piece.row, piece.branch, position, [token], [])
+        answer.log_probabilities.append(value)
+        answer.tokens += [token] * (token not in stops)
+        answer.done = token in stops or len(answer.tokens) == max_new_tokens
+    return logits
+
+
+@torch.no_grad()
+def generate(model, groups, max_new_tokens=32, temperature=0.0, rows=64, stops=(EOS,)):
+    """
+    Answer prompts; greedy at temperature 0, else sampled with torch's generator. Yields, pass after pass,
+    the Answers that got a token.
+
+    groups: an iterable of (images, prompts): images (H, W, 3) uint8, and prompts as lists of token ids, <bos>
+    first, in which image number k is -1 - k. `rows` groups are under way at a time; whenever a quarter of
+    the rows is free, as many new groups are taken in. An answer ends with one of `stops`.
+    """
+    groups = iter(groups)
+    first = list(itertools.islice(groups, rows))
+    waiting, embedding = enumerate(itertools.chain(first, groups)), next(model.language.parameters())
+    cache = Cache(model.language.config, len(first), embedding.dtype, embedding.device)
+    live = []
+    while True:
+        free = sorted(set(range(len(first))) - {answer.next.row for answer in live})
+        at_once = max(len(first) // 4, 1)
+        new = list(itertools.islice(waiting, at_once)) if len(free) >= at_once else []
+        begun = [begin_group(model, cache, row, number, images, prompts)
+                 for row, (number, (images, prompts)) in zip(free, new)]
+        if prefixes := [prefix for prefix, _ in begun if prefix.tokens]:
+            run_pieces(model, cache, prefixes, wanted=False)
+        asked = [answer for _, answers in begun for answer in answers] or live
+        if not asked:
+            return
+        extend(model, cache, asked, max_new_tokens, temperature, stops)
+        yield asked
+        live = [answer for answer in (live + asked if new else asked) if not answer.done]
+
+
+def finished_groups(passes):
+    """(number of a group, its Answers in order) as groups end, from what generate() yields."""
+    done = defaultdict(dict)
+    for answers in passes:
+        for answer in answers:
+            if answer.done:
+                done[answer.group][answer.prompt] = answer
+                if len(done[answer.group]) == answer.prompts:
+                    yield answer.group, [ended for _, ended in sorted(done.pop(answer.group).items())]
+
+
+def ask(model, tokenizer, question, image="", size=224, resize="squash", max_new_tokens=32, temperature=0.0):
+    """
+    The answer to one question, as text. image: path of an image file, "" for none; size, resize: how the
+    training images were brought to size (plumbing.pixels.resize_image). Raises UserError when it is no image.
+    """
+    images = []
+    if image:
+        try:
+            images = [np.array(resize_image(load_image(Path(image).read_bytes(), 2 * size), size, resize))]
+        except Exception as error:  # each decoder has its own ways to fail on a broken file
+            raise UserError(f"{image}: not an image that can be read ({error})") from None
+    tokens, spans = write_plain(Record("", question, image=b"" if images else None), tokenizer.encode)
+    passes = generate(model, [(images, [tokens[:spans[0][0]]])], max_new_tokens, temperature)
+    ((_, (answer,)),) = finished_groups(passes)
+    return tokenizer.decode(answer.tokens)

@@ -1,0 +1,45 @@
+"""
+What computes the same numbers sooner on some machines: the code of model.py reads the same without it.
+"""
+
+from importlib.util import find_spec
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+HAS_TRITON = find_spec("triton") is not None  # which torch.compile needs on a GPU
+# Compiled when they are first called, on a GPU alone, for sequences of any length. Elsewhere nothing calls
+# them, and the compiler, whose import takes longer than torch's own, stays out
+compiled_flex_attention, compiled_create_block_mask = (
+    torch.compile(function, dynamic=True) if HAS_TRITON else function
+    for function in (flex_attention, create_block_mask))
+
+
+class Linear(nn.Linear):
+    """
+    nn.Linear, on a CPU with AVX-512 by way of a convolution of one pixel. oneDNN computes that with
+    these instructions; F.linear leaves its product to MKL, which on AMD's CPUs does without them and
+    takes twice as long.
+    """
+
+    def forward(self, x):
+        T = x.numel() // x.shape[-1]
+        if (x.device.type != "cpu" or T < 128 or torch.get_num_threads() == 1
+                or torch.backends.cpu.get_cpu_capability() != "AVX512"):
+            return super().forward(x)
+        pixels = x.reshape(1, T, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, C, T, 1), channels last
+        y = F.conv2d(pixels, self.weight[:, :, None, None], self.bias)
+        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+def compile_blocks(blocks, **settings):
+    """
+    torch.compile each block, for a GPU: small operations become few kernels. Blocks of a kind share what is
+    compiled, once for each kind of input: with gradients and without, one image and several, and the last
+    block, which goes on with wanted tokens alone. Lengths are no kind of their own (dynamic).
+    """
+    torch._dynamo.config.recompile_limit = 64  # torch's 8 are fewer than these kinds, and would end it silently
+    for block in blocks:
+        block.compile(dynamic=True, **settings)

@@ -1,0 +1,193 @@
+"""
+The stored form of the data, as prepare/ writes it and the loader reads it.
+
+A shard is one split of one dataset, a folder of files that are mapped, never loaded whole:
+
+    tokens.bin        the tokens of all samples, end to end (uint16 or uint32); the type's largest number
+                      is the place of an image
+    samples.bin       one SAMPLE record a sample
+    parts.bin         of each sample the numbers of its images, then begin and end of each span (int32)
+    images.bin        the encoded images, end to end, each stored once however many ask about it
+    images.idx        one IMAGE record an image
+    fingerprints.bin  one record an image, by which prepare/leaks.py finds it again elsewhere
+    records.jsonl     the words: id, question, answer, type, image name, one line a sample; and where
+                      there are any: context, turns, labels, references, group
+    manifest.json     written last: counts, settings, licence, and the size and hash of each file
+    leaks.json        beside a training or validation split, see plumbing/leaks.py
+
+Letters: L tokens of a sample, an image being one; H, W pixels.
+"""
+
+import functools
+import hashlib
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from plumbing.files import read_manifest
+from plumbing.flags import UserError
+from plumbing.leaks import how_to_prepare
+from plumbing.pixels import open_stored
+
+PROMPT_VERSION = 2  # raised when a template of data.py changes, so that older shards are refused
+SHARD_VERSION = 6
+SAMPLE = np.dtype([
+    ("offset", "<u8"), ("length", "<u4"),  # of its tokens in tokens.bin, an image being one
+    ("parts", "<u8"), ("images", "<u2"), ("spans", "<u2"),  # in parts.bin: its first number there, and counts
+    ("image", "<i4"),  # the number of its first image; -1: none
+    ("head", "<u4"), ("prompt", "<u4"),  # tokens[head:prompt] is the text behind the last image and before
+    # the first answer: where a long prompt is cut, from its front
+    ("prefix", "<u4"),  # the first sample of the shard with the same images and context
+    ("words", "<u8"),  # hash_words of its question and answer
+    ("checksum", "<u4")])
+IMAGE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("checksum", "<u4"),  # bytes
+                  ("height", "<u2"), ("width", "<u2")])  # pixels
+
+
+def hash_words(question, answer):
+    """64 bits that tell whether a question and its answer occur elsewhere, case and spaces aside."""
+    words = "\0".join(" ".join(text.lower().split()) for text in (question, answer))
+    return int.from_bytes(hashlib.sha256(words.encode("utf-8", "replace")).digest()[:8], "little")
+
+
+def sample_checksum(sample, tokens, parts):
+    """CRC-32 over a SAMPLE record's own fields, its tokens and its parts."""
+    fields = np.array([sample[name] for name in SAMPLE.names[:-2]], "<i8")
+    return functools.reduce(lambda crc, array: zlib.crc32(np.ascontiguousarray(array), crc),
+                            (fields, tokens, parts), 0)
+
+
+@dataclass
+class Sample:
+    """The tokens of a sample and what is supervised of them."""
+    tokens: np.ndarray  # (L,) int64, <bos> first; the image of number n in its shard is -1 - n
+    spans: np.ndarray  # (turns, 2) int64, begin and end of each answer, its <eos> included
+    head: int  # tokens[head:spans[0, 0]] may be cut
+    key: int = 0  # random, by which dropout tells samples apart
+    weight: float = 1.0  # of its cross-entropy in the loss
+
+    def prompt(self):
+        """The tokens before its last answer: what a model is asked."""
+        return self.tokens[:self.spans[-1, 0]]
+
+    def cut(self, count):
+        """The sample without `count` tokens at the front of its prompt's text."""
+        if not count:
+            return self
+        tokens = np.delete(self.tokens, slice(self.head, self.head + count))
+        return Sample(tokens, self.spans - count, self.head, self.key, self.weight)
+
+
+class Shard:
+    """
+    One prepared split, memory-mapped. Index files are verified when it is opened, samples and
+    images as they are read.
+
+    Raises UserError when the shard is absent, cut short, altered, or written by another version.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        again = how_to_prepare(self.folder.parent)
+        if not self.folder.is_dir():
+            raise UserError(f"{self.folder}: not prepared; {again}")
+        self.manifest = read_manifest(self.folder)
+        if self.manifest is None:
+            raise UserError(f"{self.folder}/manifest.json: missing or damaged; {again}")
+        versions = (self.manifest.get("shard_version"), self.manifest.get("prompt_version"))
+        if versions != (SHARD_VERSION, PROMPT_VERSION):
+            raise UserError(f"{self.folder}: written by another version of this code; {again}")
+        place = {"dataset": self.folder.parent.name, "split": self.folder.name}
+        recorded = {name: self.manifest.get(name, here) for name, here in place.items()}
+        if recorded != place:  # such as train in the place of test
+            raise UserError(f"{self.folder}: holds {'/'.join(recorded.values())}; move it back, or {again}")
+        for name, expected in self.manifest["files"].items():
+            path = self.folder / name
+            if not path.is_file() or path.stat().st_size != expected["bytes"]:
+                raise UserError(f"{path}: missing, or not its {expected['bytes']} bytes; {again}")
+        self.again, self.mend = again, f"delete {self.folder.parent} and {again}"
+        self.samples = np.frombuffer(self.read_verified("samples.bin"), SAMPLE)
+        self.parts = np.frombuffer(self.read_verified("parts.bin"), "<i4")
+        self.image_index = np.frombuffer(self.read_verified("images.idx"), IMAGE)
+        self.tokens = self.map("tokens.bin", self.manifest["token_dtype"])
+        self.pixels = self.map("images.bin", np.uint8)
+
+    def __len__(self):
+        return len(self.samples)
+
+    def map(self, name, dtype):
+        path = self.folder / name
+        return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
+
+    def read_verified(self, name):
+        content = (self.folder / name).read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.manifest["files"][name]["sha256"]:
+            raise UserError(f"{self.folder / name}: damaged; {self.mend}")
+        return content
+
+    def read_sample(self, number):
+        """The Sample of that number. Raises UserError where it is not what was stored."""
+        row = self.samples[number]
+        begin, first, images = int(row["offset"]), int(row["parts"]), int(row["images"])
+        stored = self.tokens[begin:begin + int(row["length"])]
+        parts = self.parts[first:first + images + 2 * int(row["spans"])].astype(np.int64)
+        if sample_checksum(row, stored, parts.astype("<i4")) != row["checksum"]:
+            raise UserError(f"{self.folder}/tokens.bin: sample {number} is damaged; {self.mend}")
+        tokens = stored.astype(np.int64)
+        places = tokens == np.iinfo(stored.dtype).max
+        tokens[places] = -1 - parts[:images]
+        if tokens.max(initial=0) >= self.manifest.get("vocab_size", np.inf):  # no model has those
+            raise UserError(f"{self.folder}/tokens.bin: sample {number} has tokens past the vocabulary; "
+                            f"{self.mend}")
+        return Sample(tokens, parts[images:].reshape(-1, 2), int(row["head"]))
+
+    def read_image(self, number):
+        """Pixels of an image: (H, W, 3) uint8. Raises UserError where it is not what was stored."""
+        entry = self.image_index[number]
+        begin = int(entry["offset"])
+        content = self.pixels[begin:begin + int(entry["length"])].tobytes()
+        if zlib.crc32(content) != entry["checksum"]:
+            raise UserError(f"{self.folder}/images.bin: image {number} is damaged; {self.mend}")
+        try:
+            return open_stored(content, int(entry["height"]), int(entry["width"]))
+        except Exception as error:  # a checksum proves no good will, and each decoder fails in its own way
+            raise UserError(f"{self.folder}/images.bin: image {number} is none that prepare/ stores "
+                            f"({error}); {self.mend}") from None
+
+    def image_pairs(self):
+        """Which sample has which image: numbers of samples and of images, both (pairs,) int64, in order."""
+        counts = self.samples["images"].astype(np.int64)
+        sample = np.repeat(np.arange(len(self)), counts)
+        within = np.arange(len(sample)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return sample, self.parts[self.samples["parts"][sample].astype(np.int64) + within].astype(np.int64)
+
+    def describe(self):
+        """What a run that reads this shard records of it, to know it again: a dict."""
+        return {"checksum": self.manifest["checksum"], "samples": len(self), "images": len(self.image_index),
+                "images_sha256": self.manifest["images_sha256"], "image": self.manifest["image"]}
+
+    def require_questions(self):
+        """Raise UserError where there is nothing to ask: labels alone, or nothing that could be used."""
+        name = self.folder.parent.name
+        if self.manifest["kind"] == "classification":
+            raise UserError(f"--data: {name} has labels but no questions")
+        if not len(self):
+            raise UserError(f"{self.folder}: no question of it could be used; its manifest.json counts "
+                            "why each was skipped")
+
+    def require_image_size(self, size):
+        """Raise UserError where the shard's images are not squares of this size, in pixels."""
+        sides = {*self.image_index["height"].tolist(), *self.image_index["width"].tolist()}
+        if sides - {size}:
+            stored = f"{max(sides)} pixels" if len(sides) == 1 else "different shapes"
+            flag = "" if "path" in self.manifest else f" --image_size={size}"  # train_cls.py needs none
+            flag += " --resize=squash" if len(sides) > 1 else ""
+            raise UserError(f"{self.folder}: images of {stored}, but the model reads {size}; "
+                            f"{self.again[:-1]}{flag}`")
+
+    def read_records(self):
+        """The words of every sample, as a list of dicts in the order of samples.bin."""
+        return [json.loads(line) for line in self.read_verified("records.jsonl").splitlines()]

@@ -1,0 +1,47 @@
+"""How a long run ends when it is told to: with its step finished and saved."""
+
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+
+def catch_signals():
+    """
+    A list that SIGTERM and SIGINT enter their number into, so that the run can finish its step and save.
+
+    Schedulers and torchrun may send one twice, to a group and to each process of it. So only a SIGINT
+    that comes more than two seconds after the first signal, from a person, ends the run at once.
+    """
+    signals, began = [], time.monotonic()
+
+    def enter(number, frame):
+        nonlocal began
+        if not signals:
+            began = time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - began > 2:
+            raise KeyboardInterrupt
+        signals.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, enter)
+    return signals
+
+
+def agree_on_stop(signals, due, device):
+    """(whether a save is due, the number of a signal or 0), as any of the ranks has them: all have the same."""
+    stopped = max(signals, default=0)
+    if dist.is_initialized():
+        agreed = torch.tensor([int(due), stopped], device=device)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        due, stopped = agreed.tolist()
+    return bool(due), stopped
+
+
+def end_stopped(folder, step, number):
+    """End a run that a signal has stopped, with that signal's exit code."""
+    print(f"{folder}: stopped by {signal.Signals(number).name} and saved at step {step}; the same "
+          "command with --resume=true goes on")
+    sys.exit(128 + number)

@@ -1,0 +1,142 @@
+"""
+Safetensors files, checked: names and shapes without reading them, tensors by their hashes, and what tells one
+file of weights from another.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from plumbing.claims import lfs_pointer
+from plumbing.files import hash_file, hash_json, read_settings
+from plumbing.flags import UserError
+
+
+def tensor_shapes(file):
+    """Names and shapes of a safetensors file's tensors, without reading them."""
+    if not Path(file).is_file():
+        raise UserError(f"{file}: no such weights file; `python prepare/all.py --only=biomedclip,"
+                        "pmc_llama_7b` brings the paper's")
+    try:
+        with safe_open(file, "pt") as tensors:
+            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: {lfs_pointer(file) or f'not a whole safetensors file ({error})'}") from None
+
+
+def read_metadata(file):
+    """What a safetensors file says beside its tensors, texts by name."""
+    with safe_open(file, "pt") as tensors:
+        return tensors.metadata() or {}
+
+
+def read_tensor(file, key):
+    """
+    A tensor of a safetensors file, in memory of its own. Raises UserError where it is not the one whose
+    hash the file's metadata has, as those of prepare/ do; others have none.
+    """
+    # Opened anew for each: pages of an open map would count as memory until its end
+    with safe_open(file, "pt") as tensors:
+        tensor = tensors.get_tensor(key).clone()
+        try:
+            wanted = json.loads((tensors.metadata() or {}).get("tensors", "{}")).get(key)
+        except (ValueError, AttributeError):
+            wanted = "damaged"
+    if wanted and wanted != tensor_hash(tensor):
+        raise UserError(f"{file}: {key} was altered since it was written; fetch or make the file anew")
+    return tensor
+
+
+def tensor_hashes(tensors):
+    """SHA-256 of each tensor's bytes, as a safetensors file's metadata for read_tensor to check."""
+    return {"tensors": json.dumps({name: tensor_hash(tensor) for name, tensor in tensors.items()})}
+
+
+def tensor_hash(tensor):
+    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+def tensors_of(module):
+    """{name: tensor} of a module, as save_file takes them."""
+    return {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}
+
+
+def language_files(folder):
+    """The safetensors files of a hub folder, as its index names them; UserError where some are missing."""
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not index.is_file():
+        if not whole.is_file() and (pickles := sorted(folder.glob("pytorch_model*.bin"))):
+            raise UserError(f"{folder}: its weights are pickles, {pickles[0].name} the first; `python "
+                            f"prepare/all.py --convert={folder}` writes them as safetensors into weights/")
+        return [whole]
+    settings = read_settings(index)
+    weight_map, facts = settings.get("weight_map"), settings.get("metadata")
+    if isinstance(facts, dict) and facts.get("config") not in (None, hash_file(folder / "config.json")):
+        raise UserError(f"{folder}/config.json: was altered; delete {folder}, and prepare/all.py "
+                        "makes it anew")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise UserError(f"{index}: does not say which files beside it hold the weights")
+    names = sorted(set(names))
+    if whole.is_file() and whole.name not in names:
+        raise UserError(f"{folder}: both {whole.name} and the files of {index.name} are there; remove one of "
+                        "the two")
+    count = re.search(r"-of-(\d{5})\.safetensors$", names[0])
+    if count and len(names) != int(count[1]):
+        raise UserError(f"{folder}: {len(names)} of {int(count[1])} files of the weights are in its index; "
+                        "fetch the others, then delete what prepare/all.py made of these and run it again")
+    return [folder / name for name in names]
+
+
+# ----------------------------------------------------------------------------- which weights they are
+
+def hash_weights(path):
+    """
+    SHA-256 that tells a weights file, or a hub folder of them, from others, by the configs beside it, too. Of
+    a file that holds the hash of each of its tensors, which read_tensor checks, the header says all; of
+    others every byte is read.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    configs = [files[0].parent / name for name in ("config.json", "open_clip_config.json")] if files else []
+    return hash_json({file.name: hash_tensors(file) for file in files}
+                     | {config.name: hash_file(config) for config in configs if config.is_file()})
+
+
+def hash_tensors(path):
+    """hash_weights of one file, whatever lies beside it."""
+    if path.suffix == ".safetensors":
+        with open(path, "rb") as file:
+            header = file.read(int.from_bytes(file.read(8), "little"))
+        with contextlib.suppress(ValueError, AttributeError):
+            tensors = json.loads(header)
+            facts = tensors.pop("__metadata__", {})
+            if json.loads(facts.get("tensors", "{}")).keys() == tensors.keys():
+                return hash_json([facts, tensors])  # safetensors writes the facts in any order
+    return hash_file(path)
+
+
+def find_weights(path, sha256):
+    """
+    Where the base weights of a run are: where they were when it was saved, or in the folder weights/ here.
+    Raises UserError when they are in neither place, or are others than they were.
+    """
+    places = [Path(path), Path("weights") / Path(path).name]
+    place = next((place for place in places if place.exists()), None)
+    if place is None:
+        raise UserError(f"{path}: the run's base weights are not there; bring them back, or put them into "
+                        f"{places[1]}")
+    if sha256 is None:
+        print(f"{place}: not known whether these are the base weights that the run was trained on: it was "
+              "saved before that was recorded", file=sys.stderr)
+    elif hash_weights(place) != sha256:
+        raise UserError(f"{place}: not the base weights that the run was trained on; bring those back, or put "
+                        f"them into {places[1]}" if place == places[0] else
+                        f"{place}: not the base weights that the run was trained on, which were in {path}")
+    return str(place)

@@ -1,0 +1,411 @@
+"""
+Loading and saving: the only file that knows how weights lie in files.
+
+    encoders     safetensors in timm's layout (BiomedCLIP, PubMedCLIP) or OpenAI CLIP's (PMC-CLIP's ResNet)
+    LLaMA        a hub folder: config.json and model.safetensors, whole or in several files
+    LoRA         PEFT's folder: adapter_config.json and adapter_model.safetensors
+    a VLM        a folder of those, with projector.safetensors and a config.json that names its parts
+
+Every file is read in both directions completely: a tensor that is unknown, missing, repeated or of another
+shape stops loading with one line. What the tensors do not tell, plumbing/claims.py holds against the configs
+beside them.
+"""
+
+import json
+import os
+import re
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from data import BOS, EOS
+from lora import add_lora, lora_layers
+from model import CONFIGS, VLM, LLaMA, LlamaConfig, ViT, ViTConfig
+from plumbing.claims import lfs_pointer, llama_refusal, vit_facts, vit_problem
+from plumbing.devices import fill, is_split
+from plumbing.files import find_run, read_settings, sort_metadata
+from plumbing.flags import UserError
+from plumbing.tensors import (find_weights, hash_weights, language_files, read_metadata, read_tensor, tensor_shapes,
+                              tensors_of)
+from zoo.resnet import ResNet, ResNetConfig
+
+ADAPTERS = {"vision": "vision_adapter", "language": "adapter"}  # part -> its folder in a VLM's
+
+
+# ----------------------------------------------------------------------------- one module
+
+def plain_names(names):
+    """{name in a file: name in a module}, LoRA's own left out: a wrapped matrix is the one that it wraps."""
+    return {name.replace(".base.", "."): name for name in names if ".lora_" not in name}
+
+
+def load_exactly(model, files, dtype, device, prefix="", dropped=r"(?!)"):
+    """
+    Fill a model built on the meta device from safetensors files, in both directions completely, tensor by
+    tensor: the peak of memory is the weights themselves. Of a model that processes have split, each fills its
+    part. On the meta device again nothing is read but names and shapes.
+
+    prefix is taken off the files' keys; keys that fully match `dropped` are left out. Raises
+    UserError with the first offenders when a key is unknown, missing, repeated or misshapen.
+    """
+    state, names = model.state_dict(), plain_names(model.state_dict())
+    sources, problems = {}, []
+    for file in files:
+        for key, shape in tensor_shapes(file).items():
+            name = key.removeprefix(prefix)
+            if re.fullmatch(dropped, key):
+                continue
+            if name not in names:
+                problems.append(f"{key} is unknown")
+            elif name in sources:
+                problems.append(f"{key} comes twice")
+            elif shape != tuple(state[names[name]].shape):
+                problems.append(f"{key} is {shape}, not {tuple(state[names[name]].shape)}")
+            sources[name] = (file, key)
+    problems += [f"{name} is missing" for name in names if name not in sources]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{files[0]}: does not fit this model: {'; '.join(problems[:3])}{more}")
+    split, loaded = any(map(is_split, state.values())), {}
+    if split:
+        state = model.to_empty(device=device).state_dict()
+    for name, (file, key) in sources.items():
+        target = state[names[name]]
+        kind = dtype if target.is_floating_point() else target.dtype  # counts stay whole
+        if str(device) == "meta":
+            loaded[names[name]] = target.to(kind)
+            continue
+        tensor = read_tensor(file, key)
+        if tensor.is_floating_point() != target.is_floating_point():
+            raise UserError(f"{file}: {key} is {tensor.dtype}, which holds no weights")
+        if split:
+            with torch.no_grad():
+                fill(target, tensor.to(kind))
+        else:
+            loaded[names[name]] = tensor.to(device, kind)
+    if not split:
+        model.load_state_dict(loaded, assign=True, strict=False)  # LoRA's own are not among the files'
+    return model
+
+
+def is_trained(module):
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def save_module(module, file, state=None):
+    """
+    Write a module's tensors and what they do not tell: without LoRA, and as before it was merged. state: its
+    state_dict, where processes have split its tensors.
+    """
+    state = state or tensors_of(module)
+    tensors = {name: state[inside] for name, inside in plain_names(state).items()}
+    tensors |= {f"{name}.weight": layer.unmerged for name, layer in lora_layers(module).items()
+                if layer.unmerged is not None}
+    facts = {"format": "pt"}
+    if isinstance(module, ViT):
+        facts |= {"heads": str(module.config.heads), "activation": module.config.gelu}
+    save_file(tensors, file, metadata=facts)
+    sort_metadata(file)
+
+
+# ----------------------------------------------------------------------------- image encoders
+
+def load_vit(file, dtype=torch.float32, device="cpu", merge=1):
+    """
+    A ViT from a safetensors file: timm's keys as they are, or under BiomedCLIP's `visual.trunk.`, whose
+    projection head and text tower are dropped. Sizes are read from the shapes, and CLIP's variant is known by
+    norm_pre. Heads and activation are told by the file's own metadata or a config beside it; without that,
+    heads of Ti, S, B and L are of 64 channels. merge: see ViTConfig.
+
+    Raises UserError when they are not known, or what is told is not done here, and as load_exactly does.
+    """
+    shapes = {key.removeprefix("visual.trunk."): shape for key, shape in tensor_shapes(file).items()}
+    try:
+        (width, _, P, _), grid = shapes["patch_embed.proj.weight"], shapes["pos_embed"][1] - 1
+    except (KeyError, ValueError):
+        raise UserError(f"{file}: no ViT in timm's layout (patch_embed.proj.weight, pos_embed); "
+                        "docs/interchange.md says which files fit") from None
+    depth = len([key for key in shapes if re.fullmatch(r"blocks\.\d+\.norm1\.weight", key)])
+    config = ViTConfig(round(grid ** 0.5) * P, P, width, depth, "norm_pre.weight" in shapes, merge=merge)
+    facts, problem = vit_facts(file, read_metadata(file))
+    if problem := problem or vit_problem(facts, width, depth, config.clip):
+        raise UserError(f"{file}: {problem}")
+    activation = facts.get("activation", config.gelu)
+    config = replace(config, head_size=width // facts.get("heads", width // 64),
+                     activation="" if activation == config.gelu else activation)
+    with torch.device("meta"):
+        model = ViT(config)
+    return load_exactly(model, [file], dtype, device, prefix="visual.trunk.",
+                        dropped=r"visual\.head\.proj\.weight|text\..*|logit_scale")
+
+
+def load_resnet(file, dtype=torch.float32, device="cpu"):
+    """
+    A ResNet from a safetensors file under CLIP's keys, in eval mode, where batch norms use the statistics
+    of the file. Raises UserError as load_exactly does.
+    """
+    shapes = tensor_shapes(file)
+    try:
+        stem, width = shapes["conv3.weight"][0], shapes["attnpool.c_proj.weight"][0]
+        grid = shapes["attnpool.positional_embedding"][0] - 1
+    except (KeyError, IndexError):
+        raise UserError(f"{file}: no ResNet in CLIP's layout (conv3.weight, attnpool.*); "
+                        "docs/interchange.md says which files fit") from None
+    layers = [len([key for key in shapes if re.fullmatch(rf"layer{n}\.\d+\.bn1\.weight", key)])
+              for n in (1, 2, 3, 4)]
+    with torch.device("meta"):
+        model = ResNet(ResNetConfig(round(grid ** 0.5) * 32, stem, tuple(layers), width))
+    return load_exactly(model, [file], dtype, device).eval()
+
+
+def load_encoder(file, dtype=torch.float32, device="cpu"):
+    """The image encoder that a safetensors file holds: a ViT or a ResNet. UserError if neither."""
+    load = load_resnet if "attnpool.c_proj.weight" in tensor_shapes(file) else load_vit
+    return load(file, dtype, device)
+
+
+# ----------------------------------------------------------------------------- LLaMA
+
+def read_llama_config(folder):
+    """The LlamaConfig of a hub folder. Raises UserError where it is of another model, or cannot be."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}/config.json: not there; `python prepare/all.py "
+                        "--only=pmc_llama_7b` brings the paper's")
+    hub = read_settings(folder / "config.json")
+    ropes = [rope for rope in map(hub.get, ("rope_parameters", "rope_scaling")) if isinstance(rope, dict)]
+    config = LlamaConfig(**{item.name: hub[item.name] for item in fields(LlamaConfig)
+                            if hub.get(item.name) is not None})
+    config.num_key_value_heads = hub.get("num_key_value_heads") or config.num_attention_heads
+    config.rope_theta = next((rope["rope_theta"] for rope in ropes if rope.get("rope_theta")),
+                             config.rope_theta)
+    impossible = [f"{name} {value!r:.50}" for name, value in asdict(config).items()
+                  if type(value) not in (int, type(getattr(LlamaConfig, name)))
+                  or not (name == "head_dim" and value == 0)
+                  and not 0 < value < (1e30 if isinstance(value, float) else 1 << 24)]
+    if impossible or (config.num_attention_heads % config.num_key_value_heads or config.head_size % 2
+                      or not config.head_dim and config.hidden_size % config.num_attention_heads):
+        raise UserError(f"{folder}/config.json: {', '.join(impossible) or 'its sizes'} cannot be")
+    if refused := llama_refusal(hub, config.head_size):
+        raise UserError(f"{folder}/config.json: {refused}")
+    return config
+
+
+def load_llama(folder, dtype=torch.float32, device="cpu", lora=None, split=None):
+    """
+    A LLaMA from a hub folder. lora: the settings of its LoRA, newly made, if it is to have one; split: a
+    function that divides the empty model among processes before it is filled.
+
+    Raises UserError when the folder is incomplete or a tensor does not fit.
+    """
+    folder = Path(folder)
+    config, files = read_llama_config(folder), language_files(folder)
+    if config.num_hidden_layers > sum(len(tensor_shapes(file)) for file in files):
+        raise UserError(f"{folder}/config.json: {config.num_hidden_layers} layers are more than the "
+                        "tensors beside it")  # and would take for ever to build
+    with torch.device("meta"):
+        model = LLaMA(config).to(dtype)
+        if split and lora:
+            add_lora(model, **lora)
+    if split:
+        split(model)
+    load_exactly(model, files, dtype, device, dropped=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+    if split:
+        for layer in lora_layers(model).values():
+            layer.reset()
+    elif lora:
+        add_lora(model, **lora)
+    return model
+
+
+def save_llama(module, folder, state=None):
+    """Write a LLaMA as a hub folder, which transformers reads. state: as save_module takes it."""
+    folder.mkdir(exist_ok=True)
+    save_module(module, folder / "model.safetensors", state)
+    config = {name: value for name, value in asdict(module.config).items() if value or name != "head_dim"}
+    hub = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **config, "hidden_act": "silu",
+           "bos_token_id": BOS, "eos_token_id": EOS, "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(hub, indent=2) + "\n")
+
+
+# ----------------------------------------------------------------------------- LoRA
+
+def save_adapter(model, folder, base_name, targets, r, alpha, dropout):
+    """Write adapter_config.json and adapter_model.safetensors as PEFT does."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, layer in lora_layers(model).items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.detach().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B.detach().contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM" if isinstance(model, LLaMA) else None,
+              "base_model_name_or_path": base_name, "r": r, "lora_alpha": alpha,
+              "lora_dropout": dropout, "target_modules": [name.strip() for name in targets.split(",")],
+              "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "modules_to_save": None,
+              "use_rslora": False, "use_dora": False, "init_lora_weights": True,
+              "rank_pattern": {}, "alpha_pattern": {}}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_adapter(model, folder):
+    """
+    Copy an adapter's tensors into a model that add_lora has prepared.
+
+    Raises UserError unless its tensors and the model's LoRA layers match one to one. Tensors of the base
+    that PEFT has saved beside them have to equal the model's.
+    """
+    path = Path(folder) / "adapter_model.safetensors"
+    if not path.is_file():
+        pickled = path.with_suffix(".bin").is_file()
+        raise UserError(f"{path}: not there" + "; its .bin is a pickle, which PEFT's save_pretrained writes "
+                        "as safetensors" * pickled)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: {lfs_pointer(path) or f'not a whole safetensors file ({error})'}") from None
+    drop_base(path, tensors, model)
+    wanted = {}
+    for name, layer in lora_layers(model).items():
+        wanted[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A
+        wanted[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B
+    wrong = sorted(wanted.keys() ^ tensors.keys()) or sorted(
+        key for key in wanted if wanted[key].shape != tensors[key].shape
+        or not tensors[key].is_floating_point())
+    if wrong:
+        tensor = tensors.get(wrong[0])
+        here = "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+        raise UserError(f"{path}: {len(wrong)} tensors do not fit, the first {wrong[0]} (here {here})")
+    with torch.no_grad():
+        for key, parameter in wanted.items():
+            parameter.copy_(tensors[key])
+
+
+def drop_base(path, tensors, model):
+    """
+    Take out of an adapter's tensors those of the base, which PEFT saves whole where it adapts or may have
+    resized an embedding. Raises UserError where one is not the model's own.
+    """
+    state = model.state_dict()
+    names = plain_names(state)
+    for key in list(tensors):
+        name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if name not in names:
+            continue
+        theirs, ours = tensors.pop(key), state[names[name]]
+        if theirs.shape != ours.shape or not ours.is_meta and not torch.equal(theirs.to(ours), ours):
+            raise UserError(f"{path}: {key} is not the base's {name}: trained with it, or on another base")
+
+
+# ----------------------------------------------------------------------------- the whole
+
+def build_vlm(name, vocab_size, vision_weights="", language_weights="", dtype=torch.float32, device="cpu",
+              merge=1, lora=None, split=None):
+    """
+    A VLM of CONFIGS[name]; a part with a weights file is loaded from it, sizes and all. merge: ViTConfig's;
+    lora, split: of the language part, as load_llama takes them.
+    """
+    vision_config, language_config = CONFIGS[name]
+    with torch.device(device):
+        vision = (load_vit(vision_weights, device=device, merge=merge) if vision_weights
+                  else ViT(replace(vision_config, merge=merge)))
+        if language_weights:
+            language = load_llama(language_weights, dtype, device, lora, split)
+        else:
+            language = LLaMA(replace(language_config, vocab_size=vocab_size)).to(dtype)
+            if lora:
+                add_lora(language, **lora)
+            if split:
+                split(language)
+        if language.config.vocab_size < vocab_size:
+            raise UserError(f"{language_weights}: its {language.config.vocab_size} tokens are fewer "
+                            f"than the tokenizer's {vocab_size}; prepare with its own tokenizer")
+        model = VLM(vision, language)
+    model.lora |= {"language": lora} if lora else {}
+    for part, path in (("vision", vision_weights), ("language", language_weights)):
+        if path:  # absolute: a run is also read from other folders than the one it was started in
+            model.weights[part], model.hashes[part] = os.path.abspath(path), hash_weights(path)
+    return model
+
+
+def save_vlm(model, folder, language=None):
+    """
+    Write what no weights file holds: adapters, and parts trained in full or made from scratch. language: the
+    language part's state_dict, where processes have split its tensors.
+
+    vision.safetensors (timm's layout), projector.safetensors, language/ (the hub's layout),
+    vision_adapter/ and adapter/ (PEFT's layout), config.json.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors_of(model.projector), folder / "projector.safetensors")
+    weights = dict(model.weights)
+    for part in weights:
+        module = getattr(model, part)
+        if part in model.lora:
+            save_adapter(module, folder / ADAPTERS[part], weights[part], **model.lora[part])
+        elif is_trained(module):
+            weights[part] = ""
+        if weights[part]:
+            continue
+        if part == "vision":
+            save_module(module, folder / "vision.safetensors")
+        else:
+            save_llama(module, folder / "language", language)
+    config = {"weights": weights, "hashes": model.hashes, "lora": model.lora,
+              "merge": model.vision.config.merge}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_vlm_config(folder, parts=("vision", "language")):
+    """What save_vlm wrote, the weights of these parts where they are now. Raises UserError if it is no VLM's."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no model here; run `python train_vlm.py`")
+    config = read_settings(folder / "config.json")
+    hashes = config.get("hashes", {})
+    weights = {part: config["weights"][part] and find_weights(config["weights"][part], hashes.get(part))
+               for part in parts}
+    return {"merge": 1, **config, "weights": weights, "hashes": hashes}
+
+
+def load_vlm(folder, dtype=torch.float32, device="cpu", split=None):
+    """The VLM that save_vlm wrote. Raises UserError when a file is missing or does not fit."""
+    folder = Path(folder)
+    config = read_vlm_config(folder)
+    weights, lora = config["weights"], config["lora"]
+    vision = load_vit(weights["vision"] or folder / "vision.safetensors", device=device, merge=config["merge"])
+    language = load_llama(weights["language"] or folder / "language", dtype, device, lora.get("language"), split)
+    if "vision" in lora:
+        add_lora(vision, **lora["vision"])
+    with torch.device("meta"):
+        model = VLM(vision, language)
+    load_exactly(model.projector, [folder / "projector.safetensors"], torch.float32, device)
+    model.weights, model.hashes, model.lora = weights, model.hashes | config["hashes"], lora
+    for part in lora:
+        load_adapter(getattr(model, part), folder / ADAPTERS[part])
+    return model
+
+
+def load_run(name, dtype=torch.float32, device="cpu"):
+    """The VLM of a train_vlm.py run, from its newest checkpoint, or of the checkpoint of that name."""
+    return load_vlm(find_run(name)[1], dtype, device)
+
+
+def load_trained_encoder(folder, device="cpu"):
+    """The image encoder alone of what save_vlm wrote, its LoRA, where it has one, merged into its weights."""
+    folder = Path(folder)
+    config = read_vlm_config(folder, parts=["vision"])
+    file = config["weights"]["vision"] or folder / "vision.safetensors"
+    model = load_vit(file, device=device)
+    if "vision" in config["lora"]:
+        plain = load_vit(file, device=device)
+        add_lora(model, **config["lora"]["vision"])
+        load_adapter(model, folder / ADAPTERS["vision"])
+        for layer in lora_layers(model).values():
+            layer.merge()
+        state = model.state_dict()
+        plain.load_state_dict({name: state[inside] for name, inside in plain_names(state).items()})
+        model = plain
+    return model

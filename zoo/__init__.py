@@ -1,0 +1,1 @@
+"""Published parts beside the paper's, a file each. Above model.py, below weights.py."""

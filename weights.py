@@ -1,5 +1,5 @@
 """
-Loading and saving: the only file that knows how weights lie in files.
+Loading and saving: how the parts of a model lie in files, and what of a file belongs to which part.
 
     encoders     safetensors in timm's layout (BiomedCLIP, PubMedCLIP) or OpenAI CLIP's (PMC-CLIP's ResNet)
     LLaMA        a hub folder: config.json and model.safetensors, whole or in several files
@@ -25,71 +25,16 @@ from data import BOS, EOS
 from lora import add_lora, lora_layers
 from model import CONFIGS, VLM, LLaMA, LlamaConfig, ViT, ViTConfig
 from plumbing.claims import lfs_pointer, llama_refusal, vit_facts, vit_problem
-from plumbing.devices import fill, is_split
 from plumbing.files import find_run, read_settings, sort_metadata
 from plumbing.flags import UserError
-from plumbing.tensors import (find_weights, hash_weights, language_files, read_metadata, read_tensor, tensor_shapes,
-                              tensors_of)
+from plumbing.tensors import (find_weights, hash_weights, language_files, load_exactly, plain_names, read_metadata,
+                              tensor_shapes, tensors_of)
 from zoo.resnet import ResNet, ResNetConfig
 
 ADAPTERS = {"vision": "vision_adapter", "language": "adapter"}  # part -> its folder in a VLM's
 
 
 # ----------------------------------------------------------------------------- one module
-
-def plain_names(names):
-    """{name in a file: name in a module}, LoRA's own left out: a wrapped matrix is the one that it wraps."""
-    return {name.replace(".base.", "."): name for name in names if ".lora_" not in name}
-
-
-def load_exactly(model, files, dtype, device, prefix="", dropped=r"(?!)"):
-    """
-    Fill a model built on the meta device from safetensors files, in both directions completely, tensor by
-    tensor: the peak of memory is the weights themselves. Of a model that processes have split, each fills its
-    part. On the meta device again nothing is read but names and shapes.
-
-    prefix is taken off the files' keys; keys that fully match `dropped` are left out. Raises
-    UserError with the first offenders when a key is unknown, missing, repeated or misshapen.
-    """
-    state, names = model.state_dict(), plain_names(model.state_dict())
-    sources, problems = {}, []
-    for file in files:
-        for key, shape in tensor_shapes(file).items():
-            name = key.removeprefix(prefix)
-            if re.fullmatch(dropped, key):
-                continue
-            if name not in names:
-                problems.append(f"{key} is unknown")
-            elif name in sources:
-                problems.append(f"{key} comes twice")
-            elif shape != tuple(state[names[name]].shape):
-                problems.append(f"{key} is {shape}, not {tuple(state[names[name]].shape)}")
-            sources[name] = (file, key)
-    problems += [f"{name} is missing" for name in names if name not in sources]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"{files[0]}: does not fit this model: {'; '.join(problems[:3])}{more}")
-    split, loaded = any(map(is_split, state.values())), {}
-    if split:
-        state = model.to_empty(device=device).state_dict()
-    for name, (file, key) in sources.items():
-        target = state[names[name]]
-        kind = dtype if target.is_floating_point() else target.dtype  # counts stay whole
-        if str(device) == "meta":
-            loaded[names[name]] = target.to(kind)
-            continue
-        tensor = read_tensor(file, key)
-        if tensor.is_floating_point() != target.is_floating_point():
-            raise UserError(f"{file}: {key} is {tensor.dtype}, which holds no weights")
-        if split:
-            with torch.no_grad():
-                fill(target, tensor.to(kind))
-        else:
-            loaded[names[name]] = tensor.to(device, kind)
-    if not split:
-        model.load_state_dict(loaded, assign=True, strict=False)  # LoRA's own are not among the files'
-    return model
-
 
 def is_trained(module):
     return any(parameter.requires_grad for parameter in module.parameters())
@@ -224,22 +169,29 @@ def save_llama(module, folder, state=None):
     """Write a LLaMA as a hub folder, which transformers reads. state: as save_module takes it."""
     folder.mkdir(exist_ok=True)
     save_module(module, folder / "model.safetensors", state)
-    config = {name: value for name, value in asdict(module.config).items() if value or name != "head_dim"}
-    hub = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **config, "hidden_act": "silu",
-           "bos_token_id": BOS, "eos_token_id": EOS, "tie_word_embeddings": False}
-    (folder / "config.json").write_text(json.dumps(hub, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(hub_config(module.config), indent=2) + "\n")
+
+
+def hub_config(config):
+    """A LlamaConfig as the hub's config.json has it, as a dict."""
+    sizes = {name: value for name, value in asdict(config).items() if value or name != "head_dim"}
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes, "hidden_act": "silu",
+            "bos_token_id": BOS, "eos_token_id": EOS, "tie_word_embeddings": False}
 
 
 # ----------------------------------------------------------------------------- LoRA
+
+def adapter_parameters(model):
+    """{PEFT's name: parameter} of a model's LoRA."""
+    return {f"base_model.model.{name}.lora_{side}.weight": getattr(layer, f"lora_{side}")
+            for name, layer in lora_layers(model).items() for side in "AB"}
+
 
 def save_adapter(model, folder, base_name, targets, r, alpha, dropout):
     """Write adapter_config.json and adapter_model.safetensors as PEFT does."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, layer in lora_layers(model).items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.detach().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B.detach().contiguous()
+    tensors = {key: parameter.detach().contiguous() for key, parameter in adapter_parameters(model).items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM" if isinstance(model, LLaMA) else None,
               "base_model_name_or_path": base_name, "r": r, "lora_alpha": alpha,
@@ -267,10 +219,7 @@ def load_adapter(model, folder):
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: {lfs_pointer(path) or f'not a whole safetensors file ({error})'}") from None
     drop_base(path, tensors, model)
-    wanted = {}
-    for name, layer in lora_layers(model).items():
-        wanted[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A
-        wanted[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B
+    wanted = adapter_parameters(model)
     wrong = sorted(wanted.keys() ^ tensors.keys()) or sorted(
         key for key in wanted if wanted[key].shape != tensors[key].shape
         or not tensors[key].is_floating_point())
@@ -370,21 +319,28 @@ def read_vlm_config(folder, parts=("vision", "language")):
     return {"merge": 1, **config, "weights": weights, "hashes": hashes}
 
 
+def load_vision(folder, config, device):
+    """The vision part of what save_vlm wrote, config its read_vlm_config, with its LoRA."""
+    file = config["weights"]["vision"] or folder / "vision.safetensors"
+    model = load_vit(file, device=device, merge=config["merge"])
+    if "vision" in config["lora"]:
+        add_lora(model, **config["lora"]["vision"])
+        load_adapter(model, folder / ADAPTERS["vision"])
+    return model
+
+
 def load_vlm(folder, dtype=torch.float32, device="cpu", split=None):
     """The VLM that save_vlm wrote. Raises UserError when a file is missing or does not fit."""
     folder = Path(folder)
     config = read_vlm_config(folder)
     weights, lora = config["weights"], config["lora"]
-    vision = load_vit(weights["vision"] or folder / "vision.safetensors", device=device, merge=config["merge"])
     language = load_llama(weights["language"] or folder / "language", dtype, device, lora.get("language"), split)
-    if "vision" in lora:
-        add_lora(vision, **lora["vision"])
+    if "language" in lora:
+        load_adapter(language, folder / ADAPTERS["language"])
     with torch.device("meta"):
-        model = VLM(vision, language)
+        model = VLM(load_vision(folder, config, device), language)
     load_exactly(model.projector, [folder / "projector.safetensors"], torch.float32, device)
     model.weights, model.hashes, model.lora = weights, model.hashes | config["hashes"], lora
-    for part in lora:
-        load_adapter(getattr(model, part), folder / ADAPTERS[part])
     return model
 
 
@@ -396,16 +352,9 @@ def load_run(name, dtype=torch.float32, device="cpu"):
 def load_trained_encoder(folder, device="cpu"):
     """The image encoder alone of what save_vlm wrote, its LoRA, where it has one, merged into its weights."""
     folder = Path(folder)
-    config = read_vlm_config(folder, parts=["vision"])
-    file = config["weights"]["vision"] or folder / "vision.safetensors"
-    model = load_vit(file, device=device)
-    if "vision" in config["lora"]:
-        plain = load_vit(file, device=device)
-        add_lora(model, **config["lora"]["vision"])
-        load_adapter(model, folder / ADAPTERS["vision"])
-        for layer in lora_layers(model).values():
-            layer.merge()
-        state = model.state_dict()
-        plain.load_state_dict({name: state[inside] for name, inside in plain_names(state).items()})
-        model = plain
-    return model
+    model = load_vision(folder, {**read_vlm_config(folder, parts=["vision"]), "merge": 1}, device)
+    for name, layer in lora_layers(model).items():
+        layer.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.base)
+    return model.requires_grad_(True)

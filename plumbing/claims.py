@@ -106,8 +106,6 @@ def llama_refusal(config, head_size):
     odd = [text for wrong, text in [
         (config.get("tie_word_embeddings"), "tied embeddings (tie_word_embeddings)"),
         (config.get("attention_bias"), "biases (attention_bias)")] if wrong] + rope_oddities(config)
-    if (config.get("head_dim") or head_size) != head_size:
-        odd.append(f"head_dim {config['head_dim']!r:.20} where the sizes give {head_size}")
     if (config.get("hidden_act") or "silu") not in ("silu", "swish"):
         odd.append(f"activation {config['hidden_act']!r:.40}".replace("'", ""))
     scale = config.get("attention_multiplier")

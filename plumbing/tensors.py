@@ -1,6 +1,6 @@
 """
-Safetensors files, checked: names and shapes without reading them, tensors by their hashes, and what tells one
-file of weights from another.
+Safetensors files, checked: names and shapes without reading them, tensors by their hashes, a model filled from
+them completely, and what tells one file of weights from another.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from plumbing.claims import lfs_pointer
+from plumbing.devices import fill, is_split
 from plumbing.files import hash_file, hash_json, read_settings
 from plumbing.flags import UserError
 
@@ -65,6 +66,60 @@ def tensor_hash(tensor):
 def tensors_of(module):
     """{name: tensor} of a module, as save_file takes them."""
     return {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}
+
+
+def plain_names(names):
+    """{name in a file: name in a module}, LoRA's own left out: a wrapped matrix is the one that it wraps."""
+    return {name.replace(".base.", "."): name for name in names if ".lora_" not in name}
+
+
+def load_exactly(model, files, dtype, device, prefix="", dropped=r"(?!)"):
+    """
+    Fill a model built on the meta device from safetensors files, in both directions completely, tensor by
+    tensor: the peak of memory is the weights themselves. Of a model that processes have split, each fills its
+    part. On the meta device again nothing is read but names and shapes.
+
+    prefix is taken off the files' keys; keys that fully match `dropped` are left out. Raises
+    UserError with the first offenders when a key is unknown, missing, repeated or misshapen.
+    """
+    state, names = model.state_dict(), plain_names(model.state_dict())
+    sources, problems = {}, []
+    for file in files:
+        for key, shape in tensor_shapes(file).items():
+            name = key.removeprefix(prefix)
+            if re.fullmatch(dropped, key):
+                continue
+            if name not in names:
+                problems.append(f"{key} is unknown")
+            elif name in sources:
+                problems.append(f"{key} comes twice")
+            elif shape != tuple(state[names[name]].shape):
+                problems.append(f"{key} is {shape}, not {tuple(state[names[name]].shape)}")
+            sources[name] = (file, key)
+    problems += [f"{name} is missing" for name in names if name not in sources]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{files[0]}: does not fit this model: {'; '.join(problems[:3])}{more}")
+    split, loaded = any(map(is_split, state.values())), {}
+    if split:
+        state = model.to_empty(device=device).state_dict()
+    for name, (file, key) in sources.items():
+        target = state[names[name]]
+        kind = dtype if target.is_floating_point() else target.dtype  # counts stay whole
+        if str(device) == "meta":
+            loaded[names[name]] = target.to(kind)
+            continue
+        tensor = read_tensor(file, key)
+        if tensor.is_floating_point() != target.is_floating_point():
+            raise UserError(f"{file}: {key} is {tensor.dtype}, which holds no weights")
+        if split:
+            with torch.no_grad():
+                fill(target, tensor.to(kind))
+        else:
+            loaded[names[name]] = tensor.to(device, kind)
+    if not split:
+        model.load_state_dict(loaded, assign=True, strict=False)  # LoRA's own are not among the files'
+    return model
 
 
 def language_files(folder):

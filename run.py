@@ -22,10 +22,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from data import Batch
+from data import Batch, Tokenizer
 from plumbing.devices import fill, gather, is_split, sum_over_ranks, whole_and_split
-from plumbing.files import (best_checkpoint, checkpoints, differences, find_damage, nearest_run, newest_checkpoint,
-                            read_manifest, require_writable, sealed, sync, write_manifest, write_whole)
+from plumbing.files import (best_checkpoint, checkpoints, differences, find_damage, find_run, nearest_run,
+                            newest_checkpoint, read_manifest, require_writable, sealed, sync, write_manifest,
+                            write_whole)
 from plumbing.flags import UserError
 
 # ----------------------------------------------------------------------------- one update
@@ -154,6 +155,23 @@ def open_run(folder, config, free=(), restated=()):
                             "the flags it was started with")
     sweep(folder, newest)
     return newest
+
+
+def open_trained_run(name="", checkpoint=""):
+    """
+    (folder, checkpoint, the record that it was sealed with, Tokenizer) of a train_vlm.py run, for whoever uses
+    its model; name and checkpoint: as plumbing.files.find_run takes them. Raises UserError where one of them
+    is missing, damaged, or not the run's.
+    """
+    folder, chosen = find_run(name, checkpoint)
+    record, tokenizer = read_manifest(chosen), Tokenizer(folder / "tokenizer.model")
+    if record is None:
+        raise UserError(f"{chosen}: whole a moment ago, now not to be read; see to the disk")
+    if "image" not in record:
+        raise UserError(f"{chosen}: saved by another version of this code; run `python train_vlm.py` anew")
+    if record["inputs"]["tokenizer"] != tokenizer.sha256:
+        raise UserError(f"{tokenizer.path}: not the one that the run was trained with; bring that back")
+    return folder, chosen, record, tokenizer
 
 
 def sweep(folder, newest):

@@ -14,13 +14,14 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import train_vlm
 from data import Tokenizer
-from lora import add_lora, load_adapter, read_adapter_config
-from model import VLM, LLaMA, LlamaConfig, ViT, ViTConfig, load_encoder
+from lora import add_lora
+from model import VLM, LLaMA, LlamaConfig, ViT, ViTConfig
 from plumbing.claims import (LORA_HARMLESS, LORA_NEUTRAL, lfs_pointer, llama_refusal, lora_refusal,
-                             tokenizer_mismatch)
+                             read_adapter_config, tokenizer_mismatch)
 from plumbing.flags import UserError
 from test_encoders import fill, references, some_pixels  # noqa: F401
-from test_model import LLAMA, TOLERANCE, V, edit_json, hub_llama, randomise, relative_error, some_tokens
+from test_model import LLAMA, TOLERANCE, V, edit_json, hub_llama, logits_of, randomise, relative_error, some_tokens
+from weights import load_adapter, load_encoder, load_llama, load_vit, load_vlm, save_vlm
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
@@ -43,23 +44,23 @@ def test_another_family_with_llama_s_names_is_refused_by_name(family, tmp_path):
     config = CONFIG_MAPPING[family](**SIZES, tie_word_embeddings=False)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"{tmp_path}/config.json: .*{family}.* not supported here") as caught:
-        LLaMA.from_pretrained(tmp_path)
+        load_llama(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 @torch.no_grad()
-def test_mistral_without_a_window_is_llama(tmp_path):
+@pytest.mark.parametrize("head_dim", [8, 16])  # of 32 channels in 4 heads, and one of its own
+def test_mistral_without_a_window_is_llama(head_dim, tmp_path):
     torch.manual_seed(0)
     theirs = randomise(transformers.MistralForCausalLM(transformers.MistralConfig(
-        **SIZES, sliding_window=None))).eval()
+        **SIZES | {"head_dim": head_dim}, sliding_window=None))).eval()
     theirs.save_pretrained(tmp_path)
-    assert relative_error(LLaMA.from_pretrained(tmp_path)(some_tokens()),
-                          theirs(some_tokens()).logits) < TOLERANCE
+    assert relative_error(load_llama(tmp_path)(some_tokens()), logits_of(theirs, some_tokens())) < TOLERANCE
     for change in ({"sliding_window": 4096}, {"num_key_value_heads": None}):
         right = (tmp_path / "config.json").read_text()
         edit_json(tmp_path / "config.json", **change)
         with pytest.raises(UserError, match="a mistral whose sliding_window is not null, or without"):
-            LLaMA.from_pretrained(tmp_path)
+            load_llama(tmp_path)
         (tmp_path / "config.json").write_text(right)
 
 
@@ -72,7 +73,7 @@ BARE = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **dataclas
     ("residual_multiplier", 0.2, 1.0), ("logits_scaling", 8.0, 1), ("attention_multiplier", 0.1, 8 ** -0.5),
     ("layer_types", ["full_attention", "sliding_attention"], ["full_attention"] * 2),
     ("no_rope_layers", [1, 0], []), ("quantization_config", {"quant_method": "gptq"}, {}),
-    ("tie_word_embeddings", True, False), ("head_dim", 16, 8), ("hidden_act", "gelu", "silu"),
+    ("tie_word_embeddings", True, False), ("hidden_act", "gelu", "silu"),
     ("attn_logit_softcapping", 50.0, None), ("final_logit_softcapping", 30.0, None), ("qk_norm", True, False),
     ("auto_map", {"AutoModel": "modeling_x.X"}, None), ("is_encoder_decoder", True, False),
     ("rope_scaling", {"type": "linear", "factor": 2.0}, None), ("rope_scaling", {"type": "dynamic"}, {}),
@@ -94,11 +95,11 @@ def test_an_unknown_field_is_refused_by_name_unless_it_is_empty(tmp_path):
     for value in (1.5, 0, False, True, "x", [1], {"a": 1}):
         edit_json(tmp_path / "config.json", foo_scale=value)
         with pytest.raises(UserError, match="config.json: foo_scale .* not known here; a field that changes no"):
-            LLaMA.from_pretrained(tmp_path)
+            load_llama(tmp_path)
         (tmp_path / "config.json").write_text(right)
     for value in (None, {}, [], ""):
         edit_json(tmp_path / "config.json", foo_scale=value)
-        LLaMA.from_pretrained(tmp_path)
+        load_llama(tmp_path)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -127,20 +128,20 @@ def test_two_sets_of_weights_in_a_folder_are_refused_and_pickles_get_their_remed
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="both model.safetensors and the files of model.safetensors.index.json"):
-        LLaMA.from_pretrained(tmp_path)
+        load_llama(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file != shards[0].name}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=f"{len(shards) - 1} of {len(shards)} files of the weights"):
-        LLaMA.from_pretrained(tmp_path)
+        load_llama(tmp_path)
     (tmp_path / "model.safetensors.index.json").unlink()
     (tmp_path / "pytorch_model-00001-of-00001.bin").touch()
     with pytest.raises(UserError, match=f"weights are pickles, .* --convert={tmp_path}` writes them"):
-        LLaMA.from_pretrained(tmp_path)
+        load_llama(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(POINTER)
     with pytest.raises(UserError, match="model.safetensors: a git-lfs pointer, not the file; run `git lfs pull`"):
-        LLaMA.from_pretrained(tmp_path)
+        load_llama(tmp_path)
     assert lfs_pointer(POINTER) and not lfs_pointer(b"") and not lfs_pointer(tmp_path / "none")
 
 
@@ -181,10 +182,10 @@ def test_peft_s_adapters_give_its_logits_or_are_refused(settings, fits, tmp_path
         with pytest.raises(UserError, match=f"adapter_config.json: .*{next(iter(settings))} .* not supported"):
             read_adapter_config(tmp_path / "adapter")
         return
-    ours = LLaMA.from_pretrained(tmp_path / "base")
+    ours = load_llama(tmp_path / "base")
     add_lora(ours, **read_adapter_config(tmp_path / "adapter"))
     load_adapter(ours, tmp_path / "adapter")
-    assert relative_error(ours(some_tokens()), theirs.eval()(input_ids=some_tokens()).logits) < TOLERANCE
+    assert relative_error(ours(some_tokens()), logits_of(theirs.eval(), some_tokens())) < TOLERANCE
 
 
 def test_embeddings_that_peft_saved_are_the_base_s_or_refused_by_name(tmp_path):
@@ -194,13 +195,13 @@ def test_embeddings_that_peft_saved_are_the_base_s_or_refused_by_name(tmp_path):
     theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
     file = tmp_path / "adapter/adapter_model.safetensors"
     tensors = load_file(file)
-    kept = sorted(name for name in tensors if ".lora_" not in name)
-    assert kept and any("lm_head" in name for name in kept)
-    ours = LLaMA.from_pretrained(tmp_path / "base")
+    whole = sorted(name for name in tensors if ".lora_" not in name)
+    assert any("lm_head" in name for name in whole)
+    ours = load_llama(tmp_path / "base")
     add_lora(ours, **read_adapter_config(tmp_path / "adapter"))
     load_adapter(ours, tmp_path / "adapter")
-    assert relative_error(ours(some_tokens()), theirs(input_ids=some_tokens()).logits) < TOLERANCE
-    for name in kept:
+    assert relative_error(ours(some_tokens()), logits_of(theirs, some_tokens())) < TOLERANCE
+    for name in whole:
         save_file({**tensors, name: tensors[name] + 1}, file)
         with pytest.raises(UserError, match=f"{name} is not the base's .*: trained with it, or on another base"):
             load_adapter(ours, tmp_path / "adapter")
@@ -219,7 +220,7 @@ def timm_vit(timm, name, folder, **arguments):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name, arguments, told, heads, activation", [
+@pytest.mark.parametrize("name, arguments, beside, heads, activation", [
     ("vit_huge_patch14_224", {"embed_dim": 160, "num_heads": 2, "patch_size": 32},
      {"model_args": {"embed_dim": 160, "num_heads": 2}}, 2, "gelu"),
     ("vit_base_patch32_clip_224", {"embed_dim": 192, "num_heads": 3},
@@ -229,15 +230,15 @@ def timm_vit(timm, name, folder, **arguments):
     ("vit_base_patch32_clip_224", {"embed_dim": 192, "num_heads": 3, "act_layer": "quick_gelu"},
      {"model_args": {"embed_dim": 192, "num_heads": 3, "act_layer": "quick_gelu"}}, 3, "quick_gelu"),
     ("vit_tiny_patch16_224", {"patch_size": 32}, {"pretrained_cfg": {"tag": "augreg"}}, 3, "gelu")])
-def test_timm_s_config_beside_a_vit_tells_heads_and_activation(name, arguments, told, heads, activation,
+def test_timm_s_config_beside_a_vit_tells_heads_and_activation(name, arguments, beside, heads, activation,
                                                               references, tmp_path):  # noqa: F811
     wanted = timm_vit(references[0], name, tmp_path, **arguments)
-    (tmp_path / "config.json").write_text(json.dumps({"architecture": name, **told}))
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": name, **beside}))
     ours = load_encoder(tmp_path / "vit.safetensors")
     assert (ours.config.heads, ours.config.gelu) == (heads, activation)
     assert relative_error(ours(some_pixels()), wanted) < TOLERANCE
-    VLM(ours, LLaMA(LLAMA)).save(tmp_path / "model")  # its own file says it, too
-    again = VLM.load(tmp_path / "model").vision
+    save_vlm(VLM(ours, LLaMA(LLAMA)), tmp_path / "model")  # its own file says it, too
+    again = load_vlm(tmp_path / "model").vision
     assert again.config == ours.config and torch.equal(again(some_pixels()), ours(some_pixels()))
 
 
@@ -279,7 +280,7 @@ def test_a_vit_that_says_what_is_not_done_here_is_refused(changes, config, messa
     if config is not None:
         (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=f"{file}: .*{message}") as caught:
-        ViT.from_pretrained(file)
+        load_vit(file)
     assert "\n" not in str(caught.value)
 
 
@@ -294,13 +295,13 @@ def test_a_vit_that_says_what_is_not_done_here_is_refused(changes, config, messa
 def test_clip_s_configs_tell_heads_and_activation(name, config, heads, activation, tmp_path):
     file = plain_vit(tmp_path)
     (tmp_path / name).write_text(json.dumps(config))
-    found = ViT.from_pretrained(file).config
-    assert (found.heads, found.gelu) == (heads, activation)
+    ours = load_vit(file).config
+    assert (ours.heads, ours.gelu) == (heads, activation)
     other = {"architecture": "vit_tiny_patch16_clip_224", "model_args": {"num_heads": 1, "depth": 1}}
     (tmp_path / ("config.json" if name.startswith("open") else "open_clip_config.json")).write_text(json.dumps(
         other if name.startswith("open") else {"vision_cfg": {"width": 192, "head_width": 192}}))
     with pytest.raises(UserError, match="heads is .* by config.json, .* by open_clip_config.json"):
-        ViT.from_pretrained(file)
+        load_vit(file)
 
 
 @torch.no_grad()
@@ -316,7 +317,7 @@ def test_timm_s_other_vits_are_refused_by_what_differs(name, arguments, message,
     model = references[0].create_model(name, num_classes=0, depth=1, img_size=56, **arguments)
     save_file(model.state_dict(), tmp_path / "vit.safetensors")
     with pytest.raises(UserError, match=message) as caught:
-        ViT.from_pretrained(tmp_path / "vit.safetensors")
+        load_vit(tmp_path / "vit.safetensors")
     assert "\n" not in str(caught.value)
 
 
@@ -336,7 +337,7 @@ def test_a_model_s_own_tokenizer_is_held_against_the_shards(tmp_path, capsys):
     base = str(tmp_path / "base")
     config = train_vlm.Config(model="sample", language_weights=base, vision="frozen", language="lora")
     device = torch.device("cpu")
-    train_vlm.make_model(config, ours, None, device, torch.float32)
+    train_vlm.load_parts(config, ours, None, device, torch.float32)
     assert f"{base}: not known whether its tokenizer is the shards': no tokenizer.model" in capsys.readouterr().out
     (tmp_path / "base/tokenizer.json").write_text(json.dumps(
         {"model": {"vocab": {piece: token for token, piece in enumerate(pieces)}}, "added_tokens": []}))
@@ -345,7 +346,7 @@ def test_a_model_s_own_tokenizer_is_held_against_the_shards(tmp_path, capsys):
     assert theirs.sha256 != ours.sha256
     with pytest.raises(UserError, match=r"base/tokenizer.model: id \d+ is .* prepare/all.py --only=... "
                                         f"--tokenizer={base}/tokenizer.model`"):
-        train_vlm.make_model(config, ours, None, device, torch.float32)
+        train_vlm.load_parts(config, ours, None, device, torch.float32)
     (tmp_path / "base/tokenizer.model").write_bytes((tmp_path / "tokenizer.model").read_bytes())
     assert tokenizer_mismatch(base, pieces) == ("", "")
     (tmp_path / "base/tokenizer.model").write_bytes(POINTER)

@@ -15,12 +15,14 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from model import LLaMA, ResNet, ResNetConfig, ViT, load_encoder
+from model import ViT
 from plumbing.files import hash_file
 from plumbing.flags import UserError
 from prepare.weights import WEIGHTS, convert_llama, write_llama
 from test_encoders import CLIP_VIT, fill
-from test_model import TOLERANCE, V, VIT, hub_llama, relative_error, some_tokens, tiny_vlm
+from test_model import TOLERANCE, V, VIT, hub_llama, logits_of, relative_error, some_tokens, tiny_vlm
+from weights import load_encoder, load_llama, load_vit
+from zoo.resnet import ResNet, ResNetConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,7 +47,7 @@ def test_biomedclip_s_tower_is_kept_bit_for_bit(tmp_path):
     done = prepare("biomedclip", tmp_path)
     assert done.returncode == 0 and "ready" in done.stdout, done.stdout + done.stderr
     target = tmp_path / "weights/biomedclip.safetensors"
-    loaded = ViT.from_pretrained(target)
+    loaded = load_vit(target)
     assert loaded.config == VIT
     for name, tensor in tiny_vlm().vision.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
@@ -157,13 +159,13 @@ def test_encoder_of_each_layout_is_kept_bit_for_bit(layouts, tmp_path, monkeypat
         with safe_open(target, "pt") as tensors:
             facts = tensors.metadata()
             assert json.loads(facts.pop("tensors")).keys() == wanted.keys()
-            told = {} if name == "pmc_clip" else {"heads": "2", "activation": WEIGHTS[name].activation}
-            assert facts == {"format": "pt", "source": WEIGHTS[name].page, **told,
+            of_the_vit = {} if name == "pmc_clip" else {"heads": "2", "activation": WEIGHTS[name].activation}
+            assert facts == {"format": "pt", "source": WEIGHTS[name].page, **of_the_vit,
                              "source_sha256": hash_file(tmp_path / "raw" / name / file)}
             assert set(tensors.keys()) == wanted.keys() and len(loaded) == len(wanted)
             for key, tensor in wanted.items():
-                for found in (tensors.get_tensor(key), loaded[key.removeprefix("visual.trunk.")]):
-                    assert found.dtype == tensor.dtype and torch.equal(found, tensor), key
+                for each in (tensors.get_tensor(key), loaded[key.removeprefix("visual.trunk.")]):
+                    assert each.dtype == tensor.dtype and torch.equal(each, tensor), key
     assert {path.name for path in target.parent.iterdir()} == {f"{name}.safetensors" for name in layouts}
 
 
@@ -206,11 +208,11 @@ def test_pmc_llama_s_shards_load_here_and_in_transformers(name, vocabulary, tmp_
     assert sorted(path.name for path in target.iterdir()) == [
         "config.json", *(f"model-{n:05}-of-00003.safetensors" for n in (1, 2, 3)),
         "model.safetensors.index.json"]
-    wanted = theirs(some_tokens()).logits
-    assert wanted.shape[2] == vocabulary
-    assert relative_error(LLaMA.from_pretrained(target)(some_tokens()), wanted) < TOLERANCE
+    wanted = logits_of(theirs, some_tokens())
+    assert wanted.shape[1] == vocabulary
+    assert relative_error(load_llama(target)(some_tokens()), wanted) < TOLERANCE
     again = transformers.AutoModelForCausalLM.from_pretrained(target, pad_token_id=0).eval()
-    assert relative_error(again(some_tokens()).logits, wanted) < TOLERANCE
+    assert relative_error(logits_of(again, some_tokens()), wanted) < TOLERANCE
 
 
 def test_a_number_that_was_altered_in_prepared_weights_is_refused(tmp_path):
@@ -223,7 +225,7 @@ def test_a_number_that_was_altered_in_prepared_weights_is_refused(tmp_path):
                in load_file(tmp_path / "hub/model.safetensors").items()}
     torch.save(tensors, raw / "pytorch_model.bin")
     write_llama(WEIGHTS["pmc_llama_7b"], raw, target)
-    right = LLaMA.from_pretrained(target).state_dict()
+    right = load_llama(target).state_dict()
     path = target / "model.safetensors"
     content = path.read_bytes()
     begin = 8 + int.from_bytes(content[:8], "little")
@@ -233,13 +235,13 @@ def test_a_number_that_was_altered_in_prepared_weights_is_refused(tmp_path):
         spoiled[bit // 8] ^= 1 << bit % 8
         path.write_bytes(spoiled)
         with pytest.raises(UserError, match="model.safetensors: .*weight was altered since it was written"):
-            LLaMA.from_pretrained(target)
+            load_llama(target)
     path.write_bytes(content)
-    assert all(torch.equal(tensor, right[name]) for name, tensor in LLaMA.from_pretrained(target).state_dict().items())
+    assert all(torch.equal(tensor, right[name]) for name, tensor in load_llama(target).state_dict().items())
     settings = json.loads((target / "config.json").read_text()) | {"rms_norm_eps": 1e-3}
     (target / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="config.json: was altered; delete .*llama, and prepare/all.py makes it"):
-        LLaMA.from_pretrained(target)
+        load_llama(target)
 
 
 def half_a_llama(raw):
@@ -282,7 +284,7 @@ def test_a_folder_of_one_s_own_pickles_is_converted_with_its_tokenizer(tmp_path)
     (tmp_path / "mine/tokenizer.model").write_bytes(b"pieces")
     target = convert_llama(tmp_path / "mine", tmp_path / "weights")
     assert target == tmp_path / "weights/mine" and (target / "tokenizer.model").read_bytes() == b"pieces"
-    assert relative_error(LLaMA.from_pretrained(target)(some_tokens()), theirs(some_tokens()).logits) < TOLERANCE
+    assert relative_error(load_llama(target)(some_tokens()), logits_of(theirs, some_tokens())) < TOLERANCE
     with pytest.raises(UserError, match="weights/mine: there already; remove it"):
         convert_llama(tmp_path / "mine", tmp_path / "weights")
     with pytest.raises(UserError, match="no config.json in it"):

@@ -248,21 +248,6 @@ def random_keys(seed, purpose, lap, count):
     return np.random.Philox(key=[seed, purpose], counter=[0, 0, 0, lap]).random_raw(count)
 
 
-def connect(shard):
-    """(n,) int64, the same number for samples of a shard that share an image or a prefix, at any remove."""
-    images = len(shard.image_index)
-    label = np.arange(images)
-    sample, image = shard.image_pairs()
-    while True:
-        least = np.full(len(shard), images)
-        np.minimum.at(least, sample, label[image])
-        smaller = label.copy()
-        np.minimum.at(smaller, image, least[sample])
-        if (smaller == label).all():
-            return np.where(shard.samples["images"] > 0, least, images + shard.samples["prefix"].astype(np.int64))
-        label = smaller
-
-
 @dataclass
 class Mixture:
     """
@@ -277,8 +262,8 @@ class Mixture:
     batch_size: int = 64  # samples in a step
     weights: list | None = None  # how often each shard is seen in an epoch: 2 twice; 0.5 half of it
     questions_per_image: int = 1  # samples of a step that may share one prefix; 0: all
-    max_length: int = 1024  # tokens of a sample, and of samples that share a prefix
-    micro_batch_tokens: int = 8192  # tokens of a Batch, about
+    max_length: int = 1024  # tokens of a sample
+    micro_batch_tokens: int = 8192  # tokens of a Batch, unless one sample has more
     seed: int = 0
     held_out: int = 0  # about how many samples to keep for validation, images never divided
     leaks: list | None = None  # of each shard what read_leaks says; what is to be dropped is left out
@@ -294,13 +279,13 @@ class Mixture:
             sizes = shard.image_index
             tokens = np.asarray(self.count_tokens(sizes["height"].astype(int), sizes["width"].astype(int)))
             self.image_tokens.append(tokens.reshape(-1))
-            excess, usable = self.measure(index, self.max_length)
+            excess, usable = self.measure(index)
             self.excess.append(excess)
             self.too_long += int((~usable).sum())
             self.cut += int((usable & (excess > 0)).sum())
             if self.leaks and self.leaks[index][0] == "drop":
                 usable[self.leaks[index][1]] = False
-            connected = connect(shard)
+            connected = shard.connect()
             # Its own stream of numbers, and no seed: runs of other seeds are judged by the same samples
             keys = random_keys(0, 2 * index, 0, len(sizes) + len(shard))[connected]
             count = min(round(self.held_out * len(shard) / self.starts[-1]), int(usable.sum()))
@@ -314,24 +299,15 @@ class Mixture:
             raise UserError("no sample to train on: all are held out, weighted 0 or too long")
         self.epoch_order = functools.lru_cache(maxsize=2)(self.epoch_order)
 
-    def measure(self, index, max_length):
+    def measure(self, index):
         """Of each sample of a shard: tokens beyond max_length, (n,) int64, and whether it can be cut to fit."""
         samples = self.shards[index].samples
         sample, image = self.shards[index].image_pairs()
         length = np.bincount(sample, self.image_tokens[index][image], len(samples)).astype(np.int64)
         length += samples["length"].astype(np.int64) - samples["images"] - 1  # the last is no input
-        excess = length - max_length
+        excess = length - self.max_length
         text = samples["prompt"].astype(np.int64) - samples["head"]  # of which one token has to stay
         return excess, (excess <= 0) | (excess < text)
-
-    def fits_alike(self, max_length):
-        """Whether another max_length leaves out the same samples, and cuts the same prompts to the same."""
-        def outcome(index, max_length):  # tokens cut; -1 where the sample is left out
-            excess, usable = self.measure(index, max_length)
-            return np.where(usable, np.maximum(excess, 0), -1)
-
-        return all((outcome(index, max_length) == outcome(index, self.max_length)).all()
-                   for index in range(len(self.shards)))
 
     def has_images(self):
         return any((shard.samples["images"][train] > 0).any() for shard, train in zip(self.shards, self.train))
@@ -407,7 +383,7 @@ class Mixture:
         for (_, index), some in gathered.items():
             group = Group(some, shared_prefix(some), some[0].key, self.image_tokens[index],
                           self.shards[index].read_image)
-            pieces += group.cut(self.max_length)
+            pieces += group.cut(min(self.max_length, self.micro_batch_tokens))  # masks grow with the square
         divisor = sum(int(end - begin) for piece in pieces for sample in piece.samples
                       for begin, end in sample.spans)
         batches = [make_batch(some, self.multiple) for some in self.divide(pieces)]

@@ -24,7 +24,7 @@ class Config:
     shards_dir: str = "shards"  # where prepare/all.py put them
     batch_size: BatchSize = 64  # samples in an optimiser step
     questions_per_image: Whole = 1  # samples of a step that may share one copy of what they begin with; 0: all
-    max_length: Annotated[int, Range(16, 1 << 20)] = 3584  # tokens of a sample, and of samples that share
+    max_length: Annotated[int, Range(16, 1 << 20)] = 3584  # tokens of a sample; a longer prompt is cut at its front
     micro_batch_tokens: Count = 8192  # tokens of a forward pass; trades memory for speed, not results
     recompute: Share = 0.0  # share of the blocks whose activations are computed twice, to save memory
     compile: bool = True  # the blocks' small operations into few kernels, on a GPU; takes a minute at first
@@ -96,8 +96,7 @@ from weights import build_vlm, is_trained, load_adapter, load_vlm, save_vlm
 
 FREE_ON_RESUME = {"workers", "recompute", "compile", "device", "resume", "run", "config", "log_every",
                   "evaluate_every", "save_every", "save_minutes", "keep", "shard", "rank_timeout", "wandb",
-                  "shards_dir",  # up to here what changes no number, from here on its rounding alone
-                  "micro_batch_tokens", "max_length"}  # as far as require_same_samples lets it
+                  "shards_dir", "micro_batch_tokens"}  # they change no number; the last its rounding alone
 
 
 # ----------------------------------------------------------------------------- data and model
@@ -122,14 +121,6 @@ def open_data(config, vision, device, rank=0, ranks=1):
         raise UserError(f"--language=frozen: no sample of --data={config.data} has an image, so that nothing "
                         "would train; choose --language=lora, or data with images")
     return mixture
-
-
-def require_same_samples(mixture, config, checkpoint):
-    """Raise UserError where another max_length than before the checkpoint would change what a sample is."""
-    before = read_manifest(checkpoint)["flags"]["max_length"]
-    if not mixture.fits_alike(before):
-        raise UserError(f"--max_length={config.max_length}: the run in {checkpoint.parent} has {before}, at which "
-                        "other answers fit or prompts are cut elsewhere; resume it with that")
 
 
 def open_tokenizer(config):
@@ -310,7 +301,6 @@ def train(config, folder, rank, ranks, device, dtype):
     steps = config.max_steps or max(1, int(config.epochs * mixture.samples_per_epoch / config.batch_size))
     first = 0
     if checkpoint:
-        require_same_samples(mixture, config, checkpoint)
         load_optimizer(optimizer, model, checkpoint)
         first = int(checkpoint.name[5:])
         scale = scale and LossScale(**read_manifest(checkpoint).get("loss_scale", {}))

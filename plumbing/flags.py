@@ -258,8 +258,7 @@ def is_out_of_memory(error):
 def less_memory(config):
     """What README.md says to do when memory is short, by the flags that a script has."""
     if hasattr(config, "micro_batch_tokens") and hasattr(config, "recompute"):
-        return ("lower --micro_batch_tokens (it changes no result), and --row_length with it, or raise --recompute "
-                "towards 1")
+        return "lower --micro_batch_tokens (it changes no result), or raise --recompute towards 1"
     for flag in ("batch_size", "workers"):
         if hasattr(config, flag):
             return f"lower --{flag}"

@@ -164,6 +164,20 @@ class Shard:
         within = np.arange(len(sample)) - np.repeat(np.cumsum(counts) - counts, counts)
         return sample, self.parts[self.samples["parts"][sample].astype(np.int64) + within].astype(np.int64)
 
+    def connect(self):
+        """(n,) int64, the same number for samples that share an image or a prefix, at any remove."""
+        images = len(self.image_index)
+        label = np.arange(images)
+        sample, image = self.image_pairs()
+        while True:
+            least = np.full(len(self), images)
+            np.minimum.at(least, sample, label[image])
+            smaller = label.copy()
+            np.minimum.at(smaller, image, least[sample])
+            if (smaller == label).all():
+                return np.where(self.samples["images"] > 0, least, images + self.samples["prefix"].astype(np.int64))
+            label = smaller
+
     def describe(self):
         """What a run that reads this shard records of it, to know it again: a dict."""
         return {"checksum": self.manifest["checksum"], "samples": len(self), "images": len(self.image_index),

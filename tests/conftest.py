@@ -7,6 +7,7 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -21,3 +22,15 @@ def threads():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("prepare.shards.ProcessPoolExecutor", lambda workers, *rest: ThreadPoolExecutor(workers))
         yield
+
+
+@pytest.fixture(scope="session")
+def references():
+    """timm and open_clip, which import torchvision and use nothing of it for these models."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("", ".ops", ".ops.misc", ".transforms", ".transforms.functional", ".datasets"):
+            if f"torchvision{name}" not in sys.modules:
+                patch.setitem(sys.modules, f"torchvision{name}", MagicMock())
+        why = ("needs `pip install --no-deps timm open_clip_torch ftfy wcwidth`; without --no-deps they "
+               "bring a torchvision that a torch for CPUs cannot import")
+        yield pytest.importorskip("timm", reason=why), pytest.importorskip("open_clip", reason=why)

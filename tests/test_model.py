@@ -1,7 +1,7 @@
 """The model against transformers, written-out loops and its own files; helpers of other tests."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -11,9 +11,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from data import BOS, EOS
+from generate import finished_groups, generate
 from lora import add_lora, lora_layers
-from model import Linear, LLaMA, LlamaConfig, RMSNorm, VLM, ViT, ViTConfig, rotary_angles, rotate
+from model import LLaMA, LlamaConfig, RMSNorm, VLM, ViT, ViTConfig, normalise, rotary_angles, rotate
 from plumbing.flags import UserError
+from plumbing.kernels import Linear
+from weights import build_vlm, load_llama, load_vit, load_vlm, save_vlm
 
 TOLERANCE = 1e-5  # relative, float32
 V = 307  # odd, as 32001 is
@@ -41,9 +44,9 @@ def tiny_vlm():
     return randomise(VLM(ViT(VIT), LLaMA(LLAMA)))
 
 
-def hub_llama(folder, nkv=2, theta=5e5, shard="1GB"):
+def hub_llama(folder, nkv=2, theta=5e5, shard="1GB", head_dim=8):
     """A random LLaMA of transformers, also written into the folder."""
-    sizes = {**asdict(LLAMA), "num_key_value_heads": nkv}
+    sizes = {**asdict(LLAMA), "num_key_value_heads": nkv, "head_dim": head_dim}
     del sizes["rope_theta"]
     config = transformers.LlamaConfig(
         **sizes, rope_parameters={"rope_type": "default", "rope_theta": theta})
@@ -53,13 +56,13 @@ def hub_llama(folder, nkv=2, theta=5e5, shard="1GB"):
     return model
 
 
-def some_tokens(rows=3, length=40):
-    return torch.randint(V, (rows, length), generator=torch.Generator().manual_seed(1))
+def some_tokens(length=40):
+    return torch.randint(V, (length,), generator=torch.Generator().manual_seed(1))
 
 
-def some_images(count):
-    generator = torch.Generator().manual_seed(2)
-    return torch.randint(256, (count, 16, 16, 3), generator=generator, dtype=torch.uint8)
+def logits_of(theirs, tokens):
+    """(T, V) logits of a model of transformers, which wants (1, T) tokens."""
+    return theirs(input_ids=tokens[None]).logits[0]
 
 
 def edit_json(path, **changes):
@@ -74,14 +77,14 @@ def test_llama_logits_equal_those_of_transformers(nkv, shard, tmp_path):
     theirs = hub_llama(tmp_path, nkv, shard=shard)
     files = len(list(tmp_path.glob("*.safetensors")))
     assert files > 2 if shard == "20KB" else files == 1
-    ours = LLaMA.from_pretrained(tmp_path)
-    assert relative_error(ours(some_tokens()), theirs(some_tokens()).logits) < TOLERANCE
+    ours = load_llama(tmp_path)
+    assert relative_error(ours(some_tokens()), logits_of(theirs, some_tokens())) < TOLERANCE
 
 
 def test_folder_with_pmc_llama_s_old_config_and_wrong_ids_loads(tmp_path):
     theirs = hub_llama(tmp_path, nkv=4, theta=10000.0)
     old = {key: value for key, value in asdict(LLAMA).items()
-           if key not in ("num_key_value_heads", "rope_theta")}
+           if key not in ("num_key_value_heads", "rope_theta", "head_dim")}
     (tmp_path / "config.json").write_text(json.dumps({
         **old, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1, "max_sequence_length": 2048,
@@ -91,22 +94,23 @@ def test_folder_with_pmc_llama_s_old_config_and_wrong_ids_loads(tmp_path):
     for layer in range(2):
         tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(tensors, tmp_path / "model.safetensors")
-    ours = VLM(ViT(VIT), LLaMA.from_pretrained(tmp_path))
-    assert relative_error(ours.language(some_tokens()), theirs(some_tokens()).logits) < TOLERANCE
+    ours = VLM(ViT(VIT), load_llama(tmp_path))
+    assert relative_error(ours.language(some_tokens()), logits_of(theirs, some_tokens())) < TOLERANCE
     assert (BOS, EOS) == (1, 2)
     for token, answer in [(1, [1, 1, 1]), (2, [])]:  # id 2 alone ends an answer
         always = F.one_hot(torch.tensor(token), V) * 1e6
         hook = ours.language.lm_head.register_forward_hook(lambda module, x, y: y + always)
-        assert list(ours.generate([(None, [[5, 6]])], max_new_tokens=3)) == [(0, [answer])]
+        ((_, (given,)),) = finished_groups(generate(ours, [([], [[BOS, 5, 6]])], max_new_tokens=3))
+        assert given.tokens == answer
         hook.remove()
 
 
 def test_saved_language_model_is_read_by_transformers(tmp_path):
     model = tiny_vlm()
-    model.save(tmp_path)
+    save_vlm(model, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "language").eval()
     assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (1, 2)
-    assert relative_error(model.language(some_tokens()), theirs(some_tokens()).logits) < TOLERANCE
+    assert relative_error(model.language(some_tokens()), logits_of(theirs, some_tokens())) < TOLERANCE
 
 
 def test_vit_tokens_equal_those_of_transformers(tmp_path):
@@ -150,7 +154,7 @@ def test_biomedclip_s_layout_loads_as_plain_timm_s(tmp_path):
                "logit_scale": torch.ones(()), "text.proj.0.weight": torch.ones(2, 2),
                "text.transformer.embeddings.position_ids": torch.arange(3)},
               tmp_path / "biomedclip.safetensors")
-    plain, prefixed = (ViT.from_pretrained(tmp_path / f"{name}.safetensors")
+    plain, prefixed = (load_vit(tmp_path / f"{name}.safetensors")
                        for name in ("timm", "biomedclip"))
     assert plain.config == prefixed.config == VIT
     for key, tensor in tensors.items():
@@ -165,7 +169,7 @@ def test_biomedclip_s_layout_loads_as_plain_timm_s(tmp_path):
 @pytest.mark.parametrize("part", ["vision.safetensors", "language/model.safetensors",
                                   "projector.safetensors"])
 def test_weights_that_do_not_fit_are_refused_by_name(part, damage, message, tmp_path):
-    tiny_vlm().save(tmp_path)
+    save_vlm(tiny_vlm(), tmp_path)
     file = tmp_path / part
     norm = {"vision.safetensors": "norm.weight", "language/model.safetensors": "model.norm.weight",
             "projector.safetensors": "bias"}[part]
@@ -179,9 +183,9 @@ def test_weights_that_do_not_fit_are_refused_by_name(part, damage, message, tmp_
         file.write_bytes(file.read_bytes()[:-10] if damage == "truncated" else b"")
     elif damage == "absent":
         file.unlink()
-    load = {"vision.safetensors": lambda: ViT.from_pretrained(file),
-            "language/model.safetensors": lambda: LLaMA.from_pretrained(file.parent),
-            "projector.safetensors": lambda: VLM.load(tmp_path)}[part]
+    load = {"vision.safetensors": lambda: load_vit(file),
+            "language/model.safetensors": lambda: load_llama(file.parent),
+            "projector.safetensors": lambda: load_vlm(tmp_path)}[part]
     with pytest.raises(UserError, match=message.format(norm=norm, file=file.name)):
         load()
 
@@ -191,22 +195,43 @@ def test_absent_shard_and_absent_config_are_refused_by_name(tmp_path):
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(UserError, match=f"{shard.name}: no such weights file"):
-        LLaMA.from_pretrained(tmp_path)
+        load_llama(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match="config.json: not there"):
-        LLaMA.from_pretrained(tmp_path)
+        load_llama(tmp_path)
 
 
 @pytest.mark.parametrize("change, message", [
     ({"tie_word_embeddings": True}, "tied embeddings"), ({"attention_bias": True}, "biases"),
     ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "llama3 rope"),
     ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear rope"),
-    ({"hidden_act": "gelu"}, "activation gelu"), ({"head_dim": 16}, "head_dim")])
+    ({"hidden_act": "gelu"}, "activation gelu")])
 def test_unsupported_config_is_refused_by_name(change, message, tmp_path):
     hub_llama(tmp_path)
     edit_json(tmp_path / "config.json", **change)
     with pytest.raises(UserError, match=f"config.json: {message}.* not supported"):
-        LLaMA.from_pretrained(tmp_path)
+        load_llama(tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"head_dim": 16}, r"does not fit this model: .*q_proj.weight is \(32, 32\), not \(64, 32\)"),
+    ({"head_dim": 7}, "config.json: its sizes cannot be"), ({"head_dim": -8}, "config.json: head_dim -8 cannot be"),
+    ({"head_dim": "8"}, "config.json: head_dim '8' cannot be")])
+def test_a_head_size_that_the_tensors_do_not_have_is_refused(change, message, tmp_path):
+    hub_llama(tmp_path)
+    edit_json(tmp_path / "config.json", **change)
+    with pytest.raises(UserError, match=message):
+        load_llama(tmp_path)
+
+@pytest.mark.parametrize("head_dim", [16, 6])
+def test_a_head_size_of_its_own_is_transformers_too(head_dim, tmp_path):
+    theirs = hub_llama(tmp_path / "hub", head_dim=head_dim)
+    ours = load_llama(tmp_path / "hub")
+    assert ours.config.head_size == head_dim != LLAMA.hidden_size / LLAMA.num_attention_heads
+    assert relative_error(ours(some_tokens()), logits_of(theirs, some_tokens())) < TOLERANCE
+    save_vlm(VLM(ViT(VIT), ours), tmp_path / "run")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/language").eval()
+    assert relative_error(logits_of(again, some_tokens()), logits_of(theirs, some_tokens())) < TOLERANCE
 
 
 @pytest.mark.parametrize("case", ["scratch", "scratch_lora", "language_lora", "vision_lora"])
@@ -215,8 +240,8 @@ def test_save_and_load_keep_every_bit_and_write_nothing_twice(case, tmp_path):
     files = {"projector.safetensors", "config.json", "vision.safetensors",
              "language/model.safetensors", "language/config.json"}
     if not case.startswith("scratch"):
-        model.save(tmp_path / "pretrained")
-        model = VLM.build("sample", V, tmp_path / "pretrained/vision.safetensors",
+        save_vlm(model, tmp_path / "pretrained")
+        model = build_vlm("sample", V, tmp_path / "pretrained/vision.safetensors",
                           tmp_path / "pretrained/language")
         files -= {"language/model.safetensors", "language/config.json"}
     if case == "vision_lora":
@@ -228,10 +253,10 @@ def test_save_and_load_keep_every_bit_and_write_nothing_twice(case, tmp_path):
         add_lora(getattr(model, part), **model.lora[part])
         folder = "vision_adapter" if case == "vision_lora" else "adapter"
         files |= {f"{folder}/adapter_config.json", f"{folder}/adapter_model.safetensors"}
-    randomise(model, seed=1).save(tmp_path / "run")
+    save_vlm(randomise(model, seed=1), tmp_path / "run")
     written = {path for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert {str(path.relative_to(tmp_path / "run")) for path in written} == files
-    loaded = VLM.load(tmp_path / "run")
+    loaded = load_vlm(tmp_path / "run")
     assert loaded.lora == model.lora
     assert [layer.scale for layer in lora_layers(loaded).values()] == [1.5] * (
         0 if case == "scratch" else 2 if case == "vision_lora" else 4)
@@ -248,17 +273,17 @@ def test_saving_a_merged_model_does_not_apply_the_update_twice(tmp_path):
     before = randomise(model, seed=1).language(some_tokens())
     for layer in lora_layers(model.language).values():
         layer.merge()
-    model.save(tmp_path)
-    assert relative_error(VLM.load(tmp_path).language(some_tokens()), before) < TOLERANCE
+    save_vlm(model, tmp_path)
+    assert relative_error(load_vlm(tmp_path).language(some_tokens()), before) < TOLERANCE
 
 
 def test_trained_part_that_is_frozen_after_loading_is_saved_again(tmp_path):
-    tiny_vlm().save(tmp_path / "pretrained")
-    model = VLM.build("sample", V, tmp_path / "pretrained/vision.safetensors",
+    save_vlm(tiny_vlm(), tmp_path / "pretrained")
+    model = build_vlm("sample", V, tmp_path / "pretrained/vision.safetensors",
                       tmp_path / "pretrained/language")
-    randomise(model, seed=1).save(tmp_path / "first")
-    VLM.load(tmp_path / "first").requires_grad_(False).save(tmp_path / "second")
-    tensors = VLM.load(tmp_path / "second").state_dict()
+    save_vlm(randomise(model, seed=1), tmp_path / "first")
+    save_vlm(load_vlm(tmp_path / "first").requires_grad_(False), tmp_path / "second")
+    tensors = load_vlm(tmp_path / "second").state_dict()
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensors[key], tensor), key
 
@@ -276,10 +301,10 @@ def test_rms_norm_of_bfloat16_has_float32_statistics():
 
 
 def test_rotary_score_depends_only_on_the_difference_of_positions():
-    q, k = torch.randn(2, 1, 3, 1, 16, generator=torch.Generator().manual_seed(0))
+    q, k = torch.randn(2, 1, 3, 16, generator=torch.Generator().manual_seed(0))
 
     def score(query_at, key_at):
-        turned = [rotate(x, *rotary_angles(torch.tensor([[at]]), 16, 10000.0))
+        turned = [rotate(x, *rotary_angles(torch.tensor([at]), 16, 10000.0))
                   for x, at in ((q, query_at), (k, key_at))]
         return (turned[0] * turned[1]).sum(-1)
 
@@ -321,123 +346,73 @@ def test_linear_is_torch_s_by_either_way(shape, bias, monkeypatch):
     assert relative_error(ours(x[..., ::2, :]), theirs(x[..., ::2, :])) < TOLERANCE
 
 
-# ----------------------------------------------------------------------------- generation
+# ----------------------------------------------------------------------------- images of other sizes
 
-GROUPS = [(0, [[5, 6, 7, 8, 9, 10, 11], [60, 61, 62, 63, 64]]), (1, [[40]]),  # image, prompts about it
-          (-1, [[50, 51, 52]]), (-1, [[70, 71], [72]])]
+@torch.no_grad()
+@pytest.mark.parametrize("clip", [False, True])
+def test_vit_at_448_and_at_oblongs_is_timm_s(clip, references):
+    """At its own size with the positions that it was trained with, bit for bit; elsewhere with timm's resampling."""
+    timm = references[0]
+    ours = randomise(ViT(ViTConfig(patch_size=16, width=64, depth=1, clip=clip))).eval()
+    name = "vit_base_patch16_clip_quickgelu_224" if clip else "vit_base_patch16_224"
+    theirs = timm.create_model(name, num_classes=0, depth=1, embed_dim=64, num_heads=1, dynamic_img_size=True).eval()
+    theirs.load_state_dict(ours.state_dict())
+    assert ours.positions(14, 14) is ours.pos_embed
+    for height, width in ((448, 448), (224, 224), (96, 352)):
+        rows, columns = height // 16, width // 16
+        wanted = timm.layers.resample_abs_pos_embed(ours.pos_embed, (rows, columns), num_prefix_tokens=1)
+        assert relative_error(ours.positions(rows, columns), wanted) < TOLERANCE
+        pixels = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+        tokens = ours(pixels)
+        assert tokens.shape == (2, ours.tokens(height, width), 64) == (2, 1 + rows * columns, 64)
+        assert relative_error(tokens, theirs.forward_features(pixels)) < TOLERANCE
+    assert (ours.positions(28, 28)[:, 1:] - ours.positions(28, 28)[:, 1:].mean()).norm() > 1  # they tell patches apart
 
 
 @torch.no_grad()
-def embed_alone(model, tokens, image):
-    """(1, T, C): <bos>, the image where there is one (image: number or -1), tokens."""
-    x = model.language.embed(torch.tensor([[BOS, *tokens]]))
-    if image < 0:
-        return x
-    return torch.cat([x[:, :1], model.encode_images(some_images(2)[image:image + 1]), x[:, 1:]], 1)
+@pytest.mark.parametrize("merge", [2, 3])
+def test_merged_patches_are_a_written_out_space_to_depth(merge):
+    plain = randomise(ViT(VIT)).eval()
+    merged = ViT(replace(VIT, merge=merge)).eval()
+    merged.load_state_dict(plain.state_dict())
+    rows, columns = 2 * merge, 3 * merge
+    pixels = torch.randn(2, 3, 8 * rows, 8 * columns, generator=torch.Generator().manual_seed(0))
+    patches = plain(pixels)[:, 1:]  # without the class token
+    wanted = [[torch.cat([patches[image, (row + below) * columns + column + right]
+                          for below in range(merge) for right in range(merge)])
+               for row in range(0, rows, merge) for column in range(0, columns, merge)] for image in range(2)]
+    wanted = torch.stack([torch.stack(tokens) for tokens in wanted])
+    assert wanted.shape == (2, merged.tokens(8 * rows, 8 * columns), merged.output_width) == (2, 6, merge ** 2 * 128)
+    assert torch.equal(merged(pixels), wanted)
+
+
+def test_tokens_of_an_image_by_its_size():
+    plain, merged = (ViT(ViTConfig(width=64, depth=0, merge=merge)) for merge in (1, 2))
+    assert [plain.tokens(*size) for size in ((224, 224), (448, 448), (224, 96))] == [197, 785, 85]
+    assert [merged.tokens(*size) for size in ((224, 224), (448, 448), (224, 96))] == [49, 196, 21]
+    sizes = np.array([(224, 224), (448, 448)], [("height", "<u2"), ("width", "<u2")])
+    assert plain.tokens(*(sizes[side].astype(int) for side in sizes.dtype.names)).tolist() == [197, 785]
+    plain.require_shapes("a", sizes)
+    sizes["width"][1] = 440
+    with pytest.raises(UserError, match="^a: an image has 440 pixels along a side, no multiple of 16"):
+        plain.require_shapes("a", sizes)
 
 
 @torch.no_grad()
-def greedy_uncached(model, prompt, image, max_new_tokens):
-    answer = []
-    while len(answer) < max_new_tokens:
-        x = embed_alone(model, prompt + answer, image)
-        T = x.shape[1]
-        mask = torch.ones(1, 1, T, T, dtype=torch.bool).tril()
-        x = model.language.transform(x, torch.arange(T)[None], mask)
-        token = model.language.lm_head(x[0, -1]).argmax().item()
-        if token == EOS:
-            break
-        answer.append(token)
-    return answer
+def test_images_of_different_sizes_are_encoded_as_one_by_one():
+    model, generator = tiny_vlm(), torch.Generator().manual_seed(2)
+    sizes = [(16, 16), (8, 24), (16, 16), (24, 8), (8, 24)]
+    images = [torch.randint(256, (*size, 3), generator=generator, dtype=torch.uint8) for size in sizes]
+    alone = [model.projector(model.vision(normalise(image[None]))[0]) for image in images]
+    assert [len(tokens) for tokens in alone] == [5, 4, 5, 4, 4]
+    assert relative_error(model.encode_images(images), torch.cat(alone)) < TOLERANCE
 
 
-def generate(model, groups, *settings, **more):
-    """The answers to each group, in the order of the groups."""
-    images = some_images(2).numpy()
-    given = [(images[image] if image >= 0 else None, prompts) for image, prompts in groups]
-    answers = dict(model.generate(given, *settings, **more))
-    assert sorted(answers) == list(range(len(groups)))
-    return [answers[number] for number in range(len(groups))]
-
-
-def vlm_that_stops_early():
-    """A VLM that ends its answer to the first prompt early, while others go on."""
-    model = tiny_vlm()
-    answers = sum(generate(model, GROUPS, 12), [])
-    eos = next(t for t in answers[0][1:] if any(t not in answer for answer in answers))
-    with torch.no_grad():
-        model.language.lm_head.weight[[EOS, eos]] = model.language.lm_head.weight[[eos, EOS]]
-    return model
-
-
-@pytest.mark.parametrize("rows", [1, 3, 64])
-def test_generation_together_equals_uncached_generation_one_at_a_time(rows):
-    model = vlm_that_stops_early()
-    answers = generate(model, GROUPS, 12, rows=rows)
-    assert 0 < len(answers[0][0]) < max(map(len, sum(answers, []))) == 12  # some stop, some do not
-    for (image, prompts), replies in zip(GROUPS, answers):
-        assert replies == [greedy_uncached(model, prompt, image, 12) for prompt in prompts]
-    assert generate(model, [(1, GROUPS[0][1])], 12) != [answers[0]]  # images matter
-
-
-def test_groups_are_taken_in_as_others_are_finished():
-    """Sixty groups of one to five questions through eight rows: lazily, and none changes another."""
-    model, generator = vlm_that_stops_early(), np.random.default_rng(0)
-    groups = [(int(generator.integers(-1, 2)),
-               [generator.integers(5, V, generator.integers(1, 9)).tolist()
-                for _ in range(generator.integers(1, 6))]) for _ in range(60)]
-    images, taken = some_images(2).numpy(), []
-
-    def given():
-        for number, (image, prompts) in enumerate(groups):
-            taken.append(number)
-            yield images[image] if image >= 0 else None, prompts
-
-    order = []
-    for number, answers in model.generate(given(), 6, rows=8):
-        order.append(number)
-        assert len(taken) <= len(order) + 8  # under way or finished
-        image, prompts = groups[number]
-        assert answers == [greedy_uncached(model, prompt, image, 6) for prompt in prompts]
-    assert sorted(order) == list(range(60)) != order
-
-
-def test_greedy_generation_equals_that_of_transformers(tmp_path):
-    model = vlm_that_stops_early()
-    model.save(tmp_path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "language").eval()
-    for (image, prompts), answers in zip(GROUPS, generate(model, GROUPS, 12)):
-        for prompt, answer in zip(prompts, answers):
-            if image >= 0:
-                x = embed_alone(model, prompt, image)
-                given = {"inputs_embeds": x, "attention_mask": torch.ones(x.shape[:2]).long()}
-            else:
-                x = torch.tensor([[BOS, *prompt]])
-                given = {"input_ids": x, "attention_mask": torch.ones_like(x)}
-            wanted = theirs.generate(**given, do_sample=False, max_new_tokens=12, pad_token_id=0)[0]
-            wanted = wanted.tolist()[0 if image >= 0 else 1 + len(prompt):]
-            assert answer == (wanted[:wanted.index(EOS)] if EOS in wanted else wanted)
-
-
-def test_sampling_follows_torch_s_seed_and_the_temperature():
-    model = vlm_that_stops_early()
-
-    def sample(seed, temperature):
-        torch.manual_seed(seed)
-        return generate(model, GROUPS, 12, temperature)
-
-    assert sample(0, 0.5) == sample(0, 0.5) != sample(1, 0.5)
-    assert sample(0, 1e-5) == sample(0, 0.0) != sample(0, 0.5)
-
-
-def test_sampled_frequencies_follow_the_softmax():
-    model, rows = tiny_vlm(), 20_000
+def test_a_merging_model_is_saved_with_how_it_merges(tmp_path):
     torch.manual_seed(0)
-    answers = generate(model, [(-1, [[5, 6]] * 50)] * (rows // 50), 1, 1.5)
-    counts = torch.bincount(torch.tensor([(row or [EOS])[0] for row in sum(answers, [])]), minlength=V)
-    with torch.no_grad():
-        expected = F.softmax(model.language(torch.tensor([[BOS, 5, 6]]))[0, -1] / 1.5, -1) * rows
-    chi_square = ((counts - expected)[expected > 5] ** 2 / expected[expected > 5]).sum().item()
-    freedom = (expected > 5).sum().item()
-    assert freedom > 100
-    assert abs(chi_square - freedom) < 5 * (2 * freedom) ** 0.5
+    model = randomise(VLM(ViT(replace(VIT, merge=2)), LLaMA(LLAMA)))
+    save_vlm(model, tmp_path)
+    loaded = load_vlm(tmp_path)
+    assert loaded.vision.config == model.vision.config and loaded.projector.in_features == 512
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor), key

@@ -197,9 +197,9 @@ def require_same_inputs(checkpoint, inputs):
 
 
 def write_run(folder, record, tokenizer, checkpoint):
-    """What a run's folder holds beside its checkpoints and its log; the record stays as it was at the start."""
+    """What a run's folder holds beside its checkpoints and its log: as at the start, but for restated flags."""
     write_whole(folder / "tokenizer.model", tokenizer.path.read_bytes())
-    if checkpoint is None or read_manifest(folder, "config.json") is None:
+    if checkpoint is None or (read_manifest(folder, "config.json") or {}).get("flags") != record["flags"]:
         write_manifest(folder, "config.json", record)
 
 

@@ -87,7 +87,7 @@ from lora import add_lora, lora_layers
 from plumbing.claims import read_adapter_config, tokenizer_mismatch
 from plumbing.devices import (LossScale, agree, autocast_to, describe_machine, gather, is_split, join_group,
                               pick_device, split_among_ranks, to_device, usable_cores)
-from plumbing.files import find_run, hash_json, lock, read_manifest, sync
+from plumbing.files import find_run, hash_json, lock, lowest_held_out_loss, read_manifest, sync
 from plumbing.kernels import HAS_TRITON, compile_blocks
 from plumbing.signals import agree_on_stop, catch_signals, end_stopped
 from run import (choose_folder, even_out, learning_rate_at, load_optimizer, make_optimizer, open_log, open_run,
@@ -97,6 +97,7 @@ from weights import build_vlm, is_trained, load_adapter, load_vlm, save_vlm
 FREE_ON_RESUME = {"workers", "recompute", "compile", "device", "resume", "run", "config", "log_every",
                   "evaluate_every", "save_every", "save_minutes", "keep", "shard", "rank_timeout", "wandb",
                   "shards_dir", "micro_batch_tokens"}  # they change no number; the last its rounding alone
+RESTATED = ("epochs", "max_steps")  # of a finished run that goes on
 
 
 # ----------------------------------------------------------------------------- data and model
@@ -200,7 +201,9 @@ def make_trainable(model, config, checkpoint):
             layer.lora_B.requires_grad_(True)
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         total = sum(p.numel() for p in module.parameters())
-        print(f"{part:9} {total:13,} parameters, {trained:13,} trained ({how})")
+        here = sum((p.to_local() if is_split(p) else p).numel() for p in module.parameters())
+        print(f"{part:9} {total:13,} parameters, {trained:13,} trained ({how})"
+              + f", {here:,} of them in each process" * (here < total))
         if not (checkpoint or config.start) and part in model.weights and not model.weights[part] and how != "full":
             print(f"{part:9} is random and stays so under --{part}={how}: did you mean "
                   f"--{part}=full, or --{part}_weights=...?")
@@ -288,14 +291,15 @@ def main(config):
 def train(config, folder, rank, ranks, device, dtype):
     """All steps of a run, or those that are left of it."""
     torch.manual_seed(config.seed)
-    checkpoint = agree(lambda: open_run(folder, config, FREE_ON_RESUME, restated=("epochs", "max_steps")))
+    checkpoint = agree(lambda: open_run(folder, config, FREE_ON_RESUME, RESTATED))
     tokenizer = open_tokenizer(config)
     model = load_parts(config, tokenizer, checkpoint, device, dtype)
     mixture = open_data(config, model.vision, device, rank, ranks)
     make_trainable(model, config, checkpoint)
     record = describe_run(config, mixture, tokenizer, model, device)
     if checkpoint:
-        record = require_same_inputs(checkpoint, record["inputs"]) | {"flags": record["flags"]}
+        record = require_same_inputs(checkpoint, record["inputs"])
+        record["flags"] |= {name: getattr(config, name) for name in RESTATED}
     optimizer = make_optimizer(trained_parameters(model, config), config.weight_decay, config.beta2)
     scale = LossScale() if dtype == torch.float16 else None
     steps = config.max_steps or max(1, int(config.epochs * mixture.samples_per_epoch / config.batch_size))
@@ -319,7 +323,7 @@ def take_steps(config, folder, model, mixture, optimizer, scale, record, first, 
     device, rank = device_of(model), mixture.rank
     autocast, signals = autocast_to(device, dtype), catch_signals()
     bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=rank > 0)
-    losses, since, validation, best = [], time.perf_counter(), "", math.inf
+    losses, since, validation, best = [], time.perf_counter(), "", lowest_held_out_loss(folder)
     saved = since
     model.train()
     for step in mixture.steps(first, steps, config.workers or usable_cores()):

@@ -158,7 +158,7 @@ def load_llama(folder, dtype=torch.float32, device="cpu", lora=None, split=None)
         split(model)
     load_exactly(model, files, dtype, device, dropped=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
     if split:
-        for layer in lora_layers(model).values():
+        for _, layer in sorted(lora_layers(model).items()):  # in add_lora's order: the same random numbers
             layer.reset()
     elif lora:
         add_lora(model, **lora)

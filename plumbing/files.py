@@ -220,14 +220,20 @@ def newest_checkpoint(run):
     raise UserError(f"{run}: no checkpoint here; run `python train_vlm.py --run={run}`")
 
 
+def held_out_losses(run):
+    """{checkpoint of a run: its held-out loss}, newest first, of those that were sealed with one."""
+    losses = {folder: (read_manifest(folder) or {}).get("held_out_loss") for folder in checkpoints(run)}
+    return {folder: loss for folder, loss in losses.items() if loss is not None}
+
+
+def lowest_held_out_loss(run):
+    return min(held_out_losses(run).values(), default=float("inf"))
+
+
 def best_checkpoint(run):
-    """The checkpoint of a run with the lowest held-out loss, of those that were sealed with one; or None."""
-    losses = {}
-    for folder in checkpoints(run):
-        loss = (read_manifest(folder) or {}).get("held_out_loss")
-        if loss is not None:
-            losses[folder] = loss
-    return min(losses, key=losses.get, default=None)  # of equals the newest
+    """The checkpoint of a run with the lowest held-out loss, of equals the newest; None where none has one."""
+    losses = held_out_losses(run)
+    return min(losses, key=losses.get, default=None)
 
 
 def newest_run():

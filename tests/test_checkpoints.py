@@ -26,7 +26,7 @@ def write_folder(folder):
 
 
 def make_checkpoint(run, step):
-    partial = run / f"partial_step_{step:06d}"
+    partial = run / f".step_{step:06d}.partial"
     write_folder(partial)
     seal(partial, run / f"step_{step:06d}", step=step)
     return run / f"step_{step:06d}"
@@ -100,12 +100,12 @@ def test_the_newest_few_stay_and_damaged_ones_are_set_aside(shards, tmp_path):  
 def test_what_a_killed_run_left_is_swept(shards, tmp_path):  # noqa: F811
     run = flags(shards, tmp_path, max_steps=2, save_every=1)
     train_vlm.main(run)
-    for name in ("partial_step_000002", "removed_step_000001"):
+    for name in (".step_000002.partial", "removed_step_000001"):
         write_folder(tmp_path / name)
     with open(tmp_path / "log.jsonl", "a") as log:
         log.write('{"step": 2, "lo')
     train_vlm.main(flags(shards, tmp_path, max_steps=2, save_every=1, resume=True))
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(("partial", "removed"))]
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith("partial") or path.name.startswith("removed")]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -129,6 +129,6 @@ def test_a_signal_lets_the_step_end_saves_and_exits_with_its_code(number, shards
 
 def test_saving_by_minutes(shards, tmp_path, monkeypatch):  # noqa: F811
     saved = []
-    monkeypatch.setattr(train_vlm, "save_checkpoint", lambda *arguments: saved.append(arguments[2]))
+    monkeypatch.setattr(train_vlm, "save_checkpoint", lambda run, step, *rest: saved.append(step))
     train_vlm.main(flags(shards, tmp_path, max_steps=4, save_every=100, save_minutes=1e-9))
     assert saved == [1, 2, 3, 4]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import prepare.shards
-from data import Record, Shard, sample_checksum
+from data import Record
 from extras.faults import corrupt, hostile
 from lora import read_adapter_config
 from model import LLaMA

@@ -20,30 +20,13 @@ from safetensors.torch import load_file
 import eval_vqa
 import train_vlm
 from data import Tokenizer
-from model import VLM
 from plumbing.files import newest_checkpoint
 from plumbing.flags import run
 from test_packing import corpus, mix  # noqa: F401, corpus: a fixture
 from test_train import flags, read_log, shards  # noqa: F401, shards: a fixture
+from weights import build_vlm, save_vlm
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def launch(ranks, config):
-    """train_vlm.py under torchrun, one thread a process."""
-    words = [f"--{item.name}={getattr(config, item.name)}" for item in fields(config)
-             if getattr(config, item.name) != item.default]
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone",
-         "--shutdown-timeout=2", "--", "train_vlm.py", *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def finish(process):
-    told, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, told
-    return told
 
 
 def member(rank, ranks, port, told, main, config):
@@ -53,17 +36,23 @@ def member(rank, ranks, port, told, main, config):
         run(main, config)
 
 
-def fork(ranks, config, main=train_vlm.main):
-    """(exit codes, what is told) of a group of forked processes: torch is imported already. On CPUs alone."""
+def start(ranks, config, main=train_vlm.main):
+    """A group of forked processes, since torch is imported already. On CPUs alone."""
     told, context = Path(f"{config.run}.told"), multiprocessing.get_context("fork")
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     group = [context.Process(target=member, args=(rank, ranks, port, told, main, config)) for rank in range(ranks)]
     for process in group:
         process.start()
+    return group
+
+
+def fork(ranks, config, main=train_vlm.main):
+    """(exit codes, what is told) of such a group."""
+    group = start(ranks, config, main)
     for process in group:
         process.join(120)
-    return [process.exitcode for process in group], told.read_text()
+    return [process.exitcode for process in group], Path(f"{config.run}.told").read_text()
 
 
 def together(ranks, config, main=train_vlm.main):
@@ -79,21 +68,20 @@ def test_the_ranks_parts_make_the_step_of_one(ranks, corpus):  # noqa: F811
         parts = [mix(corpus, questions_per_image=2, rank=rank, ranks=ranks).step(number)
                  for rank in range(ranks)]
         assert all(part.samples == whole.samples for part in parts)
-        assert {part.supervised for part in parts} == {whole.supervised}
+        assert {part.divisor for part in parts} == {whole.divisor}
 
         def asked(steps):
-            return sorted(batch.tokens[r][(batch.group[r] == g)].tobytes() for step in steps
-                          for batch in step.batches for r in range(len(batch.tokens))
-                          for g in range(batch.group[r].max() + 1))
+            return sorted(batch.tokens[batch.group == group].tobytes() for step in steps
+                          for batch in step.batches for group in range(batch.group.max() + 1))
 
         assert asked(parts) == asked([whole])
-        assert sum(len(batch.targets) for part in parts for batch in part.batches) == whole.supervised
+        assert sum(len(batch.targets) for part in parts for batch in part.batches) == whole.divisor
 
 
 def test_two_processes_have_the_losses_of_one_and_go_on_as_one(shards, tmp_path):  # noqa: F811
     changes = dict(max_steps=8, save_every=4, evaluate_every=4, batch_size=12)
     train_vlm.main(flags(shards, tmp_path / "one", **changes))
-    told = finish(launch(2, flags(shards, tmp_path / "two", **changes)))
+    told = together(2, flags(shards, tmp_path / "two", **changes))
     assert "2 process(es)" in told and told.count("finished") == 1
     one, two = ([entry[key] for entry in read_log(tmp_path / run) for key in ("loss", "held_out_loss")
                  if key in entry] for run in ("one", "two"))
@@ -121,9 +109,9 @@ def test_two_processes_have_the_losses_of_one_and_go_on_as_one(shards, tmp_path)
 def test_a_split_language_model_learns_the_same(shards, tmp_path):  # noqa: F811
     """LoRA on a base from a weights file, of which each of three processes keeps a third."""
     torch.manual_seed(0)
-    base = VLM.build("sample", Tokenizer(shards / "sample/tokenizer.model").vocab_size)
-    base.save(tmp_path)
-    changes = dict(max_steps=6, save_every=6, evaluate_every=6, batch_size=9, row_length=64,
+    base = build_vlm("sample", Tokenizer(shards / "sample/tokenizer.model").vocab_size)
+    save_vlm(base, tmp_path)
+    changes = dict(max_steps=6, save_every=6, evaluate_every=6, batch_size=9, max_length=64,
                    micro_batch_tokens=128, language="lora", language_weights=str(tmp_path / "language"))
     train_vlm.main(flags(shards, tmp_path / "1", **changes))
     told = together(3, flags(shards, tmp_path / "3", shard=True, recompute=0.5, **changes))
@@ -139,14 +127,14 @@ def test_a_split_language_model_learns_the_same(shards, tmp_path):  # noqa: F811
 
 def part_kept(told):
     """The share of the language model that the first process of a run keeps, as the run says."""
-    found = re.search(r"([\d,]+) split, +([\d,]+) of them", told).groups()
-    whole, here = (int(number.replace(",", "")) for number in found)
+    numbers = re.search(r"language +([\d,]+) parameters, .* trained .*, ([\d,]+) of them in each process", told).groups()
+    whole, here = (int(number.replace(",", "")) for number in numbers)
     return here / whole
 
 
 def test_a_split_language_model_that_trains_in_full_learns_the_same(shards, tmp_path):  # noqa: F811
     """Weights, gradients and moments in two parts, then in three, saved as one: the losses of one process."""
-    changes = dict(max_steps=6, save_every=3, evaluate_every=3, batch_size=9, row_length=64, micro_batch_tokens=128,
+    changes = dict(max_steps=6, save_every=3, evaluate_every=3, batch_size=9, max_length=64, micro_batch_tokens=128,
                    clip=0.3)
     train_vlm.main(flags(shards, tmp_path / "1", **changes))
     split = dict(shard=True, recompute=0.5, **changes)
@@ -172,35 +160,36 @@ def test_a_split_language_model_that_trains_in_full_learns_the_same(shards, tmp_
             assert max(float((other - tensor).abs().max()) for other in (two, three)) < 1e-4
 
 
-def workers_of(process):
-    """Process ids of the ranks, in order."""
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    return [int(number) for number in found.stdout.split()]
-
-
-def wait_for_steps(process, run):
+def wait_for_steps(running, run):
+    """Until a run has logged a few steps. running(): whether it still does."""
     deadline = time.monotonic() + 90
     while not (run / "log.jsonl").exists() or (run / "log.jsonl").stat().st_size < 300:
-        assert process.poll() is None and time.monotonic() < deadline
+        assert running() and time.monotonic() < deadline
         time.sleep(0.1)
 
 
 def test_when_one_rank_is_killed_all_end(shards, tmp_path):  # noqa: F811
-    process = launch(2, flags(shards, tmp_path, max_steps=1_000_000, batch_size=12, save_every=1,
-                              evaluate_every=1_000_000, rank_timeout=5))
-    wait_for_steps(process, tmp_path)
-    os.kill(workers_of(process)[1], signal.SIGKILL)
-    began = time.monotonic()
-    process.communicate(timeout=60)
-    assert process.returncode != 0 and time.monotonic() - began < 50
-    assert newest_checkpoint(tmp_path)
+    config = flags(shards, tmp_path / "run", max_steps=1_000_000, batch_size=12, save_every=1,
+                   evaluate_every=1_000_000, rank_timeout=5)
+    group = start(2, config)
+    wait_for_steps(group[0].is_alive, tmp_path / "run")
+    os.kill(group[1].pid, signal.SIGKILL)
+    group[0].join(50)
+    assert group[0].exitcode == 1 and newest_checkpoint(tmp_path / "run")
 
 
-def test_a_signal_stops_all_at_the_same_step(shards, tmp_path):  # noqa: F811
-    process = launch(2, flags(shards, tmp_path, max_steps=1_000_000, batch_size=12, save_every=1_000_000,
-                              evaluate_every=1_000_000))
-    wait_for_steps(process, tmp_path)
-    os.kill(workers_of(process)[1], signal.SIGTERM)
+def test_a_signal_stops_all_of_torchrun_s_at_the_same_step(shards, tmp_path):  # noqa: F811
+    config = flags(shards, tmp_path, max_steps=1_000_000, batch_size=12, save_every=1_000_000,
+                   evaluate_every=1_000_000)
+    words = [f"--{item.name}={getattr(config, item.name)}" for item in fields(config)
+             if getattr(config, item.name) != item.default]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--shutdown-timeout=2",
+         "--", "train_vlm.py", *words], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
+    wait_for_steps(lambda: process.poll() is None, tmp_path)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(ranks[1]), signal.SIGTERM)
     process.send_signal(signal.SIGTERM)  # torchrun sends it to both once more
     told, _ = process.communicate(timeout=60)
     step = int(newest_checkpoint(tmp_path).name[5:])

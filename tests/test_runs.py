@@ -12,10 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train_vlm
-from model import VLM, LLaMA, LlamaConfig, ViT, hash_weights, tensor_hashes, tensors_of
-from plumbing.files import (differences, find_damage, lock, manifest_checksum, newest_checkpoint, read_manifest,
+from model import LLaMA, LlamaConfig
+from plumbing.files import (differences, find_damage, find_run, lock, manifest_checksum, newest_checkpoint, read_manifest,
                             require_writable, write_manifest)
 from plumbing.flags import UserError
+from plumbing.tensors import hash_weights, tensor_hashes, tensors_of
+from run import require_same_inputs
+from weights import load_run, load_trained_encoder, load_vlm
 from test_train import flags, prepare_sample, shards  # noqa: F401, shards: a prepared part of the sample
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,9 +113,9 @@ def test_other_images_tokenizers_and_weights_are_refused_each(name, now, tmp_pat
     inputs = {"data": {"a": {"images_sha256": "1" * 64}}, "tokenizer": "2" * 64,
               "weights": {"vision": "3" * 64}}
     write_manifest(tmp_path, "manifest.json", {"inputs": inputs, "step": 1})
-    assert train_vlm.require_same_inputs(tmp_path, inputs) == {"inputs": inputs}
+    assert require_same_inputs(tmp_path, inputs) == {"inputs": inputs}
     with pytest.raises(UserError, match=f"cannot go on, .*: {name}.* was .*, now 444444444444; bring"):
-        train_vlm.require_same_inputs(tmp_path, inputs | {name: now})
+        require_same_inputs(tmp_path, inputs | {name: now})
 
 
 def test_a_flag_that_the_run_does_not_know_has_its_default(shards, tmp_path):  # noqa: F811
@@ -145,16 +148,16 @@ def test_other_base_weights_of_the_same_sizes_are_refused(hashes, shards, tmp_pa
     checkpoint = tmp_path / "run/step_000002"
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")  # named from another folder, it finds them
-    logits = VLM.load(checkpoint).language(torch.arange(3, 9)[None])
+    logits = load_vlm(checkpoint).language(torch.arange(3, 9))
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(UserError, match="base: the run's base weights are not there.* weights/base"):
-        VLM.load(checkpoint)
+        load_vlm(checkpoint)
     (tmp_path / "elsewhere/weights").mkdir()
     (tmp_path / "moved").rename(tmp_path / "elsewhere/weights/base")
-    assert torch.equal(VLM.load(checkpoint).language(torch.arange(3, 9)[None]), logits)
+    assert torch.equal(load_vlm(checkpoint).language(torch.arange(3, 9)), logits)
     write_llama(tmp_path / "base", 1, hashes)
     with pytest.raises(UserError, match="base: not the base weights that the run was trained on"):
-        VLM.load(checkpoint)
+        load_vlm(checkpoint)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="base: not the base weights that the run was trained on"):
         train_vlm.main(flags(shards, "run", resume=True, **settings))
@@ -306,7 +309,7 @@ def test_a_run_that_is_resumed_under_a_wrong_name_is_told_of_the_right_one(shard
     capsys.readouterr()
     train_vlm.main(flags(shards, tmp_path / "smaple", max_steps=1, resume=True))  # a scheduler's first job
     assert f"smaple: no run here yet, a new one begins; did you mean {tmp_path}/sample?" in capsys.readouterr().out
-    for load in (VLM.from_run, ViT.from_run):
+    for load in (load_run, lambda name: load_trained_encoder(find_run(name)[1])):
         with pytest.raises(UserError, match=f"sampel: no such run; did you mean {tmp_path}/sample?"):
             load(tmp_path / "sampel")
         load(tmp_path / "sample/step_000001")

@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 import eval_vqa
 import prepare.all as all_py
 import train_vlm
-from data import Shard, Tokenizer
-from model import VLM
+from data import Tokenizer
+from generate import ask
 from plumbing.flags import UserError, parse_command_line, parse_flags, run
+from plumbing.shards import Shard
 from tasks.evaluations import choose_evaluations
+from weights import build_vlm, load_run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,7 +43,7 @@ def shards(tmp_path_factory):
 def flags(shards, run, **changes):
     return train_vlm.Config(**{**dict(
         shards_dir=str(shards), run=str(run), data="sample", model="sample", language="full",
-        batch_size=8, max_steps=6, row_length=256, micro_batch_tokens=512, held_out=8,
+        batch_size=8, max_steps=6, max_length=256, micro_batch_tokens=512, held_out=8,
         questions_per_image=0, learning_rate=1e-3, save_every=3, log_every=1, workers=1,
         evaluate_every=3), **changes})
 
@@ -94,16 +96,16 @@ def test_micro_batches_change_rounding_only(shards, tmp_path):
     assert logs[0]["gradient_norm"] == pytest.approx(logs[1]["gradient_norm"], rel=1e-5)
 
 
-def test_rows_may_be_others_when_a_run_is_resumed(shards, tmp_path):
-    """What README.md advises when memory is short: the numbers agree to within rounding, or the rows are refused."""
+def test_lengths_may_be_others_when_a_run_is_resumed(shards, tmp_path):
+    """What README.md advises when memory is short: the numbers agree to within rounding, or the length is refused."""
     changes = dict(language="lora", lora_dropout=0.3, save_every=2, evaluate_every=4)
     train_vlm.main(flags(shards, tmp_path / "whole", max_steps=4, **changes))
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut/step_000004")
     changes |= dict(resume=True, max_steps=4)
-    with pytest.raises(UserError, match="--row_length=60: the run in .*cut has 256, at which other answers fit or"):
-        train_vlm.main(flags(shards, tmp_path / "cut", row_length=60, **changes))
-    train_vlm.main(flags(shards, tmp_path / "cut", row_length=384, micro_batch_tokens=384, recompute=1, **changes))
+    with pytest.raises(UserError, match="--max_length=60: the run in .*cut has 256, at which other answers fit or"):
+        train_vlm.main(flags(shards, tmp_path / "cut", max_length=60, **changes))
+    train_vlm.main(flags(shards, tmp_path / "cut", max_length=384, micro_batch_tokens=384, recompute=1, **changes))
     logs = [[entry[key] for entry in read_log(tmp_path / run) for key in ("loss", "gradient_norm", "held_out_loss")
              if key in entry] for run in ("whole", "cut")]
     assert len(logs[0]) == 9 and logs[1] == pytest.approx(logs[0], rel=1e-4)
@@ -132,14 +134,14 @@ def test_learns_by_heart_and_answers(tmp_path, capsys):
         hits = sum(line["prediction"] == line["answer"] for line in lines)
         assert 100 * hits / 32 == pytest.approx(exact[row])
     assert "image shuffled" in capsys.readouterr().out
-    assert VLM.from_run(run).vision.config.width == 128
+    assert load_run(run).vision.config.width == 128
     # A question from the shell or from Python gets the answer that it has in the table
-    model, tokenizer, shard = VLM.from_run(run).eval(), Tokenizer(run / "tokenizer.model"), Shard(shards / "sample/train")
+    model, tokenizer, shard = load_run(run).eval(), Tokenizer(run / "tokenizer.model"), Shard(shards / "sample/train")
     lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     for number in (0, 9, 30):
         Image.fromarray(shard.read_image(shard.samples["image"][number])).save(tmp_path / "x.png")
         question = lines[number]["question"]
-        assert eval_vqa.ask(model, tokenizer, question, tmp_path / "x.png") == lines[number]["prediction"]
+        assert ask(model, tokenizer, question, tmp_path / "x.png") == lines[number]["prediction"]
     done = command("eval_vqa.py", f"--run={run}", f"--image={tmp_path}/x.png", f"--question={question}")
     assert done.stdout == lines[number]["prediction"] + "\n" and done.returncode == 0
     done = command("extras/look/follow.py", f"--run={run}", "--data=sample", "--split=train",
@@ -173,9 +175,9 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_flags(shards, tmp_p
 def test_what_is_no_image_gets_no_answer(tmp_path, content, reason):
     if content is not None:
         (tmp_path / "x.png").write_bytes(content)
-    model = VLM.build("sample", 100)
+    model = build_vlm("sample", 100)
     with pytest.raises(UserError, match=f"x.png: not an image that can be read .*{reason}"):
-        eval_vqa.ask(model, None, "what is shown?", tmp_path / "x.png")
+        ask(model, None, "what is shown?", tmp_path / "x.png")
 
 
 def test_another_tokenizer_is_refused(shards, tmp_path):

@@ -243,6 +243,10 @@ def make_batch(groups, multiple=1):
 
 # ----------------------------------------------------------------------------- the loader
 
+HELD_OUT, ORDER = 0, 1  # purposes of random numbers, of each shard: its number is 2 * index + one of these
+GROUPS, DROPOUT = 1, 2  # of all shards: 2 * shards + one of these
+
+
 def random_keys(seed, purpose, lap, count):
     """uint64 random keys, a pure function of the arguments; NumPy promises this stream for good."""
     return np.random.Philox(key=[seed, purpose], counter=[0, 0, 0, lap]).random_raw(count)
@@ -286,8 +290,8 @@ class Mixture:
             if self.leaks and self.leaks[index][0] == "drop":
                 usable[self.leaks[index][1]] = False
             connected = shard.connect()
-            # Its own stream of numbers, and no seed: runs of other seeds are judged by the same samples
-            keys = random_keys(0, 2 * index, 0, len(sizes) + len(shard))[connected]
+            # The seed counts for nothing here: runs of all seeds are judged by the same samples
+            keys = random_keys(0, 2 * index + HELD_OUT, 0, len(sizes) + len(shard))[connected]
             count = min(round(self.held_out * len(shard) / self.starts[-1]), int(usable.sum()))
             out = keys <= np.partition(keys[usable], count - 1)[count - 1] if count else keys < 0
             self.train.append(np.flatnonzero(usable & ~out))
@@ -324,7 +328,7 @@ class Mixture:
             begin, end = epoch * count, (epoch + 1) * count
             picked = [train[:0]]
             for lap in range(begin // max(len(train), 1), -(-end // max(len(train), 1))):
-                order = np.argsort(random_keys(self.seed, 2 * index + 1, lap, len(train)))
+                order = np.argsort(random_keys(self.seed, 2 * index + ORDER, lap, len(train)))
                 picked.append(train[order][max(begin - lap * len(train), 0):end - lap * len(train)])
             picked = np.concatenate(picked)
             # Sort by prefix, keeping the random order within one, and cut into groups. A sample that comes
@@ -338,7 +342,7 @@ class Mixture:
             groups.append(np.cumsum(place % limit == 0) - 1 + group_count)
             group_count += int((place % limit == 0).sum())
         samples, groups = np.concatenate(samples), np.concatenate(groups)
-        keys = random_keys(self.seed, 2 * len(self.shards) + 1, epoch, group_count)
+        keys = random_keys(self.seed, 2 * len(self.shards) + GROUPS, epoch, group_count)
         order = np.argsort(keys[groups], kind="stable")
         return samples[order], groups[order]
 
@@ -373,7 +377,7 @@ class Mixture:
     def pack(self, number, samples, groups):
         """Read samples, (n,) numbers, put those of a group together, and this rank's part into micro-batches."""
         gathered, names = defaultdict(list), []
-        keys = random_keys(self.seed, 2 * len(self.shards) + 2, number, len(samples)) >> np.uint64(33)
+        keys = random_keys(self.seed, 2 * len(self.shards) + DROPOUT, number, len(samples)) >> np.uint64(33)
         for sample, group, key in zip(samples, groups, keys.tolist()):
             index, local, read = self.read(sample)
             read.key = key

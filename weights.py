@@ -25,10 +25,11 @@ from data import BOS, EOS
 from lora import add_lora, lora_layers
 from model import CONFIGS, VLM, LLaMA, LlamaConfig, ViT, ViTConfig
 from plumbing.claims import lfs_pointer, llama_refusal, vit_facts, vit_problem
-from plumbing.files import find_run, read_settings, sort_metadata
+from plumbing.files import find_damage, find_run, read_settings, sort_metadata
 from plumbing.flags import UserError
 from plumbing.tensors import (find_weights, hash_weights, language_files, load_exactly, plain_names, read_metadata,
                               tensor_shapes, tensors_of)
+from zoo.classifier import Classifier
 from zoo.resnet import ResNet, ResNetConfig
 
 ADAPTERS = {"vision": "vision_adapter", "language": "adapter"}  # part -> its folder in a VLM's
@@ -110,6 +111,19 @@ def load_encoder(file, dtype=torch.float32, device="cpu"):
     """The image encoder that a safetensors file holds: a ViT or a ResNet. UserError if neither."""
     load = load_resnet if "attnpool.c_proj.weight" in tensor_shapes(file) else load_vit
     return load(file, dtype, device)
+
+
+def load_classifier(folder, device="cpu"):
+    """The Classifier in a folder of train_cls.py, in eval mode, and its facts. UserError where it is not whole."""
+    path = Path(folder) / "model"
+    if not path.is_dir():
+        raise UserError(f"{folder}: no trained model; run the same command without --predict first")
+    if damage := find_damage(path):
+        raise UserError(f"{path}: {damage}; delete {folder} and train again")
+    facts = read_settings(path / "config.json")
+    model = Classifier(load_encoder(path / "encoder.safetensors"), len(facts["classes"]))
+    model.head.load_state_dict(load_file(path / "head.safetensors"))
+    return model.to(device).eval(), facts
 
 
 # ----------------------------------------------------------------------------- LLaMA

@@ -1,11 +1,12 @@
 """
-extras/share/demo.py: its conversation against VLM.generate and against attention written out; its page in a
+extras/share/demo.py: its conversation against generate() and against attention written out; its page in a
 browser, without which those tests are skipped.
 
 The server of the page may write 1,000 bytes to a file, which no image has, and its home stays empty.
 """
 
 import io
+import json
 import multiprocessing
 import os
 import re
@@ -24,16 +25,19 @@ import pytest
 import torch
 from PIL import Image
 
-import train_cls
-from data import BOS, EOS, Shard, Tokenizer, format_prompt
+from data import BOS, EOS, Tokenizer, format_prompt
 from extras.share import demo
+from generate import finished_groups, generate
 from model import VLM, LLaMA, LlamaConfig, ViT, ViTConfig, normalise, rotary_angles, rotate
-from plumbing.files import seal
+from plumbing.files import sealed
 from plumbing.flags import UserError, parse_command_line
 from plumbing.flags import run as run_script
+from plumbing.shards import Shard
 from test_browse import chromium  # noqa: F401, the fixture
 from test_eval import TOKENIZER, write_questions
 from test_model import randomise
+from weights import load_classifier, save_module, save_vlm
+from zoo.classifier import Classifier
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE, N = 32, 17  # pixels; tokens of an image
@@ -68,10 +72,10 @@ def some_image(seed=0):
 
 
 def generated(model, tokenizer, image, questions):
-    """VLM.generate's answers, {question: token ids}."""
-    prompts = [tokenizer.encode(format_prompt(question)) for question in questions]
-    [(_, answers)] = model.generate([(image, prompts)])
-    return dict(zip(questions, answers, strict=True))
+    """generate()'s answers, {question: token ids}."""
+    prompts = [[BOS, -1, *tokenizer.encode(format_prompt(question))] for question in questions]
+    [(_, answers)] = finished_groups(generate(model, [([image], prompts)]))
+    return {question: answer.tokens for question, answer in zip(questions, answers, strict=True)}
 
 
 def ids(tokens):
@@ -99,7 +103,7 @@ def test_a_question_that_is_left_halfway_or_failed_disturbs_no_other(model, toke
     expected = generated(model, tokenizer, some_image(), QUESTIONS)
     conversation = demo.Conversation(model, tokenizer, some_image(), torch.float32)
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(VLM, "encode_images", lambda self, images: (_ for _ in ()).throw(MemoryError()))
+        patch.setattr(VLM, "encode_images", lambda *arguments: (_ for _ in ()).throw(MemoryError()))
         next(conversation.ask(QUESTIONS[0]))
     for question in QUESTIONS:
         left = conversation.ask(QUESTIONS[2])
@@ -129,26 +133,26 @@ def test_conversations_in_turns_do_not_disturb_one_another(model, tokenizer):
 def dense(model, image, tokens):
     """(V,) logits of the last of all tokens, (layers, nh, T) its attention; nothing is cached."""
     language, config = model.language, model.language.config
-    x = language.embed(torch.tensor([[BOS] + [0] * N + tokens]))
-    x[:, 1:1 + N] = model.encode_images(torch.from_numpy(image)[None])
-    T = x.shape[1]
-    cos, sin = rotary_angles(torch.arange(T)[None], config.head_size, config.rope_theta)
+    x = language.embed(torch.tensor([BOS] + [0] * N + tokens))
+    x[1:1 + N] = model.encode_images([torch.from_numpy(image)])
+    T = len(x)
+    cos, sin = rotary_angles(torch.arange(T), config.head_size, config.rope_theta)
     weights = []
     for block in language.model.layers:
         attention, h = block.self_attn, block.input_layernorm(x)
-        q, k, v = (proj(h).view(1, T, -1, config.head_size).transpose(1, 2) for proj in
+        q, k, v = (proj(h).view(T, -1, config.head_size) for proj in  # (T, nh or nkv, hs)
                    (attention.q_proj, attention.k_proj, attention.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         heads = []
         for head in range(config.num_attention_heads):
             of = head // (config.num_attention_heads // config.num_key_value_heads)
-            scores = (q[0, head] @ k[0, of].T / config.head_size ** 0.5).masked_fill(
+            scores = (q[:, head] @ k[:, of].T / config.head_size ** 0.5).masked_fill(
                 torch.ones(T, T).triu(1).bool(), -torch.inf)
-            heads.append((scores.softmax(-1), v[0, of]))
+            heads.append((scores.softmax(-1), v[:, of]))
         weights.append(torch.stack([weight[-1] for weight, _ in heads]))
-        x = x + attention.o_proj(torch.cat([weight @ value for weight, value in heads], dim=-1))[None]
+        x = x + attention.o_proj(torch.cat([weight @ value for weight, value in heads], dim=-1))
         x = x + block.mlp(block.post_attention_layernorm(x))
-    return language.lm_head(language.model.norm(x))[0, -1], torch.stack(weights)
+    return language.lm_head(language.model.norm(x))[-1], torch.stack(weights)
 
 
 def test_long_questions_start_another_cache_and_are_answered_the_same(model, tokenizer, monkeypatch):
@@ -172,8 +176,8 @@ def test_probabilities_and_attention_are_those_of_a_dense_recomputation(model, t
         for token in conversation.ask(question):
             logits, weights = dense(model, some_image(), before)
             assert np.abs(token.looked - weights.mean((0, 1))[1:1 + N].numpy()).max() < 1e-5
-            best, found = logits.softmax(0).topk(1 + demo.RUNNERS_UP)
-            assert [token.id, *(other for other, _ in token.runners_up)] == found.tolist()
+            best, likely = logits.softmax(0).topk(1 + demo.RUNNERS_UP)
+            assert [token.id, *(other for other, _ in token.runners_up)] == likely.tolist()
             assert [token.probability, *(share for _, share in token.runners_up)] == pytest.approx(
                 best.tolist(), abs=1e-5)
             before.append(token.id)
@@ -202,12 +206,19 @@ def test_the_map_colours_what_was_looked_at():
     grey = np.array(Image.fromarray(image).convert("RGB").convert("L"))[0, 0]
     looked = np.full(N, 0.01, np.float32)
     looked[[0, 1 + 6, 1 + 15]] = 0.9, 0.03, 0.02  # class token; row 1, column 2; row 3, column 3
-    found = demo.heat_map(image, looked).astype(int)
+    drawn = demo.heat_map(image, looked).astype(int)
     strong, half = (grey * (1 - share) + np.array(demo.HEAT) * share for share in (0.75, 0.375))
-    assert np.abs(found[8:16, 16:24] - strong).max() <= 1 and np.abs(found[24:, 24:] - half).max() <= 1
-    found[8:16, 16:24] = found[24:, 24:] = grey
-    assert (found == grey).all()
+    assert np.abs(drawn[8:16, 16:24] - strong).max() <= 1 and np.abs(drawn[24:, 24:] - half).max() <= 1
+    drawn[8:16, 16:24] = drawn[24:, 24:] = grey
+    assert (drawn == grey).all()
     assert (demo.heat_map(image, np.ones(N, np.float32)) == grey).all()
+
+
+@pytest.mark.parametrize("height, width, rows, columns", [(224, 224, 14, 14), (448, 448, 14, 14), (96, 224, 3, 7)])
+def test_patches_lie_where_they_are_in_any_shape_with_and_without_a_class_token(height, width, rows, columns):
+    image, looked = np.zeros((height, width, 3), np.uint8), np.arange(rows * columns)
+    for tokens in (looked, [1000, *looked]):
+        assert (demo.patches_of(image, np.array(tokens)) == looked.reshape(rows, columns)).all()
 
 
 # ----------------------------------------------------------------------------- bad images
@@ -247,25 +258,29 @@ def test_the_types_that_are_offered_are_read(form):
 def run(model, tokenizer, tmp_path_factory):
     """A run, and the shards with two images to choose from."""
     folder = tmp_path_factory.mktemp("demo")
-    partial = folder / "run" / "partial_step_000007"
-    model.save(partial)
-    seal(partial, folder / "run" / "step_000007")
+    (folder / "run").mkdir()
     (folder / "run" / "tokenizer.model").write_bytes(TOKENIZER)
-    (folder / "run" / "config.json").write_text('{"resize": "squash"}')
+    record = {"image": {"size": SIZE, "resize": "squash"}, "inputs": {"tokenizer": tokenizer.sha256}}
+    for step, loss in ((3, 0.5), (7, 0.6)):
+        with sealed(folder / "run" / f"step_{step:06d}", step=step, held_out_loss=loss, **record) as partial:
+            save_vlm(model, partial)
     write_questions(folder / "shards", "scans", {"test": [
         ("what is this?", "a lung", 1), (HOSTILE, "no", 1), ("is it large?", "yes", 2)]})
     torch.manual_seed(1)
-    classifier = train_cls.Classifier(randomise(ViT(model.vision.config)), 3)
+    classifier = Classifier(randomise(ViT(model.vision.config)), 3)
     (folder / "seed_0").mkdir()
-    train_cls.save_model(folder / "seed_0", classifier, {
-        "classes": CLASSES, "thresholds": None, "image": {"size": SIZE, "resize": "squash"}})
+    with sealed(folder / "seed_0" / "model") as partial:
+        save_module(classifier.encoder, partial / "encoder.safetensors")
+        save_module(classifier.head, partial / "head.safetensors")
+        (partial / "config.json").write_text(json.dumps({
+            "classes": CLASSES, "thresholds": None, "image": {"size": SIZE, "resize": "squash"}}))
     return folder
 
 
 def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def wait_for(server, port):
@@ -365,7 +380,7 @@ def test_upload_ask_and_follow_up(visit, run, model, tokenizer):
     upload(page, "a.png", encoded(some_image(5)))
     page.get_by_alt_text("The image as the model sees it").wait_for()
     assert not page.get_by_alt_text("The image, coloured").count()
-    classifier, _ = train_cls.load_model(run / "seed_0", torch.device("cpu"))
+    classifier, _ = load_classifier(run / "seed_0")
     with torch.no_grad():
         shares = classifier(normalise(torch.from_numpy(some_image(5))[None])).softmax(1)[0].tolist()
     page.get_by_text(f"Classifier: {CLASSES[int(np.argmax(shares))]} {max(shares):.0%}").click()
@@ -558,8 +573,19 @@ def test_other_settings_are_refused(name, tmp_path, monkeypatch):
 
 # ----------------------------------------------------------------------------- the command line
 
+@pytest.mark.parametrize("checkpoint, step", [("", 7), ("best", 3), ("step_000003", 3)])
+def test_the_checkpoint_that_is_named_answers(checkpoint, step, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there is no classifier
+    flags = demo.Config(run=str(run / "run"), checkpoint=checkpoint, shards_dir=str(run / "shards"), device="cpu")
+    loaded = demo.load(flags)
+    assert f" · step {step:06d} · cpu" in loaded.facts and loaded.classifier is None
+    assert [name for name, _, _ in loaded.examples] == ["scans/test, image 1", "scans/test, image 2"]
+
+
+
 @pytest.mark.parametrize("argument, message", [
     ("--run={}/none", "none: no checkpoint here; run `python train_vlm.py --run="),
+    ("--run={}/run --checkpoint=step_000004", "--checkpoint=step_000004: "),
     ("--prot=1", "unknown flag '--prot=1': did you mean --port?"),
     ("--run={}/run --address=host.example", "--address=host.example --port=8501: 'host.example' does not"),
     ("--run={}/run --address=192.0.2.1", "Cannot assign requested address"),

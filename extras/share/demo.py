@@ -31,13 +31,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-import eval_vqa
-import train_cls
-from data import BOS, EOS, format_prompt
-from model import VLM, Cache
+from data import EOS, Record, write_plain
+from generate import QUESTIONS_PER_ROW, Answer, Cache, Piece, count_tokens, extend, run_pieces
 from plumbing.devices import autocast_to, pick_device
 from plumbing.flags import Device, Range, UserError, parse_command_line, run
 from plumbing.pixels import TOO_LARGE, Unreadable, load_image, resize_image
+from run import open_trained_run
+from tasks.splits import open_splits
+from weights import load_classifier, load_vlm
+from zoo.classifier import predict
 
 try:
     import streamlit as st
@@ -47,7 +49,7 @@ except ImportError:
 MEGABYTES = 20  # of an upload, at most
 TYPES = ("png", "jpg", "jpeg", "tif", "tiff", "bmp", "webp")
 EXAMPLES = 12  # images to choose from, about
-MAX_NEW_TOKENS = 32  # an answer is cut here, as VLM.generate's is
+MAX_NEW_TOKENS = 32  # an answer is cut here, as generate()'s is
 MAX_QUESTION = 512  # tokens of a question; some 2,000 letters
 MAX_CACHED = 4096  # tokens of questions and answers beside the image, then it starts another cache
 RUNNERS_UP = 3  # tokens listed beside the one that was taken
@@ -76,6 +78,7 @@ progress {accent-color: #0b5c7a; width: 100%}
 @dataclass(frozen=True)
 class Config:
     run: str = ""  # folder of a train_vlm.py run; none: the newest in out/
+    checkpoint: str = ""  # of the run: best, by held-out loss, or a name such as step_000500; none: the newest
     shards_dir: str = "shards"  # where prepare/all.py put the data whose test images are the examples
     classifier: str = ""  # folder .../seed_<n> of a train_cls.py run; none: the newest in out/cls
     address: str = "127.0.0.1"  # to listen on; another one may let other machines in
@@ -88,22 +91,18 @@ class Config:
 class WatchedCache(Cache):
     """A Cache of one row that notes where the last of the tokens that are run through it looks."""
 
-    def place(self, row, question):
-        self.weights, self.mask = [], super().place(row, question)
-        return self.mask
+    def place(self, row, branch):
+        super().place(row, branch)
+        self.weights = []  # of each layer, (S,)
 
-    def part(self, q):
-        self.asking = super().part(q)
-        return self.asking
-
-    def store(self, layer, k, v):
-        k, v = super().store(layer, k, v)
-        q = self.asking[:, :, -1:].float()  # (1, nh, 1, hs)
-        keys = k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (1, nh, S, hs)
+    def attend(self, layer, q, k, v):
+        y = super().attend(layer, q, k, v)
+        last, heads = q[-1, :, None].float(), q.shape[1] // k.shape[1]  # (nh, 1, hs)
+        keys = self.layers[layer][0][0, :, :self.S].float().repeat_interleave(heads, dim=0)  # (nh, S, hs)
         # No matrix product, which autocast would do in bfloat16
-        scores = (q * keys).sum(-1) / q.shape[-1] ** 0.5 + self.mask[:, :, -1].float()  # (1, nh, S)
-        self.weights.append(scores.softmax(-1).mean((0, 1)))  # (S,)
-        return k, v
+        scores = (last * keys).sum(-1) / q.shape[-1] ** 0.5 + self.mask[0, 0, -1].float()  # (nh, S)
+        self.weights.append(scores.softmax(-1).mean(0))
+        return y
 
 
 @dataclass
@@ -128,43 +127,45 @@ class Conversation:
 
     def __init__(self, model, tokenizer, image, dtype):
         self.model, self.tokenizer, self.image = model, tokenizer, image
-        self.asked, self.cached = eval_vqa.QUESTIONS_PER_ROW, 0  # so many, and another cache starts
+        self.asked, self.cached = QUESTIONS_PER_ROW, 0  # so many, and another cache starts
         self.autocast = autocast_to(model.projector.weight.device, dtype)
 
-    def start(self):
-        """Run <bos> and the image, which every question sees."""
-        embedding, N = self.model.language.model.embed_tokens.weight, self.model.vision.config.tokens
+    def start(self, prefix):
+        """Run what every question sees: the prompt's tokens up to the image."""
+        embedding = next(self.model.language.parameters())
         cache = WatchedCache(self.model.language.config, 1, embedding.dtype, embedding.device)
-        inputs = [(token, position, 0, 0) for position, token in enumerate([BOS] + [0] * N)]
         with self.autocast:
-            self.model.run_through(cache, inputs, (), [self.image], [1])
+            run_pieces(self.model, cache, [Piece(0, 0, 0, prefix, [self.image])], wanted=False)
         self.cache, self.asked, self.cached = cache, 0, 0
 
     @torch.no_grad()
     def ask(self, question):
         """
-        Yield the Tokens of the answer, <eos> the last unless it is cut: VLM.generate's greedy ones.
+        Yield the Tokens of the answer, <eos> the last unless it is cut: generate()'s greedy ones.
         It may be left at any time: what it put into the cache is in no other question's sight.
         """
-        prompt = self.tokenizer.encode(format_prompt(question))
-        longest = len(prompt) + MAX_NEW_TOKENS
-        if self.asked == eval_vqa.QUESTIONS_PER_ROW or self.cached + longest > MAX_CACHED:
-            self.start()
+        prefix, own = write_prompt(self.tokenizer, question)
+        longest = len(own) + MAX_NEW_TOKENS
+        if self.asked == QUESTIONS_PER_ROW or self.cached + longest > MAX_CACHED:
+            self.start(prefix)
         self.asked, self.cached = self.asked + 1, self.cached + longest
-        N, q = self.model.vision.config.tokens, self.asked
-        inputs = [(token, position, 0, q) for position, token in enumerate(prompt, start=1 + N)]
-        for _ in range(MAX_NEW_TOKENS):
+        position = count_tokens(self.model, prefix, [self.image])
+        answer = Answer(0, 0, 1, Piece(0, self.asked, position, own, []))
+        while not answer.done:
             with self.autocast:
-                x = self.model.run_through(self.cache, inputs, [len(inputs) - 1])
-                logits = self.model.language.lm_head(x).float()[0]  # (V,)
-            token, probabilities = int(logits.argmax()), logits.softmax(0)
+                [logits] = extend(self.model, self.cache, [answer], MAX_NEW_TOKENS)  # (V,)
+            [token], probabilities = answer.next.tokens, logits.softmax(0)
             best, ids = probabilities.topk(RUNNERS_UP + 1)
             others = [pair for pair in zip(ids.tolist(), best.tolist()) if pair[0] != token]
-            looked = torch.stack(self.cache.weights).mean(0)[1:1 + N].cpu().numpy()  # <bos> comes first
+            looked = torch.stack(self.cache.weights).mean(0)[len(prefix) - 1:position].cpu().numpy()
             yield Token(token, float(probabilities[token]), others[:RUNNERS_UP], looked)
-            if token == EOS:
-                return
-            inputs = [(token, inputs[-1][1] + 1, 0, q)]
+
+
+def write_prompt(tokenizer, question):
+    """The tokens of a question about one image: those up to the image, which is -1 and the last, and the others."""
+    tokens, [(end, _)] = write_plain(Record("", question, image=b""), tokenizer.encode)
+    begin = tokens.index(-1) + 1
+    return tokens[:begin], tokens[begin:end]
 
 
 def words_of(tokens, tokenizer):
@@ -193,11 +194,20 @@ def read_upload(content, at_least):
         raise UserError(f"This file is not an image that can be read: {error}.") from None
 
 
+def patches_of(image, looked):
+    """(rows, columns) of the attention (N,) to an image's tokens: without that to a class token, which is nowhere."""
+    for patches in (looked, looked[1:]):
+        rows = round((len(patches) * image.shape[0] / image.shape[1]) ** 0.5)  # they are squares
+        if rows and len(patches) % rows == 0 and rows * image.shape[1] == len(patches) // rows * image.shape[0]:
+            return patches.reshape(rows, -1)
+    raise ValueError(f"{len(looked)} tokens of an image of {image.shape[:2]} are no squares")
+
+
 def heat_map(image, looked):
     """An image (H, W, 3) uint8 in grey, its patches the more in colour the more was looked at them."""
-    patches = looked[1:] - looked[1:].min()  # the class token comes first, which is nowhere
-    side = round(len(patches) ** 0.5)
-    share = (patches / max(patches.max(), 1e-12)).reshape(side, side).astype(np.float32)
+    patches = patches_of(image, looked)
+    share = (patches - patches.min()).astype(np.float32)
+    share /= max(share.max(), 1e-12)
     share = Image.fromarray(share).resize(image.shape[1::-1], Image.Resampling.NEAREST)
     share = 0.75 * np.asarray(share)[..., None]  # (H, W, 1)
     grey = np.asarray(Image.fromarray(image).convert("L"), np.float32)[..., None]
@@ -208,23 +218,21 @@ def heat_map(image, looked):
 
 def load(config):
     """What all sessions share and none changes. There may be no examples and no classifier."""
-    folder, checkpoint, trained, tokenizer = eval_vqa.open_run(config.run)
+    folder, checkpoint, record, tokenizer = open_trained_run(config.run, config.checkpoint)
     device, dtype = pick_device(config.device, "auto")
-    model = VLM.load(checkpoint, dtype, device).eval()
+    model, settings = load_vlm(checkpoint, dtype, device).eval(), record["image"]
     print(f"demo.py: {checkpoint} answers, on {device}", flush=True)
     try:
-        shards = eval_vqa.open_shards(eval_vqa.Config(shards_dir=config.shards_dir), tokenizer)
+        shards = open_splits("", "test", config.shards_dir, tokenizer, settings)
     except UserError:
         shards = []  # images of one's own alone
-    size = model.vision.config.image_size
-    shards = [shard for shard in shards if shard.manifest["image"]["size"] == size]
     examples, frequent = [], Counter()
     for shard in shards:
         asked = defaultdict(dict)  # image -> {question: recorded answer}
-        for record, image in zip(shard.read_records(), shard.samples["image"].tolist()):
-            if image >= 0 and not record.get("context"):
-                asked[image][record["question"]] = record["answer"]
-                frequent[record["question"]] += 1
+        for words, sample in zip(shard.read_records(), shard.samples):
+            if sample["images"] == sample["spans"] == 1 and not words.get("context"):
+                asked[int(sample["image"])][words["question"]] = words["answer"]
+                frequent[words["question"]] += 1
         for image in sorted(asked)[::max(len(asked) * len(shards) // EXAMPLES, 1)]:
             name = f"{shard.folder.relative_to(config.shards_dir)}, image {image + 1}"
             examples.append((name, shard.read_image(image), asked[image]))
@@ -232,11 +240,11 @@ def load(config):
     newest = max(classifiers, key=lambda path: path.stat().st_mtime, default=Path()).parent
     where = Path(config.classifier) if config.classifier else newest
     return SimpleNamespace(
-        model=model, tokenizer=tokenizer, device=device, dtype=dtype, size=size, examples=examples,
+        model=model, tokenizer=tokenizer, device=device, dtype=dtype, examples=examples,
+        size=settings["size"], resize=settings["resize"],
         facts=f"{folder} · {checkpoint.name.replace('_', ' ')} · {device}",
-        resize=trained.get("resize", "squash"),
         questions=dict.fromkeys(question for question, _ in frequent.most_common(4)),  # for other images
-        classifier=(*train_cls.load_model(where, device), where) if where.name else None)
+        classifier=(*load_classifier(where, device), where) if where.name else None)
 
 
 def classify(loaded, image):
@@ -244,9 +252,8 @@ def classify(loaded, image):
     model, facts, _ = loaded.classifier
     pixels = np.array(resize_image(image, facts["image"]["size"], facts["image"]["resize"]))
     autocast = autocast_to(loaded.device, loaded.dtype)
-    [found] = train_cls.predict(model, pixels[None], facts["thresholds"] is not None, train_cls.Config(),
-                                loaded.device, autocast)
-    return dict(zip(facts["classes"], found.tolist()))
+    [shares] = predict(model, pixels[None], facts["thresholds"] is not None, 1, loaded.device, autocast)
+    return dict(zip(facts["classes"], shares.tolist()))
 
 
 # ----------------------------------------------------------------------------- the page
@@ -294,7 +301,7 @@ def choose_image(loaded):
 def show_image(pixels, classes, loaded):
     """The image of a conversation, and the classes that the classifier gives it, if there is one."""
     st.html(picture(pixels, "The image as the model sees it")
-            + f'<p class="note">As the model sees it: {loaded.size} × {loaded.size} pixels</p>')
+            + f'<p class="note">As the model sees it: {pixels.shape[1]} × {pixels.shape[0]} pixels</p>')
     if classes:
         best = max(classes, key=classes.get)
         rows = [(html.escape(name), f'<progress value="{share:.3f}"></progress>', f"{share:.1%}")
@@ -317,8 +324,8 @@ def show_details(tokens, words, image, tokenizer, key):
     looked = np.mean([one.looked for one in (tokens if chosen is None else [words[chosen]])], axis=0)
     left, right = st.columns(2)
     left.html(picture(heat_map(image, looked), "The image, coloured where the model looked"))
-    least, most = looked[1:].min(), looked[1:].max()
-    right.html(f'<div class="ramp"></div><p class="note">{least:.1%} to {most:.1%} of its attention on '
+    patches = patches_of(image, looked)
+    right.html(f'<div class="ramp"></div><p class="note">{patches.min():.1%} to {patches.max():.1%} of its attention on '
                f"a patch; {looked.sum():.0%} on the whole image, the rest on words</p>"
                '<p class="note">Attention is not an explanation of the answer.</p><br>' + "".join(legend)
                + '<p class="note">How probable it found each word. It can be sure and wrong.</p>')
@@ -341,7 +348,7 @@ def converse(conversation, tokenizer, questions):
                  on_change=take_suggestion)
     question = (typed or state.pop("suggestion", None) or "").strip()
     newest = st.empty()
-    count = len(tokenizer.encode(format_prompt(question)))
+    count = len(write_prompt(tokenizer, question)[1])
     if count > MAX_QUESTION:
         st.warning(f"This question is too long: {len(question):,} characters, {count:,} tokens, of which "
                    f"{MAX_QUESTION} are read. Nothing was asked. Copy it from here and shorten it:")
@@ -459,7 +466,7 @@ def main(config):
             return show_page(config)
         except UserError as error:
             return st.error(str(error))
-    eval_vqa.open_run(config.run)  # say now what is wrong
+    open_trained_run(config.run, config.checkpoint)  # say now what is wrong
     settings = {**server_settings(config), "server.port": config.port, "server.headless": True,
                 "server.fileWatcherType": "none", "client.toolbarMode": "minimal", "theme.base": "light",
                 "theme.primaryColor": "#0b5c7a", "theme.secondaryBackgroundColor": "#f2f6f8"}

@@ -48,12 +48,11 @@ def draw_units(images, patients):
     What a bootstrap is to draw, "images", "patients" or "patients or images", and the number of each
     question's, (n,).
 
-    images: (n,) number of the image of each question, -1 for a question about none, which is one of
-    its own. patients: n names, "" where none is known. A patient's images are right or wrong together.
+    images: (n,) the same number, not negative, for questions about the same images. patients: n names, ""
+    where none is known. A patient's images are right or wrong together.
     """
-    units = np.where(images >= 0, images, -1 - np.arange(len(images)))
     first = images.max(initial=-1) + 1  # the patients' numbers come behind the images'
     numbers = {name: first + number for number, name in enumerate(dict.fromkeys(patients))}
-    units = np.where([bool(name) for name in patients], [numbers[name] for name in patients], units)
+    units = np.where([bool(name) for name in patients], [numbers[name] for name in patients], images)
     unit = "images" if not any(patients) else "patients" if all(patients) else "patients or images"
     return unit, units

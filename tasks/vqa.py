@@ -60,15 +60,18 @@ def is_closed(reference):
 
 def score(record, prediction):
     """
-    One answer's METRICS in percent, the best over all references that count as right; closed
-    accuracy of a yes/no question alone and open recall of any other, nan where it has none.
+    One answer's METRICS in percent, {metric: score}, the best over all references that count as right;
+    closed accuracy of a yes/no question alone and open recall of any other, nan where it has none.
     """
     references = record.get("references") or [record["answer"]]
-    closed = all(map(is_closed, references))
-    functions = (bleu1, exact_match, token_f1, exact_match if closed else None,
-                 None if closed else open_recall)
-    return [100 * max(function(prediction, reference) for reference in references) if function
-            else math.nan for function in functions]
+
+    def best(function):
+        return 100 * max(function(prediction, reference) for reference in references)
+
+    exact, closed = best(exact_match), all(map(is_closed, references))
+    return {"BLEU-1": best(bleu1), "exact match": exact, "token F1": best(token_f1),
+            "closed accuracy": exact if closed else math.nan,
+            "open recall": math.nan if closed else best(open_recall)}
 
 
 def repeats(answer):
@@ -88,52 +91,100 @@ def repeats(answer):
     return re.search(r"(\S{1,8}?)\1{7}", answer) is not None
 
 
+# ----------------------------------------------------------------------------- records
+
+def turns_of(record):
+    """The (question, answer) pairs of a line of records.jsonl: one, or those of a conversation."""
+    return [(record["question"], record["answer"]), *map(tuple, record.get("turns", ()))]
+
+
+def as_asked(record):
+    """A line of records.jsonl as it is asked and scored: of a conversation the last turn, behind the "earlier"."""
+    if "turns" not in record:
+        return record
+    *earlier, (question, answer) = turns_of(record)
+    rest = {name: value for name, value in record.items() if name not in ("turns", "references")}
+    return rest | {"question": question, "answer": answer, "earlier": earlier}
+
+
 # ----------------------------------------------------------------------------- what words alone are worth
 
-def question_only_answers(train, test):
+def question_only_answers(train, questions):
     """
     The most frequent training answer to the same question, else to questions with the same first
-    3, 2, 1 words, else to any. Looks at no image: what a score is worth without one.
+    3, 2, 1 words, else to any; "" without any. Looks at no image: what a score is worth without one.
+    train: (question, answer) pairs.
     """
     def keys(question):
         words = question.lower().split()
         return [" ".join(words), *(" ".join(words[:n]) + " ..." for n in (3, 2, 1)), ""]
 
     answers = defaultdict(Counter)
-    for record in train:
-        for key in keys(record["question"]):
-            answers[key][record["answer"].lower()] += 1
-    return [next(answers[key].most_common(1)[0][0] for key in keys(record["question"])
-                 if key in answers) for record in test]
+    for question, answer in train:
+        for key in keys(question):
+            answers[key][answer.lower()] += 1
+
+    def guess(question):
+        for key in keys(question):
+            if key in answers:
+                return answers[key].most_common(1)[0][0]
+        return ""
+
+    return [guess(question) for question in questions]
 
 
-def shuffled_images(image_of, seed):
-    """For each question another image than its own, (n,): the images change places in a random cycle."""
-    images, index = np.unique(image_of[image_of >= 0], return_inverse=True)
+def exchange_images(count, images, related, seed):
+    """
+    The image to show in place of each of a shard's `count`, (count,): those that are asked about change
+    places in a random cycle, the others stay.
+
+    images, related: (n,) each image that is asked about, once or more, and a number that images of one
+    sample have in common. As far as no half of all images is related, none takes the place of one that it
+    is related to, and those of a sample, such as its frontal and its lateral view, stay in their order.
+    """
+    images, first = np.unique(images, return_index=True)
+    _, block, sizes = np.unique(related[first], return_inverse=True, return_counts=True)
     order = np.random.default_rng(seed).permutation(len(images))
-    other = np.empty_like(order)
-    other[order] = np.roll(order, 1)
-    shown = image_of.copy()
-    shown[image_of >= 0] = images[other[index]]
+    begin = np.full(len(sizes), len(images))  # of each block of related images in that order
+    np.minimum.at(begin, block[order], np.arange(len(images)))
+    order = np.lexsort((images, begin[block]))
+    apart = sizes.max() if 2 * sizes.max() <= len(images) else 1
+    shown = np.arange(count)
+    shown[images[order]] = images[np.roll(order, apart)]
     return shown
 
 
 # ----------------------------------------------------------------------------- tables
 
+def add_difference(scores):
+    """{row: {metric: (n,) scores}}, joined by what "model" has above "image shuffled", question by question."""
+    if not {"model", "image shuffled"} <= scores.keys():
+        return scores
+    return scores | {"the image adds": {metric: scores["model"][metric] - scores["image shuffled"][metric]
+                                        for metric in METRICS}}
+
+
 def summarise(scores, units, seed):
     """
-    {row: {metric: [mean, low, high]}} of {row: (n, 5) scores}: means over the questions with 95%
+    {row: {metric: [mean, low, high]}} of {row: {metric: (n,) scores}}: means over the questions with 95%
     intervals, None where there is none; and {metric: share of the resamples without such a question}.
-    units: (n,) what the bootstrap draws. "model" and "image shuffled" are joined by a row of their
-    difference, question by question.
+    units: (n,) what the bootstrap draws.
     """
-    rows = dict(scores)
-    if {"model", "image shuffled"} <= rows.keys():
-        rows["the image adds"] = rows["model"] - rows["image shuffled"]
-    cells, lacking = intervals(np.concatenate(list(rows.values()), axis=1), units, seed)
-    cells = iter([None if math.isnan(number) else number for number in cell] for cell in cells.tolist())
-    table = {row: {metric: next(cells) for metric in METRICS} for row in rows}
-    return table, dict(zip(METRICS, lacking.tolist()))
+    columns = {(row, metric): values for row, metrics in scores.items() for metric, values in metrics.items()}
+    cells, lacking = intervals(np.stack(list(columns.values()), axis=1), units, seed)
+    table = {row: {} for row in scores}
+    for (row, metric), cell in zip(columns, cells.tolist()):
+        table[row][metric] = [None if math.isnan(number) else number for number in cell]
+    return table, {metric: share for (_, metric), share in zip(columns, lacking.tolist())}  # alike in all rows
+
+
+def tabulate(scores, chosen, units, seed):
+    """The table of the questions `chosen`, (n,) bool, as a dict: how many they are, and summarise's of them."""
+    part = {row: {metric: values[chosen] for metric, values in metrics.items()} for row, metrics in scores.items()}
+    rows, lacking = summarise(part, units[chosen], seed)
+    metrics = part[list(part)[0]]  # which questions are closed is the same in every row
+    return {"questions": int(chosen.sum()), "closed": int((~np.isnan(metrics["closed accuracy"])).sum()),
+            "open": int((~np.isnan(metrics["open recall"])).sum()), "rows": rows, "resamples_without": lacking}
 
 
 def cell_text(cell):
@@ -150,61 +201,53 @@ def print_cells(label, cells):
     print(f"{label[:16]:16}" + "".join(f"{text:>17}" for text in texts))
 
 
-def print_lacking(lacking, unit):
-    """Say which intervals rest on part of the resamples alone, for want of such questions."""
-    for metric, share in lacking.items():
+def print_table(table, unit):
+    """Print a table, and which of its intervals rest on part of the resamples, for want of such questions."""
+    print_cells("", (*METRICS[:3], f"closed ({table['closed']:,})", f"open ({table['open']:,})"))
+    for row, cells in table["rows"].items():
+        print_cells(row, [cells[metric] for metric in METRICS])
+    for metric, share in table["resamples_without"].items():
         if MANY_LACKING < share < 1:
             print(f"{metric}: {share:.0%} of the resamples of {unit} hold no such question; its interval "
                   "rests on the others, and is a rough one")
 
 
-def report(name, scores, images, types, seen, seed, unit="images", units=None):
+def report(name, scores, images, types, seen, units, unit="images", seed=0):
     """
     Print a dataset's tables: all questions, those that are new to the run, BLEU-1 by question type.
     Returns the same as a dict.
 
-    scores: {row: (n, 5)}; images: (n,) number of each question's image, -1 for none; seen: for each
+    scores: {row: {metric: (n,)}}; images: how many the questions are about; types: n texts; seen: for each
     question why it is not new, "" where it is, or as a str why that is not known; units: (n,) what the
-    bootstrap draws, if not images, and `unit` its name.
+    bootstrap draws, and `unit` its name.
     """
-    units = images if units is None else units
-    new = np.array([not reason for reason in seen]) if isinstance(seen, list) else None
-    tables = {"drawn": unit}
-    print(f"\n{name}: {len(images):,} questions about {len(np.unique(images[images >= 0])):,} images; "
-          f"percent, with 95% intervals over {unit}")
-    for title, chosen in (("all", np.full(len(images), True)), ("new", new)):
-        if chosen is None or not chosen.any():
-            tables[title] = seen if chosen is None else "every question's words or image were trained on"
-            print(f"questions new to the run: {'not known: ' * (chosen is None)}{tables[title]}")
-            continue
-        part = {row: values[chosen] for row, values in scores.items()}
-        closed, opened = (~np.isnan(next(iter(part.values()))[:, 3:])).sum(axis=0).tolist()
-        if title == "new":
-            print(f"{chosen.sum():,} of them new to the run, in words and image:")
-        print_cells("", (*METRICS[:3], f"closed ({closed:,})", f"open ({opened:,})"))
-        rows, lacking = summarise(part, units[chosen], seed)
-        tables[title] = {"questions": int(chosen.sum()), "closed": closed, "open": opened, "rows": rows,
-                         "resamples_without": lacking}
-        for row, cells in rows.items():
-            print_cells(row, cells.values())
-        print_lacking(lacking, unit)
-    tables["types"] = report_types(scores, units, types, seed)
+    scores = add_difference(scores)
+    print(f"\n{name}: {len(types):,} questions about {images:,} images; percent, with 95% intervals over {unit}")
+    tables = {"drawn": unit, "all": tabulate(scores, np.full(len(types), True), units, seed)}
+    print_table(tables["all"], unit)
+    if isinstance(seen, str):
+        tables["new"] = seen
+        print(f"questions new to the run: not known: {seen}")
+    elif all(seen):
+        tables["new"] = "every question's words or image were trained on"
+        print(f"questions new to the run: {tables['new']}")
+    else:
+        tables["new"] = tabulate(scores, np.array([not reason for reason in seen]), units, seed)
+        print(f"{tables['new']['questions']:,} of them new to the run, in words and image:")
+        print_table(tables["new"], unit)
+    tables["types"] = report_types(scores, types, units, seed)
     return tables
 
 
-def report_types(scores, units, types, seed):
+def report_types(scores, types, units, seed):
     """Print BLEU-1 by question type, where there are several; returns all scores of all types as a dict."""
-    tables = {}
-    for kind, questions in Counter(types).most_common():
-        chosen = np.array([one == kind for one in types])
-        part = {row: values[chosen] for row, values in scores.items()}
-        rows, lacking = summarise(part, units[chosen], seed)
-        tables[kind] = {"questions": questions, "rows": rows, "resamples_without": lacking}
+    tables = {kind: tabulate(scores, np.array([one == kind for one in types]), units, seed)
+              for kind, _ in Counter(types).most_common()}
     if len(tables) > 1:
-        print_cells("BLEU-1 by type", ("questions", *rows))
+        print_cells("BLEU-1 by type", ("questions", *scores))
         for kind, table in list(tables.items())[:TYPES_SHOWN]:
             print_cells(kind or "none", (f"{table['questions']:,}",
-                                         *(cells["BLEU-1"] for cells in table["rows"].values())))
+                                         *(table["rows"][row]["BLEU-1"] for row in scores)))
         if (more := len(tables) - TYPES_SHOWN) > 0:
             print(f"and {more} rarer types, in results.json")
     return tables

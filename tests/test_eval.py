@@ -4,25 +4,26 @@ import json
 import math
 import re
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import eval_vqa
-from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard, Tokenizer
-from eval_vqa import ask, open_shards
-from plumbing.files import hash_json
+from data import Record, Tokenizer, View
+from generate import ask
+from plumbing.files import hash_json, read_manifest
 from plumbing.flags import UserError
+from plumbing.leaks import read_leaks
+from plumbing.shards import PROMPT_VERSION, SHARD_VERSION, Shard
 from prepare.datasets import Dataset
 from prepare.leaks import guard
 from prepare.questions import train_sample_tokenizer
 from prepare.shards import write_dataset
-from tasks.seen import find_seen, open_trained, training_records
+from tasks.seen import find_seen, open_trained, training_answers
+from tasks.splits import open_splits
 from tasks.stats import bootstrap, draw_units, intervals
-from tasks.vqa import (METRICS, bleu1, exact_match, open_recall, question_only_answers, repeats, report,
-                       score, shuffled_images, summarise, token_f1)
+from tasks.vqa import (METRICS, add_difference, as_asked, bleu1, exact_match, exchange_images, open_recall,
+                       question_only_answers, repeats, report, score, summarise, token_f1, turns_of)
 from test_leaks import drawing, encoded
 
 PAIRS = [  # prediction, reference, BLEU-1 worked out by hand
@@ -39,12 +40,11 @@ def test_bleu1_by_hand(prediction, reference, expected):
 
 
 def test_a_question_about_nothing_that_can_be_seen_gets_the_reason(tmp_path):
-    model = SimpleNamespace(vision=SimpleNamespace(config=SimpleNamespace(image_size=16)))
     Image.new("L", (20, 20), 7).save(tmp_path / "even.png")
     drawing(1).save(tmp_path / "stack.tif", save_all=True, append_images=[drawing(2)])
     for name, reason in (("even.png", "even: all pixels alike"), ("stack.tif", "several pages; save each as a file")):
         with pytest.raises(UserError, match=f"{name}: not an image that can be read .{reason}"):
-            ask(model, None, "what is it?", str(tmp_path / name))
+            ask(None, None, "what is it?", str(tmp_path / name), size=16)
 
 
 def test_bleu1_edges():
@@ -56,7 +56,9 @@ def test_bleu1_edges():
 
 
 def test_metrics_of_the_ten_pairs():
-    scores = np.array([score({"answer": reference}, prediction) for prediction, reference, _ in PAIRS])
+    scored = [score({"answer": reference}, prediction) for prediction, reference, _ in PAIRS]
+    assert all(tuple(one) == METRICS for one in scored)
+    scores = np.array([list(one.values()) for one in scored])
     closed = [True] * 3 + [False] * 7
     assert (np.isnan(scores[:, 3]) != closed).all() and (np.isnan(scores[:, 4]) == closed).all()
     assert np.nanmean(scores, axis=0) == pytest.approx(
@@ -73,10 +75,11 @@ def test_token_f1_and_recall_by_hand():
 def test_the_best_reference_counts():
     record = {"answer": "ct w/contrast (iv)#mri",
               "references": ["ct w/contrast iv", "ct w/contrast", "mri"]}
-    assert score(record, "CT w/contrast")[:3] == [100, 100, 100]
-    assert score(record, "mri")[1] == 100 and score(record, "ct w/contrast (iv)#mri")[1] == 0
+    assert [score(record, "CT w/contrast")[metric] for metric in METRICS[:3]] == [100, 100, 100]
+    assert score(record, "mri")["exact match"] == 100
+    assert score(record, "ct w/contrast (iv)#mri")["exact match"] == 0
     half_closed = {"answer": "yes#left", "references": ["yes", "left"]}
-    assert math.isnan(score(half_closed, "yes")[3]) and score(half_closed, "yes")[4] == 100
+    assert math.isnan(score(half_closed, "yes")["closed accuracy"]) and score(half_closed, "yes")["open recall"] == 100
 
 
 def test_bleu1_agrees_with_an_independent_statement():
@@ -96,26 +99,56 @@ def test_bleu1_agrees_with_an_independent_statement():
 
 
 def test_question_only_answers_fall_back_word_by_word():
-    train = [{"question": q, "answer": a} for q, a in [
+    train = [
         ("is there a bleed?", "Yes"), ("is there a bleed?", "yes"), ("is there a bleed?", "no"),
         ("is there an effusion?", "no"), ("is there an effusion?", "no"), ("is there an aneurysm?", "no"),
-        ("what organ is this?", "brain"), ("how many cells?", "two")]]
+        ("what organ is this?", "brain"), ("how many cells?", "two")]
     asked = ["is there a bleed?", "is there a tumour?", "is there an air bubble?", "what is it?",
              "why?", "Is There A Bleed?"]
-    answers = question_only_answers(train, [{"question": question} for question in asked])
+    answers = question_only_answers(train, asked)
     #        same      "is there a"  "is there an"  "what"   any: no 4 of 8   case aside
     assert answers == ["yes", "yes", "no", "brain", "no", "yes"]
+    assert question_only_answers([], asked) == [""] * 6
 
 
-def test_shuffled_images_leave_none_in_place():
-    image_of = np.random.default_rng(0).integers(-1, 50, 400)  # -1: no image
+def test_exchanged_images_leave_none_in_place():
+    asked = np.random.default_rng(0).choice(60, 40, replace=False).repeat(3)
     for seed in range(20):
-        shown = shuffled_images(image_of, seed)
-        assert (shown[image_of >= 0] != image_of[image_of >= 0]).all()
-        assert ((shown == -1) == (image_of == -1)).all()
-        pairs = set(zip(image_of.tolist(), shown.tolist()))  # an image's questions move together
-        assert len(pairs) == len({one for one, _ in pairs}) == len({other for _, other in pairs})
-    assert (shuffled_images(image_of, 1) == shuffled_images(image_of, 1)).all()
+        shown = exchange_images(60, asked, asked, seed)
+        there = np.isin(np.arange(60), asked)
+        assert (shown[there] != np.arange(60)[there]).all() and (shown[~there] == np.arange(60)[~there]).all()
+        assert sorted(shown) == list(range(60))  # each is shown once, so an image's questions move together
+        first = current = asked[0]
+        for length in range(1, 41):
+            current = shown[current]
+            if current == first:
+                break
+        assert length == 40  # one cycle
+    assert (exchange_images(60, asked, asked, 1) == exchange_images(60, asked, asked, 1)).all()
+
+
+def test_a_study_gets_the_views_of_another_one():
+    """Images 0 and 1 are one study's, 2 and 3 another's, ...; where one has most of all, none keeps its own."""
+    images = np.arange(20)
+    for seed in range(20):
+        shown = exchange_images(20, images, images // 2, seed)
+        assert (shown // 2 != images // 2).all() and (shown % 2 == images % 2).all()
+        assert (shown[::2] // 2 == shown[1::2] // 2).all()  # both from the same study
+        mixed = np.array([0, 0, 0, 1, 1, 2, 3, 4])
+        other = exchange_images(8, np.arange(8), mixed, seed)
+        assert (mixed[other] != mixed).all() and sorted(other) == list(range(8))
+        assert (exchange_images(4, np.arange(4), np.array([0, 0, 0, 1]), seed) != np.arange(4)).all()
+
+
+def test_a_conversation_is_scored_by_its_last_turn():
+    record = {"id": "1", "question": "where?", "answer": "left", "type": "", "image": "a.png",
+              "references": ["left", "left side"], "turns": [["how large?", "2 cm"], ["since when?", "2019"]]}
+    assert turns_of(record) == [("where?", "left"), ("how large?", "2 cm"), ("since when?", "2019")]
+    asked = as_asked(record)
+    assert asked == {"id": "1", "question": "since when?", "answer": "2019", "type": "", "image": "a.png",
+                     "earlier": [("where?", "left"), ("how large?", "2 cm")]}
+    assert score(asked, "2019")["exact match"] == 100 and score(asked, "left")["exact match"] == 0
+    assert as_asked(asked) is asked and turns_of({"question": "a", "answer": "b"}) == [("a", "b")]
 
 
 # ----------------------------------------------------------------------------- intervals
@@ -162,14 +195,19 @@ def test_bootstrap_is_that_of_resampling_the_questions_themselves():
         assert row == pytest.approx(np.nanmean(resampled, axis=0))
 
 
+def by_metric(scores):
+    """{metric: (n,)} of (n, 5) scores."""
+    return dict(zip(METRICS, scores.T, strict=True))
+
+
 def test_a_difference_is_narrower_than_the_scores_it_is_of(capsys):
     generator = np.random.default_rng(2)
     image_of = np.repeat(np.arange(40), 5)
     base = np.repeat(generator.uniform(0, 100, (40, 1)), 5, axis=0)
     base = np.tile(base, (1, 5))
     base[:100, 4], base[100:, 3] = math.nan, math.nan
-    rows = {"model": base + 10, "image shuffled": base, "question only": base * 0}
-    table, lacking = summarise(rows, image_of, seed=0)
+    rows = {"model": by_metric(base + 10), "image shuffled": by_metric(base), "question only": by_metric(base * 0)}
+    table, lacking = summarise(add_difference(rows), image_of, seed=0)
     assert not any(lacking.values())
     for metric in METRICS:
         mean, low, high = table["model"][metric]
@@ -177,7 +215,7 @@ def test_a_difference_is_narrower_than_the_scores_it_is_of(capsys):
         assert table["the image adds"][metric] == pytest.approx([10, 10, 10])
         assert table["question only"][metric] == [0, 0, 0]
     seen = ["words"] * 150 + [""] * 50
-    tables = report("toy/test", rows, image_of, ["a"] * 150 + ["b"] * 50, seen, seed=0)
+    tables = report("toy/test", rows, 40, ["a"] * 150 + ["b"] * 50, seen, image_of)
     assert tables["all"]["rows"] == table and tables["all"]["closed"] == tables["all"]["open"] == 100
     assert tables["new"]["questions"] == 50 and tables["new"]["open"] == 50
     assert tables["new"]["rows"]["model"]["closed accuracy"] == [None] * 3  # none of them is closed
@@ -187,7 +225,7 @@ def test_a_difference_is_narrower_than_the_scores_it_is_of(capsys):
     assert text.count("closed (100)") == 1 and text.count("closed (0)") == 1
     for seen, said in ((["image"] * 200, "every question's words or image were trained on"),
                        ("no such shard", "no such shard")):
-        assert report("toy/test", rows, image_of, ["a"] * 200, seen, seed=0)["new"] == said
+        assert report("toy/test", rows, 40, ["a"] * 200, seen, image_of)["new"] == said
 
 
 def test_a_resample_without_a_closed_question_blanks_no_cell(capsys):
@@ -200,7 +238,7 @@ def test_a_resample_without_a_closed_question_blanks_no_cell(capsys):
     assert cells[3, 0] == pytest.approx(scores[:4, 3].mean())
     assert np.isnan(cells[3, 1:]).all()  # of one image alone: nobody knows how others differ
     scores[4:8, 3] = scores[:4, 3] / 2  # two images of 6
-    tables = report("toy/test", {"model": scores}, image_of, ["a"] * 24, "no shards", seed=0)
+    tables = report("toy/test", {"model": by_metric(scores)}, 6, ["a"] * 24, "no shards", image_of)
     mean, low, high = tables["all"]["rows"]["model"]["closed accuracy"]
     means = bootstrap(scores, image_of)[:, 3]
     assert [low, high] == np.percentile(means[~np.isnan(means)], (2.5, 97.5)).tolist() and low < mean < high
@@ -211,22 +249,22 @@ def test_a_resample_without_a_closed_question_blanks_no_cell(capsys):
 
 def test_one_image_alone_has_no_interval(capsys):
     scores = np.array([[50.0] * 4 + [math.nan]] * 3)
-    report("toy/test", {"model": scores}, np.array([4, 4, 4]), ["a"] * 3, "no shards", seed=0)
+    report("toy/test", {"model": by_metric(scores)}, 1, ["a"] * 3, "no shards", np.array([4, 4, 4]))
     text = capsys.readouterr().out
     assert text.count("50.0 [- -]") == 4 and text.count(" - ") + text.count(" -\n") == 1
 
 
 def test_patients_are_drawn_where_they_are_known(capsys):
-    images = np.array([0, 0, 1, 2, -1, -1])
+    images = np.array([0, 0, 1, 2, 7, 8])  # the last two: of questions about none
     assert draw_units(images, [""] * 6)[0] == "images"
-    assert draw_units(images, [""] * 6)[1].tolist() == [0, 0, 1, 2, -5, -6]
+    assert draw_units(images, [""] * 6)[1].tolist() == [0, 0, 1, 2, 7, 8]
     unit, units = draw_units(images, ["ann", "ann", "ann", "bob", "ann", "cyd"])
     assert unit == "patients" and len(set(units)) == 3 and units[0] == units[2] == units[4]
     unit, units = draw_units(images, ["ann", "ann", "ann", "", "", ""])
     assert unit == "patients or images" and len(set(units)) == 4 and units[0] == units[1] == units[2]
     scores = np.random.default_rng(0).uniform(0, 100, (6, 5))
-    drawn = draw_units(images, ["a", "a", "b", "b", "c", "c"])
-    report("toy/test", {"model": scores}, images, ["a"] * 6, "x", 0, *drawn)
+    unit, units = draw_units(images, ["a", "a", "b", "b", "c", "c"])
+    report("toy/test", {"model": by_metric(scores)}, 3, ["a"] * 6, "x", units, unit)
     assert "6 questions about 3 images; percent, with 95% intervals over patients" in capsys.readouterr().out
 
 
@@ -260,16 +298,35 @@ TOKENIZER = train_sample_tokenizer()
 
 
 def write_questions(shards, name, splits, kind="image questions", tokenizer=TOKENIZER, **image):
-    """A dataset of {split: [(question, answer, seed of a drawing)]}."""
-    records = [(split, Record(f"{split}{number}", question, answer, encoded(drawing(seed)), f"{seed}.png"))
-               for split, rows in splits.items()
-               for number, (question, answer, seed) in enumerate(rows)]
+    """A dataset of {split: [(question, answer, seed of a drawing), or a Record]}."""
+    records = [(split, row if isinstance(row, Record) else
+                Record(f"{split}{number}", row[0], row[1], encoded(drawing(row[2])), f"{row[2]}.png"))
+               for split, rows in splits.items() for number, row in enumerate(rows)]
     dataset = Dataset(name=name, read=lambda raw: iter(records), kind=kind, licence="none", access="open",
                       megabytes=0, page="", layouts=(), counts={})
     facts = {"dataset": name, "shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION,
              "limit": 0, "licence": "none",
              "image": {"size": 32, "resize": "squash", "codec": "png", "quality": 0, **image}}
     write_dataset(shards / name, dataset, shards, {}, tokenizer, facts, 1)
+
+
+def study(name, question, answer, *seeds, turns=()):
+    """A Record of several drawings with their roles and a text between them."""
+    views = [View(encoded(drawing(seed)), f"{seed}.png", f"view {place}") for place, seed in enumerate(seeds)]
+    return Record(name, question, answer, parts=(views[0], "and then", *views[1:]), turns=turns)
+
+
+def describe(shards, names, leaks="", tests=None):
+    """What a run that was trained on these datasets is sealed with, as far as tasks/seen.py reads it."""
+    data, told = {}, {}
+    for name in names:
+        train = Shard(shards / name / "train")
+        file = read_manifest(train.folder, "leaks.json")
+        numbers = sorted({number for reasons in file["found"].values() for some in reasons.values() for number in some})
+        data[name] = {"checksum": train.manifest["checksum"], "leaks": leaks or file["leaks"],
+                      "leaked_sha256": hash_json(numbers)}
+        told[name] = file["tests"] if tests is None else tests
+    return {"flags": {"data": ",".join(names)}, "inputs": {"data": data}, "tests": told}
 
 
 @pytest.fixture
@@ -284,12 +341,10 @@ def shards(tmp_path):
     return tmp_path
 
 
-def seen_by(shards, data="learn", leaks=None, split="test"):
-    shard = Shard(shards / "learn" / split)
-    checksums = {name: Shard(shards / name / "train").manifest["checksum"] for name in ("learn", "more")}
-    trained = {"flags": {"data": data}, "shards": checksums} | (
-        {"leaks": {"learn": leaks, "more": leaks}} if leaks else {})
-    return find_seen(shard, shard.read_records(), open_trained(trained, shards), trained)
+def seen_by(shards, data="learn", leaks="", tests=None, split="test"):
+    trained = describe(shards, ("learn", "more"), leaks, tests)
+    trained["flags"]["data"] = data
+    return find_seen(Shard(shards / "learn" / split), open_trained(trained, shards), trained)
 
 
 def test_what_was_trained_on_is_not_new(shards):
@@ -300,28 +355,24 @@ def test_what_was_trained_on_is_not_new(shards):
 
 def test_what_the_leak_guard_left_out_is_new(shards):
     guard(shards, "drop")
-    tests = {"learn/test": Shard(shards / "learn" / "test").manifest["checksum"]}
     # The samples about drawings 2 and 3 were left out, their words with them.
-    assert seen_by(shards, leaks={"leaks": "drop", "tests": tests}) == ["words", "", "", "", ""]
-    assert seen_by(shards, leaks={"leaks": "keep", "tests": tests}) == [
-        "words", "words and image", "image", "", "words"]
+    assert seen_by(shards) == ["words", "", "", "", ""]
+    assert seen_by(shards, leaks="keep") == ["words", "words and image", "image", "", "words"]
     # Trained before this test split was there to be compared with: nothing was left out for it.
-    assert seen_by(shards, leaks={"leaks": "drop", "tests": {}})[2] == "image"
+    assert seen_by(shards, tests={})[2] == "image"
 
 
 def test_what_was_left_out_is_known_by_its_hash(shards):
     """Where images are compared in another way by now, all of the training split counts as trained on."""
     guard(shards, "drop")
-    train, test = Shard(shards / "learn/train"), Shard(shards / "learn/test")
-    trained = {"flags": {"data": "learn"}, "shards": {"learn": train.manifest["checksum"]},
-               "leaks": {"learn": {"leaks": "drop", "tests": {"learn/test": test.manifest["checksum"]}}}}
-    for numbers, left, seen in (([1, 2], {1, 2}, ["words", "", "", "", ""]),
+    test, trained = Shard(shards / "learn/test"), describe(shards, ["learn"])
+    for numbers, left, seen in (([1, 2], [1, 2], ["words", "", "", "", ""]),
                                 ([2], None, ["words", "words and image", "image", "", "words"])):
-        trained["inputs"] = {"data": {"learn": {"leaked_sha256": hash_json(numbers)}}}
+        trained["inputs"]["data"]["learn"]["leaked_sha256"] = hash_json(numbers)
         splits = open_trained(trained, shards)
         assert splits["learn"][1] == left
-        assert find_seen(test, test.read_records(), splits, trained) == seen
-        assert len(training_records(splits, "learn")) == (1 if left else 3)
+        assert find_seen(test, splits, trained) == seen
+        assert len(training_answers(splits, "learn")) == (1 if left else 3)
 
 
 def test_what_is_not_known_is_said(shards):
@@ -329,11 +380,40 @@ def test_what_is_not_known_is_said(shards):
     assert "the run was trained on this split" in seen_by(shards, split="train")
     assert "test splits alone" in seen_by(shards, "more", split="train")
     for recorded, said in (({}, "the run does not say which training split of learn"),
-                           ({"learn": "0"}, "the training split of learn is another one now")):
-        assert said in open_trained({"flags": {"data": "learn"}, "shards": recorded}, shards)
+                           ({"learn": {"checksum": "0"}}, "the training split of learn is another one now")):
+        trained = {"flags": {"data": "learn"}, "inputs": {"data": recorded}, "tests": {}}
+        assert said in open_trained(trained, shards)
+    guard(shards, "drop")
+    trained = describe(shards, ["learn"])
     (shards / "learn/train/leaks.json").write_text("{}")
+    with pytest.raises(UserError, match="not compared with the test splits; run `python prepare/all.py"):
+        open_trained(trained, shards)
+    trained["inputs"]["data"]["learn"]["leaks"] = "keep"
     with pytest.raises(UserError, match="not compared with .*learn/test; run `python prepare/all.py"):
-        seen_by(shards)
+        find_seen(Shard(shards / "learn/test"), open_trained(trained, shards), trained)
+
+
+def test_words_are_found_by_their_hashes(tmp_path):
+    """On the sample, on conversations and on studies of several images, as by comparing the words themselves."""
+    def plain(text):
+        return " ".join(text.lower().split())
+
+    turns = (("how large?", "2 cm"),)
+    write_questions(tmp_path, "learn", {
+        "train": [study("a", "where?", "left", 1, 2, turns=turns), study("b", "where?", "left", 3, 4),
+                  *[(f"is it {n}?", "Yes" if n % 2 else "no", n) for n in range(10, 20)]],
+        "test": [study("c", "Where?", "LEFT", 30, 31, turns=turns), study("d", "where?", "left", 32, 2),
+                 study("e", "how large?", "2 cm", 33, 34), study("f", "how  large?", "2 cm", 35, 4, turns=turns),
+                 *[(f"is it {n}?", "yes" if n % 4 == 1 else "no", n + 100) for n in range(8, 20)]]})
+    guard(tmp_path, "keep")
+    trained = describe(tmp_path, ["learn"])
+    splits, test = open_trained(trained, tmp_path), Shard(tmp_path / "learn/test")
+    train = splits["learn"][0]
+    known = {tuple((plain(q), plain(a)) for q, a in turns_of(record)) for record in train.read_records()}
+    words = [tuple((plain(q), plain(a)) for q, a in turns_of(record)) in known for record in test.read_records()]
+    seen = find_seen(test, splits, trained)
+    assert ["words" in reason for reason in seen] == words and 0 < sum(words) < len(words)
+    assert seen[:4] == ["words", "words and image", "", "image"]  # any of its images is enough
 
 
 # ----------------------------------------------------------------------------- which splits
@@ -346,8 +426,8 @@ def test_every_split_that_asks_about_images_is_answered(shards, capsys):
     write_questions(shards, "other", {"test": [("why?", "so", 1)]}, tokenizer=other)
 
     def chosen(**flags):
-        return [shard.folder.parent.name
-                for shard in open_shards(eval_vqa.Config(shards_dir=str(shards), **flags), tokenizer)]
+        return [shard.folder.parent.name for shard in open_splits(
+            **{"data": "", "split": "test", "shards_dir": str(shards), "tokenizer": tokenizer, **flags})]
 
     assert chosen() == ["abc", "learn"]
     assert "other/test, made with another tokenizer than the run; run `python" in capsys.readouterr().out

@@ -55,7 +55,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import connect, format_prompt
+from data import format_prompt
 from generate import ask, finished_groups, generate, group_questions, read_groups
 from plumbing.devices import autocast_to, describe_machine, join_group, pick_device, together
 from plumbing.files import read_manifest
@@ -95,7 +95,7 @@ def show_images(shard, count, config):
     own = np.arange(len(shard.image_index))
     sample, image = shard.image_pairs()
     asked = sample < count
-    related = connect(shard)[sample[asked]]
+    related = shard.connect()[sample[asked]]
     shown = {} if config.blind == "shuffle" else {"model": own}
     if config.blind != "none" and len(np.unique(related)) > 1:
         shown["image shuffled"] = exchange_images(len(own), image[asked], related, config.seed)
@@ -198,7 +198,7 @@ def conclude(shard, answers, cut, splits, trained, config):
               for row, some in scored.items()}
     seen = find_seen(shard, splits, trained)
     seen = seen if isinstance(seen, str) else seen[:count]
-    unit, units = draw_units(connect(shard)[:count], [record.get("group", "") for record in records])
+    unit, units = draw_units(shard.connect()[:count], [record.get("group", "") for record in records])
     sample, image = shard.image_pairs()
     tables = report(name, scores, len(np.unique(image[sample < count])), [record["type"] for record in records],
                     seen, units, unit, config.seed)

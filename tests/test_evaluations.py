@@ -10,20 +10,25 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import eval_vqa
-from data import Shard
+from data import Record, Tokenizer
 from eval_vqa import Config
+from generate import Answer, finished_groups, generate, group_questions, read_groups
 from model import VLM, LlamaConfig, LLaMA, ViT, ViTConfig, init_weights
 from plumbing import devices
-from plumbing.files import find_run, read_manifest, seal
+from plumbing.files import find_run, seal
 from plumbing.flags import UserError, parse_flags
+from plumbing.leaks import read_leaks
+from plumbing.shards import Shard
 from prepare.leaks import guard
 from tasks import evaluations
 from tasks.evaluations import choose_evaluations, find_evaluations, read_evaluation, read_predictions
-from test_eval import TOKENIZER, write_questions
+from test_eval import TOKENIZER, describe, study, write_questions
+from weights import load_vlm, save_vlm
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = {"train": [(f"is figure {n} large?", "no" if n % 3 else "yes", n) for n in range(12)],
@@ -31,24 +36,20 @@ QUESTIONS = {"train": [(f"is figure {n} large?", "no" if n % 3 else "yes", n) fo
                  ("is figure 0 large?", "yes", 106), ("which organ?", "a lung", 107)]}
 
 
-def make_run(folder, shards, data="learn", step=1, seed=0):
+def make_run(folder, shards, data="learn", step=1, seed=0, **facts):
     """A run as train_vlm.py leaves it, of a tiny model that answers at random."""
     torch.manual_seed(seed)
-    vocabulary = Shard(shards / data.split(",")[0] / "train").manifest["vocab_size"]
+    train = Shard(shards / data.split(",")[0] / "train")
     model = VLM(ViT(ViTConfig(image_size=32, width=64, depth=1)),
-                LLaMA(LlamaConfig(vocabulary, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-                                  num_attention_heads=2, num_key_value_heads=2)))
+                LLaMA(LlamaConfig(train.manifest["vocab_size"], hidden_size=32, intermediate_size=32,
+                                  num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)))
     model.apply(init_weights)
-    flags = {"data": data, "row_length": 256}
-    model.save(folder / "partial")
-    seal(folder / "partial", folder / f"step_{step:06d}", step=step, flags=flags)
-    trained = [Shard(shards / name / "train") for name in data.split(",")]
+    record = describe(shards, data.split(","))
+    record["flags"]["max_length"] = 256
+    record["inputs"]["tokenizer"] = train.manifest["tokenizer_sha256"]
+    save_vlm(model, folder / "partial")
+    seal(folder / "partial", folder / f"step_{step:06d}", step=step, **record, image=train.manifest["image"], **facts)
     (folder / "tokenizer.model").write_bytes(TOKENIZER)
-    (folder / "config.json").write_text(json.dumps({
-        "flags": flags, "resize": "squash",
-        "shards": {shard.folder.parent.name: shard.manifest["checksum"] for shard in trained},
-        "leaks": {shard.folder.parent.name: {key: read_manifest(shard.folder, "leaks.json")[key]
-                                             for key in ("leaks", "tests")} for shard in trained}}))
     return folder
 
 
@@ -160,7 +161,7 @@ def test_extras_take_the_newest_of_each_dataset(evaluate, made, monkeypatch):
 # ----------------------------------------------------------------------------- disks
 
 def test_a_place_that_cannot_be_written_to_is_found_before_the_work(evaluate, monkeypatch, tmp_path):
-    monkeypatch.setattr(VLM, "load", lambda *arguments: pytest.fail("the work has begun"))
+    monkeypatch.setattr(eval_vqa, "load_vlm", lambda *arguments: pytest.fail("the work has begun"))
     (evaluate.run / "eval").symlink_to(tmp_path / "nowhere/at/all")
     with pytest.raises(UserError, match="eval: cannot be written to .*--out="):
         evaluate()
@@ -312,7 +313,7 @@ def test_a_test_split_that_came_later_left_nothing_out(made, tmp_path):
         ("is figure 0 large?", "Yes", 0), ("is figure 1 large?", "yes", 1), ("is figure 2 large?", "no", 200),
         ("what is it?", "bone", 201)]})
     guard(shards, "drop")
-    assert len(Shard(shards / "learn/train").read_leaks()[1]) == 2  # would be left out today
+    assert len(read_leaks(Shard(shards / "learn/train"))[1]) == 2  # would be left out today
     eval_vqa.main(Config(run=str(run), shards_dir=str(shards), max_new_tokens=1))
     ((folder, results),) = choose_evaluations(run).values()
     lines = [json.loads(line) for line in read_predictions(folder / "predictions.jsonl").splitlines()]
@@ -362,15 +363,24 @@ def test_shards_of_another_resize_or_size_are_told(evaluate, made, tmp_path, cap
     asked = {"test": [("how many?", "three", 60), ("is it?", "yes", 61)]}
     write_questions(shards, "other", asked, resize="pad")
     guard(shards, "")
-    with pytest.raises(UserError, match="other/test: images made by --resize=pad, the run's by "
-                                        "--resize=squash; run `python prepare/all.py --only=other --resize=squash`"):
+    usual = "--image_size=32 --resize=squash"
+    with pytest.raises(UserError, match="other/test: images made by --image_size=32 --resize=pad, the run's by "
+                                        f"{usual}; run `python prepare/all.py --only=other {usual}`$"):
         evaluate(shards_dir=str(shards), data="other")
     assert len(evaluate(shards_dir=str(shards), data="")) == 1
     assert "not answered: " in (text := capsys.readouterr().out) and "other/test, images made by" in text
     write_questions(shards, "other", asked, size=48)
     guard(shards, "")
-    with pytest.raises(UserError, match="other/test: images of 48 pixels, but the model reads 32"):
+    with pytest.raises(UserError, match="other/test: images made by --image_size=48 --resize=squash, the run's by "
+                                        f"{usual}; run `python prepare/all.py --only=other {usual}`$"):
         evaluate(shards_dir=str(shards), data="other")
+    capsys.readouterr()
+    assert len(evaluate(shards_dir=str(shards), data="")) == 1
+    assert "other/test, images made by --image_size=48" in capsys.readouterr().out
+    (evaluate.run / "step_000002").symlink_to(make_run(tmp_path / "large", shards, "other", step=2) / "step_000002")
+    shutil.rmtree(evaluate.run / "step_000001")
+    with pytest.raises(UserError, match="learn/test: images made by --image_size=32 .* the run's by --image_size=48"):
+        evaluate()
 
 
 def test_a_run_is_found_by_its_folder_or_a_checkpoint(made, tmp_path, monkeypatch, capsys):
@@ -391,13 +401,117 @@ def test_a_run_is_found_by_its_folder_or_a_checkpoint(made, tmp_path, monkeypatc
     (run / "step_000001/projector.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="step_000001: projector.safetensors has 0 .*--run=out/sample takes"):
         find_run("out/sample/step_000001")
-    with pytest.raises(UserError, match="config.json"):
-        (run / "config.json").unlink()
-        eval_vqa.main(Config(shards_dir=str(shards)))
+
+
+def test_a_checkpoint_is_chosen_by_its_name_or_as_the_best(made, tmp_path):
+    shards, run = made[0], tmp_path / "run"
+    for step, loss in ((3, 2.0), (6, 1.0), (9, 1.5), (12, None)):
+        make_run(run, shards, step=step, seed=step, **({} if loss is None else {"held_out_loss": loss}))
+
+    def evaluated(**flags):
+        eval_vqa.main(Config(run=str(run), shards_dir=str(shards), data="other", max_new_tokens=2, **flags))
+        folder = find_evaluations(run)[0]
+        return folder.name, read_evaluation(folder)["checkpoint"], read_predictions(folder / "predictions.jsonl")
+
+    newest, best, third = evaluated(), evaluated(checkpoint="best"), evaluated(checkpoint="step_000003")
+    assert [name for name, _, _ in (newest, best, third)] == [
+        f"step_{step:06d}_other_test_2_tokens" for step in (12, 6, 3)]
+    assert [checkpoint for _, checkpoint, _ in (newest, best, third)] == ["step_000012", "step_000006", "step_000003"]
+    assert evaluated(checkpoint="step_000012") == newest and len({newest[2], best[2], third[2]}) > 1
+    with pytest.raises(UserError, match="--checkpoint=step_4: .*run has step_000012, step_000009, step_000006, step_0"):
+        evaluated(checkpoint="step_4")
+    eval_vqa.main(Config(run=str(run), question="what is it?", checkpoint="best"))
+    (run / "step_000006/projector.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="step_000006: projector.safetensors has 0 bytes .*; leave --checkpoint out"):
+        eval_vqa.main(Config(run=str(run), question="what is it?", checkpoint="step_000006"))
+
+
+def test_a_run_that_another_version_saved_is_refused(made, tmp_path):
+    run = make_run(tmp_path / "run", made[0])
+    (run / "step_000001").rename(run / "partial")
+    (run / "partial/manifest.json").unlink()
+    seal(run / "partial", run / "step_000001", step=1, flags={"data": "learn"})
+    with pytest.raises(UserError, match="step_000001: saved by another version of this code; run `python train_vlm"):
+        eval_vqa.main(Config(run=str(run), shards_dir=str(made[0])))
+    (run / "tokenizer.model").unlink()
+    with pytest.raises(UserError, match="tokenizer.model: no tokenizer here"):
+        eval_vqa.main(Config(run=str(run), shards_dir=str(made[0])))
+
+
+# ----------------------------------------------------------------------------- several images and turns
+
+@pytest.fixture
+def studies(tmp_path):
+    """(shards, run): studies of two and three images, one image, none, and conversations among them."""
+    shards = tmp_path / "shards"
+    rows = [study("a", "where?", "left", 1, 2), study("b", "how large?", "2 cm", 1, 2),
+            study("c", "where?", "right", 3, 4, turns=(("how large?", "3 cm"), ("since when?", "2019"))),
+            study("d", "is it?", "yes", 5, 6, 7), ("is it round?", "no", 8), ("is it red?", "no", 9),
+            Record("e", "what helps?", "rest", context="A study of rest."),
+            Record("f", "what harms?", "work", context="A study of rest.", turns=(("why?", "it tires"),))]
+    write_questions(shards, "learn", {"train": QUESTIONS["train"], "test": rows}, kind="text questions")
+    guard(shards, "drop")
+    return shards, make_run(tmp_path / "run", shards)
+
+
+def test_studies_and_conversations_are_answered_and_scored(studies, capsys):
+    shards, run = studies
+    eval_vqa.main(Config(run=str(run), shards_dir=str(shards), data="learn", max_new_tokens=3))
+    ((folder, results),) = choose_evaluations(run).values()
+    assert "8 questions about 9 images" in capsys.readouterr().out
+    lines = [json.loads(line) for line in read_predictions(folder / "predictions.jsonl").splitlines()]
+    assert [(line["question"], line["answer"]) for line in lines[2:4]] == [("since when?", "2019"), ("is it?", "yes")]
+    assert lines[2]["earlier"] == [["where?", "right"], ["how large?", "3 cm"]] and "turns" not in lines[2]
+    assert (lines[7]["question"], lines[7]["answer"]) == ("why?", "it tires")
+    assert [line["image"] for line in lines] == ["1.png", "1.png", "3.png", "5.png", "8.png", "9.png", "", ""]
+    tables = results["results"]["learn/test"]
+    assert tables["all"]["closed"] == 3 and tables["all"]["open"] == 5
+    model, tokenizer, shard = load_vlm(run / "step_000001").eval(), Tokenizer(run / "tokenizer.model"), Shard(
+        shards / "learn/test")
+    shown = eval_vqa.show_images(shard, len(shard), Config())
+    for row, name in (("model", ""), ("image shuffled", "_image_shuffled")):
+        given = [json.loads(line)["prediction"] for line in
+                 read_predictions(folder / f"predictions{name}.jsonl").splitlines()]
+        alone = []
+        for number in range(len(shard)):  # each asked by itself, its prompt written out by hand
+            prompt = shard.read_sample(number).prompt().tolist()
+            numbers = [int(shown[row][-1 - token]) for token in prompt if token < 0]
+            places = iter(range(len(numbers)))
+            prompt = [-1 - next(places) if token < 0 else token for token in prompt]
+            passes = generate(model, [([shard.read_image(image) for image in numbers], [prompt])], 3)
+            ((_, (answer,)),) = finished_groups(passes)
+            alone.append(tokenizer.decode(answer.tokens))
+        assert given == alone, row
+    own, related = np.arange(9), shard.connect()
+    sample, image = shard.image_pairs()
+    study_of = dict(zip(image.tolist(), related[sample].tolist()))
+    assert all(study_of[int(other)] != study_of[one] for one, other in zip(own.tolist(), shown["image shuffled"]))
+
+
+def test_what_begins_alike_shares_a_row_of_the_cache(studies):
+    shards, _ = studies
+    shard = Shard(shards / "learn/test")
+    own = np.arange(len(shard.image_index))
+    swapped = own.copy()
+    swapped[:4] = [2, 3, 0, 1]  # the first two studies
+    groups = group_questions(shard, len(shard), {"model": own, "swapped": swapped})
+    numbers = [sorted((question.row, question.number) for question in group) for group in groups]
+    assert sorted(map(len, groups)) == [2, 2, 2, 2, 2, 2, 4] or sorted(map(len, groups)) == [2, 2, 2, 3, 3, 4]
+    assert [("model", 0), ("model", 1), ("swapped", 2)] in numbers  # a study's questions, and another's about it
+    assert [("model", 2), ("swapped", 0), ("swapped", 1)] in numbers
+    assert [("model", 6), ("model", 7), ("swapped", 6), ("swapped", 7)] in numbers  # an abstract's
+    for group, (images, prompts) in zip(groups, read_groups(shard, groups), strict=True):
+        for question, prompt in zip(group, prompts, strict=True):
+            assert [-1 - token for token in prompt if token < 0] == list(range(len(images)))
+            assert [token for token in prompt if token >= 0] == [token for token in question.prompt if token >= 0]
+    lengths = [sum(len(question.prompt) for question in group) for group in groups]
+    assert lengths == sorted(lengths, reverse=True)
+    crowd = group_questions(shard, 1, {f"row {n}": own for n in range(70)})
+    assert list(map(len, crowd)) == [32, 32, 6]
 
 
 @pytest.mark.parametrize("flags, message", [
-    ({"question": "what is it " * 400}, r"--question: [\d,]+ tokens; this model was trained on rows of 256"),
+    ({"question": "what is it " * 400}, r"--question: [\d,]+ tokens; this model was trained on samples of 256"),
     ({"question": "what?", "image": "absent.png"}, "--image=absent.png: no such file"),
     ({"question": "what?", "image": "."}, "--image=.: a folder"),
     ({"question": "what?", "image": str(ROOT / "LICENSE")}, "LICENSE: not an image that can be read"),
@@ -427,7 +541,7 @@ def test_a_mistake_of_one_process_ends_all_with_one_line(rank, monkeypatch):
 
     group = SimpleNamespace(is_initialized=lambda: True, get_world_size=lambda: 3, get_rank=lambda: rank,
                             all_gather_object=gather)
-    monkeypatch.setattr(ranks, "dist", group)
+    monkeypatch.setattr(devices, "dist", group)
     with pytest.raises(SystemExit if rank else UserError) as ended:  # the first alone says it
         devices.together(work)
     assert ended.value.code == 2 if rank else str(ended.value) == "image 3 is damaged"
@@ -438,11 +552,12 @@ def test_a_mistake_of_one_process_ends_all_with_one_line(rank, monkeypatch):
 # ----------------------------------------------------------------------------- how answers end
 
 def test_answers_that_are_cut_are_counted(evaluate, monkeypatch, capsys):
-    def generate(self, groups, max_new_tokens, temperature, rows):
+    def generate(model, groups, max_new_tokens, temperature, rows):
         for number, (_, prompts) in enumerate(groups):
-            yield number, [[5] * max_new_tokens if number < 3 else [] for _ in prompts]
+            yield [Answer(number, place, len(prompts), None, [5] * max_new_tokens if number < 3 else [], done=True)
+                   for place, _ in enumerate(prompts)]
 
-    monkeypatch.setattr(VLM, "generate", generate)
+    monkeypatch.setattr(eval_vqa, "generate", generate)
     folder = evaluate(max_new_tokens=8, blind="none")[0]
     assert tables(folder)["answers"]["model"] == {"cut": 3, "empty": 5, "repeating": 3}
     assert tables(folder)["answers"]["question only"]["cut"] == 0

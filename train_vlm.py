@@ -150,36 +150,44 @@ def weights_of(config, tokenizer):
     return chosen["vision"], chosen["language"]
 
 
-def find_start(config):
+def find_start(config, tokenizer):
     """What --start names: (a checkpoint, None), or (None, an adapter folder); (None, None) without it."""
-    if not config.start:
-        return None, None
-    if Path(config.start, "adapter_config.json").is_file():
-        return None, Path(config.start)
-    return find_run(config.start)[1], None
+    if not config.start or Path(config.start, "adapter_config.json").is_file():
+        return None, Path(config.start) if config.start else None
+    begun = find_run(config.start)[1]
+    if (config.vision_weights, config.language_weights) != ("auto", "auto"):
+        raise UserError(f"--start={config.start}: brings all parts; leave out --vision_weights and --language_weights")
+    if read_manifest(begun).get("inputs", {}).get("tokenizer") != tokenizer.sha256:
+        raise UserError(f"--start={config.start}: has another tokenizer than the data; prepare them with "
+                        f"`python prepare/all.py --tokenizer={begun.parent}/tokenizer.model`")
+    return begun, None
 
 
 def load_parts(config, tokenizer, checkpoint, device, dtype):
     """The VLM, from a checkpoint of this run, what --start names, or the weights files; a line for each part."""
-    begun, adapter = find_start(config)
-    lora = {"targets": config.lora_targets, "r": config.lora_r, "alpha": config.lora_alpha,
-            "dropout": config.lora_dropout} if config.language == "lora" else None
-    lora = read_adapter_config(adapter) if adapter else lora
+    begun, adapter = (checkpoint, None) if checkpoint else find_start(config, tokenizer)
     split = split_among_ranks if config.shard else None
     # Trained weights stay in float32; autocast rounds them in use, never where they are summed up
     dtype = torch.float32 if config.language == "full" else dtype
-    if checkpoint or begun:
-        model = load_vlm(checkpoint or begun, dtype, device, split)
+    if begun:
+        model = load_vlm(begun, dtype, device, split)
     else:
+        lora = lora_settings(config, config.lora_targets) if config.language == "lora" else None
         vision, language = weights_of(config, tokenizer)
         model = build_vlm(config.model, tokenizer.vocab_size, vision, language, dtype, device, config.merge,
-                          lora, split)
-    if adapter and not checkpoint:
+                          read_adapter_config(adapter) if adapter else lora, split)
+    if adapter:
         load_adapter(model.language, adapter)
+    if config.merge != model.vision.config.merge:
+        raise UserError(f"--merge={config.merge}: {begun} has {model.vision.config.merge}; give that")
     for part in ("vision", "projector", "language"):
-        source = checkpoint or begun or model.weights.get(part) or "random"
+        source = begun or model.weights.get(part) or "random"
         print(f"{part:9} from {source}{f' and {adapter}' if adapter and part == 'language' else ''}")
     return model
+
+
+def lora_settings(config, targets):
+    return {"targets": targets, "r": config.lora_r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
 
 
 def make_trainable(model, config, checkpoint):
@@ -187,11 +195,9 @@ def make_trainable(model, config, checkpoint):
     for part, targets in [("vision", config.lora_vision_targets), ("projector", ""),
                           ("language", config.lora_targets)]:
         module, how = getattr(model, part), getattr(config, part)
-        settings = {"targets": targets, "r": config.lora_r, "alpha": config.lora_alpha,
-                    "dropout": config.lora_dropout}
         if how == "lora" and part not in model.lora:
-            model.lora[part] = settings
-            add_lora(module, **settings)
+            model.lora[part] = lora_settings(config, targets)
+            add_lora(module, **model.lora[part])
         elif how == "full" and part in model.lora:
             raise UserError(f"--{part}=full: --start has LoRA in it; go on with --{part}=lora, or merge it first "
                             "with `python extras/share/export.py`")
@@ -204,6 +210,8 @@ def make_trainable(model, config, checkpoint):
         here = sum((p.to_local() if is_split(p) else p).numel() for p in module.parameters())
         print(f"{part:9} {total:13,} parameters, {trained:13,} trained ({how})"
               + f", {here:,} of them in each process" * (here < total))
+        if how == "lora" and model.lora[part] != lora_settings(config, targets):
+            print(f"{part:9} goes on with the LoRA of --start, not that of the flags: {model.lora[part]}")
         if not (checkpoint or config.start) and part in model.weights and not model.weights[part] and how != "full":
             print(f"{part:9} is random and stays so under --{part}={how}: did you mean "
                   f"--{part}=full, or --{part}_weights=...?")

@@ -150,7 +150,7 @@ class Small:
     batch_size: int = 1  # rows
 
 
-ANSWER = "out of memory: lower --micro_batch_tokens (it changes no result), and --row_length with it, or raise --recompute"
+ANSWER = "out of memory: lower --micro_batch_tokens (it changes no result), or raise --recompute"
 
 
 @pytest.mark.parametrize("error", [

@@ -12,14 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train_vlm
-from model import LLaMA, LlamaConfig
-from plumbing.files import (differences, find_damage, find_run, lock, manifest_checksum, newest_checkpoint, read_manifest,
-                            require_writable, write_manifest)
-from plumbing.flags import UserError
+from data import open_mixture
+from model import LLaMA, LlamaConfig, ViT, ViTConfig
+from plumbing.files import (checkpoints, differences, find_damage, find_run, lock, manifest_checksum,
+                            newest_checkpoint, read_manifest, require_writable, write_manifest)
+from plumbing.flags import UserError, parse_flags
 from plumbing.tensors import hash_weights, tensor_hashes, tensors_of
-from run import require_same_inputs
-from weights import load_run, load_trained_encoder, load_vlm
-from test_train import flags, prepare_sample, shards  # noqa: F401, shards: a prepared part of the sample
+from run import learning_rate_at, require_same_inputs
+from weights import load_run, load_trained_encoder, load_vlm, save_module
+from test_train import flags, prepare_sample, read_log, shards  # noqa: F401, shards: a prepared part of the sample
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -313,3 +314,220 @@ def test_a_run_that_is_resumed_under_a_wrong_name_is_told_of_the_right_one(shard
         with pytest.raises(UserError, match=f"sampel: no such run; did you mean {tmp_path}/sample?"):
             load(tmp_path / "sampel")
         load(tmp_path / "sample/step_000001")
+
+
+# ----------------------------------------------------------------------------- stages
+
+def parts_of(model):
+    """{name: tensor} of a model's parts, in a LoRA's base as without it."""
+    return {name.replace(".base.", "."): tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """The parts of each model before its first step, in the order in which runs begin."""
+    models, take_steps = [], train_vlm.take_steps
+
+    def note_and_take_steps(config, folder, model, *rest):
+        models.append(parts_of(model))
+        take_steps(config, folder, model, *rest)
+
+    monkeypatch.setattr(train_vlm, "take_steps", note_and_take_steps)
+    return models
+
+
+def has_all(parts, model):
+    """Whether parts are those of a model, bit for bit, beside what has come to them."""
+    return all(torch.equal(parts[name], tensor) for name, tensor in parts_of(model).items())
+
+
+def differing(model, other):
+    """The parts, such as "projector" or "language.lora", in which two models differ."""
+    ours, theirs = parts_of(model), parts_of(other)
+    return {name.partition(".")[0] + ".lora" * (".lora_" in name) for name in ours.keys() & theirs.keys()
+            if not torch.equal(ours[name], theirs[name])}
+
+
+def test_three_stages_each_begin_with_what_the_one_before_has_trained(shards, fewer, tmp_path, begun, capsys):  # noqa: F811
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    write_llama(tmp_path / "base", 0)
+    frozen, lora = dict(vision="frozen", language="frozen"), dict(vision="frozen", language="lora")
+    train_vlm.main(flags(shards, one, language_weights=str(tmp_path / "base"), max_steps=2, **frozen))
+    first = load_run(one)
+    train_vlm.main(flags(shards, two, start=str(one), max_steps=3, **lora))
+    second, told = load_run(two), capsys.readouterr().out
+    train_vlm.main(flags(fewer, three, start=str(two), max_steps=2, seed=1, **lora))
+    third = load_run(three)
+    assert has_all(begun[1], first) and has_all(begun[2], second) and len(begun) == 3
+    assert differing(first, second) == {"projector"} and differing(second, third) == {"projector", "language.lora"}
+    assert all(f"{part:9} from {one}/step_000002\n" in told for part in ("vision", "projector", "language"))
+    assert f"{two}: steps 0 to 3" in told and read_manifest(two / "step_000003")["inputs"]["weights"]["language"]
+    shutil.rmtree(one)  # a run that has begun needs what it began with no more
+    train_vlm.main(flags(shards, two, start=str(one), max_steps=4, resume=True, **lora))
+
+
+def test_a_stage_begins_with_a_run_a_checkpoint_or_somebody_s_adapter(shards, tmp_path, begun, capsys):  # noqa: F811
+    write_llama(tmp_path / "base", 0)
+    base, lora = dict(language_weights=str(tmp_path / "base")), dict(language="lora", max_steps=1)
+    train_vlm.main(flags(shards, tmp_path / "one", language="lora", max_steps=4, save_every=2, keep=9, lora_r=3, **base))
+    for name in ("one", "one/step_000002"):
+        train_vlm.main(flags(shards, tmp_path / f"from {name}".replace("/", " "), start=str(tmp_path / name), **lora))
+        assert has_all(begun[-1], load_run(tmp_path / name))
+    told = capsys.readouterr().out
+    assert "language  goes on with the LoRA of --start, not that of the flags: {'targets': 'q_proj,v_proj', 'r': 3," in told
+    adapter = tmp_path / "one/step_000004/adapter"
+    train_vlm.main(flags(shards, tmp_path / "adapter", start=str(adapter), vision="frozen", seed=1, **base, **lora))
+    now, then = begun[-1], parts_of(load_run(tmp_path / "one"))
+    assert {name for name in now if torch.equal(now[name], then[name])} >= {name for name in now if "language" in name}
+    assert not torch.equal(now["projector.weight"], then["projector.weight"])
+    assert f"language  from {tmp_path}/base and {adapter}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes, told", [
+    (dict(language="full"), "--language=full: --start has LoRA in it; go on with --language=lora, or merge it first"),
+    (dict(merge=2), "--merge=2: .*step_000001 has 1; give that"),
+    (dict(vision_weights="none"), "brings all parts; leave out --vision_weights and --language_weights"),
+    (dict(start="{}x"), "runx: no such run; did you mean .*/run")])
+def test_what_a_start_does_not_fit_is_refused(changes, told, shards, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    train_vlm.main(flags(shards, run, max_steps=1, language="lora"))
+    changes = dict(language="lora", start="{}") | changes
+    changes["start"] = changes["start"].format(run)
+    with pytest.raises(UserError, match=told):
+        train_vlm.main(flags(shards, tmp_path / "next", **changes))
+
+
+def test_a_start_with_another_tokenizer_is_refused(shards, tmp_path):  # noqa: F811
+    train_vlm.main(flags(shards, tmp_path / "run", max_steps=1))
+    rewrite_manifest(tmp_path / "run/step_000001", lambda manifest: manifest["inputs"].update(tokenizer="4" * 64))
+    with pytest.raises(UserError, match="has another tokenizer than the data; prepare them with .*--tokenizer="):
+        train_vlm.main(flags(shards, tmp_path / "next", start=str(tmp_path / "run")))
+
+
+# ----------------------------------------------------------------------------- going on, and once more
+
+def losses_of(run):
+    return [entry["loss"] for entry in read_log(run) if "loss" in entry]
+
+
+def test_the_best_checkpoint_by_held_out_loss_stays_beside_the_newest(shards, tmp_path, monkeypatch):  # noqa: F811
+    held_out = iter([3.0, 1.0, 2.0, 2.5, 1.5, 0.5])
+    monkeypatch.setattr(train_vlm, "held_out_loss", lambda *model: next(held_out))
+    changes = dict(save_every=100, evaluate_every=1, keep=1)
+    train_vlm.main(flags(shards, tmp_path, max_steps=4, **changes))
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_000004", "step_000002"]
+    assert find_run(tmp_path, "best") == (tmp_path, tmp_path / "step_000002") and find_run(tmp_path)[1].name == "step_000004"
+    train_vlm.main(flags(shards, tmp_path, max_steps=5, resume=True, **changes))  # 1.5 is no better
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_000005", "step_000002"]
+    train_vlm.main(flags(shards, tmp_path, max_steps=6, resume=True, **changes))
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_000006"] and find_run(tmp_path, "best")[1].name == "step_000006"
+    with pytest.raises(UserError, match="--checkpoint=step_000002: .* has step_000006"):
+        find_run(tmp_path, "step_000002")
+
+
+def test_no_best_checkpoint_without_held_out_losses(shards, tmp_path):  # noqa: F811
+    train_vlm.main(flags(shards, tmp_path, max_steps=1, held_out=0))
+    with pytest.raises(UserError, match="--checkpoint=best: .* has step_000001; none was saved with a held-out loss"):
+        find_run(tmp_path, "best")
+
+
+def test_a_finished_run_goes_on_with_more_epochs_and_says_that_its_schedule_is_another(shards, tmp_path, capsys):  # noqa: F811
+    run, changes = tmp_path / "run", dict(max_steps=0, evaluate_every=100)
+    train_vlm.main(flags(shards, run, epochs=0.5, **changes))  # of 56 samples, 8 a step
+    capsys.readouterr()
+    train_vlm.main(flags(shards, run, epochs=0.5, resume=True, **changes))
+    assert "finished already; now run `python eval_vqa.py" in (told := capsys.readouterr().out) and "more --epochs" in told
+    train_vlm.main(flags(shards, run, epochs=1.0, resume=True, **changes))
+    assert "--epochs was 0.5, is 1.0 from here on: the schedule is another one" in capsys.readouterr().out
+    entries = [entry for entry in read_log(run) if "loss" in entry]
+    assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 5, 6, 7]
+    assert [entry["learning_rate"] for entry in entries] == [
+        learning_rate_at(step, 3 if step < 3 else 7, 1e-3, 0.03) for step in range(7)]
+    # The record has it: the run alone says how far it goes
+    config = parse_flags(train_vlm.Config, ["--resume=true", f"--run={run}"])
+    assert config.epochs == 1.0 and config.seed == 0 and config.shards_dir == str(shards)
+    assert read_manifest(run / "step_000007")["flags"]["epochs"] == read_manifest(run, "config.json")["flags"]["epochs"] == 1.0
+
+
+def test_a_run_s_config_repeats_it_bit_for_bit(shards, tmp_path):  # noqa: F811
+    run, again = tmp_path / "run", tmp_path / "again"
+    train_vlm.main(flags(shards, run, language="lora", lora_dropout=0.2, seed=7))
+    config = parse_flags(train_vlm.Config, [f"--config={run}/config.json", f"--run={again}"])
+    train_vlm.main(config)
+    assert losses_of(again) == losses_of(run) and len(losses_of(run)) == 6
+    for path in (run / "step_000006").rglob("*.safetensors"):
+        assert (again / path.relative_to(run)).read_bytes() == path.read_bytes()
+    config = parse_flags(train_vlm.Config, [f"--config={run}/config.json", "--seed=8", f"--run={tmp_path}/other"])
+    assert config.seed == 8 and config.lora_dropout == 0.2 and not config.resume
+    (tmp_path / "config.json").write_text('{"flags": {"row_length": 7}}')
+    with pytest.raises(UserError, match="config.json: --row_length there is none of this version's; give the flags anew"):
+        parse_flags(train_vlm.Config, [f"--config={tmp_path}/config.json"])
+
+
+def test_a_run_that_is_resumed_takes_its_flags_from_there(shards, tmp_path, monkeypatch):  # noqa: F811
+    run = tmp_path / "out/run"
+    train_vlm.main(flags(shards, run))
+    whole = losses_of(run)
+    shutil.rmtree(run / "step_000006")
+    train_vlm.main(parse_flags(train_vlm.Config, ["--resume=true", f"--run={run}"]))
+    assert losses_of(run) == whole and newest_checkpoint(run).name == "step_000006"
+    monkeypatch.chdir(tmp_path)
+    config = parse_flags(train_vlm.Config, ["--resume=true", "--max_steps=7"])  # the newest in out/
+    assert config.run == "out/run" and config.max_steps == 7 and config.batch_size == 8
+    with pytest.raises(UserError, match="--learning_rate=0.5: the run in .* has 0.001"):
+        train_vlm.main(parse_flags(train_vlm.Config, ["--resume=true", "--learning_rate=0.5"]))
+
+
+def test_vision_and_projector_have_learning_rates_of_their_own(shards, tmp_path, begun):  # noqa: F811
+    moved = {}
+    for rate in (1.0, 0.25, 0.0):
+        run = tmp_path / str(rate)
+        train_vlm.main(flags(shards, run, max_steps=1, warmup=0.0, vision_rate=rate, projector_rate=rate / 2))
+        moved[rate] = {name: tensor - begun[-1][name] for name, tensor in parts_of(load_run(run)).items()}
+    for name, one in moved[1.0].items():  # the first update of AdamW is the rate times a sign, about
+        share = 1.0 if name.startswith("language") else 0.25
+        assert float((moved[0.25][name] - share * one).abs().max()) < 1e-6, name
+        assert name.startswith("language") == bool(moved[0.0][name].any()) or not one.any(), name
+    ratio = moved[1.0]["projector.bias"].abs().max() / moved[1.0]["vision.norm.bias"].abs().max()
+    assert float(ratio) == pytest.approx(0.5, rel=0.01)
+
+
+def test_the_held_out_samples_do_not_move_with_the_seed(shards):  # noqa: F811
+    mixtures = [open_mixture("sample", shards, "train", count_tokens=lambda height, width: 0 * height + 1, seed=seed,
+                             held_out=8) for seed in (0, 1, 2)]
+    held_out = [mixture.validation[0].tolist() for mixture in mixtures]
+    assert held_out[0] == held_out[1] == held_out[2] and len(held_out[0]) >= 8
+    assert len({tuple(mixture.epoch_order(0)[0].tolist()) for mixture in mixtures}) == 3
+
+
+# ----------------------------------------------------------------------------- encoders of other sizes
+
+def write_encoder(file, **changes):
+    torch.manual_seed(0)
+    save_module(ViT(ViTConfig(**{**dict(patch_size=32, width=64, depth=1, clip=True), **changes})), file)
+    return str(file)
+
+
+def test_image_tokens_follow_the_encoder_that_is_loaded(shards, tmp_path):  # noqa: F811
+    """A CLIP ViT-B/32 in small: 49 patches and a class token of 64 channels, where --model=sample has 128."""
+    encoder = write_encoder(tmp_path / "clip.safetensors")
+    train_vlm.main(flags(shards, tmp_path / "run", vision_weights=encoder, vision="lora", max_steps=2))
+    model = load_run(tmp_path / "run")
+    assert (model.vision.tokens(224, 224), model.vision.config.width, model.vision.config.clip) == (50, 64, True)
+    assert model.weights["vision"] == encoder and model.projector.in_features == 64
+    sixteen = write_encoder(tmp_path / "sixteen.safetensors", patch_size=16, clip=False)
+    train_vlm.main(flags(shards, tmp_path / "merged", vision_weights=sixteen, merge=2, max_length=512, max_steps=1))
+    assert load_run(tmp_path / "merged").vision.tokens(224, 224) == 49
+
+
+@pytest.mark.parametrize("patch_size, merge, side", [(48, 1, 48), (32, 2, 64)])
+def test_an_encoder_that_does_not_fit_is_refused_by_what_differs(patch_size, merge, side, shards, tmp_path):  # noqa: F811
+    encoder = write_encoder(tmp_path / "x.safetensors", patch_size=patch_size, image_size=240)
+    with pytest.raises(UserError, match=f"sample/train: an image has 224 pixels along a side, no multiple of {side}"):
+        train_vlm.main(flags(shards, tmp_path / "run", vision_weights=encoder, merge=merge))
+
+
+def test_a_file_of_another_kind_is_no_encoder(shards, tmp_path):  # noqa: F811
+    write_llama(tmp_path / "base", 0)
+    with pytest.raises(UserError, match="model.safetensors: no ViT in timm's layout"):
+        train_vlm.main(flags(shards, tmp_path / "run", vision_weights=str(tmp_path / "base/model.safetensors")))

@@ -377,10 +377,6 @@ def test_shards_of_another_resize_or_size_are_told(evaluate, made, tmp_path, cap
     capsys.readouterr()
     assert len(evaluate(shards_dir=str(shards), data="")) == 1
     assert "other/test, images made by --image_size=48" in capsys.readouterr().out
-    (evaluate.run / "step_000002").symlink_to(make_run(tmp_path / "large", shards, "other", step=2) / "step_000002")
-    shutil.rmtree(evaluate.run / "step_000001")
-    with pytest.raises(UserError, match="learn/test: images made by --image_size=32 .* the run's by --image_size=48"):
-        evaluate()
 
 
 def test_a_run_is_found_by_its_folder_or_a_checkpoint(made, tmp_path, monkeypatch, capsys):
@@ -496,7 +492,7 @@ def test_what_begins_alike_shares_a_row_of_the_cache(studies):
     swapped[:4] = [2, 3, 0, 1]  # the first two studies
     groups = group_questions(shard, len(shard), {"model": own, "swapped": swapped})
     numbers = [sorted((question.row, question.number) for question in group) for group in groups]
-    assert sorted(map(len, groups)) == [2, 2, 2, 2, 2, 2, 4] or sorted(map(len, groups)) == [2, 2, 2, 3, 3, 4]
+    assert sorted(map(len, groups)) == [2, 2, 2, 3, 3, 4]
     assert [("model", 0), ("model", 1), ("swapped", 2)] in numbers  # a study's questions, and another's about it
     assert [("model", 2), ("swapped", 0), ("swapped", 1)] in numbers
     assert [("model", 6), ("model", 7), ("swapped", 6), ("swapped", 7)] in numbers  # an abstract's

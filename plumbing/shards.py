@@ -11,7 +11,7 @@ A shard is one split of one dataset, a folder of files that are mapped, never lo
     images.idx        one IMAGE record an image
     fingerprints.bin  one record an image, by which prepare/leaks.py finds it again elsewhere
     records.jsonl     the words: id, question, answer, type, image name, one line a sample; and where
-                      there are any: context, turns, labels, references, group
+                      there are any: context, parts, turns, labels, references, group
     manifest.json     written last: counts, settings, licence, and the size and hash of each file
     leaks.json        beside a training or validation split, see plumbing/leaks.py
 
@@ -40,7 +40,8 @@ SAMPLE = np.dtype([
     ("image", "<i4"),  # the number of its first image; -1: none
     ("head", "<u4"), ("prompt", "<u4"),  # tokens[head:prompt] is the text behind the last image and before
     # the first answer: where a long prompt is cut, from its front
-    ("prefix", "<u4"),  # the first sample of the shard with the same images and context
+    ("prefix", "<u4"),  # the first sample of the shard with the same images and texts before the question
+    ("group", "<u4"),  # the number of its group, such as a patient, from 1; 0: none
     ("words", "<u8"),  # hash_words of its question and answer
     ("checksum", "<u4")])
 IMAGE = np.dtype([("offset", "<u8"), ("length", "<u4"), ("checksum", "<u4"),  # bytes
@@ -165,17 +166,21 @@ class Shard:
         return sample, self.parts[self.samples["parts"][sample].astype(np.int64) + within].astype(np.int64)
 
     def connect(self):
-        """(n,) int64, the same number for samples that share an image or a prefix, at any remove."""
-        images = len(self.image_index)
-        label = np.arange(images)
+        """(n,) int64, the same for samples that share an image, a prefix or a group, at any remove."""
+        n, images = len(self), len(self.image_index)
         sample, image = self.image_pairs()
-        while True:
-            least = np.full(len(self), images)
-            np.minimum.at(least, sample, label[image])
+        grouped = np.flatnonzero(self.samples["group"])
+        sample = np.concatenate([sample, np.arange(n), grouped])
+        shared = np.concatenate([image, images + self.samples["prefix"].astype(np.int64),
+                                 images + n - 1 + self.samples["group"][grouped].astype(np.int64)])
+        label = np.arange(images + 2 * n)
+        while True:  # each takes the least label of what it is connected with
+            least = np.full(n, len(label))
+            np.minimum.at(least, sample, label[shared])
             smaller = label.copy()
-            np.minimum.at(smaller, image, least[sample])
+            np.minimum.at(smaller, shared, least[sample])
             if (smaller == label).all():
-                return np.where(self.samples["images"] > 0, least, images + self.samples["prefix"].astype(np.int64))
+                return least
             label = smaller
 
     def describe(self):

@@ -11,12 +11,14 @@ validation split with its own test split, by
     same id       of datasets whose images bear the ids of one collection (Dataset.shared_ids)
     known source  what is known of the files that a dataset was made of (Dataset.known_leaks)
 
-and the samples found are written beside its manifest, into leaks.json, which plumbing/leaks.py reads; so are
-the other split's images that they show. No dataset is compared with the test images that somebody prepared of
-their own (prepare/folder.py), except that one itself. Shards are never written anew, and a rerun is free.
+A sample is found if any of its images is. The samples found are written into leaks.json beside the manifest,
+which plumbing/leaks.py reads; so are the other split's images that they show. No dataset is compared with the
+test images that somebody prepared of their own (prepare/folder.py), except that one itself. Shards are never
+written anew, and a rerun is free.
 """
 
 import functools
+import itertools
 import json
 from collections import defaultdict
 from pathlib import Path, PurePosixPath
@@ -35,6 +37,11 @@ REASONS = ("same pixels", "alike", "same id", "known source")
 
 # ----------------------------------------------------------------------------- two splits
 
+def image_names(record):
+    """Names of the images of a line of records.jsonl, in their order; [""] where it has none."""
+    return [part["image"] for part in record.get("parts", ()) if isinstance(part, dict)] or [record["image"]]
+
+
 class Split:
     """What is compared of one split of a prepared dataset. Raises UserError where it is damaged."""
 
@@ -45,11 +52,16 @@ class Split:
             raise UserError(f"{path}: damaged; {shard.mend}")
         self.fingerprints = shard.map(path.name, FINGERPRINT)  # those of a large dataset fill gigabytes
         self.sample, self.image = shard.image_pairs()  # which sample shows which image
-        self.names, self.ids = [], defaultdict(list)  # image name of each sample; id -> samples
+        self.names = []  # (name of an image or "", number of its sample)
+        self.ids = defaultdict(list)  # id -> (number of its sample, of the image or -1)
         if self.dataset and (self.dataset.shared_ids or self.dataset.known_leaks):
-            for number, record in enumerate(shard.read_records()):
-                self.names.append(record["image"])
-                self.ids[PurePosixPath(record["image"]).stem or record["id"]].append(number)
+            images = iter(self.image.tolist())
+            for number, (record, count) in enumerate(zip(shard.read_records(), shard.samples["images"].tolist())):
+                names = image_names(record)
+                numbers = list(itertools.islice(images, count)) or [-1]
+                for name, image in zip(names, numbers, strict=True):
+                    self.names.append((name, number))
+                    self.ids[PurePosixPath(name).stem or record["id"]].append((number, image))
 
     def samples_of(self, images):
         """Numbers of the samples that show one of these images."""
@@ -71,8 +83,8 @@ def compare(train, test):
     images = [*np.flatnonzero(np.isin(those["pixels"], these["pixels"])), *near[:, 1]]
     if train.dataset and test.dataset and train.dataset.shared_ids == test.dataset.shared_ids != "":
         names = train.ids.keys() & test.ids.keys()
-        found["same id"] = sorted(n for name in names for n in train.ids[name])
-        images += test.image[np.isin(test.sample, [n for name in names for n in test.ids[name]])].tolist()
+        found["same id"] = sorted({sample for name in names for sample, _ in train.ids[name]})
+        images += [image for name in names for _, image in test.ids[name] if image >= 0]
     images = sorted(set(map(int, images)))
     return {reason: numbers for reason, numbers in found.items() if numbers}, images
 
@@ -81,7 +93,7 @@ def from_known_sources(train, known_leaks):
     """{test split: numbers of samples} by what is known of the training split's own sources."""
     found = defaultdict(list)
     for part, dataset in known_leaks:
-        found[f"{dataset}/test"] += [n for n, name in enumerate(train.names) if part in name]
+        found[f"{dataset}/test"] += sorted({sample for name, sample in train.names if part in name})
     return {test: numbers for test, numbers in found.items() if numbers}
 
 

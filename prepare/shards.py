@@ -18,6 +18,7 @@ import os
 import shutil
 import threading
 import zlib
+from array import array
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -129,6 +130,17 @@ class HashedFile:
         return {"bytes": self.bytes, "sha256": self.hash.hexdigest()}
 
 
+@dataclass
+class Waiting:
+    """A checked record without its images, which are being encoded."""
+    words: dict  # its line in records.jsonl
+    tokens: list
+    spans: list
+    texts: list  # its context, and what stands before and between its images
+    images: list  # sha256 of each
+    futures: dict  # sha256 -> future of encode_image, of those that no earlier record has
+
+
 class SplitWriter:
     """Writes one split, a record at a time. `encode` submits an image file and gives a future."""
 
@@ -140,85 +152,104 @@ class SplitWriter:
         self.encode, self.images_ahead = encode, images_ahead
         self.files = {name: HashedFile(folder / name) for name in FILES}
         self.vocab_size = tokenizer.vocab_size if dataset.asks else 0
-        self.token_dtype = np.dtype(np.uint16 if self.vocab_size < 65535 else np.uint32)  # the last: an image
+        self.token_dtype = np.dtype(np.uint16 if self.vocab_size < 65536 else np.uint32)  # the last: an image
         self.samples = self.tokens = self.parts = self.images = self.pixel_error = 0
         self.skipped, self.first_skipped = Counter(), {}  # reason -> samples; -> the first one's name
         self.image_numbers = {}  # sha256 of a source image -> its place in images.idx, or why it has none
-        self.prefixes = {}  # what samples can share -> number of the first one that has it
+        self.first_alone = array("q")  # of each image the first sample that has nothing else to share, or -1
+        self.prefixes = {}  # hash of all else that samples can share -> the first that has it
+        self.groups = {}  # name -> number, from 1
         self.images_hash = hashlib.sha256()  # over those sha256, in the order of images.idx
-        self.pending = deque()  # (words, tokens, spans, shared text, [(sha256 of an image, its future)])
-        self.images_pending = 0
+        self.waiting, self.images_waiting = deque(), 0
 
     def add(self, record):
         """Check and tokenize a record and send its images to be encoded, those that are new."""
         record = clean_record(record)
         tokens, spans = write_plain(record, self.tokenizer.encode) if self.asks else ([], [])
         if reason := self.find_fault(record, spans):
-            return self.skip(reason, record.image_name or record.id)
+            return self.skip(reason, words_of(record))
         assert max(tokens, default=-1) < self.vocab_size, record.id
-        encoded = []
+        texts = [record.context, *(part if isinstance(part, str) else part.role for part in record.parts)]
+        images, futures = [], {}
         for view in record.views():
-            key, future = hashlib.sha256(view.image).digest(), None
-            if key not in self.image_numbers:
-                self.image_numbers[key] = None
-                future = self.encode(view.image)
-                self.images_pending += 1
-            encoded.append((key, future))
-        shared = [part if isinstance(part, str) else f"image {part.role}" for part in record.parts]
-        self.pending.append((words_of(record), tokens, spans, (record.context, *shared), encoded))
-        while len(self.pending) > RECORDS_AHEAD or self.images_pending > self.images_ahead:
+            images.append(hashlib.sha256(view.image).digest())
+            if images[-1] not in self.image_numbers:
+                self.image_numbers[images[-1]] = None
+                futures[images[-1]] = self.encode(view.image)
+        self.waiting.append(Waiting(words_of(record), tokens, spans, texts, images, futures))
+        self.images_waiting += len(futures)
+        while len(self.waiting) > RECORDS_AHEAD or self.images_waiting > self.images_ahead:
             self.write_next()
 
     def find_fault(self, record, spans):
-        """Why a record cannot be used, in words; "" where it can."""
+        """Why a clean record cannot be used, in words; "" where it can."""
         assert not isinstance(record.references, str), record.id  # one text is no tuple of texts
-        labels = set(record.labels or ())
-        missing = any(view.image is None for view in record.views()) or not record.views() and (
-            record.image_name or self.kind != "text questions")  # where no image is a fault
-        return ("empty question" if self.asks and not all([record.question, *(q for q, _ in record.turns)]) else
-                "empty answer" if any(end - begin == 1 for begin, end in spans) else
+        labels, views = set(record.labels or ()), record.views()
+        questions = [record.question, *(question for question, _ in record.turns)]
+        imageless = self.kind == "text questions" and not record.image_name
+        return ("empty question" if self.asks and not all(questions) else
+                "empty answer" if any(end - begin == 1 for begin, end in spans) else  # <eos> alone
                 "no label" if record.labels is None and not self.asks else
                 "no label" if record.labels == () and not self.multi_label else
                 "several labels" if len(labels) > 1 and not self.multi_label else
-                "image missing" if missing else
+                "image missing" if not views and not imageless or any(view.image is None for view in views) else
                 "unknown label" if labels - set(self.classes) else "")
 
-    def skip(self, reason, name):
+    def skip(self, reason, words):
         """Count a sample that is left out, and keep the name of the first for each reason."""
         self.skipped[reason] += 1
-        self.first_skipped.setdefault(reason, clean(str(name)))
+        self.first_skipped.setdefault(reason, clean(str(words["image"] or words["id"])))
 
     def write_next(self):
         """Write the longest-waiting sample, after those of its images that it is the first to have."""
-        words, tokens, spans, shared, encoded = self.pending.popleft()
-        for key, future in encoded:
-            if future:
-                self.images_pending -= 1
-                self.write_image(key, future.result())
-        images = [self.image_numbers[key] for key, _ in encoded]
-        if unreadable := [image for image in images if isinstance(image, str)]:
-            return self.skip(f"image unreadable: {unreadable[0]}", words["image"] or words["id"])
-        alike = (*images, *shared)
-        prefix = self.prefixes.setdefault(alike, self.samples) if any(shared) or images else self.samples
-        tokens = np.array(tokens, np.int64)
-        prompt = spans[0][0] if spans else 0
+        waiting = self.waiting.popleft()
+        self.images_waiting -= len(waiting.futures)
+        for key, future in waiting.futures.items():
+            self.write_image(key, future.result())
+        images = [self.image_numbers[key] for key in waiting.images]
+        unreadable = [image for image in images if isinstance(image, str)]
+        if unreadable:  # its other images stay, for others may show them
+            return self.skip(f"image unreadable: {unreadable[0]}", waiting.words)
+        self.write_sample(waiting, images)
+
+    def write_sample(self, waiting, images):
+        """Write a sample that shows the stored images of these numbers."""
+        words, tokens = waiting.words, np.array(waiting.tokens, np.int64)
+        prompt = waiting.spans[0][0] if waiting.spans else 0
         places = np.flatnonzero(tokens[:prompt] < 0)
-        head = int(places[-1]) + 1 if len(places) else min(1, prompt)
         stored = np.where(tokens < 0, np.iinfo(self.token_dtype).max, tokens).astype(self.token_dtype)
-        parts = np.array([*images, *itertools.chain(*spans)], "<i4")
-        row = np.zeros(1, SAMPLE)
+        parts = np.array([*images, *itertools.chain(*waiting.spans)], "<i4")
         turns = [(words["question"], words["answer"]), *words.get("turns", ())]
-        row[0] = (self.tokens, len(tokens), self.parts, len(images), len(spans), images[0] if images else -1,
-                  head, prompt, prefix, hash_words(*("\n".join(texts) for texts in zip(*turns))), 0)
-        row["checksum"] = sample_checksum(row[0], stored, parts)
-        self.files["samples.bin"].write(row.tobytes())
-        self.files["tokens.bin"].write(stored.tobytes())
-        self.files["parts.bin"].write(parts.tobytes())
+        row = np.zeros((), SAMPLE)
+        row["offset"], row["length"] = self.tokens, len(tokens)
+        row["parts"], row["images"], row["spans"] = self.parts, len(images), len(waiting.spans)
+        row["image"] = images[0] if images else -1
+        row["head"] = places[-1] + 1 if len(places) else min(1, prompt)  # behind <bos>
+        row["prompt"] = prompt
+        row["prefix"] = self.first_alike(images, waiting.texts)
+        row["group"] = self.groups.setdefault(words["group"], len(self.groups) + 1) if "group" in words else 0
+        row["words"] = hash_words(*("\n".join(texts) for texts in zip(*turns)))
+        row["checksum"] = sample_checksum(row, stored, parts)
         line = json.dumps(words, ensure_ascii=False) + "\n"
-        self.files["records.jsonl"].write(line.encode("utf-8", "replace"))
+        for name, content in (("samples.bin", row.tobytes()), ("tokens.bin", stored.tobytes()),
+                              ("parts.bin", parts.tobytes()),
+                              ("records.jsonl", line.encode("utf-8", "replace"))):
+            self.files[name].write(content)
         self.tokens += len(tokens)
         self.parts += len(parts)
         self.samples += 1
+
+    def first_alike(self, images, texts):
+        """Number of the first sample that has these images and texts; it may be the one to be written."""
+        if not any(texts):
+            if not images:  # nothing to share
+                return self.samples
+            if len(images) == 1:  # as most have: 8 bytes an image
+                if self.first_alone[images[0]] < 0:
+                    self.first_alone[images[0]] = self.samples
+                return self.first_alone[images[0]]
+        key = hashlib.sha256(json.dumps([images, texts]).encode()).digest()[:8]
+        return self.prefixes.setdefault(key, self.samples)
 
     def write_image(self, key, encoded):
         if isinstance(encoded, str):
@@ -230,13 +261,14 @@ class SplitWriter:
         self.files["images.idx"].write(entry.tobytes())
         self.files["fingerprints.bin"].write(mark)
         self.image_numbers[key] = self.images
+        self.first_alone.append(-1)
         self.images_hash.update(key)
         self.images += 1
         self.pixel_error += pixel_error
 
     def close(self, facts):
-        """Write what is pending, then the manifest: these facts and the writer's own."""
-        while self.pending:
+        """Write what is waiting, then the manifest: these facts and the writer's own."""
+        while self.waiting:
             self.write_next()
         files = {name: file.close() for name, file in self.files.items()}
         count = max(self.images, 1)

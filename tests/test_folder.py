@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import Shard
 from plumbing.flags import UserError
+from plumbing.leaks import read_leaks
 from plumbing.pixels import SUFFIXES, load_image
+from plumbing.shards import Shard
 from prepare.folder import find_dataset, prepare_folder
 from prepare.listing import files_below, is_image
 from prepare.shards import locked, read_manifests, write_dataset
@@ -96,7 +97,7 @@ def test_class_folders_become_a_dataset(prepare, tmp_path):
     shard = Shard(tmp_path / "shards" / name / "train")
     assert shard.manifest["classes"] == ["Zyste", "benign tumour", "gesünd"]
     assert shard.manifest["kind"] == "classification" and shard.read_image(0).shape == (16, 16, 3)
-    assert shard.read_leaks()[0] == "drop" and not list((tmp_path / "shards").rglob("tokenizer.model"))
+    assert read_leaks(shard)[0] == "drop" and not list((tmp_path / "shards").rglob("tokenizer.model"))
     assert "5 files passed over, .hidden the first" in printed and "not prepared yet" in printed
     assert "a split is made, 70 : 10 : 20, alike images on one side" in printed
     assert f"train: {len(splits['train'])} images, {counts['train', 'Zyste']} Zyste, " in printed
@@ -169,7 +170,7 @@ def test_images_of_a_given_test_split_are_found_in_train(prepare, tmp_path):
     put(tmp_path / "scans/train/a/1.png", seed=7)
     put(tmp_path / "scans/test/b/2.png", seed=7)
     name, splits, _ = prepare(tmp_path / "scans")
-    numbers = Shard(tmp_path / "shards/scans/train").read_leaks()[1].tolist()
+    numbers = read_leaks(Shard(tmp_path / "shards/scans/train"))[1].tolist()
     assert [list(splits["train"])[number] for number in numbers] == ["train/a/1.png"]
 
 

@@ -11,9 +11,12 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 import prepare.all as all_py
 import prepare.leaks
 import prepare.looks
-from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard, load_image, open_mixture
+from data import Record, View, open_mixture
 from plumbing.files import manifest_checksum
 from plumbing.flags import UserError
+from plumbing.leaks import read_leaked_images, read_leaks
+from plumbing.pixels import load_image
+from plumbing.shards import PROMPT_VERSION, SHARD_VERSION, Shard
 from prepare.classify import group_alike
 from prepare.datasets import DATASETS, Dataset
 from prepare.folder import prepare_folder
@@ -31,6 +34,11 @@ def drawing(seed, size=(320, 240)):
     for x, y, r in rng.integers(10, 200, (6, 3)):
         pen.ellipse((x, y, x + r, y + r // 2), tuple(rng.integers(0, 256, 3).tolist()))
     return image
+
+
+def five(heights, widths):
+    """Tokens of each image."""
+    return np.full(len(heights), 5)
 
 
 def encoded(image, form="PNG", **settings):
@@ -212,11 +220,16 @@ def tokenizer():
 
 @pytest.fixture
 def write(tokenizer, tmp_path, monkeypatch):
-    """write(name, *(split, name of an image file or "", image), **facts of its Dataset)"""
+    """write(name, *(split, name of an image file or "", image, more names and images), **facts of its Dataset)"""
+    def content(image):
+        return image if isinstance(image, bytes) or image is None else encoded(image)
+
     def write_dataset_of(name, *rows, **facts):
-        records = [(split, Record(f"id{n}", "what is this?", "a lung",
-                                  image if isinstance(image, bytes) or image is None else encoded(image), file))
-                   for n, (split, file, image) in enumerate(rows)]
+        records = []
+        for n, (split, file, image, *more) in enumerate(rows):
+            parts = [View(content(image), file) for file, image in zip([file, *more[::2]], [image, *more[1::2]])]
+            about = {"parts": tuple(parts)} if more else {"image": content(image), "image_name": file}
+            records.append((split, Record(f"id{n}", "what is this?", "a lung", **about)))
         dataset = Dataset(name=name, read=lambda raw: iter(records), kind="text questions", licence="none",
                           access="open", megabytes=0, page="", layouts=(), counts={}, **facts)
         monkeypatch.setitem(DATASETS, name, dataset)
@@ -242,18 +255,37 @@ def test_training_images_that_a_test_split_has_are_found_and_left_out(write):
     assert report_rows(report) == [("learn/train", "learn/test", "", "1", "", ""),
                                    ("learn/train", "exam/test", "2", "1", "", "")]
     shard = Shard(shards / "learn/train")
-    assert (shard.read_leaks()[0], shard.read_leaks()[1].tolist()) == ("drop", [0, 1, 3, 5])
-    mixture = open_mixture("learn", shards, "train", image_tokens=5, batch_size=2)
+    assert (read_leaks(shard)[0], read_leaks(shard)[1].tolist()) == ("drop", [0, 1, 3, 5])
+    mixture = open_mixture("learn", shards, "train", count_tokens=five, batch_size=2)
     assert mixture.train[0].tolist() == [2, 4] and mixture.samples_per_epoch == 2
     assert {number for n in range(4) for _, number in mixture.step(n).samples} == {2, 4}
-    mixture = open_mixture("learn", shards, "train", image_tokens=5, batch_size=2, held_out=1)
-    assert len(mixture.held_out[0]) == 1 and len(mixture.train[0]) == 1
+    mixture = open_mixture("learn", shards, "train", count_tokens=five, batch_size=2, held_out=1)
+    assert len(mixture.validation[0]) == 1 and len(mixture.train[0]) == 1
 
     kept = guard(shards, "keep")["learn/train"]  # the published mix, and leaks.json says so
     assert kept["leaks"] == "keep" and kept["found"] == report["learn/train"]["found"]
-    assert (shard.read_leaks()[0], shard.read_leaks()[1].tolist()) == ("keep", [0, 1, 3, 5])
-    mixture = open_mixture("learn", shards, "train", image_tokens=5, batch_size=2)
+    assert (read_leaks(shard)[0], read_leaks(shard)[1].tolist()) == ("keep", [0, 1, 3, 5])
+    mixture = open_mixture("learn", shards, "train", count_tokens=five, batch_size=2)
     assert mixture.train[0].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_sample_leaks_if_any_of_its_images_does(write):
+    a, b, c, d, e, f, g = (drawing(seed) for seed in range(7))
+    write("learn", ("train", "a.png", a, "b.png", b), ("train", "c.png", c, "small_d.png", d.resize((100, 80))),
+          ("train", "c.png", c, "synpic7.png", e, "a.png", a), ("train", "a.png", a, "c.png", c),
+          ("train", "c.png", c, "Known Source/k.png", g),
+          shared_ids="MedPix", known_leaks=(("Known Source/", "films"),))
+    write("films", ("test", "1.png", drawing(8)))
+    shards = write("exam", ("test", "x.png", f, "b.png", b), ("test", "d.png", d, "y.png", drawing(9)),
+                   ("test", "z.png", drawing(7), "synpic7.png", drawing(10)), shared_ids="MedPix")
+    leaks = guard(shards, "drop")["learn/train"]
+    assert leaks["found"] == {"exam/test": {"same pixels": [0], "alike": [1], "same id": [0, 2]},
+                              "films/test": {"known source": [4]}}
+    train, exam = Shard(shards / "learn/train"), Shard(shards / "exam/test")
+    assert read_leaked_images(train, exam).tolist() == [1, 2, 5]  # none that stands beside them
+    assert [numbers.tolist() for numbers in exam.image_pairs()] == [[0, 0, 1, 1, 2, 2], [0, 1, 2, 3, 4, 5]]
+    mixture = open_mixture("learn", shards, "train", count_tokens=five, batch_size=1)
+    assert mixture.train[0].tolist() == [3]
 
 
 def test_images_of_a_test_split_that_train_has_are_named(write):
@@ -273,10 +305,10 @@ def test_images_of_a_test_split_that_train_has_are_named(write):
         "films/test": {"known source": [5]}, "learn/test": {"alike": [5]}}
     assert leaks["test_images"] == {"exam/test": [1, 2, 3, 4], "learn/test": [0]}
     train, exam = Shard(shards / "learn/train"), Shard(shards / "exam/test")
-    assert train.read_leaked_images(exam).tolist() == [1, 2, 3, 4]
+    assert read_leaked_images(train, exam).tolist() == [1, 2, 3, 4]
     assert exam.samples["image"].tolist() == [0, 1, 2, 2, -1, 3, 4]  # so they are images, not samples
-    assert train.read_leaked_images(Shard(shards / "learn/test")).tolist() == [0]
-    none = train.read_leaked_images(Shard(shards / "films/test"))
+    assert read_leaked_images(train, Shard(shards / "learn/test")).tolist() == [0]
+    none = read_leaked_images(train, Shard(shards / "films/test"))
     assert none.dtype == np.int64 and none.tolist() == []
 
 
@@ -333,11 +365,11 @@ def test_a_shard_that_was_not_compared_with_all_beside_it_is_refused(write):
 
     def refused(message):
         with pytest.raises(UserError, match=f"learn/train: not compared with {message}; run `python prepare/all.py"):
-            open_mixture("learn", shards, "train", image_tokens=5)
+            open_mixture("learn", shards, "train", count_tokens=five)
 
     refused("the test splits")
     guard(shards, "drop")
-    open_mixture("learn", shards, "train", image_tokens=5)
+    open_mixture("learn", shards, "train", count_tokens=five)
     write("exam", ("test", "a.png", drawing(1)))
     refused("exam/test")
     guard(shards, "drop")
@@ -367,17 +399,17 @@ def test_leaked_images_are_those_of_the_very_test_split(write):
 
     def refused(train, test):
         with pytest.raises(UserError) as error:
-            train.read_leaked_images(test)
+            read_leaked_images(train, test)
         assert str(error.value) == (f"{train.folder}: not compared with {test.folder}; "
                                     "run `python prepare/all.py --only=learn`")
 
     refused(train, exam)
     guard(shards, "drop")
-    assert train.read_leaked_images(exam).tolist() == [0]
+    assert read_leaked_images(train, exam).tolist() == [0]
     write("exam", ("test", "b.png", drawing(1)), ("test", "a.png", drawing(0)))
     refused(train, Shard(shards / "exam/test"))
     guard(shards, "drop")
-    assert train.read_leaked_images(Shard(shards / "exam/test")).tolist() == [1]
+    assert read_leaked_images(train, Shard(shards / "exam/test")).tolist() == [1]
     refused(train, exam)  # mapped before it was prepared anew
     leaks = (shards / "learn/train/leaks.json").read_text()
     write("learn", ("train", "c.png", drawing(2)))
@@ -391,7 +423,7 @@ def test_what_an_older_version_found_is_found_anew(write):
     first = guard(shards, "keep")
     alter(shards / "learn/train/leaks.json", alike=48, found={}, test_images={})
     assert guard(shards, "") == first and first["learn/train"]["test_images"] == {"exam/test": [0]}
-    assert Shard(shards / "learn/train").read_leaked_images(Shard(shards / "exam/test")).tolist() == [0]
+    assert read_leaked_images(Shard(shards / "learn/train"), Shard(shards / "exam/test")).tolist() == [0]
 
 
 def test_shards_of_an_older_version_are_passed_by_but_not_forgotten(write):
@@ -404,7 +436,7 @@ def test_shards_of_an_older_version_are_passed_by_but_not_forgotten(write):
     leaks = guard(shards, "drop")
     assert list(leaks) == ["learn/train"] and leaks["learn/train"]["tests"] == {}
     with pytest.raises(UserError, match="not compared with exam/test; run .*all.py --only=exam`"):
-        Shard(shards / "learn/train").read_leaks()
+        read_leaks(Shard(shards / "learn/train"))
     with pytest.raises(UserError, match="old/train: written by another version .* --only=old`"):
         Shard(shards / "old/train")
 
@@ -430,12 +462,12 @@ def test_a_training_image_that_validation_has_is_left_out_of_training(write):
     assert report["learn/validation"]["found"] == {"learn/test": {"alike": [2]}}
     assert report["other/train"]["found"] == report["other/validation"]["found"] == {}
     train, validation = Shard(shards / "learn/train"), Shard(shards / "learn/validation")
-    assert (train.read_leaks()[0], train.read_leaks()[1].tolist()) == ("drop", [0, 2])
-    assert (validation.read_leaks()[0], validation.read_leaks()[1].tolist()) == ("drop", [2])
-    assert train.read_leaked_images(validation).tolist() == [0, 2]
+    assert (read_leaks(train)[0], read_leaks(train)[1].tolist()) == ("drop", [0, 2])
+    assert (read_leaks(validation)[0], read_leaks(validation)[1].tolist()) == ("drop", [2])
+    assert read_leaked_images(train, validation).tolist() == [0, 2]
     write("learn", ("train", "a.png", a), ("validation", "b.png", b))  # without a test split
     guard(shards)
-    assert Shard(shards / "learn/validation").read_leaks()[1].tolist() == []
+    assert read_leaks(Shard(shards / "learn/validation"))[1].tolist() == []
 
 
 def test_what_is_kept_stays_kept_until_it_is_asked_for(write, tmp_path):
@@ -456,9 +488,9 @@ def test_what_is_kept_stays_kept_until_it_is_asked_for(write, tmp_path):
                          "three/validation": "drop"}
     write("one", ("train", "a.png", image), ("train", "b.png", drawing(1)), ("validation", "c.png", drawing(2)))
     with pytest.raises(UserError, match="one/train: not compared"):  # as it is prepared anew
-        Shard(shards / "one/train").read_leaks()
+        read_leaks(Shard(shards / "one/train"))
     assert choices()["one/train"] == choices()["one/validation"] == "keep"
-    assert Shard(shards / "one/train").read_leaks()[1].tolist() == [0]
+    assert read_leaks(Shard(shards / "one/train"))[1].tolist() == [0]
     assert set(choices().values()) == {"keep", "drop"}
     guard(shards, "keep")
     assert set(choices().values()) == {"keep"}
@@ -498,5 +530,5 @@ def test_images_of_ones_own_guard_themselves_alone(write, tmp_path, monkeypatch)
     assert found == {"public/train": {}, **{split: {f"{split.partition('/')[0]}/test": {"alike": [0]},
                                                     "public/test": {"alike": [1]}} for split in (table, other)}}
     for split in found:
-        assert len(Shard(shards / split).read_leaks()[1]) == 2 * ("table" in split)
+        assert len(read_leaks(Shard(shards / split))[1]) == 2 * ("table" in split)
         assert "table" not in str(guard(shards)["public/train"]["tests"])

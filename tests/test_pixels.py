@@ -408,13 +408,16 @@ def test_every_format_has_names_and_a_folder_takes_them(tmp_path):
 
 def test_a_stored_image_is_a_jpeg_or_png_of_the_size_that_was_stored():
     square = COLOUR[:, :24]
-    assert np.array_equal(open_stored(saved(square, "PNG"), 24), square)
-    assert open_stored(saved(square, "JPEG"), 24).shape == (24, 24, 3)
+    assert np.array_equal(open_stored(saved(square, "PNG"), 24, 24), square)
+    assert open_stored(saved(square, "JPEG"), 24, 24).shape == (24, 24, 3)
     whole = saved(square, "PNG")
     for content in (saved(square, "EPS"), saved(square, "TIFF"), saved(square, "GIF"), b"", whole[:-40],
                     saved(COLOUR, "PNG"), saved(square[..., 0], "PNG"), claims(whole, 50_000, 50_000)):
         with pytest.raises((ValueError, OSError, Image.DecompressionBombError)):
-            open_stored(content, 24)
+            open_stored(content, 24, 24)
+    assert np.array_equal(open_stored(saved(COLOUR, "PNG"), *COLOUR.shape[:2]), COLOUR)
+    with pytest.raises(ValueError):
+        open_stored(saved(COLOUR, "PNG"), *COLOUR.shape[1::-1])
 
 
 def test_the_rule_for_deep_pixels_stands_in_the_image_settings():

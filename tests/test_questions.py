@@ -12,8 +12,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard
+from data import Record
 from plumbing.flags import UserError
+from plumbing.shards import PROMPT_VERSION, SHARD_VERSION, Shard
 from prepare.datasets import DATASETS
 from prepare.questions import references, train_sample_tokenizer
 from prepare.shards import read_manifests, write_dataset

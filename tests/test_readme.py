@@ -132,7 +132,7 @@ def test_own_data_goes_in_by_the_blocks_of_docs(tmp_path, monkeypatch):
     (split, first), *others = scans.read(tmp_path)
     assert (split, first) == ("test", Record("7", "is it broken?", "yes", b"image 3", "3.png"))
     encoded = Future()
-    encoded.set_result((b"jpeg", 0.0, bytes(FINGERPRINT.itemsize)))
+    encoded.set_result((b"jpeg", (224, 224), 0.0, bytes(FINGERPRINT.itemsize)))
     writer = SplitWriter(tmp_path / "test", scans, SimpleNamespace(vocab_size=9, encode=lambda text: [3]),
                          lambda content: encoded, 4)
     for _, record in (("test", first), *others):

@@ -9,8 +9,9 @@ import zipfile
 
 import pytest
 
-from data import Record, Shard
+from data import Record
 from plumbing.flags import UserError
+from plumbing.shards import Shard
 from prepare.datasets import DATASETS
 from prepare.questions import train_sample_tokenizer
 from prepare.reports import (LARGEST_REPORT, REPORT_QUESTIONS, join_sections, name_section,

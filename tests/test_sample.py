@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import BOS, EOS, Tokenizer, format_prompt, load_image
+from data import BOS, EOS, Tokenizer, format_prompt
+from plumbing.pixels import load_image
 from prepare import sample
 from prepare.datasets import DATASETS
 from prepare.questions import train_sample_tokenizer

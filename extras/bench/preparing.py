@@ -24,10 +24,10 @@ from typing import Annotated
 import numpy as np
 from PIL import Image
 
-from data import Tokenizer, load_image, resize_image
+from data import Tokenizer
 from extras.bench.progress import Progress
 from plumbing.flags import Count, Range, UserError, parse_command_line, run
-from plumbing.pixels import FORMATS
+from plumbing.pixels import FORMATS, load_image, resize_image
 from prepare.datasets import DATASETS
 from prepare.looks import fingerprint
 from prepare.shards import ImageSettings, SplitWriter, encode_image

@@ -17,15 +17,17 @@ import json
 import multiprocessing
 import resource
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from safetensors.torch import save_file
 
-from data import Tokenizer, format_prompt
-from model import VLM, LLaMA, LlamaConfig, ViT, ViTConfig
+from data import BOS, Tokenizer, format_prompt
+from generate import finished_groups, generate
+from model import LLaMA, LlamaConfig, ViT, ViTConfig
 from plumbing.flags import Range, UserError, parse_command_line, run
+from weights import build_vlm, hub_config
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,7 @@ def write_checkpoints(folder, shards):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     wrong_ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}  # as PMC-LLaMA's own file
     (folder / "config.json").write_text(json.dumps(
-        {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", **asdict(LlamaConfig()),
-         **wrong_ids}, indent=2))
+        {**hub_config(LlamaConfig()), **wrong_ids}, indent=2))
     tower = {f"visual.trunk.{name}": 0.02 * torch.randn(shape) for name, shape in vision.items()}
     save_file(tower, folder / "biomedclip.safetensors")
 
@@ -76,19 +77,19 @@ def main(config):
         if writer.exitcode:
             raise UserError(f"{folder}: not written, see above; 14 GB have to be free there")
     begin = time.perf_counter()
-    model = VLM.build("paper", tokenizer.vocab_size, folder / "biomedclip.safetensors", folder,
+    model = build_vlm("paper", tokenizer.vocab_size, folder / "biomedclip.safetensors", folder,
                       dtype=torch.bfloat16).eval()
     seconds = time.perf_counter() - begin
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
     print(f"loaded {weights:.2f} GB of weights in {seconds:.1f} s; peak memory {peak_gigabytes():.2f} GB, "
           f"Python and torch included: {peak_gigabytes() / weights:.3f}x the weights")
-    prompt = tokenizer.encode(format_prompt("what does the image show?"))
+    prompt = [BOS, -1, *tokenizer.encode(format_prompt("what does the image show?"))]
     image = torch.randint(0, 256, (224, 224, 3), dtype=torch.uint8).numpy()
     begin = time.perf_counter()
     with torch.autocast("cpu", torch.bfloat16):
-        [(_, [reply])] = model.generate([(image, [prompt])], max_new_tokens=config.new_tokens)
-    print(f"answered {len(reply)} tokens in {time.perf_counter() - begin:.1f} s: "
-          f"{tokenizer.decode(reply)!r}; peak memory {peak_gigabytes():.2f} GB")
+        [(_, [reply])] = finished_groups(generate(model, [([image], [prompt])], config.new_tokens))
+    print(f"answered {len(reply.tokens)} tokens in {time.perf_counter() - begin:.1f} s: "
+          f"{tokenizer.decode(reply.tokens)!r}; peak memory {peak_gigabytes():.2f} GB")
 
 
 if __name__ == "__main__":

@@ -18,13 +18,19 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import Batch, Mixture, Shard, format_prompt
-from eval_vqa import open_run
-from model import VLM, normalise
+from data import Mixture, format_prompt
+from generate import finished_groups, generate
+from model import normalise
+from plumbing.devices import to_device
 from plumbing.flags import UserError, Whole, parse_command_line, run
 from plumbing.pixels import FORMATS
+from plumbing.shards import Shard
 from prepare.datasets import DATASETS
+from run import open_trained_run
 from tasks.vqa import bleu1
+from weights import load_vlm
+
+SHOWN = ("offset", "length", "image", "head", "prompt", "prefix")  # of a sample's entry
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,13 @@ class Config:
 
 
 def require_sample(shard, tokenizer, config):
-    """Raise UserError unless the split has this number, about an image, in the run's own tokens."""
+    """Raise UserError unless the split has this number, one question about one image, in the run's own tokens."""
     shard.require_questions()
     if config.number >= len(shard):
         raise UserError(f"--number={config.number}: {shard.folder} has samples 0 to {len(shard) - 1:,}")
-    if shard.samples[config.number]["image"] < 0:
-        raise UserError(f"--number={config.number}: asks about no image in {shard.folder}; choose another one")
+    if (shard.samples[config.number]["images"], shard.samples[config.number]["spans"]) != (1, 1):
+        raise UserError(f"--number={config.number}: not one question about one image in {shard.folder}; choose "
+                        "another one")
     if shard.manifest["tokenizer_sha256"] != tokenizer.sha256:
         raise UserError(f"{shard.folder}: made with another tokenizer than the run's {tokenizer.path}; "
                         f"{shard.again[:-1]} --tokenizer={tokenizer.path}`")
@@ -64,52 +71,58 @@ def find_record(name, config):
 
 def main(config):
     shard = Shard(Path(config.shards_dir) / config.data / config.split)
-    _, checkpoint, _, tokenizer = open_run(config.run)
+    _, checkpoint, _, tokenizer = open_trained_run(config.run)
     require_sample(shard, tokenizer, config)
-    words, sample = shard.read_records()[config.number], shard.samples[config.number]
+    words, entry = shard.read_records()[config.number], shard.samples[config.number]
     record = find_record(words["id"], config)
-    image = Image.open(io.BytesIO(record.image), formats=FORMATS)
+    [view] = record.views()
+    image = Image.open(io.BytesIO(view.image), formats=FORMATS)
     print(f"{config.data + '(raw)':16} Record {record.id!r}: {record.question!r} -> {record.answer!r}, "
-          f"{image.format} {image.mode} {image.size}, {len(record.image):,} bytes")
+          f"{image.format} {image.mode} {image.size}, {len(view.image):,} bytes")
 
-    prompt, answer = shard.read_tokens(config.number)
-    text = format_prompt(words["question"], words.get("context", ""))
-    if (tokenizer.encode(text), tokenizer.encode(words["answer"])) != (prompt.tolist(), answer.tolist()):
+    sample, text = shard.read_sample(config.number), format_prompt(words["question"], words.get("context", ""))
+    [(begin, end)] = sample.spans.tolist()
+    prompt, answer = sample.tokens[sample.head:begin].tolist(), sample.tokens[begin:end - 1].tolist()
+    if (tokenizer.encode(text), tokenizer.encode(words["answer"])) != (prompt, answer):
         raise UserError(f"{shard.folder}: the tokens of sample {config.number} are not those of its words; "
                         f"{shard.again}")
-    pixels = shard.read_image(sample["image"])
+    pixels = shard.read_image(entry["image"])
     print(f"format_prompt    {text!r}")
-    print(f"Tokenizer.encode {prompt.tolist()} | {answer.tolist()}")
-    print(f"SplitWriter.add  samples.bin[{config.number}] = {dict(zip(sample.dtype.names, sample.tolist()))}")
-    print(f"encode_image     images.bin, {int(shard.image_index[sample['image']]['length']):,} bytes of "
+    print(f"Tokenizer.encode {prompt} | {answer}")
+    print(f"write_plain      {end} tokens, <bos>, the image, {len(prompt)} of the prompt, {len(answer)} of the answer, "
+          f"<eos>; supervised: {begin} to {end - 1}")
+    print(f"SplitWriter.add  samples.bin[{config.number}] = {({name: int(entry[name]) for name in SHOWN})}")
+    print(f"encode_image     images.bin, {int(shard.image_index[entry['image']]['length']):,} bytes of "
           f"{shard.manifest['image']['codec']}")
     print(f"Shard.read_image {pixels.shape} {pixels.dtype}, mean {pixels.mean():.1f}")
+    follow_model(config, shard, load_vlm(checkpoint).eval(), tokenizer, words["answer"])
 
-    model = VLM.load(checkpoint).eval()
-    shard.require_image_size(model.vision.config.image_size)
-    N = model.vision.config.tokens
-    mixture = Mixture([shard], N, batch_size=1, row_length=1 + N + len(prompt) + len(answer))
+
+@torch.no_grad()
+def follow_model(config, shard, model, tokenizer, reference):
+    """Print what the model makes of the sample, from its pixels to the score of its answer."""
+    model.vision.require_shapes(shard.folder, shard.image_index)
+    mixture = Mixture([shard], model.vision.tokens, batch_size=1, max_length=1 << 20)
     step = mixture.pack(0, [config.number], [0])
-    batch = Batch(**{name: torch.from_numpy(value) for name, value in vars(step.batches[0]).items()})
-    print(f"Mixture.pack     tokens {tuple(batch.tokens.shape)}: <bos>, {N} image tokens, {len(prompt)} of "
-          f"prompt, {len(answer)} of answer; supervised at {batch.answer_at.tolist()}: {batch.targets.tolist()}")
-    with torch.no_grad():
-        image = normalise(batch.images)
-        print(f"normalise        {tuple(image.shape)}, mean {image.mean():.3f}, std {image.std():.3f}")
-        tokens = model.vision(image)
-        print(f"ViT              {tuple(tokens.shape)}")
-        print(f"VLM.projector    {tuple(model.projector(tokens).shape)}")
-        x = model.splice(batch.tokens, model.projector(tokens), batch.image_at)
-        print(f"VLM.splice       {tuple(x.shape)}")
-        logits = model(batch)
-        print(f"VLM.forward      logits {tuple(logits.shape)}")
-        for token, loss in zip(batch.targets, F.cross_entropy(logits, batch.targets, reduction="none")):
-            print(f"  loss of {tokenizer.model.id_to_piece(int(token))!r:12} {loss:.3f} nats")
-        print(f"VLM.loss         {model.loss(batch) / step.supervised:.3f} nats a token")
-        [(_, [reply])] = model.generate([(batch.images[0].numpy(), [prompt.tolist()])])
-        print(f"VLM.generate     {reply}")
-        print(f"Tokenizer.decode {tokenizer.decode(reply)!r}")
-        print(f"bleu1            {bleu1(tokenizer.decode(reply), words['answer']):.2f}")
+    batch = to_device(step.batches[0], torch.device("cpu"))
+    print(f"Mixture.pack     tokens {tuple(batch.tokens.shape)}, {len(batch.image_at)} of them of the image; "
+          f"supervised at {batch.answer_at.tolist()}: {batch.targets.tolist()}")
+    images = normalise(torch.stack(batch.images))
+    print(f"normalise        {tuple(images.shape)}, mean {images.mean():.3f}, std {images.std():.3f}")
+    print(f"ViT              {tuple(model.vision(images).shape)}")
+    image_tokens = model.encode_images(batch.images)
+    print(f"VLM.projector    {tuple(image_tokens.shape)}")
+    print(f"LLaMA.embed      {tuple(model.language.embed(batch.tokens, image_tokens, batch.image_at).shape)}")
+    logits = model(batch)
+    print(f"VLM.forward      logits {tuple(logits.shape)}")
+    for token, loss in zip(batch.targets, F.cross_entropy(logits, batch.targets, reduction="none")):
+        print(f"  loss of {tokenizer.model.id_to_piece(int(token))!r:12} {loss:.3f} nats")
+    print(f"VLM.loss         {model.loss(batch) / step.divisor:.3f} nats a token")
+    prompt = [max(token, -1) for token in shard.read_sample(config.number).prompt().tolist()]  # one image: -1
+    [(_, [reply])] = finished_groups(generate(model, [([batch.images[0].numpy()], [prompt])]))
+    print(f"generate         {reply.tokens}")
+    print(f"Tokenizer.decode {tokenizer.decode(reply.tokens)!r}")
+    print(f"bleu1            {bleu1(tokenizer.decode(reply.tokens), reference):.2f}")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
-from data import Shard, load_image
 from plumbing.flags import Count, UserError, Whole, parse_command_line, run
+from plumbing.pixels import load_image
+from plumbing.shards import Shard
 from prepare.datasets import DATASETS
 from prepare.looks import FINGERPRINT, alike, fingerprint, propose, whole
 
@@ -194,10 +195,10 @@ def measure(name, images, config):
     some = np.random.default_rng(config.seed).permutation(len(images))[:config.copied]
     for kind, alter in COPIES.items():
         copies, rows = [alter(images[number]) for number in some], np.arange(len(some))
-        found = (hash_alone(copies) * hashes[some]).sum(1) >= 255 - 2 * 48
+        hits_before = (hash_alone(copies) * hashes[some]).sum(1) >= 255 - 2 * 48
         pairs = alike(looks_of(copies), looks[some])
         hits = np.isin(rows, pairs[pairs[:, 0] == pairs[:, 1], 0])
-        print(f"  {kind:26} before {found.mean():4.0%}  now {hits.mean():4.0%}", flush=True)
+        print(f"  {kind:26} before {hits_before.mean():4.0%}  now {hits.mean():4.0%}", flush=True)
     print(f"  {time.perf_counter() - start:.0f} s", flush=True)
 
 
@@ -236,8 +237,8 @@ def show_pairs(config):
                    for name, split in ((config.train, "train"), (config.test, "test")))
     pairs = alike(*(np.frombuffer(shard.read_verified("fingerprints.bin"), FINGERPRINT)["look"]
                     for shard in (train, test)))
-    found = [len(np.unique(column)) for column in pairs.T]
-    print(f"{len(pairs)} pairs alike: {found[0]} training images, {found[1]} test images")
+    of_train, of_test = (len(np.unique(column)) for column in pairs.T)
+    print(f"{len(pairs)} pairs alike: {of_train} training images, {of_test} test images")
     if len(pairs):
         shown = np.unique(np.linspace(0, len(pairs) - 1, config.pairs).round().astype(int))
         draw_pairs(pairs[shown], train, test, Path(config.output))

@@ -14,9 +14,10 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the reposito
 
 from dataclasses import dataclass
 
-from data import Shard
 from plumbing.files import read_manifest
 from plumbing.flags import UserError, parse_command_line, run
+from plumbing.leaks import read_leaks
+from plumbing.shards import Shard
 from prepare.datasets import DATASETS
 
 PAPER = {"image and text": 2_940_000, "text alone": 410_000}  # arXiv 2606.12953, as it rounds them
@@ -33,7 +34,7 @@ def prepared_counts(folder):
     if manifest is None or manifest["limit"]:
         return None
     try:
-        return manifest["samples"], sum(manifest["skipped"].values()), len(Shard(folder).read_leaks()[1])
+        return manifest["samples"], sum(manifest["skipped"].values()), len(read_leaks(Shard(folder))[1])
     except UserError:  # of another version, or not compared yet
         return None
 

@@ -4,12 +4,15 @@ import re
 
 import pytest
 
-from data import Shard, Tokenizer
+import train_vlm
+from data import Tokenizer
 from extras.bench import progress
 from extras.look import follow
 from plumbing.flags import UserError, parse_flags, require_packages
+from plumbing.shards import Shard
 from prepare import sample
 from test_eval import TOKENIZER, write_questions
+from test_train import flags, prepare_sample
 
 
 @pytest.fixture(scope="module")
@@ -19,27 +22,45 @@ def split(tmp_path_factory):
     (folder / "tokenizer.model").write_bytes(TOKENIZER)
     shard = Shard(folder / "scans" / "test")
     shard.samples = shard.samples.copy()
-    shard.samples["image"][1] = -1  # as of a question about a text
+    shard.samples["images"][1] = 0  # as of a question about a text
     return shard, Tokenizer(folder / "tokenizer.model")
 
 
 @pytest.mark.parametrize("argument, told", [
     ("--number=2", "--number=2: .*scans/test has samples 0 to 1"), ("--number=5000", "has samples 0 to 1"),
-    ("--number=-1", "--number=-1: 0 or more"), ("--number=1", "--number=1: asks about no image")])
+    ("--number=-1", "--number=-1: 0 or more"), ("--number=1", "--number=1: not one question about one image in")])
 def test_a_number_that_is_not_there_is_told_in_one_line(argument, told, split):
     with pytest.raises(UserError, match=told) as caught:
         follow.require_sample(*split, parse_flags(follow.Config, [argument]))
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("flags, told", [
+@pytest.mark.parametrize("words, told", [
     (["--data=xyzzy"], "--data: no raw files of 'xyzzy' in raw"),
     (["--data=path_vqa", "--raw_dir=nowhere"], "--data: no raw files of 'path_vqa' in nowhere"),
     (["--data=sample", "--split=test"], "raw: no 'xyzzy' in sample's test split")])
-def test_a_sample_that_the_raw_files_have_not_is_told_in_one_line(flags, told, monkeypatch):
+def test_a_sample_that_the_raw_files_have_not_is_told_in_one_line(words, told, monkeypatch):
     monkeypatch.setattr(sample, "SPLITS", {"train": 1, "test": 1})  # images a class, each of which is drawn
     with pytest.raises(UserError, match=re.escape(told)):
-        follow.find_record("xyzzy", parse_flags(follow.Config, flags))
+        follow.find_record("xyzzy", parse_flags(follow.Config, words))
+
+
+def test_a_sample_is_followed_to_its_loss_and_its_answer(tmp_path, capsys):
+    """Its loss in nats is the mean of its tokens'; shapes are the sample's 50 image tokens of 128, then words."""
+    shards = prepare_sample(tmp_path / "shards", "--limit=16")
+    train_vlm.main(flags(shards, tmp_path / "run", max_steps=1, held_out=0))
+    capsys.readouterr()
+    follow.main(follow.Config(run=str(tmp_path / "run"), data="sample", number=5, shards_dir=str(shards)))
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line[:17].strip(): line[17:] for line in lines}
+    prompt, answer = (words.split(", ") for words in rows["Tokenizer.encode"].strip("[]").split("] | ["))
+    losses = [float(line.split()[-2]) for line in lines if line.startswith("  loss of ")]
+    assert len(losses) == len(answer) + 1
+    assert float(rows["VLM.loss"].split()[0]) == pytest.approx(sum(losses) / len(losses), abs=1e-3)
+    T = 1 + 50 + len(prompt) + len(answer)
+    assert rows["Mixture.pack"].startswith(f"tokens ({T},), 50 of them of the image; supervised at [{T - 1 - len(answer)}, ")
+    assert rows["VLM.projector"] == "(50, 128)" and rows["LLaMA.embed"] == f"({T}, 128)"
+    assert list(rows)[-1] == "bleu1" and rows["generate"].startswith("[")
 
 
 def test_progress_tells_each_row_and_what_is_left(capsys, monkeypatch):

@@ -21,11 +21,12 @@ from PIL import Image
 import train_vlm
 from extras.look import mix, plot
 from lora import add_lora
-from model import VLM, packed_mask
+from model import packed_mask
 from plumbing.flags import UserError, parse_command_line, run
 from tasks.encoders import EIGHT, measured
 from prepare.datasets import DATASETS
 from test_cls import write_results
+from weights import build_vlm
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # matplotlib's, where labels do not fit
@@ -324,16 +325,16 @@ def area(d, size):
 
 
 def test_its_mask_is_the_models(svg):
-    group, question, kinds = [], [], []
+    group, branch, kinds = [], [], []
     for number, questions in enumerate(QUESTIONS):
         kinds += ["bos"] + ["image"] * IMAGE
-        question += [0] * (1 + IMAGE)
+        branch += [0] * (1 + IMAGE)
         for q, (prompt, answer) in enumerate(questions, 1):
             kinds += ["prompt"] * prompt + ["answer"] * answer
-            question += [q] * (prompt + answer)
-        group += [number] * (len(question) - len(group))
+            branch += [q] * (prompt + answer)
+        group += [number] * (len(branch) - len(group))
     size = len(kinds)
-    masks = packed_mask(torch.tensor([group]), torch.tensor([question]))
+    masks = packed_mask(torch.tensor(group), torch.tensor(branch))
     sees = torch.block_diag(*(torch.ones(length, length).tril() if mask is None else mask.float()
                               for length, mask in masks)).bool().numpy()
     drawn = {kind: np.zeros((size, size), bool) for kind in set(kinds)}
@@ -349,10 +350,10 @@ def test_its_mask_is_the_models(svg):
     for path in svg.findall("path"):
         for x, y in re.findall(r"M([\d.]+) ([\d.]+)", path.get("d")):
             cells.setdefault(float(y), []).append((float(x), path.get("class")))
-    row = sorted(next(found for found in cells.values() if len(found) == size))
+    row = sorted(next(line for line in cells.values() if len(line) == size))
     assert [kind for _, kind in row] == kinds
-    arrows = sorted(x for found in cells.values() for x, kind in found if kind == "line gold")
-    ends = [at + 1 == size or (group[at], question[at]) != (group[at + 1], question[at + 1])
+    arrows = sorted(x for line in cells.values() for x, kind in line if kind == "line gold")
+    ends = [at + 1 == size or (group[at], branch[at]) != (group[at + 1], branch[at + 1])
             for at in range(size)]
     supervised = [x for at, (x, kind) in enumerate(row)
                   if kind == "answer" or not ends[at] and kinds[at + 1] == "answer"]
@@ -360,13 +361,13 @@ def test_its_mask_is_the_models(svg):
 
 
 def test_its_numbers_are_the_models(svg):
-    flags, vlm = train_vlm.Config(), VLM.build("paper", 32_000, device="meta")
+    flags, vlm = train_vlm.Config(), build_vlm("paper", 32_000, device="meta")
     vision, language = vlm.vision.config, vlm.language.config
     millions = [sum(p.numel() for p in part.parameters()) / 1e6
                 for part in (vlm.vision, vlm.projector, vlm.language)]
     add_lora(vlm.language, flags.lora_targets, flags.lora_r)
     trained = sum(p.numel() for p in vlm.language.parameters() if p.requires_grad) / 1e6
-    size, N = vision.image_size, vision.tokens
+    size, N = vision.image_size, vlm.vision.tokens(vision.image_size, vision.image_size)
     assert (flags.vision, flags.projector, flags.language) == ("full", "full", "lora")
     assert flags.lora_targets == "q_proj,v_proj"
     words = ["".join(text.itertext()) for text in svg.iter("text")]

@@ -1,16 +1,14 @@
 """extras/bench/plan.py: what it works out, by a second way on paper."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
+import train_vlm
 from extras.bench import plan
-from extras.bench.memory import FLAGS, make
 
 
 def test_the_papers_run_by_hand(monkeypatch, capsys):
-    monkeypatch.setattr(plan, "time_saving", lambda model, flags: (9.0, 1_250_000_000))
+    monkeypatch.setattr(plan, "time_saving", lambda model: (9.0, 1_250_000_000))
     plan.main(plan.Config())
     printed = capsys.readouterr().out.splitlines()
     rows = [[float(cell.replace(",", "").strip(" %")) for cell in line.strip("|").split("|")]
@@ -37,8 +35,16 @@ def test_the_papers_run_by_hand(monkeypatch, capsys):
 def test_a_checkpoint_of_what_trains_is_timed(tmp_path, monkeypatch):
     """On the sample's sizes: weights and two moments of the ViT, the projector and LoRA, in float32."""
     monkeypatch.chdir(tmp_path)
-    flags = replace(FLAGS, model="sample")
-    model = make(flags, torch.device("meta"), torch.float32)
+    model = plan.make("sample", torch.float32)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    seconds, size = plan.time_saving(model, flags)
+    seconds, size = plan.time_saving(model)
     assert seconds > 0 and 12 * trained < size < 12 * trained + 60_000 and not list(tmp_path.iterdir())
+
+
+def test_what_it_takes_for_the_recipe_is_train_vlm_s():
+    flags = train_vlm.Config()
+    assert vars(plan.RECIPE) == {part: getattr(flags, part) for part in ("vision", "projector", "language")}
+    assert plan.LORA == {"targets": flags.lora_targets, "r": flags.lora_r, "alpha": flags.lora_alpha,
+                         "dropout": flags.lora_dropout}
+    assert plan.CHECKPOINTS == flags.keep + 2 and plan.Config.batch_size == flags.batch_size
+    assert plan.Config.epochs == flags.epochs

@@ -28,14 +28,20 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-import train_vlm
-from extras.bench.memory import FLAGS, make, read_numbers
+from extras.bench.memory import read_numbers
 from extras.bench.training import count_flop
 from lora import lora_layers
+from model import CONFIGS
 from plumbing.flags import Count, Range, parse_command_line, run
+from plumbing.shards import SAMPLE
 from prepare.datasets import DATASETS
+from run import make_optimizer, save_checkpoint
+from weights import build_vlm, save_vlm
 
 Positive = Annotated[float, Range(1e-9, 1e9)]
+RECIPE = SimpleNamespace(vision="full", projector="full", language="lora")  # what trains, by train_vlm.py's defaults
+LORA = {"targets": "q_proj,v_proj", "r": 8, "alpha": 16.0, "dropout": 0.0}
+CHECKPOINTS = 4  # at most: the two newest, the best, and the one that is being written
 
 
 @dataclass(frozen=True)
@@ -54,38 +60,46 @@ class Config:
     save_minutes: Positive = 30.0  # between two checkpoints
 
 
-def time_saving(model, flags):
-    """Seconds that train_vlm.save_checkpoint takes, and the checkpoint's bytes, with random content."""
+def make(name, dtype):
+    """A VLM without values in which the RECIPE's parts train."""
+    device = torch.device("meta")
+    model = build_vlm(name, CONFIGS[name][1].vocab_size, dtype=dtype, device=device, lora=LORA)
+    model.weights["language"] = "weights/pmc_llama_7b"  # so that its frozen weights are not saved
+    return model
+
+
+def time_saving(model):
+    """Seconds that run.save_checkpoint takes, and the checkpoint's bytes, with random content."""
     for part in (model.vision, model.projector):
         part.to_empty(device="cpu")
     for layer in lora_layers(model.language).values():
         for name in ("lora_A", "lora_B"):
             setattr(layer, name, torch.nn.Parameter(torch.empty_like(getattr(layer, name), device="cpu")))
-    optimizer = train_vlm.make_optimizer(model, flags)
+    optimizer = make_optimizer([(name, p, 1.0) for name, p in model.named_parameters()], weight_decay=0.01)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             torch.nn.init.normal_(parameter)
             optimizer.state[parameter] = {name: torch.randn_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-    model.weights["language"] = "weights/pmc_llama_7b"  # so that its frozen weights are not saved
     with tempfile.TemporaryDirectory(dir=".") as folder:
         begin = time.perf_counter()
-        train_vlm.save_checkpoint(model, optimizer, 1, Path(folder), flags, {})
+        save_checkpoint(Path(folder), 1, lambda partial: save_vlm(model, partial), model, optimizer, {}, keep=1)
         seconds = time.perf_counter() - begin
         return seconds, sum(path.stat().st_size for path in Path(folder).rglob("*.*"))
 
 
 def main(config):
-    with torch.device("meta"):
-        model = make(FLAGS, torch.device("meta"), torch.bfloat16)
-    pictures = config.batch_size * config.images / config.samples
-    tokens = config.batch_size * config.text_tokens + pictures * (model.vision.config.tokens + 1)
+    model = make("paper", torch.bfloat16)
+    side = model.vision.config.image_size
+    pictures, N = config.batch_size * config.images / config.samples, model.vision.tokens(side, side)
+    tokens = config.batch_size * config.text_tokens + pictures * (N + 1)
     step = SimpleNamespace(images=range(round(pictures)), group=np.zeros(round(tokens)),
+                           image_at=np.zeros(N * round(pictures)),
                            targets=range(config.batch_size * (config.answer_tokens + 1)))
-    flop = count_flop(model, [step], FLAGS)
+    flop = count_flop(model, [step], RECIPE)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     compute = flop / (config.tflops * 1e12 * config.mfu)  # seconds of one GPU
     steps = config.epochs * config.samples / config.batch_size
-    saving, size = time_saving(model, FLAGS)
+    saving, size = time_saving(model)
     print(f"a step: {config.batch_size} samples, {tokens:,.0f} tokens, {flop / 1e12:,.0f} TFLOP; {trained / 1e6:,.1f}M "
           f"parameters train; {steps:,.0f} steps\n\n"
           "| GPUs | batch | samples | hours | GPU-hours | a step, ms | of which network | images read, MB/s "
@@ -104,9 +118,10 @@ def main(config):
                   f"{saving / (60 * config.save_minutes + saving):.2%} |")
     raw = sum(dataset.megabytes for dataset in DATASETS.values() if dataset.kind != "classification"
               and not dataset.only_by_name) / 1e3
-    shards = (config.images * config.image_bytes + config.samples * (2 * config.text_tokens + 24)) / 1e9
+    entry = SAMPLE.itemsize + 12  # bytes, with the number of its image and the span of its answer
+    shards = (config.images * config.image_bytes + config.samples * (2 * config.text_tokens + entry)) / 1e9
     print(f"\ndisk: {raw:,.0f} GB of downloads, {shards:,.0f} GB of shards ({10 * shards:,.0f} GB for ten times the "
-          f"data); a checkpoint {size / 1e9:.2f} GB, {train_vlm.Config.keep + 1} of them at most\n"
+          f"data); a checkpoint {size / 1e9:.2f} GB, {CHECKPOINTS} of them at most\n"
           f"saving one took {saving:.1f} s here, with both hashes and all syncs")
 
 

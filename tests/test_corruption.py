@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import prepare.shards
-from data import Record
 from extras.faults import corrupt, hostile
-from lora import read_adapter_config
-from model import LLaMA
-from plumbing.files import manifest_checksum, read_manifest
+from plumbing.claims import read_adapter_config
+from plumbing.files import hash_file, manifest_checksum, read_manifest
 from plumbing.flags import UserError
+from plumbing.shards import Shard, sample_checksum
 from prepare.datasets import read_named_image
 from prepare.weights import read_pickle
 from test_prepare import picture, toy_records, tokenizer, write_toy  # noqa: F401, tokenizer: a fixture
+from weights import load_llama
 
 
 # ----------------------------------------------------------------------------- damage
@@ -43,7 +43,7 @@ def seal_anew(folder, name, content):
     """Change a file of a shard, and its manifest with it, as a faulty writer would."""
     (folder / name).write_bytes(content)
     manifest = read_manifest(folder)
-    manifest["files"][name] = {"bytes": len(content), "sha256": prepare.shards.hash_file(folder / name)}
+    manifest["files"][name] = {"bytes": len(content), "sha256": hash_file(folder / name)}
     manifest["checksum"] = manifest_checksum(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
@@ -53,14 +53,14 @@ def test_tokens_past_the_vocabulary_are_refused(tokenizer, tmp_path, monkeypatch
     shard = write_toy(tmp_path, toy_records(), tokenizer)
     samples, tokens = shard.samples.copy(), np.array(shard.tokens)
     tokens[3] = shard.manifest["vocab_size"]
-    count = int(samples[0]["prompt"] + samples[0]["answer"])
-    samples["checksum"][0] = sample_checksum(samples[0], tokens[:count])
+    parts = shard.parts[:int(samples[0]["images"] + 2 * samples[0]["spans"])]
+    samples["checksum"][0] = sample_checksum(samples[0], tokens[:int(samples[0]["length"])], parts)
     seal_anew(shard.folder, "tokens.bin", tokens.tobytes())
     seal_anew(shard.folder, "samples.bin", samples.tobytes())
     shard = Shard(shard.folder)
-    shard.read_tokens(1)
+    shard.read_sample(1)
     with pytest.raises(UserError, match="tokens.bin: sample 0 has tokens past the vocabulary"):
-        shard.read_tokens(0)
+        shard.read_sample(0)
     for wrong in (512, 65536 + 7, 1 << 40):  # a cast to uint16 would make 7 of the second
         monkeypatch.setattr(prepare.shards.Tokenizer, "encode", lambda self, text: [5, wrong])
         with pytest.raises(AssertionError, match="^1$"):
@@ -110,7 +110,7 @@ def test_a_config_s_sizes_are_plausible(changes, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(UserError, match="config.json: "):
-        LLaMA.from_pretrained(folder)
+        load_llama(folder)
 
 
 @pytest.mark.parametrize("weight_map", [
@@ -120,7 +120,7 @@ def test_an_index_names_files_beside_it(weight_map, tmp_path):
     folder = corrupt.spoil_weights(tmp_path)[1].folder
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(UserError, match="index.json: does not say which files beside it"):
-        LLaMA.from_pretrained(folder)
+        load_llama(folder)
 
 
 def test_whole_numbers_are_no_weights(tmp_path):

@@ -25,11 +25,11 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from data import Shard
 from extras.faults import tiny
 from extras.faults.fuzz_flags import COMMANDS, find_fault, make_place, start
 from plumbing.files import find_damage
 from plumbing.flags import Count, UserError, Whole, parse_command_line, run
+from plumbing.shards import Shard
 
 
 @dataclass(frozen=True)

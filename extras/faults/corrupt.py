@@ -44,19 +44,22 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import train_vlm
-from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard
-from lora import add_lora, load_adapter, lora_layers, read_adapter_config, save_adapter
-from model import VLM, LLaMA, LlamaConfig, ViT, ViTConfig, init_weights, load_encoder
+from data import Record, Tokenizer, open_mixture
 from extras.bench.progress import Progress
+from lora import add_lora, lora_layers
+from model import VLM, LLaMA, LlamaConfig, ViT, ViTConfig, init_weights
+from plumbing.claims import read_adapter_config
 from plumbing.files import checkpoints, newest_checkpoint, seal
 from plumbing.flags import UserError, parse_command_line, run
+from plumbing.leaks import read_leaked_images
+from plumbing.shards import PROMPT_VERSION, SHARD_VERSION, Shard
 from prepare.all import print_table
 from prepare.datasets import Dataset
 from prepare.leaks import Split, guard
 from prepare.questions import train_sample_tokenizer
 from prepare.shards import write_dataset
 from prepare.weights import Weights, write_llama, write_tensors
+from weights import load_adapter, load_encoder, load_llama, save_adapter, save_vlm
 
 OUTCOMES = ("found", "harmless", "not told", "MISSED")  # what may be said of a damage
 VIT = ViTConfig(image_size=16, patch_size=8, width=64, depth=1)
@@ -109,13 +112,15 @@ def write_toy(shards_dir, seed, tokenizer):
 
 def use_dataset(shards_dir):
     """All that training, the leak guard and an evaluation read of it."""
-    with contextlib.redirect_stdout(None):
-        mixture, tokenizer = train_vlm.open_data(train_vlm.Config(
-            data="toy", shards_dir=str(shards_dir), model="sample", held_out=0))
+    mixture = open_mixture("toy", shards_dir, "train", count_tokens=lambda heights, widths: 0 * heights + 1)
+    tokenizer = Tokenizer(shards_dir / "toy" / "tokenizer.model")
     train, test = mixture.shards[0], Shard(shards_dir / "toy" / "test")
-    return [mixture.leaks[0][1].tolist(), train.read_leaked_images(test).tolist(), tokenizer.sha256, [
+    if tokenizer.sha256 != train.manifest["tokenizer_sha256"]:
+        raise UserError("another tokenizer than its shards'")
+    return [mixture.leaks[0][1].tolist(), read_leaked_images(train, test).tolist(), tokenizer.sha256, [
         (shard.read_records(), shard.samples.tobytes(), Split(shard.folder).fingerprints.tobytes(),
-         [[part.tolist() for part in shard.read_tokens(number)] for number in range(len(shard))],
+         [(sample.tokens.tolist(), sample.spans.tolist(), sample.head)
+          for sample in map(shard.read_sample, range(len(shard)))],
          [shard.read_image(number).tobytes() for number in range(len(shard.image_index))])
         for shard in (train, test)]]
 
@@ -140,11 +145,11 @@ def spoil_checkpoint(folder):
             model.lora[part] = settings
         model.apply(init_weights)
         partial = folder / f"partial_{step}"
-        model.save(partial)
+        save_vlm(model, partial)
         moments = {f"{name}:exp_avg": parameter.detach() for name, parameter in model.named_parameters()
                    if ".lora_" in name}
         save_file(moments, partial / "optimizer.safetensors")
-        seal(partial, folder / f"step_{step:06d}", step=step, flags=asdict(train_vlm.Config()))
+        seal(partial, folder / f"step_{step:06d}", step=step)
     newest, older = checkpoints(folder)
 
     def use():
@@ -208,7 +213,7 @@ def spoil_weights(folder):
         return model.config, tensors_of(model)
 
     def use_language():
-        model = LLaMA.from_pretrained(folder / "now" / "language")
+        model = load_llama(folder / "now" / "language")
         return model.config, tensors_of(model)
 
     return [Target(folder / "now" / name, folder / "older" / name, use, sealed=False)

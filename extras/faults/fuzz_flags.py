@@ -31,12 +31,8 @@ import time
 from collections import Counter
 from dataclasses import dataclass, fields
 
-import eval_vqa
 import prepare.all
-import train_cls
-import train_vlm
 from extras.faults import tiny
-from extras.share import export
 from plumbing.flags import Count, UserError, Whole, parse_command_line, run, type_of
 
 ODD = ["", " ", "0", "-1", "1", "2", "3.5", "0.5", "-0.5", "nan", "inf", "-inf", "1e9", "1e-9", "1e400", "1_0", "0x10",
@@ -48,17 +44,17 @@ ODD = ["", " ", "0", "-1", "1", "2", "3.5", "0.5", "-0.5", "nan", "inf", "-inf",
        "float16", "bfloat16", "float32", "both", "shuffle", "test", "train", "validation"]
 PLAIN = {int: ["0", "1", "2", "3", "7"], float: ["0", "1e-3", "0.5", "1", "2"], bool: ["true", "false"],
          str: ["sample", "run", "own", "file", "new/a", "scratch", "test", "none", "q_proj"]}  # more often sound
-LONG = {"epochs", "max_steps", "seeds", "image_size", "batch_size", "row_length", "lora_r", "workers", "only",
+LONG = {"epochs", "max_steps", "seeds", "image_size", "batch_size", "max_length", "lora_r", "workers", "only",
         "max_new_tokens", "questions_per_image", "patience", "save_every", "model", "encoder", "held_out", "question"}
 COMMANDS = {  # script -> its module and the flags of a short run
-    "train_vlm.py": (train_vlm, dict(
-        data="sample", shards_dir="shards", model="sample", language="full", row_length=256, micro_batch_tokens=512,
+    "train_vlm.py": (tiny.train_vlm, dict(
+        data="sample", shards_dir="shards", model="sample", language="full", max_length=256, micro_batch_tokens=512,
         batch_size=4, held_out=4, max_steps=1, workers=1, device="cpu", run="new")),
-    "train_cls.py": (train_cls, dict(
+    "train_cls.py": (tiny.load_script("train_cls.py"), dict(
         dataset="sample", shards_dir="shards", encoder="scratch", model="sample", epochs=1, device="cpu", out="cls")),
-    "eval_vqa.py": (eval_vqa, dict(run="run", data="sample", shards_dir="shards", limit=4, max_new_tokens=2,
-                                   device="cpu")),
-    "extras/share/export.py": (export, dict(run="run", folder="exported")),
+    "eval_vqa.py": (tiny.load_script("eval_vqa.py"), dict(
+        run="run", data="sample", shards_dir="shards", limit=4, max_new_tokens=2, device="cpu")),
+    "extras/share/export.py": (tiny.load_script("extras/share/export.py"), dict(run="run", folder="exported")),
     "prepare/all.py": (prepare.all, dict(only="sample", limit=2, image_size=32, shards_dir="prepared", workers=1,
                                          raw_dir="raw", weights_dir="weights"))}
 
@@ -139,7 +135,7 @@ def make_place(folder, **changes):
     folder.mkdir()
     shards = tiny.prepare(folder / "shards", limit=400)  # 11 images of each class
     settings = dict(COMMANDS["train_vlm.py"][1], run=str(folder / "run"), shards_dir=str(shards)) | changes
-    if tiny.wait(tiny.fork(train_vlm.main, train_vlm.Config(**settings))):
+    if tiny.wait(tiny.fork(tiny.train_vlm.main, tiny.train_vlm.Config(**settings))):
         raise UserError("the run that the commands are about failed")
     (folder / "file").write_text("a file")
     (folder / "dangling").symlink_to("nowhere/at/all")

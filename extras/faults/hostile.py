@@ -51,18 +51,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import EOS, PROMPT_VERSION, SHARD_VERSION, Shard, Tokenizer
-from extras.faults.corrupt import flipped, spoil_adapter, spoil_weights
-from lora import read_adapter_config
-from model import LLaMA, load_encoder
+from data import EOS, Tokenizer
 from extras.bench.progress import Progress
+from extras.faults.corrupt import flipped, spoil_adapter, spoil_weights
+from plumbing.claims import read_adapter_config
 from plumbing.flags import UserError, parse_command_line, run
 from plumbing.pixels import FORMATS, Unreadable, load_image, resize_image
+from plumbing.shards import PROMPT_VERSION, SHARD_VERSION, Shard
 from prepare.all import print_table
 from prepare.datasets import DATASETS, open_zip, read_member, read_tar
 from prepare.questions import train_sample_tokenizer
 from prepare.shards import ImageSettings, SplitWriter, encode_image
 from prepare.weights import ENCODERS, WEIGHTS, read_pickle
+from weights import load_encoder, load_llama
 
 # What Pillow raises on a broken file, at a GIF's second frame among them, and struct on a TIFF's broken
 # list of pages.
@@ -335,10 +336,12 @@ def try_records(config, chunk, count, folder):
                               "prompt_version": PROMPT_VERSION})
             shard = Shard(folder / "slake" / "train")
             for kept, words in enumerate(shard.read_records()):
-                prompt, answer = shard.read_tokens(kept)
-                assert min(prompt) > EOS and min(answer) > EOS, "a control token was forged"
+                sample = shard.read_sample(kept)
+                (begin, end), = sample.spans
+                words_alone = [*sample.tokens[2:end - 1]]  # behind <bos> and the image, before <eos>
+                assert sample.tokens[1] == -1 and min(words_alone) > EOS, "a control token was forged"
                 written = words["answer"].replace("\u2581", " ").strip()  # its own mark of a space
-                assert tokenizer.decode(answer) == written, "another answer"
+                assert tokenizer.decode(sample.tokens[begin:end - 1]) == written, "another answer"
             return "used" if len(shard) else "skipped"
 
         found[tried(config, use)] += 1
@@ -515,7 +518,7 @@ def entries(folder):
     encoder = found / "vision" / "encoder.safetensors"
     yield at(encoder, lambda: load_encoder(encoder))
     for name in ("config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors"):
-        yield at(found / "language" / name, lambda: LLaMA.from_pretrained(found / "language"))
+        yield at(found / "language" / name, lambda: load_llama(found / "language"))
     yield at(adapter / "adapter_config.json", lambda: read_adapter_config(adapter))
     yield at(folder / "tokenizer.model", lambda: Tokenizer(folder / "tokenizer.model"))
     yield "an image", lambda content: load_image(content)

@@ -28,10 +28,9 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-import train_vlm
 from extras.bench.progress import Progress
 from extras.faults.tiny import (SUCCESS, conclude, contents, flags, fork, leftovers, newest_step, prepare, shrink,
-                                wait)
+                                to_stay, train_vlm, wait)
 from plumbing.files import checkpoints, find_damage
 from plumbing.flags import Count, UserError, parse_command_line, run
 
@@ -69,7 +68,7 @@ def phase(folder, log_before):
     left = leftovers(folder)
     if log_identity(folder) == log_before:
         return "starting"
-    if any(name.startswith("partial") for name in left):
+    if any(name.endswith(".partial") for name in left):
         return "saving"
     return "pruning" if left else "training"
 
@@ -125,7 +124,8 @@ def main(config):
             if (contents(killed, config.steps), read_losses(killed)) != right:
                 wrong.append("finished with OTHER bytes or losses")
             # One too many stays where the last save was complete, but its pruning was not
-            if leftovers(killed) or len(checkpoints(killed)) - train_vlm.Config.keep not in (0, 1):
+            more = len(checkpoints(killed)) - len(to_stay(killed, train_vlm.Config.keep))
+            if leftovers(killed) or more not in (0, 1):
                 wrong.append(f"left {leftovers(killed)}, {len(checkpoints(killed))} checkpoints")
             shutil.rmtree(killed)
             finished, before = finished + 1, 0

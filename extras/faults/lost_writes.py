@@ -35,24 +35,25 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
-import train_vlm
 from extras.bench.progress import Progress
 from extras.faults.calls import traced
 from extras.faults.kill import read_losses
-from extras.faults.tiny import OS_ERROR, SUCCESS, conclude, contents, flags, fork, leftovers, prepare, shrink, wait
+from extras.faults.tiny import (OS_ERROR, SUCCESS, conclude, contents, flags, fork, leftovers, prepare, shrink,
+                                train_vlm, wait)
 from plumbing.flags import UserError, parse_command_line, run
+from run import open_run
 
 STEPS = 3  # each saved; with --keep=2 the last save removes the first checkpoint
 CALLS = ("openat,open,creat,write,pwrite64,writev,ftruncate,truncate,fsync,fdatasync,sync_file_range,"
          "rename,renameat,renameat2,mkdir,mkdirat,unlink,unlinkat,rmdir,link,linkat,symlink,symlinkat,"
          "copy_file_range,sendfile,fallocate,readlink,lseek")
-UNREAD = re.compile("/(partial|removed)_.*/")
+UNREAD = re.compile(r"/(\.step_\d+\.partial|removed_.*)/")
 RETURNED = "/returned/"  # a link that is asked for, in vain, whenever a save has returned
 
 
 @dataclass(frozen=True)
 class Config:
-    unfinished: bool = True  # also all states that differ in partial_* and removed_* alone, swept unread
+    unfinished: bool = True  # also all states that differ in .*.partial and removed_* alone, swept unread
     shards_dir: str = ""  # of the sample at 32 pixels; none: they are prepared first
 
 
@@ -201,8 +202,8 @@ def train(config, last):
     """Train, with each save that returns told to strace; the one of step `last` is the end."""
     save = train_vlm.save_checkpoint
 
-    def save_and_tell(model, optimizer, step, *rest):
-        save(model, optimizer, step, *rest)
+    def save_and_tell(folder, step, *rest):
+        save(folder, step, *rest)
         with contextlib.suppress(OSError):
             os.readlink(f"{RETURNED}{step}")
         if step == last:
@@ -239,7 +240,7 @@ def violations(config, run, returned, right):
     """What is wrong, in words, when a run goes on in such a state; which step it goes on from."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            newest = train_vlm.open_run(config, Path(config.run))
+            newest = open_run(Path(config.run), config, train_vlm.FREE_ON_RESUME)
     except (UserError, OSError) as error:
         return [f"{error}"], None
     step = int(newest.name[5:]) if newest else 0

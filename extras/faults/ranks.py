@@ -41,10 +41,10 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-import train_vlm
+import run as run_file
 from data import Mixture
 from extras.faults.tiny import (ROOT, SUCCESS, USER_ERROR, conclude, contents, flags, fork, leftovers, newest_step,
-                                prepare, shrink)
+                                prepare, shrink, train_vlm)
 from model import VLM
 from extras.bench.progress import Progress
 from plumbing.files import checkpoints, find_damage
@@ -54,7 +54,7 @@ from prepare.all import print_table
 # What is struck: a function of a class or module, after so many of its calls in step STRUCK.
 PLACES = {"forward": (VLM, "loss", 0), "backward": (torch.Tensor, "backward", 0),
           "all_reduce": (dist, "all_reduce", 0), "held_out": (Mixture, "held_out_steps", 0),
-          "save": (train_vlm, "save_file", 0), "load": (VLM, "load", 0)}
+          "save": (run_file, "save_file", 0), "load": (train_vlm, "load_vlm", 0)}
 FAULTS = {"kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
           "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
           "slow": lambda: time.sleep(2), "raise": lambda: fail(), "exit": lambda: os._exit(1)}
@@ -225,7 +225,7 @@ def main(config):
           ProcessPoolExecutor(config.jobs, fork_here, adopt) as pool):
         shards = config.shards_dir or prepare(Path(folder) / "shards")
         settings = {ranks: flags(shards, Path(folder) / f"of_{ranks}", max_steps=END, evaluate_every=2,
-                                 keep=END, batch_size=12, row_length=64, micro_batch_tokens=64,
+                                 keep=END, batch_size=12, max_length=64, micro_batch_tokens=64,
                                  rank_timeout=config.rank_timeout) for ranks in groups}
         right = {ranks: pool.submit(begin, ranks, settings[ranks]) for ranks in groups}
         cases = [(launch, ranks, place, rank, fault) for ranks in groups for place in places

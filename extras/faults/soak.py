@@ -29,9 +29,8 @@ sys.path[0] = str(ROOT)  # the repository, not this folder
 
 import numpy as np
 
-import train_vlm
-
 from extras.bench.progress import about, tell
+from extras.faults.tiny import train_vlm
 from plumbing.flags import UserError, parse_command_line, run
 
 

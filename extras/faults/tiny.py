@@ -4,6 +4,7 @@ forked children, so that torch is imported once for thousands of runs.
 """
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -21,13 +22,22 @@ import numpy as np
 import torch
 import torch._dynamo  # noqa: F401, else each child imports it, with its first optimizer
 
-import train_vlm
 from model import CONFIGS, LlamaConfig, ViTConfig
-from plumbing.files import checkpoints, find_damage, hash_file, newest_checkpoint, read_manifest
+from plumbing.files import best_checkpoint, checkpoints, find_damage, hash_file, newest_checkpoint, read_manifest
 from plumbing.flags import UserError
+from run import load_optimizer, make_optimizer, open_run, save_checkpoint
+from weights import save_vlm
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SUCCESS, USER_ERROR, OS_ERROR, UNEXPECTED = 0, 2, 3, 4  # how a child ends
+
+
+def load_script(path):
+    """A script as a module, by its path in the repository: children that are forked have it imported already."""
+    return importlib.import_module(path.removesuffix(".py").replace("/", "."))
+
+
+train_vlm = load_script("train_vlm.py")
 
 
 class NotHere(UserError):
@@ -53,7 +63,7 @@ def flags(shards, run, **changes):
     """Every part trains in its own way, with dropout, so that each kind of state has to be restored."""
     return train_vlm.Config(**{**dict(
         shards_dir=str(shards), run=str(run), data="sample", model="sample", language="lora",
-        lora_dropout=0.3, batch_size=4, max_steps=12, row_length=256, micro_batch_tokens=512,
+        lora_dropout=0.3, batch_size=4, max_steps=12, max_length=256, micro_batch_tokens=512,
         held_out=4, questions_per_image=0, learning_rate=1e-3, save_every=2, keep=2, log_every=1,
         workers=1, evaluate_every=6, resume=True, device="cpu", dtype="float32"), **changes})
 
@@ -113,7 +123,12 @@ def wait(child):
 
 def leftovers(run):
     """Names in a run's folder that a killed run has to sweep away when it goes on."""
-    return sorted(path.name for path in [*run.glob("partial_*"), *run.glob("removed_*")])
+    return sorted(path.name for path in [*run.glob(".step_*.partial"), *run.glob("removed_*")])
+
+
+def to_stay(run, keep):
+    """The checkpoints that stay in a run's folder: the newest ones, and the best."""
+    return {*checkpoints(run)[:keep], best_checkpoint(run)} - {None}
 
 
 def newest_step(run):
@@ -129,9 +144,10 @@ def contents(run, step):
 
 def open_saver(config, checkpoint):
     """The model and the optimizer of a checkpoint, ready to be saved again, on one thread."""
-    model = train_vlm.make_model(config, None, checkpoint, torch.device("cpu"), torch.float32)
-    optimizer = train_vlm.make_optimizer(model, config)
-    train_vlm.load_optimizer(optimizer, model, checkpoint)
+    model = train_vlm.load_parts(config, None, checkpoint, torch.device("cpu"), torch.float32)
+    train_vlm.make_trainable(model, config, checkpoint)
+    optimizer = make_optimizer(train_vlm.trained_parameters(model, config), config.weight_decay, config.beta2)
+    load_optimizer(optimizer, model, checkpoint)
     return model, optimizer
 
 
@@ -220,7 +236,8 @@ class OneSave:
         with contextlib.redirect_stdout(io.StringIO()):
             self.model, self.optimizer = open_saver(self.config, self.original / f"step_{BEFORE:06d}")
         sealed = read_manifest(self.original / f"step_{BEFORE:06d}")
-        self.record = {name: sealed[name] for name in sealed.keys() - {"checksum", "files", "name", "step"}}
+        self.record = {name: sealed[name] for name in
+                       sealed.keys() - {"checksum", "files", "name", "step", "held_out_loss"}}
         undisturbed = self.copy()
         self.save(undisturbed, AFTER)
         self.right = {step: contents(undisturbed, step) for step in (BEFORE, AFTER)}
@@ -233,7 +250,7 @@ class OneSave:
     def copy_with_leftovers(self):
         """A copy with all that a resumed run sweeps: checkpoints unfinished, half removed, damaged."""
         run = self.copy()
-        for name in (f"partial_step_{AFTER:06d}", "removed_step_000001", f"step_{AFTER:06d}"):
+        for name in (f".step_{AFTER:06d}.partial", "removed_step_000001", f"step_{AFTER:06d}"):
             shutil.copytree(run / f"step_{BEFORE:06d}", run / name)
             os.truncate(run / name / "optimizer.safetensors", 1000)
         return run
@@ -241,10 +258,11 @@ class OneSave:
     def sweep(self, run):
         """What a resumed run does before it loads anything. Returns the step that it goes on from."""
         with contextlib.redirect_stderr(io.StringIO()):
-            return int(train_vlm.open_run(self.config, run).name[5:])
+            return int(open_run(run, self.config, train_vlm.FREE_ON_RESUME).name[5:])
 
     def save(self, run, step):
-        train_vlm.save_checkpoint(self.model, self.optimizer, step, run, self.config, self.record)
+        save_checkpoint(run, step, lambda partial: save_vlm(self.model, partial), self.model, self.optimizer,
+                        self.record, self.config.keep)
 
     def violations(self, run, code):
         """
@@ -277,6 +295,6 @@ class OneSave:
         if leftovers(run):
             return [f"{leftovers(run)} stay"]
         self.save(run, step)
-        if newest_step(run) != step or leftovers(run) or len(checkpoints(run)) != self.config.keep:
+        if newest_step(run) != step or leftovers(run) or {*checkpoints(run)} != to_stay(run, self.config.keep):
             return [f"the next save leaves {sorted(path.name for path in run.iterdir())}"]
         return []

@@ -295,11 +295,12 @@ def open_stored(content, height, width):
 
 def resize_image(image, size, how="squash"):
     """
-    Bring an RGB image to size x size, bicubic and antialiased; fit alone keeps its shape.
+    Bring an RGB image to size x size pixels, bicubic and antialiased; fit alone keeps its shape.
 
     squash: the whole image, its aspect changed (the paper's "resized to 224x224");
     crop: shortest side to size, then the centre (BiomedCLIP's own); pad: black borders;
-    fit: longest side to size, its aspect but for rounding both sides to multiples of FIT_STEP.
+    fit: longest side to the largest multiple of FIT_STEP in size, the other to the multiple next to its
+    aspect; both are FIT_STEP at least.
     """
     bicubic = Image.Resampling.BICUBIC
     if how == "crop":
@@ -307,7 +308,7 @@ def resize_image(image, size, how="squash"):
     if how == "pad":
         return ImageOps.pad(image, (size, size), bicubic)
     if how == "fit":
-        scale = size / max(image.size) / FIT_STEP
+        scale = max(size // FIT_STEP, 1) / max(image.size)
         return image.resize([FIT_STEP * max(round(side * scale), 1) for side in image.size], bicubic)
     assert how == "squash", how
     return image.resize((size, size), bicubic)

@@ -14,9 +14,13 @@ import pytest
 from PIL import Image
 
 import plumbing.pixels
-from plumbing.pixels import DEEP_PIXELS, FORMATS, SUFFIXES, Unreadable, load_image, open_stored
+from data import Record
+from plumbing.flags import UserError
+from plumbing.pixels import (DEEP_PIXELS, FIT_STEP, FORMATS, SUFFIXES, Unreadable, load_image, open_stored,
+                             resize_image)
 from prepare.folder import read_folder
 from prepare.shards import ImageSettings, encode_image
+from test_prepare import write_toy
 
 RANDOM = np.random.default_rng(0)
 GREY = np.asarray(Image.fromarray(RANDOM.integers(0, 256, (6, 8), np.uint8)).resize((32, 24)))
@@ -319,10 +323,10 @@ def claims(content, width, height):
 # ----------------------------------------------------------------------------- the table
 
 def read_table():
-    """[(row, column, cell)] of docs/images.md, where the cell says something."""
+    """[(row, column, cell)] of the first table of docs/images.md, where the cell says something."""
     text = (Path(__file__).parent.parent / "docs/images.md").read_text(encoding="utf-8")
-    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")]
-                      for line in text.splitlines() if line.startswith("|")]
+    table = next(block for block in text.split("\n\n") if block.startswith("|"))
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     return [(row[0], column, cell) for row in rows
             for column, cell in zip(head[1:], row[1:], strict=True) if cell]
 
@@ -418,6 +422,56 @@ def test_a_stored_image_is_a_jpeg_or_png_of_the_size_that_was_stored():
     assert np.array_equal(open_stored(saved(COLOUR, "PNG"), *COLOUR.shape[:2]), COLOUR)
     with pytest.raises(ValueError):
         open_stored(saved(COLOUR, "PNG"), *COLOUR.shape[1::-1])
+
+
+SHAPES = [(640, 480), (480, 640), (100, 100), (1024, 1), (1, 1024), (1, 1), (3, 5), (5000, 300), (31, 97), (225, 224)]
+
+
+@pytest.mark.parametrize("size", [16, 32, 100, 224, 240, 448])
+@pytest.mark.parametrize("width, height", SHAPES)
+def test_fit_keeps_the_aspect_in_steps_and_never_exceeds_the_size(width, height, size):
+    image = Image.fromarray(RANDOM.integers(0, 256, (height, width, 3), np.uint8))
+    fitted = resize_image(image, size, "fit")
+    longest, largest = max(width, height), max(size // FIT_STEP, 1) * FIT_STEP
+    assert max(fitted.size) == largest <= max(size, FIT_STEP)
+    for side, wanted in zip(fitted.size, (width, height)):
+        exact = wanted * largest / longest
+        assert side % FIT_STEP == 0 and side > 0
+        assert abs(side - exact) <= FIT_STEP / 2 or side == FIT_STEP > exact
+    assert (fitted.width >= fitted.height) == (width >= height) or abs(width - height) * largest < FIT_STEP * longest
+
+
+def test_fit_neither_cuts_nor_turns():
+    """A frame of four colours stays where it is, in a tall and in a wide image."""
+    for height, width in (300, 120), (120, 300):
+        pixels = np.zeros((height, width, 3), np.uint8)
+        pixels[:20], pixels[-20:], pixels[20:-20, :20], pixels[20:-20, -20:] = 250, 200, 150, 100
+        fitted = np.asarray(resize_image(Image.fromarray(pixels), 224, "fit")).astype(int)
+        assert fitted.shape == ((224, 96, 3) if height > width else (96, 224, 3))
+        middle = fitted.shape[0] // 2, fitted.shape[1] // 2
+        for colour, edge in ((250, fitted[2]), (200, fitted[-3]), (150, fitted[middle[0] - 9:middle[0] + 9, 2]),
+                             (100, fitted[middle[0] - 9:middle[0] + 9, -3])):
+            assert np.abs(edge - colour).max() <= 2
+        assert fitted[middle].tolist() == [0, 0, 0]
+
+
+def test_images_keep_their_shapes_in_a_shard_and_squares_are_asked_for_by_name(tmp_path):
+    shapes = [(48, 64), (64, 48), (50, 50), (1, 90)]
+    records = [("train", Record(str(n), image=saved(RANDOM.integers(0, 256, (*shape, 3), np.uint8), "PNG"),
+                                image_name=f"{n}.png", labels=("big",))) for n, shape in enumerate(shapes)]
+    shard = write_toy(tmp_path, records, b"", kind="classification", size=224, resize="fit")
+    stored = [(160, 224), (224, 160), (224, 224), (32, 224)]
+    assert [shard.read_image(n).shape[:2] for n in range(4)] == stored
+    assert list(zip(shard.image_index["height"].tolist(), shard.image_index["width"].tolist())) == stored
+    assert shard.manifest["image"]["resize"] == "fit" and shard.describe()["image"]["size"] == 224
+    for n, (height, width) in enumerate(stored):
+        pixels = Image.open(io.BytesIO(records[n][1].image)).resize((width, height), Image.Resampling.BICUBIC)
+        assert np.array_equal(shard.read_image(n), np.asarray(pixels))  # png loses nothing
+    with pytest.raises(UserError) as error:
+        shard.require_image_size(224)
+    assert str(error.value) == (
+        f"{shard.folder}: images of different shapes, but the model reads 224; "
+        "run `python prepare/all.py --only=toy --image_size=224 --resize=squash`")
 
 
 def test_the_rule_for_deep_pixels_stands_in_the_image_settings():

@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard
+from data import Record, View
 from plumbing.flags import UserError
+from plumbing.shards import PROMPT_VERSION, SHARD_VERSION, Shard
 from prepare.datasets import Dataset
 from prepare.questions import train_sample_tokenizer
 from prepare.shards import write_dataset
@@ -64,9 +65,13 @@ def picture(*seed):
 
 
 def write_shard(shards_dir, name, rows):
-    """A prepared test split of (image or None, type, question, answer)."""
+    """A prepared test split of (image or None, type, question, answer), or of Records."""
     records = []
-    for number, (image, kind, question, answer) in enumerate(rows):
+    for number, row in enumerate(rows):
+        if isinstance(row, Record):
+            records.append(("test", row))
+            continue
+        image, kind, question, answer = row
         content = None if image is None else picture(image, name)
         words = (f"{name}{number}.png", "") if content else ("", "We tried <b>it</b>.")
         records.append(("test", Record(f"id{number}", question, answer, content, *words, kind)))
@@ -413,6 +418,26 @@ def test_every_image_is_embedded_once(made):
     assert np.abs(np.asarray(image.resize((256, 256)), float) - pixels).mean() < 8
     assert page.read_text(encoding="utf-8").count("<script") == 2  # none out of an answer
     assert not list(page.parent.glob(".*"))
+
+
+def test_a_study_is_shown_side_by_side_with_what_came_before_its_question(browse, tmp_path):
+    """Of a conversation the last turn was answered."""
+    views = [View(picture(n, "study"), f"{n}.png", role) for n, role in enumerate(("frontal", "lateral"))]
+    write_shard(tmp_path / "shards", "studies", [
+        Record("a", "where?", "left", parts=(views[0], "and", views[1]), turns=(("how large?", "2 cm"),)),
+        Record("b", "is it?", "yes", picture(0, "study"), "0.png"),
+        Record("c", "is it old?", "no", parts=tuple(views))])
+    about = {"dataset": "studies/test", "image": "0.png", "type": "", "prediction": "yes"}
+    write_lines(tmp_path / "run/predictions.jsonl", [
+        {**about, "id": name, "question": question, "answer": answer} for name, question, answer in (
+            ("a", "how large?", "2 cm"), ("b", "is it?", "yes"), ("c", "is it old?", "no"))])
+    browse.main(browse.Config(run=str(tmp_path / "run"), shards_dir=str(tmp_path / "shards")))
+    content = content_of(tmp_path / "run/answers.html")
+    assert [(q["image"], q["context"]) for q in content["questions"]] == [
+        (0, "[frontal]\nand\n[lateral]\nwhere? left"), (1, ""), (0, "[frontal]\n[lateral]")]
+    both, one = (np.asarray(Image.open(io.BytesIO(base64.b64decode(image))), float) for image in content["images"])
+    assert both.shape == (224, 448, 3) and one.shape == (224, 224, 3)
+    assert np.abs(both[:, :224] - one).mean() < 3 < np.abs(both[:, 224:] - one).mean()
 
 
 def test_colours_can_be_told_from_what_is_behind_them():

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from data import Shard
 from plumbing.flags import UserError, parse_command_line, run
+from plumbing.shards import Shard
 from tasks.evaluations import choose_evaluations, file_of, find_evaluations, read_predictions
-from tasks.vqa import bleu1, exact_match
+from tasks.vqa import as_asked, bleu1, exact_match
 
 SIZE, QUALITY = 224, 80  # of the images: pixels of the longer side at most, and of the JPEG
 FIELDS = ("id", "dataset", "image", "question", "answer", "prediction", "type")
@@ -120,19 +120,19 @@ def read_rows(folders):
 
 
 def find_samples(lines, shards_dir, folder):
-    """{(dataset, id): (Shard, number of its sample, its record)}"""
-    found = {}
+    """{(dataset, id): (Shard, number of its sample, its record as it was asked)}"""
+    samples_of = {}
     for name in dict.fromkeys(dataset for dataset, _ in lines):
         shard = Shard(Path(shards_dir) / name)
         shard.require_questions()
         samples = {(record["id"], record["question"]): (shard, number, record)
-                   for number, record in enumerate(shard.read_records())}
+                   for number, record in enumerate(map(as_asked, shard.read_records()))}
         keys = {key: (key[1], line["question"]) for key, line in lines.items() if key[0] == name}
         if odd := [key for key, question in keys.items() if question not in samples]:
             raise UserError(f"{shard.folder}: lacks {some(odd)} of {len(keys):,} questions answered; "
                             f"answer those that it has with `python eval_vqa.py --run={folder}`")
-        found |= {key: samples[question] for key, question in keys.items()}
-    return found
+        samples_of |= {key: samples[question] for key, question in keys.items()}
+    return samples_of
 
 
 # ----------------------------------------------------------------------------- the page
@@ -148,12 +148,24 @@ def scored(line):
             "exact": any(exact_match(text, other) for other in references)}
 
 
-def jpeg(pixels):
-    """An image as base64 of a JPEG."""
-    image, stream = Image.fromarray(pixels), io.BytesIO()
-    image.thumbnail((SIZE, SIZE), Image.Resampling.BICUBIC)
-    image.save(stream, "JPEG", quality=QUALITY, optimize=True)
+def jpeg(images):
+    """Images, each (H, W, 3) uint8, side by side, as base64 of a JPEG."""
+    images, stream = list(map(Image.fromarray, images)), io.BytesIO()
+    for image in images:
+        image.thumbnail((SIZE, SIZE), Image.Resampling.BICUBIC)
+    page = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)))
+    for number, image in enumerate(images):
+        page.paste(image, (sum(before.width for before in images[:number]), 0))
+    page.save(stream, "JPEG", quality=QUALITY, optimize=True)
     return base64.b64encode(stream.getvalue()).decode()
+
+
+def words_before(record):
+    """What stood before a question, beside images: texts and roles, context and earlier turns, as one text."""
+    parts = [part if isinstance(part, str) else part["role"] and f"[{part['role']}]"
+             for part in record.get("parts", [])]
+    turns = [f"{question} {answer}" for question, answer in record.get("earlier", [])]
+    return "\n".join(filter(None, [*parts, record.get("context", ""), *turns]))
 
 
 def fill_in(template, content):
@@ -175,17 +187,19 @@ def main(config):
     lines = rows["model"]
     samples = find_samples(lines, config.shards_dir, folder)
 
-    images, questions = {}, []  # images: (dataset, number) -> (place, base64)
+    images, questions = {}, []  # images: (dataset, numbers of those that are asked about) -> (place, base64)
     for key in list(lines)[:config.limit or None]:
         line, (shard, number, record) = lines[key], samples[key]
-        image = key[0], int(shard.samples["image"][number])
-        if image[1] >= 0 and image not in images:
-            images[image] = len(images), jpeg(shard.read_image(image[1]))
+        tokens = shard.read_sample(number).tokens
+        numbers = (-1 - tokens[tokens < 0]).tolist()
+        shown = key[0], tuple(numbers)
+        if numbers and shown not in images:
+            images[shown] = len(images), jpeg([shard.read_image(image) for image in numbers])
         questions.append({
             "id": line["id"], "dataset": line["dataset"], "type": line["type"], "name": line["image"],
-            "image": images[image][0] if image in images else -1, "context": record.get("context", ""),
+            "image": images[shown][0] if numbers else -1, "context": words_before(record),
             "question": line["question"], "references": references_of(line), "seen": line.get("seen"),
-            "answers": [scored(found[key]) if key in found else None for found in rows.values()]})
+            "answers": [scored(answered[key]) if key in answered else None for answered in rows.values()]})
     page = fill_in(Path(__file__).with_name("browse.html").read_text(encoding="utf-8"), {
         "run": folder.resolve().name, "rows": list(rows),
         "images": [content for _, content in images.values()], "questions": questions})

@@ -38,12 +38,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import Shard
 from plumbing.flags import Count, UserError, parse_command_line, run
+from plumbing.shards import Shard
 from prepare.questions import references
 from tasks.evaluations import choose_evaluations, read_predictions
 from tasks.stats import bootstrap
-from tasks.vqa import MANY_LACKING, bleu1, exact_match, is_closed, open_recall, token_f1
+from tasks.vqa import MANY_LACKING, as_asked, bleu1, exact_match, is_closed, open_recall, token_f1
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def vqa_words(text):
         beside = f"{sign} " in text or f" {sign}" in text or re.search(r"\d,\d", text)
         cleaned = cleaned.replace(sign, "" if beside else " ")
     cleaned = re.sub(r"\.(?!\d)", "", cleaned, count=32)  # they pass re.UNICODE, 32, as the count
-    found = [DIGITS.get(word, word) for word in cleaned.lower().split()]
-    return [word for word in found if word not in ("a", "an", "the")]
+    plain = [DIGITS.get(word, word) for word in cleaned.lower().split()]
+    return [word for word in plain if word not in ("a", "an", "the")]
 
 
 @functools.cache
@@ -341,11 +341,11 @@ def cut(text, width):
     return " ".join(str(text).split())[:width].encode(errors="replace").decode()
 
 
-def refuse(found, where, what, mend):
-    """Raise UserError where anything was found: how many, what, the first three, what to do."""
-    if found:
-        first = ", ".join(cut(name, 40) for name in found[:3]) + ", ..." * (len(found) > 3)
-        raise UserError(f"{where}: {len(found):,} {what}: {first}; {mend}")
+def refuse(names, where, what, mend):
+    """Raise UserError where there is any of what must not be: how many, what, the first three, what to do."""
+    if names:
+        first = ", ".join(cut(name, 40) for name in names[:3]) + ", ..." * (len(names) > 3)
+        raise UserError(f"{where}: {len(names):,} {what}: {first}; {mend}")
 
 
 def find_problem(line, config):
@@ -371,7 +371,7 @@ def read_answers(path, config):
         Path(path).is_dir() else [path]
     rows = [row for file in files for row in read_predictions(file).splitlines()]
     name = f"{config.data}/{config.split}" if config.data else ""
-    found, problems, again = {}, defaultdict(list), []
+    lines, problems, repeated = {}, defaultdict(list), []
     for number, row in enumerate(rows, start=1):
         if not row.strip():
             continue
@@ -384,41 +384,42 @@ def read_answers(path, config):
             continue
         line |= {"id": str(line["id"]), "dataset": line.get("dataset") or name}
         key = line["dataset"], line["id"]
-        again += [line["id"]] if key in found else []
-        found[key] = line
+        repeated += [line["id"]] if key in lines else []
+        lines[key] = line
     for problem, numbers in problems.items():
         refuse(numbers, path, f"lines {problem}, by number", "each needs id, prediction and answer, all "
                "text, or id and prediction where --data=path_vqa has the rest")
-    refuse(again, path, "lines repeat an id", "keep one answer to each question")
-    if not found:
+    refuse(repeated, path, "lines repeat an id", "keep one answer to each question")
+    if not lines:
         raise UserError(f"{path}: no answers in it; name a predictions.jsonl")
     if config.data:
-        found = take_questions(found, name, path, config)
-    for line in found.values():
+        lines = take_questions(lines, name, path, config)
+    for line in lines.values():
         expand = config.alternatives or line["dataset"].startswith("vqa_med")
         line["references"] = line.get("references") or (
             list(references(line["answer"])) if expand else [line["answer"]])
-    return found
+    return lines
 
 
-def take_questions(found, name, path, config):
+def take_questions(lines, name, path, config):
     """The lines with all but the prediction from the prepared dataset, whose ids must be the file's."""
     shard = Shard(Path(config.shards_dir) / name)
     shard.require_questions()
-    records = {(name, record["id"]): record for record in shard.read_records()}
-    require_same_ids(found, records, path, shard.folder)
+    records = {(name, record["id"]): as_asked(record) for record in shard.read_records()}
+    require_same_ids(lines, records, path, shard.folder)
     refuse([key[1] for key, record in records.items()
-            if found[key].get("answer", record["answer"]) != record["answer"]], path,
+            if lines[key].get("answer", record["answer"]) != record["answer"]], path,
            f"answers are not those of {shard.folder}", "leave out --data")
-    # Numbers tell images apart where names do not: each row of PathVQA names an image of its own.
-    return {key: {**record, "dataset": name, "prediction": found[key]["prediction"],
-                  "image": f"{image}" if image >= 0 else ""}
-            for (key, record), image in zip(records.items(), shard.samples["image"])}
+    # Numbers tell images apart where names do not: each row of PathVQA names an image of its own. Questions
+    # that share an image with one another, at any remove, have the same number.
+    return {key: {**record, "dataset": name, "prediction": lines[key]["prediction"],
+                  "image": f"{number}" if images else ""}
+            for (key, record), number, images in zip(records.items(), shard.connect(), shard.samples["images"])}
 
 
-def require_same_ids(found, wanted, path, other):
+def require_same_ids(lines, wanted, path, other):
     missing, extra = (sorted(key[1] for key in keys)
-                      for keys in (wanted.keys() - found.keys(), found.keys() - wanted.keys()))
+                      for keys in (wanted.keys() - lines.keys(), lines.keys() - wanted.keys()))
     refuse(missing, path, f"ids of {other} are missing, {len(extra):,} are not in it",
            "answer all of its questions; an empty prediction counts as wrong")
     refuse(extra, path, f"ids are not in {other}", "leave them out")
@@ -451,11 +452,11 @@ def summarise(values, groups, config):
     parts = np.split(drawn, np.cumsum([part.shape[1] for part in values])[:-1], axis=1)
     scores, resampled = [], []
     for scale, part, means in zip(SCALES, values, parts):
-        kept = part[~np.isnan(part[:, 0])]
-        total = scale.total or (lambda sums: sums[0] / max(1, len(kept)))
-        scores.append(total(kept.sum(0)) if len(kept) else math.nan)
+        scored = part[~np.isnan(part[:, 0])]
+        total = scale.total or (lambda sums: sums[0] / max(1, len(scored)))
+        scores.append(total(scored.sum(0)) if len(scored) else math.nan)
         # Means times the number of questions are sums again, about as large as the file's.
-        resampled.append([total(row * len(kept)) for row in means])
+        resampled.append([total(row * len(scored)) for row in means])
     return 100 * np.array(scores), 100 * np.array(resampled).T
 
 

@@ -49,6 +49,12 @@ def scores(scales, pairs):
     return {scale.name: score for scale, score in zip(scales.SCALES, found, strict=True)}
 
 
+def guesses(train, test):
+    """What words alone say, of records with question and answer."""
+    pairs = [(record["question"], record["answer"]) for record in train]
+    return question_only_answers(pairs, [record["question"] for record in test])
+
+
 def of(scales, name):
     """A scale's function, without what it leaves out."""
     return next(scale for scale in scales.SCALES if scale.name == name).of
@@ -346,7 +352,7 @@ def test_slake_scores(scales):
     train, spelled = read_slake("train"), defaultdict(Counter)
     for row in train:
         spelled[row["answer"].lower()][row["answer"]] += 1
-    predictions = [spelled[text].most_common(1)[0][0] for text in question_only_answers(train, test)]
+    predictions = [spelled[text].most_common(1)[0][0] for text in guesses(train, test)]
     found = scores(scales, zip(predictions, answers))
     # Four answers of the file differ from the prediction in blanks alone, which the preparation
     # collapses and exact_match overlooks; the figures above call them wrong.
@@ -378,7 +384,7 @@ def test_path_vqa_scores(scales):
     assert_perfect(scores(scales, zip(answers, answers)), (9.3, 30.3, 86.7), 0.63)
     if not train:
         return
-    found = scores(scales, zip(question_only_answers(train, test), answers))
+    found = scores(scales, zip(guesses(train, test), answers))
     # The training questions differ, too (19,654 of 19,755), and with them some majority answers: "what
     # is present?", a fifth of the test set, is answered "cardiovascular" here and "oral" there. Both
     # are mostly wrong, but of few letters "oral" has more in common with any reference.
@@ -645,3 +651,22 @@ def test_answers_from_a_prepared_test_set(scales, shards, tmp_path, capsys):
         with pytest.raises(UserError) as error:
             scales.main([str(write(tmp_path / "b.jsonl", lines))], config)
         assert words.format(shards / "toy" / "test") in str(error.value)
+
+
+def test_studies_and_conversations_are_taken_as_they_were_asked(scales, tmp_path, capsys):
+    """Answers are those to the last turn, and what shares an image is resampled together."""
+    from data import Record, View
+    from prepare.questions import train_sample_tokenizer
+    from test_prepare import picture, write_toy
+    views = [View(picture(n), f"{n}.png") for n in range(3)]
+    write_toy(tmp_path, [
+        ("test", Record("a", "where?", "left", parts=(views[0], views[1]), turns=(("is it large?", "yes"),))),
+        ("test", Record("b", "where?", "right", parts=(views[1], views[2]))),
+        ("test", Record("c", "what?", "lung", picture(9), "9.png")),
+        ("train", Record("d", "why?", "no", picture(8), "8.png"))], train_sample_tokenizer())
+    config = scales.Config(data="toy", shards_dir=str(tmp_path), resamples=5)
+    lines = [{"id": name, "prediction": text} for name, text in (("a", "yes"), ("b", "right"), ("c", "heart"))]
+    scales.main([str(write(tmp_path / "a.jsonl", lines))], config)
+    text = capsys.readouterr().out
+    assert "toy/test: 3 questions, 1 of them closed" in text and "resampling 2 images" in text
+    assert table(text, "exact match")["exact match"][0] == pytest.approx(200 / 3, abs=0.05)

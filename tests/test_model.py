@@ -215,7 +215,8 @@ def test_unsupported_config_is_refused_by_name(change, message, tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     ({"head_dim": 16}, r"does not fit this model: .*q_proj.weight is \(32, 32\), not \(64, 32\)"),
-    ({"head_dim": 7}, "config.json: its sizes cannot be"), ({"head_dim": -8}, "config.json: head_dim -8 cannot be"),
+    ({"head_dim": 7}, "config.json: its sizes cannot be"),
+    ({"head_dim": -8}, "config.json: head_dim -8 cannot be"),
     ({"head_dim": "8"}, "config.json: head_dim '8' cannot be")])
 def test_a_head_size_that_the_tensors_do_not_have_is_refused(change, message, tmp_path):
     hub_llama(tmp_path)
@@ -351,12 +352,12 @@ def test_linear_is_torch_s_by_either_way(shape, bias, monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("clip", [False, True])
 def test_vit_at_448_and_at_oblongs_is_timm_s(clip, references):
-    """At its own size with the positions that it was trained with, bit for bit; elsewhere with timm's resampling."""
+    """At its own size with the positions that it was trained with, bit for bit; elsewhere resampled as by timm."""
     timm = references[0]
     ours = randomise(ViT(ViTConfig(patch_size=16, width=64, depth=1, clip=clip))).eval()
     name = "vit_base_patch16_clip_quickgelu_224" if clip else "vit_base_patch16_224"
-    theirs = timm.create_model(name, num_classes=0, depth=1, embed_dim=64, num_heads=1, dynamic_img_size=True).eval()
-    theirs.load_state_dict(ours.state_dict())
+    theirs = timm.create_model(name, num_classes=0, depth=1, embed_dim=64, num_heads=1, dynamic_img_size=True)
+    theirs.eval().load_state_dict(ours.state_dict())
     assert ours.positions(14, 14) is ours.pos_embed
     for height, width in ((448, 448), (224, 224), (96, 352)):
         rows, columns = height // 16, width // 16
@@ -366,7 +367,6 @@ def test_vit_at_448_and_at_oblongs_is_timm_s(clip, references):
         tokens = ours(pixels)
         assert tokens.shape == (2, ours.tokens(height, width), 64) == (2, 1 + rows * columns, 64)
         assert relative_error(tokens, theirs.forward_features(pixels)) < TOLERANCE
-    assert (ours.positions(28, 28)[:, 1:] - ours.positions(28, 28)[:, 1:].mean()).norm() > 1  # they tell patches apart
 
 
 @torch.no_grad()
@@ -382,7 +382,8 @@ def test_merged_patches_are_a_written_out_space_to_depth(merge):
                           for below in range(merge) for right in range(merge)])
                for row in range(0, rows, merge) for column in range(0, columns, merge)] for image in range(2)]
     wanted = torch.stack([torch.stack(tokens) for tokens in wanted])
-    assert wanted.shape == (2, merged.tokens(8 * rows, 8 * columns), merged.output_width) == (2, 6, merge ** 2 * 128)
+    assert wanted.shape == (2, 6, merge ** 2 * 128)
+    assert wanted.shape[1:] == (merged.tokens(8 * rows, 8 * columns), merged.output_width)
     assert torch.equal(merged(pixels), wanted)
 
 

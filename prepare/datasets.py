@@ -37,6 +37,7 @@ LARGEST_MEMBER = 1 << 28  # bytes of one file in an archive: a larger one is no 
 READ_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others zipfile inflates without a bound
 LARGEST_LINE = 1 << 20  # characters of a table's line; bytes of what a tar says of a member
 HUB_IMAGE = {"bytes": bytes, "path": str}  # the form of an image in the hub's files
+CAPTION_QUESTION = "what does this figure show?"
 NO_NAME = "no name"  # an image's, in place of "", which is the name of an archive's own folder
 DATASETS = {}  # name -> Dataset, in the order in which they are prepared
 
@@ -50,6 +51,7 @@ class Dataset(Source):
     classes: tuple = ()  # names of the labels, in the order of a classifier's outputs
     multi_label: bool = False  # an image may have several of them, or none; else each has exactly one
     shared_ids: str = ""  # a collection whose ids its image names, or those of its texts, are
+    drawn: bool = False  # its reader draws the images; its second argument is their size in pixels
     one_pattern: bool = False  # its images are drawn so alike that their looks do not tell them apart
     known_leaks: tuple = ()  # (part of an image's name, the dataset whose test split has such images)
     train_tokenizer: Callable | None = None  # makes its own SentencePiece model, as bytes

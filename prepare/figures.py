@@ -1,11 +1,9 @@
 """The large image sets: figures with their captions, and multiple choice over many modalities."""
 
 from data import Record
-from prepare.datasets import (HUB_IMAGE, NO_NAME, dataset, expect, find_folder, multiple_choice, open_zip,
-                              parse_json, place, read_csv, read_json_lines, read_member, read_parquets,
-                              refuse_damage, require_columns, require_splits)
-
-CAPTION_QUESTION = "what does this figure show?"
+from prepare.datasets import (CAPTION_QUESTION, HUB_IMAGE, NO_NAME, dataset, expect, find_folder,
+                              multiple_choice, open_zip, parse_json, place, read_csv, read_json_lines,
+                              read_member, read_parquets, refuse_damage, require_columns, require_splits)
 
 
 # ----------------------------------------------------------------------------- raw files

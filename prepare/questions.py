@@ -9,9 +9,9 @@ from pathlib import Path
 
 from data import Record, format_prompt
 from plumbing.flags import UserError
-from prepare.datasets import (HUB_IMAGE, NO_NAME, count_from, dataset, expect, find_folder, multiple_choice,
-                              open_zip, place, read_json, read_json_lines, read_member, read_named_image,
-                              read_parquets, require_known, require_splits)
+from prepare.datasets import (CAPTION_QUESTION, HUB_IMAGE, NO_NAME, count_from, dataset, expect, find_folder,
+                              multiple_choice, open_zip, place, read_json, read_json_lines, read_member,
+                              read_named_image, read_parquets, require_known, require_splits)
 
 TEST_ANSWERS = "VQAMed2019_Test_Questions_w_Ref_Answers.txt"
 
@@ -75,7 +75,7 @@ def train_sample_tokenizer():
     from prepare import sample
 
     # Wordings and answers recur every 6 images of a class: the first 1,000 records hold them all.
-    images = (sample.image_records("train", number, drawn=False) for number in itertools.count())
+    images = (sample.image_records("train", number, None) for number in itertools.count())
     records = itertools.islice(itertools.chain.from_iterable(images), 1000)
     # Line by line, so that a line break stays a byte, as in LLaMA's vocabulary.
     lines = [line for record in records
@@ -92,13 +92,24 @@ def train_sample_tokenizer():
 @dataset(kind="image questions", licence="MIT", access="part of this repository", megabytes=0,
          page="prepare/sample.py", folder=Path(__file__).parent, layouts=(("sample.py",),),
          counts={"train": 5400, "test": 1080}, train_tokenizer=train_sample_tokenizer, one_pattern=True,
+         drawn=True,
          classes=("ct_no_bleed", "ct_bleed", "smear_no_white_cell", "smear_white_cell",
                   "film_no_effusion", "film_effusion", "ultrasound_no_cyst", "ultrasound_cyst"))
-def sample(raw):
+def sample(raw, size=224):
     """Drawn pictures with exact answers; it brings a tokenizer of its own."""
     from prepare import sample as drawn
 
-    yield from drawn.records()
+    yield from drawn.records(max(size, drawn.SIZE))
+
+
+@dataset(only_by_name=True, kind="captions", licence="MIT", access="part of this repository", megabytes=0,
+         page="prepare/sample.py", folder=Path(__file__).parent, layouts=(("sample.py",),),
+         counts={"train": 1200, "test": 240}, train_tokenizer=train_sample_tokenizer, one_pattern=True, drawn=True)
+def sample_captions(raw, size=224):
+    """Other pictures of the sample's kinds, each with a caption; to begin a training in stages with."""
+    from prepare import sample as drawn
+
+    yield from drawn.caption_records(CAPTION_QUESTION, max(size, drawn.SIZE))
 
 
 # ----------------------------------------------------------------------------- about images

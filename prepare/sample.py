@@ -11,6 +11,7 @@ Left and right are those of the image, as the questions say; by radiological con
 left is the patient's right. The pictures are sketches to learn the pipeline from, not anatomy.
 
 In each split every question sees each of its answers equally often: its words give nothing away.
+A picture of 448 pixels is that of 224, drawn with sharper edges and finer grain.
 The same seed gives the same bytes wherever numpy's generator gives the same numbers: all else is
 +, -, *, / and square roots, which are exactly rounded on every machine, unlike exp or cos.
 
@@ -23,6 +24,7 @@ from pathlib import Path
 if __name__ == "__main__":  # a script sees its own folder first; `data` lies one level up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import functools
 import io
 import textwrap
 
@@ -31,17 +33,22 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data import Record
 
-SIZE = 224  # pixels, height and width
+SIZE = 224  # pixels, height and width, at which edges are as wide as they are written here
 SPLITS = {"train": 150, "test": 30}  # images a class; multiples of 6 keep every answer balanced
-Y, X = (np.mgrid[0:SIZE, 0:SIZE] / 112 - 1).astype(np.float32)  # (H, W), -1 to 1, y grows down
 
 
 # ----------------------------------------------------------------------------- drawing tools
 
-def clouds(rng, cells):
+@functools.cache
+def grid(size):
+    """(y, x) of size x size pixels, each (H, W) float32 from -1 to 1; y grows down."""
+    return (np.mgrid[0:size, 0:size] / (size / 2) - 1).astype(np.float32)
+
+
+def clouds(rng, cells, size):
     """Smooth noise in -1..1, (H, W): `cells` random values along each side, linear between."""
     table = rng.random((cells + 2, cells + 2), np.float32) * 2 - 1
-    place = np.arange(SIZE) * cells / SIZE
+    place = np.arange(size) * cells / size
     low = place.astype(int)
     part = (place - low).astype(np.float32)[:, None]
     for _ in range(2):  # along y, then along x
@@ -49,15 +56,16 @@ def clouds(rng, cells):
     return table
 
 
-def place_frame(rng, bend):
+def place_frame(rng, bend, size):
     """Coordinates (x, y) of a picture slightly shifted, scaled and bent: no two look alike."""
-    x, y = (axis / rng.uniform(0.94, 1.03) + rng.uniform(-0.04, 0.04) for axis in (X, Y))
-    return x + bend * clouds(rng, 6), y + bend * clouds(rng, 6)
+    y, x = grid(size)
+    x, y = (axis / rng.uniform(0.94, 1.03) + rng.uniform(-0.04, 0.04) for axis in (x, y))
+    return x + bend * clouds(rng, 6, size), y + bend * clouds(rng, 6, size)
 
 
 def ramp(distance, edge=0.03):
-    """1 where distance is positive, 0 where negative, and a soft edge of that width between."""
-    return np.clip(distance / edge + 0.5, 0, 1)
+    """1 where distance is positive, 0 where negative, and a soft edge of that width at SIZE pixels between."""
+    return np.clip(distance / (edge * (SIZE / len(distance))) + 0.5, 0, 1)
 
 
 def ellipse(x, y, centre, radii, edge=0.03):
@@ -74,16 +82,16 @@ def paint(image, mask, value):
 
 # ----------------------------------------------------------------------------- the four kinds
 
-def draw_ct(rng, side):
+def draw_ct(rng, side, size):
     """An axial head CT, forehead up; side is -1 or 1 for a bleed left or right, 0 for none."""
-    x, y = place_frame(rng, 0.03)
-    image = np.full_like(X, 0.02)
+    x, y = place_frame(rng, 0.03, size)
+    image = np.full_like(x, 0.02)
     for radii, grey in (((0.74, 0.91), 0.30), ((0.71, 0.88), 1.0), ((0.61, 0.78), 0.15)):
         image = paint(image, ellipse(x, y, (0, 0), radii), grey)  # scalp, skull, fluid
     brain = ellipse(x, y, (0, 0), (0.59, 0.76))
-    image = paint(image, brain, 0.46 + 0.03 * clouds(rng, 40))
+    image = paint(image, brain, 0.46 + 0.03 * clouds(rng, 40, size))
     cortex = brain * (1 - ellipse(x, y, (0, 0), (0.46, 0.62), 0.1))
-    folds = ramp(0.10 - np.abs(clouds(rng, 12)), 0.15)  # where smooth noise crosses 0: thin curves
+    folds = ramp(0.10 - np.abs(clouds(rng, 12, size)), 0.15)  # where smooth noise crosses 0: thin curves
     image = paint(image, cortex * folds, 0.27)
     out = np.abs(x)  # distance from the midline: draws both halves at once
     image = paint(image, ramp(0.012 - out, 0.02) * ramp(np.abs(y) - 0.36) * brain, 0.62)
@@ -93,16 +101,16 @@ def draw_ct(rng, side):
     if side:
         centre = side * rng.uniform(0.30, 0.35), rng.uniform(-0.16, 0.22)
         radii = rng.uniform(0.20, 0.23), rng.uniform(0.24, 0.32)
-        ragged = x + 0.05 * clouds(rng, 14)
+        ragged = x + 0.05 * clouds(rng, 14, size)
         for growth, grey in ((1.3, 0.32), (1.0, 0.90)):  # a dark rim of swelling, then blood
             blob = ellipse(ragged, y, centre, (radii[0] * growth, radii[1] * growth))
             image = paint(image, blob * brain, grey)
     return image
 
 
-def draw_smear(rng, count):
+def draw_smear(rng, count, size):
     """A stained blood smear: red cells with pale centres, and `count` larger white cells."""
-    x, y = place_frame(rng, 0.025)
+    x, y = place_frame(rng, 0.025, size)
     cells = []  # (x, y, radius); white cells come first, each in a quadrant of its own
     for quadrant in rng.permutation(4).tolist()[:count]:
         cx, cy = quadrant % 2 * 0.84 - 0.42, quadrant // 2 * 0.84 - 0.42
@@ -112,7 +120,7 @@ def draw_smear(rng, count):
         if len(cells) < wanted and all((cx - x2) ** 2 + (cy - y2) ** 2 > (radius + other) ** 2
                                        for x2, y2, other in cells):
             cells.append((cx, cy, radius))
-    red, white, lobes = (np.full_like(X, 9) for _ in range(3))  # (distance / radius) squared
+    red, white, lobes = (np.full_like(x, 9) for _ in range(3))  # (distance / radius) squared
     for number, (cx, cy, radius) in enumerate(cells):
         u, v = (x - cx) * (1.05 / radius), (y - cy) * (1.05 / radius)
         nearest = white if number < count else red
@@ -121,24 +129,24 @@ def draw_smear(rng, count):
         for lobe in (-1, 0, 1) if number < count else ():  # the nucleus: joined lobes on an arc
             a, b = u - 0.45 * lobe, v - 0.45 * tilt * lobe + 0.25 * (lobe == 0) - 0.1
             np.minimum(lobes, (a * a + b * b) / (0.42 * 0.42), out=lobes)
-    image = np.full((SIZE, SIZE, 3), (0.96, 0.91, 0.88), np.float32)
+    image = np.full((size, size, 3), (0.96, 0.91, 0.88), np.float32)
     image = paint(image, ramp(1 - red, 0.3), (0.86, 0.54, 0.52))
     image = paint(image, 0.8 * ramp(0.22 - red, 0.36), (0.96, 0.82, 0.79))
     image = paint(image, ramp(1 - white, 0.3), (0.80, 0.73, 0.87))
     image = paint(image, ramp(1 - lobes, 0.5), (0.36, 0.13, 0.55))
-    return image + 0.03 * clouds(rng, 60)[..., None]
+    return image + 0.03 * clouds(rng, 60, size)[..., None]
 
 
-def draw_film(rng, side):
+def draw_film(rng, side, size):
     """A frontal chest film; side is -1 or 1 for an effusion left or right, 0 for none."""
-    x, y = place_frame(rng, 0.02)
+    x, y = place_frame(rng, 0.02, size)
     out = np.abs(x)  # distance from the midline
     body = ramp(0.20 + 0.75 * np.sqrt(np.clip((y + 0.92) / 0.45, 0, 1)) - out, 0.06)
     above = ramp(0.46 + 0.03 * x + 1.5 * np.square(out - 0.36) - y)  # the diaphragm's domes
-    image = paint(np.full_like(X, 0.03), body, 0.66 - 0.12 * above)
+    image = paint(np.full_like(x, 0.03), body, 0.66 - 0.12 * above)
     lungs = ellipse(out, y, (0.43, -0.02), (0.34, 0.72)) * above
-    image = paint(image, lungs, 0.13 + 0.05 * clouds(rng, 9) + 0.04 * clouds(rng, 30))
-    root = ellipse(out, y, (0.16, 0), (0.22, 0.28), 0.2) * ramp(clouds(rng, 22), 0.5)
+    image = paint(image, lungs, 0.13 + 0.05 * clouds(rng, 9, size) + 0.04 * clouds(rng, 30, size))
+    root = ellipse(out, y, (0.16, 0), (0.22, 0.28), 0.2) * ramp(clouds(rng, 22, size), 0.5)
     image = paint(image, lungs * root, 0.42)  # vessels
     chest = ellipse(x, y, (0, 0), (0.84, 0.86), 0.06) * above * ramp(out - 0.09)
     for slope, width, grey in ((0.45, 0.27, 0.13), (-0.75, 0.22, 0.06)):  # back, front ribs
@@ -156,13 +164,13 @@ def draw_film(rng, side):
     return image
 
 
-def draw_ultrasound(rng, count):
+def draw_ultrasound(rng, count, size):
     """Liver under a curved probe, with `count` cysts: black, with bright tissue behind them."""
-    x, y = place_frame(rng, 0.012)
+    x, y = place_frame(rng, 0.012, size)
     apex = -1.45  # where the beams would meet, above the image
     depth = np.sqrt(np.square(x) + np.square(y - apex))  # 0.60 at the probe, 2.35 at the far end
     beam = np.clip(x / (y - apex), -0.7, 0.7)  # slope of the beam through a pixel
-    image = 0.62 - 0.07 * depth + 0.04 * clouds(rng, 7)
+    image = 0.62 - 0.07 * depth + 0.04 * clouds(rng, 7, size)
     for layer, grey in ((0.64, 0.75), (0.72, 0.25), (0.76, 0.65), (rng.uniform(2.1, 2.2), 0.85)):
         image = paint(image, ramp(0.03 - np.abs(depth - layer)), grey)  # skin, ..., diaphragm
     for share in rng.permutation(3).tolist()[:count]:  # of the beams: no cyst hides another
@@ -209,7 +217,8 @@ WORDINGS = {
 def encode(rng, image):
     """Vary contrast, brightness and grain; return the image as the bytes of a binary PPM file."""
     image = 0.5 + (image - 0.5) * rng.uniform(0.85, 1.05) + rng.uniform(-0.04, 0.04)
-    grain = rng.random(X.shape, np.float32) + rng.random(X.shape, np.float32) - 1
+    shape = image.shape[:2]
+    grain = rng.random(shape, np.float32) + rng.random(shape, np.float32) - 1
     image = (image.T + rng.uniform(0.03, 0.09) * grain.T).T  # .T: the grain is that of all colours
     pixels = (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
     stream = io.BytesIO()
@@ -217,18 +226,30 @@ def encode(rng, image):
     return stream.getvalue()
 
 
-def image_records(split, number, seed=0, drawn=True):
-    """Draw one image, unless its words suffice, and yield its records. Odd numbers show their kind's finding."""
+def read_case(number):
+    """What a class's image of that number shows: its kind's name, side or count, 0 without a finding, and case."""
     case, has_finding, name = number // 8, number % 2, list(KINDS)[number % 8 // 2]
-    draw, modality, organ, finding, details, *impressions = KINDS[name]
-    value = list(details)[case % len(details)] if has_finding else 0
-    answers = {"modality": modality, "organ": organ, "finding": "yes" if has_finding else "no",
-               "impression": impressions[has_finding]}
-    if has_finding:
-        answers["side" if details is SIDES else "count"] = details[value]
+    details = list(KINDS[name][4])
+    return name, details[case % len(details)] if has_finding else 0, case
+
+
+def draw_image(split, number, seed=0, size=SIZE):
+    """The bytes of an image file of size x size pixels. Odd numbers show their kind's finding."""
+    name, value, _ = read_case(number)
     rng = np.random.default_rng([seed, list(SPLITS).index(split), number])
-    image, image_name = encode(rng, draw(rng, value)) if drawn else None, f"sample_{split}_{number:06d}"
-    label = f"{name}_{'' if has_finding else 'no_'}{finding}".replace(" ", "_")
+    return encode(rng, KINDS[name][0](rng, value, size))
+
+
+def image_records(split, number, image):
+    """Yield the records of an image, which may be None where their words suffice."""
+    name, value, case = read_case(number)
+    _, modality, organ, finding, details, *impressions = KINDS[name]
+    answers = {"modality": modality, "organ": organ, "finding": "yes" if value else "no",
+               "impression": impressions[value != 0]}
+    if value:
+        answers["side" if details is SIDES else "count"] = details[value]
+    image_name = f"sample_{split}_{number:06d}"
+    label = f"{name}_{'' if value else 'no_'}{finding}".replace(" ", "_")
     words = {"a": "an" if finding[0] in "aeiou" else "a", "finding": finding}
     for type, answer in answers.items():
         question = WORDINGS[type][case % len(WORDINGS[type])].format(**words)
@@ -236,16 +257,37 @@ def image_records(split, number, seed=0, drawn=True):
                      type=type, labels=(label,))
 
 
-def records(seed=0):
-    """
-    Yield (split, Record): the questions of an image one after another, and the splits in turns, so that who
-    wants the first of each has them soon.
-    """
+def write_caption(number):
+    """One phrase for all that the questions ask: "ct scan of the brain with a bleed on the left"."""
+    name, value, _ = read_case(number)
+    _, modality, organ, finding, details, *_ = KINDS[name]
+    a = "an" if finding[0] in "aeiou" else "a"
+    if details is SIDES:
+        shown = f"with {a} {finding} on the {details[value]}" if value else f"without {a} {finding}"
+    else:
+        shown = f"with {details[value]} {finding}{'s' * (value > 1)}" if value else f"without {finding}s"
+    return f"{modality} of the {organ} {shown}"
+
+
+def numbers():
+    """Yield (split, number) of every image, the splits in turns: who wants the first of each has them soon."""
     for number in range(max(SPLITS.values()) * 2 * len(KINDS)):
-        for split, cases in SPLITS.items():
-            if number < cases * 2 * len(KINDS):
-                for record in image_records(split, number, seed):
-                    yield split, record
+        yield from ((split, number) for split, cases in SPLITS.items() if number < cases * 2 * len(KINDS))
+
+
+def records(size=SIZE, seed=0):
+    """Yield (split, Record): the questions of an image one after another."""
+    for split, number in numbers():
+        for record in image_records(split, number, draw_image(split, number, seed, size)):
+            yield split, record
+
+
+def caption_records(question, size=SIZE, seed=1):
+    """Yield (split, Record): a caption an image, drawn with another seed than the images of the questions."""
+    for split, number in numbers():
+        name = f"sample_captions_{split}_{number:06d}"
+        yield split, Record(name, question, write_caption(number), draw_image(split, number, seed, size),
+                            f"{name}.ppm")
 
 
 def contact_sheet(path):
@@ -256,7 +298,7 @@ def contact_sheet(path):
     for place in range(24):
         row, column = divmod(place, 6)  # columns 0, 2 and 4 have the finding
         number = 8 * (column // 2) + 2 * row + 1 - column % 2
-        record = list(image_records("test", number))[(4, 0, 4, 1, 2, 3)[column]]
+        record = list(image_records("test", number, draw_image("test", number)))[(4, 0, 4, 1, 2, 3)[column]]
         left, top = column * (side + 4) + 2, row * height + 2
         picture = Image.open(io.BytesIO(record.image))
         sheet.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (left, top))

@@ -406,7 +406,8 @@ def write_dataset(target, dataset, raw, sources, tokenizer, facts, workers, need
         spawn = multiprocessing.get_context("spawn")  # a fork would copy the parent's threads' locks
         with ProcessPoolExecutor(workers, spawn, end_with_parent) as pool:
             encode = functools.partial(pool.submit, encode_image, settings=image)
-            records = limited(dataset.read(raw), limit, dataset.counts)
+            read = dataset.read(raw, image.size) if dataset.drawn else dataset.read(raw)
+            records = limited(read, limit, dataset.counts)
             total = sum(min(limit or count, count) for count in dataset.counts.values())
             for split, record in tqdm(records, dataset.name, total, unit=" samples"):
                 if split not in writers:

@@ -11,14 +11,15 @@ from PIL import Image
 from data import BOS, EOS, Tokenizer, format_prompt
 from plumbing.pixels import load_image
 from prepare import sample
-from prepare.datasets import DATASETS
+from prepare.all import select
+from prepare.datasets import CAPTION_QUESTION, DATASETS
 from prepare.questions import train_sample_tokenizer
 
 
 def draw(split, count, seed=0):
     """The records of a split's first images."""
     return [record for number in range(count)
-            for record in sample.image_records(split, number, seed)]
+            for record in sample.image_records(split, number, sample.draw_image(split, number, seed))]
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,46 @@ def test_images_are_lossless_colour_images_of_one_size(images, test_records):
     assert {image.pixels.shape for image in images} == {(224, 224, 3)}
 
 
+def test_images_of_224_pixels_are_those_that_results_were_published_of():
+    """Of all kinds and details; the hash is that of the first version, which knew no other size."""
+    content = b"".join(sample.draw_image(split, number) for split in sample.SPLITS for number in range(24))
+    assert hashlib.sha256(content).hexdigest() == "ce0c8c215e06949382d346b1c0e771bf50c7a9a24fc945d2f688452e5f881753"
+
+
+def amplitudes(image):
+    """Of a square image's frequencies: (below, beyond) what 224 pixels can show, summed."""
+    size = len(image)
+    grey = image.mean(-1) if image.ndim == 3 else image
+    strength = np.abs(np.fft.fftshift(np.fft.fft2(grey)))
+    inner = slice(size // 2 - 112, size // 2 + 112)
+    return strength[inner, inner].sum(), strength.sum() - strength[inner, inner].sum()
+
+
+@pytest.mark.parametrize("name", sample.KINDS)
+def test_a_larger_image_is_the_same_picture_with_more_detail(name):
+    """Its own detail, before the grain of single pixels is laid over it."""
+    draw, _, _, _, details, *_ = sample.KINDS[name]
+    for number, value in enumerate((0, *details)):
+        small, large, other = (draw(np.random.default_rng(seed), value, size)
+                               for seed, size in ((number, 224), (number, 448), (number + 9, 224)))
+        assert large.shape == (448, 448, *small.shape[2:])
+        halved = large.reshape(224, 2, 224, 2, -1).mean((1, 3)).reshape(small.shape)
+        assert np.abs(halved - small).mean() < np.abs(other - small).mean() / 2
+        channels = [Image.fromarray(channel).resize((448, 448), Image.Resampling.BICUBIC)
+                    for channel in np.moveaxis(small.astype(np.float32).reshape(224, 224, -1), -1, 0)]
+        enlarged = np.stack([np.asarray(channel) for channel in channels], -1)
+        below, beyond = amplitudes(large)
+        _, beyond_enlarged = amplitudes(enlarged)
+        assert beyond > 2 * beyond_enlarged and beyond < below, (beyond, beyond_enlarged, below)
+
+
+@pytest.mark.parametrize("name", ["sample", "sample_captions"])
+@pytest.mark.parametrize("asked, drawn", [(32, 224), (224, 224), (300, 300), (448, 448)])
+def test_images_are_drawn_at_the_size_asked_for_or_larger(name, asked, drawn):
+    _, record = next(DATASETS[name].read(None, asked))
+    assert record.image.startswith(b"P6\n%d %d\n" % (drawn, drawn))
+
+
 def test_contact_sheet_is_a_png_of_four_rows(tmp_path):
     sample.contact_sheet(tmp_path / "new" / "sheet.png")
     with Image.open(tmp_path / "new" / "sheet.png") as sheet:
@@ -83,7 +124,7 @@ def all_records(monkeypatch):
     """Every (split, Record) of the sample, without its image: drawing is what takes time."""
     monkeypatch.setattr(sample, "encode", lambda rng, image: b"")
     for name, (_, *facts) in sample.KINDS.items():
-        monkeypatch.setitem(sample.KINDS, name, (lambda rng, value: None, *facts))
+        monkeypatch.setitem(sample.KINDS, name, (lambda rng, value, size: None, *facts))
     return list(sample.records())
 
 
@@ -128,6 +169,49 @@ def test_labels_are_equally_frequent_and_agree_with_the_answers(images):
     assert len(kinds) >= 4 and len(set.union(*kinds.values())) == len(kinds)
     assert len(impressions) == len(counts)
     assert all(len(labels) == 1 for labels in impressions.values())
+
+
+# ----------------------------------------------------------------------------- captions
+
+def test_a_caption_tells_all_that_the_questions_ask(test_records):
+    answers = defaultdict(dict)
+    for record in test_records:
+        answers[record.image_name][record.type] = record.answer
+    captions = [sample.write_caption(number) for number in range(len(answers))]
+    for caption, told in zip(captions, answers.values(), strict=True):
+        assert caption.startswith(f"{told['modality']} of the {told['organ']} with")
+        assert (" without " in caption) == (told["finding"] == "no")
+        assert caption.endswith(f" on the {told['side']}") if "side" in told else " on the " not in caption
+        assert f" with {told['count']} " in caption if "count" in told else not any(
+            f" {count} " in caption for count in sample.COUNTS.values())
+    assert captions[:8] == [
+        "ct scan of the brain without a bleed", "ct scan of the brain with a bleed on the left",
+        "light microscopy of the blood without white cells", "light microscopy of the blood with one white cell",
+        "radiograph of the chest without an effusion", "radiograph of the chest with an effusion on the left",
+        "ultrasound of the liver without cysts", "ultrasound of the liver with one cyst"]
+    assert len(set(captions)) == 14 and set(Counter(captions).values()) == {10, 15, 30}  # three, two, or one of a class
+
+
+def test_captions_are_of_other_images_with_the_prompt_of_all_captions(tokenizer, monkeypatch):
+    monkeypatch.setattr(sample, "SPLITS", {"train": 2, "test": 2})
+    facts = DATASETS["sample_captions"]
+    assert facts.only_by_name and facts.kind == "captions" and facts.train_tokenizer is train_sample_tokenizer
+    captions, questions = (list(DATASETS[name].read(None)) for name in ("sample_captions", "sample"))
+    images = {record.image for _, record in captions}
+    assert len(images) == len(captions) == 32 and not images & {record.image for _, record in questions}
+    assert len({record.id for _, record in captions}) == 32
+    assert not {record.image_name for _, record in captions} & {record.image_name for _, record in questions}
+    assert {record.question for _, record in captions} == {CAPTION_QUESTION}
+    for number, (split, record) in enumerate(captions):
+        assert split == ("train", "test")[number % 2] and record.answer == sample.write_caption(number // 2)
+        assert tokenizer.decode(tokenizer.encode(record.answer)) == record.answer
+
+
+def test_captions_have_the_published_counts_and_are_prepared_only_by_name(monkeypatch):
+    monkeypatch.setattr(sample, "draw_image", lambda split, number, seed, size: b"")
+    counts = Counter(split for split, _ in DATASETS["sample_captions"].read(None))
+    assert counts == DATASETS["sample_captions"].counts
+    assert "sample_captions" not in select("") and select("sample_captions") == ["sample_captions"]
 
 
 # ----------------------------------------------------------------------------- answers and pixels

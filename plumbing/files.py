@@ -258,7 +258,7 @@ def find_run(name="", checkpoint=""):
         return folder.parent, folder
     if not folder.is_dir() and (near := nearest_run(folder)):
         raise UserError(f"{folder}: no such run; did you mean {near}?")
-    if not checkpoint:
+    if checkpoint in ("", "newest"):
         return folder, newest_checkpoint(folder)
     chosen = best_checkpoint(folder) if checkpoint == "best" else folder / checkpoint
     if chosen is None or chosen not in checkpoints(folder):

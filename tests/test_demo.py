@@ -573,7 +573,7 @@ def test_other_settings_are_refused(name, tmp_path, monkeypatch):
 
 # ----------------------------------------------------------------------------- the command line
 
-@pytest.mark.parametrize("checkpoint, step", [("", 7), ("best", 3), ("step_000003", 3)])
+@pytest.mark.parametrize("checkpoint, step", [("", 7), ("newest", 7), ("best", 3), ("step_000003", 3)])
 def test_the_checkpoint_that_is_named_answers(checkpoint, step, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where there is no classifier
     flags = demo.Config(run=str(run / "run"), checkpoint=checkpoint, shards_dir=str(run / "shards"), device="cpu")

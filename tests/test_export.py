@@ -8,6 +8,7 @@ import json
 import random
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -21,18 +22,22 @@ from safetensors.torch import load_file, save_file
 import eval_vqa
 import train_vlm
 from data import Tokenizer
-from extras.share import export
-from lora import add_lora, load_adapter, lora_layers, read_adapter_config
-from model import CLIP_MEAN, CLIP_STD, VLM, LLaMA, ViT, load_encoder, tensor_shapes
-from plumbing.files import hash_file, lock, manifest_checksum, newest_checkpoint, seal
+from extras.share import card, export
+from lora import add_lora, lora_layers
+from model import CLIP_MEAN, CLIP_STD, VLM, LLaMA, ViT, merge_patches
+from plumbing.claims import read_adapter_config
+from plumbing.files import hash_file, lock, manifest_checksum, newest_checkpoint, read_manifest, seal
 from plumbing.flags import UserError
+from plumbing.tensors import plain_names, tensor_shapes
 from prepare.leaks import guard
 from prepare.questions import train_sample_tokenizer
 from tasks.evaluations import choose_evaluations, find_evaluations
 from tasks.vqa import METRICS
-from test_encoders import CLIP_VIT, fill, references  # noqa: F401, the fixture: timm and open_clip
-from test_model import LLAMA, TOLERANCE, VIT, randomise, relative_error
+from test_encoders import CLIP_VIT, fill
+from test_model import LLAMA, TOLERANCE, VIT, logits_of, randomise, relative_error
 from test_train import flags, shards  # noqa: F401, the fixture: a prepared part of the sample
+from weights import (build_vlm, load_adapter, load_encoder, load_llama, load_run, load_trained_encoder, load_vlm,
+                     save_vlm)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,7 +45,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def runs(shards, tmp_path_factory):  # noqa: F811
     """{"full" or "lora": (run, its export)}; the latter has LoRA on both parts of the former."""
-    folder, made = tmp_path_factory.mktemp("runs"), {}
+    folder, exported = tmp_path_factory.mktemp("runs"), {}
     for name, changes in [("full", {}), ("lora", dict(
             vision="lora", language="lora", lora_r=4, lora_alpha=6.0, learning_rate=3e-2,
             vision_weights=str(folder / "full/export/vision/model.safetensors"),
@@ -48,12 +53,12 @@ def runs(shards, tmp_path_factory):  # noqa: F811
         train_vlm.main(flags(shards, folder / name, max_steps=20, **changes))
         eval_vqa.main(eval_vqa.Config(run=str(folder / name), shards_dir=str(shards)))
         export.main(export.Config(run=str(folder / name), shard_gigabytes=1e-3))
-        made[name] = folder / name, folder / name / "export"
-    return made
+        exported[name] = folder / name, folder / name / "export"
+    return exported
 
 
 def some_tokens():
-    return torch.randint(512, (3, 40), generator=torch.Generator().manual_seed(1))
+    return torch.randint(512, (40,), generator=torch.Generator().manual_seed(1))
 
 
 def equal_tensors(these, those):
@@ -63,16 +68,20 @@ def equal_tensors(these, those):
 
 def merged(run):
     """The language model of a run, its LoRA merged by lora.py, as {name: tensor}."""
-    model = VLM.from_run(run).language
+    model = load_run(run).language
     for layer in lora_layers(model).values():
         layer.merge()
-    return {name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items()
-            if ".lora_" not in name}
+    state = model.state_dict()
+    return {name: state[inside] for name, inside in plain_names(state).items()}
+
+
+def encoder_of(run):
+    return load_trained_encoder(newest_checkpoint(run))
 
 
 def make_run(folder, model):
     """A run's folder with a checkpoint of this model."""
-    model.save(folder / "partial")
+    save_vlm(model, folder / "partial")
     seal(folder / "partial", folder / "step_000001", step=1, flags={})
     return folder / "step_000001"
 
@@ -91,21 +100,21 @@ def test_language_model_is_transformers_and_comes_back(name, runs, tmp_path):
     run, folder = runs[name]
     files = sorted(folder.glob("language/*.safetensors"))
     assert len(files) > 2 and all(file.stat().st_size < 1.01e6 for file in files)
-    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(
+    theirs, loading = transformers.AutoModelForCausalLM.from_pretrained(
         folder / "language", output_loading_info=True)
-    assert not any(told.values()) and theirs.dtype == torch.float32
+    assert not any(loading.values()) and theirs.dtype == torch.float32
     ids = (theirs.config.bos_token_id, theirs.config.eos_token_id, theirs.generation_config.eos_token_id)
     assert ids == (1, 2, 2)
-    ours = VLM.from_run(run).language.eval()
-    assert relative_error(theirs(some_tokens()).logits, ours(some_tokens())) < TOLERANCE
+    ours = load_run(run).language.eval()
+    assert relative_error(logits_of(theirs, some_tokens()), ours(some_tokens())) < TOLERANCE
     assert equal_tensors(theirs.state_dict(), merged(run))
     if name == "lora":
-        base = LLaMA.from_pretrained(runs["full"][1] / "language")
+        base = load_llama(runs["full"][1] / "language")
         assert relative_error(ours(some_tokens()), base(some_tokens())) > 0.01
     randomise(theirs).save_pretrained(tmp_path, max_shard_size="1MB")  # fine-tuned there
-    back = LLaMA.from_pretrained(tmp_path)
+    back = load_llama(tmp_path)
     assert equal_tensors(back.state_dict(), theirs.state_dict())
-    assert relative_error(back(some_tokens()), theirs(some_tokens()).logits) < TOLERANCE
+    assert relative_error(back(some_tokens()), logits_of(theirs, some_tokens())) < TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -191,8 +200,8 @@ def test_adapter_is_peft_s_and_comes_back(runs, tmp_path):
     run, folder = runs["lora"]
     base = transformers.AutoModelForCausalLM.from_pretrained(runs["full"][1] / "language")
     theirs = peft.PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True).eval()
-    ours = VLM.from_run(run).language.eval()
-    assert relative_error(theirs(some_tokens()).logits, ours(some_tokens())) < TOLERANCE
+    ours = load_run(run).language.eval()
+    assert relative_error(logits_of(theirs, some_tokens()), ours(some_tokens())) < TOLERANCE
     randomise(theirs).save_pretrained(tmp_path)  # trained on there
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert saved.keys() == load_file(folder / "adapter/adapter_model.safetensors").keys()
@@ -201,7 +210,7 @@ def test_adapter_is_peft_s_and_comes_back(runs, tmp_path):
     for name, layer in lora_layers(ours).items():
         assert torch.equal(layer.lora_A, saved[f"base_model.model.{name}.lora_A.weight"])
         assert torch.equal(layer.lora_B, saved[f"base_model.model.{name}.lora_B.weight"])
-    assert relative_error(theirs(some_tokens()).logits, ours(some_tokens())) < TOLERANCE
+    assert relative_error(logits_of(theirs, some_tokens()), ours(some_tokens())) < TOLERANCE
 
 
 def test_adapter_trained_elsewhere_becomes_part_of_a_model(runs, tmp_path):
@@ -213,15 +222,15 @@ def test_adapter_trained_elsewhere_becomes_part_of_a_model(runs, tmp_path):
     randomise(theirs).save_pretrained(tmp_path / "theirs")
     settings = read_adapter_config(tmp_path / "theirs")
     assert (settings["r"], settings["alpha"], len(settings["targets"].split(","))) == (3, 7, 7)
-    language = LLaMA.from_pretrained(base)
+    language = load_llama(base)
     add_lora(language, **settings)
     load_adapter(language, tmp_path / "theirs")
-    model = VLM(ViT.from_run(run), language)
-    model.projector, model.lora = VLM.from_run(run).projector, {"language": settings}
-    model.save(tmp_path / "model")
-    again = VLM.load(tmp_path / "model")
-    assert relative_error(again.language(some_tokens()), theirs.eval()(some_tokens()).logits) < TOLERANCE
-    assert equal_tensors(again.projector.state_dict(), VLM.from_run(run).projector.state_dict())
+    model = VLM(encoder_of(run), language)
+    model.projector, model.lora = load_run(run).projector, {"language": settings}
+    save_vlm(model, tmp_path / "model")
+    again = load_vlm(tmp_path / "model")
+    assert relative_error(again.language(some_tokens()), logits_of(theirs.eval(), some_tokens())) < TOLERANCE
+    assert equal_tensors(again.projector.state_dict(), load_run(run).projector.state_dict())
 
 
 # ----------------------------------------------------------------------------- the whole
@@ -232,12 +241,12 @@ def test_whole_model_stands_alone_and_answers_the_same(name, runs, shards, tmp_p
     moved = runs["full"][1].rename(tmp_path / "away")  # the second run's weights, and the first's export
     try:
         vlm = shutil.copytree(moved / "vlm" if name == "full" else folder / "vlm", tmp_path / "vlm")
-        model = VLM.from_run(vlm)
+        model = load_run(vlm)
         eval_vqa.main(eval_vqa.Config(run=str(vlm), shards_dir=str(shards)))
     finally:
         moved.rename(runs["full"][1])
     assert set(model.lora) == ({"vision", "language"} if name == "lora" else set())
-    assert equal_tensors(model.state_dict(), VLM.from_run(run).state_dict())
+    assert equal_tensors(model.state_dict(), load_run(run).state_dict())
     for file in ("predictions.jsonl", "predictions_image_shuffled.jsonl"):
         ours, theirs = (find_evaluations(place)[0] / file for place in (vlm, run))
         assert ours.read_bytes() == theirs.read_bytes()
@@ -248,10 +257,10 @@ def test_whole_model_stands_alone_and_answers_the_same(name, runs, shards, tmp_p
 
 def test_card_says_what_the_run_says(runs, shards):  # noqa: F811
     run, folder = runs["lora"]
-    card = huggingface_hub.ModelCard.load(folder / "README.md")
-    assert card.data.license == "unknown" and card.data.pipeline_tag == "visual-question-answering"
-    assert card.data.base_model == [] and card.data.datasets == []
-    text = card.text
+    written = huggingface_hub.ModelCard.load(folder / "README.md")
+    assert written.data.license == "unknown" and written.data.pipeline_tag == "visual-question-answering"
+    assert written.data.base_model == [] and written.data.datasets == []
+    text = written.text
     assert "**Not for clinical use.**" in text and "{" not in text
     manifest = json.loads((shards / "sample/train/manifest.json").read_text())
     row = f"| sample | MIT | {manifest['samples']} | {manifest['images']} | 0, left out |"
@@ -271,42 +280,53 @@ def test_card_says_what_the_run_says(runs, shards):  # noqa: F811
     assert "The vision model started from random values." in (runs["full"][1] / "README.md").read_text()
 
 
-def write_card(run, path):
+def write_card(run, path, **changes):
+    """The card of a run whose checkpoint had been sealed with other facts."""
     checkpoint = newest_checkpoint(run)
-    record = json.loads((run / "config.json").read_text())
-    export.write_card(checkpoint, export.make_public(record), path)
+    card.write_card(checkpoint, card.make_public(read_manifest(checkpoint) | changes), path)
     return huggingface_hub.ModelCard.load(path)
 
 
 def test_card_says_what_is_not_known(runs, tmp_path):
     run = shutil.copytree(runs["full"][0], tmp_path / "run", ignore=shutil.ignore_patterns("export", "eval"))
-    config = json.loads((run / "config.json").read_text())
+    record = read_manifest(newest_checkpoint(run))
     (run / "log.jsonl").write_text('{"step": 20, "loss": 1.5}\n{"step": 30, "loss": 9}\n[3]\n{"st')
-    config["flags"] |= {"model": "paper", "data": "sample:2, path_vqa,our_feet,old_skulls"}
-    dropped = {"leaks": "drop", "tests": {"path_vqa/test": "x", "hidden/test": "x", "busi/test": "y"}}
-    config["leaks"] = {"sample": {"leaks": "keep", "tests": {}}, "path_vqa": dropped, "our_feet": dropped}
-    config["machine"]["commit"] = ""
-    config.pop("inputs")
-    (run / "config.json").write_text(json.dumps(config))
-    card = write_card(run, tmp_path / "README.md")
-    assert card.data.datasets == ["flaviagiammarino/path-vqa"] and card.data.base_model == [
+    own = record["inputs"]["data"]["sample"]
+    tests = {"path_vqa/test": "x", "hidden/test": "x", "busi/test": "y"}
+    data = {"sample": own | {"leaks": "keep"}, "path_vqa": own, "our_feet": own, "old_skulls": own}
+    written = write_card(
+        run, tmp_path / "README.md", flags=record["flags"] | {"model": "paper", "data": "sample:2, path_vqa,our_feet,old_skulls"},
+        inputs=record["inputs"] | {"data": data}, tests={"sample": {}, "path_vqa": tests, "our_feet": tests},
+        machine=record["machine"] | {"commit": ""})
+    assert written.data.datasets == ["flaviagiammarino/path-vqa"] and written.data.base_model == [
         "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", "chaoyi-wu/PMC_LLAMA_7B"]
-    for line in ("| sample:2 | MIT | not known | not known | not known, kept |",
-                 "| private_1 | not known | not known | not known | not known, left out |",
-                 "| private_2 | not known | not known | not known | not known, not known whether left out |",
+    counts = f"{own['samples']} | {own['images']} | 0"
+    for line in (f"| sample:2 | MIT | {counts}, kept |", f"| private_1 | not known | {counts}, left out |",
+                 f"| private_2 | not known | {counts}, left out |",
                  "made by nanoMedQ at commit not known", "compared with 1 private, busi/test, path_vqa/test.",
                  "the last loss logged is 1.500 nats\na token, on held-out samples not known.",
                  "pmc_llama_7b (https://huggingface.co/chaoyi-wu/PMC_LLAMA_7B, licence: LLaMA's)"):
-        assert line in card.text
-    assert not re.search("our_feet|old_skulls|hidden", card.text)
+        assert line in written.text
+    assert not re.search("our_feet|old_skulls|hidden", written.text)
+
+
+def test_card_of_a_stage_says_that_it_began_with_another_run(runs, tmp_path):
+    run = runs["full"][0]
+    record = read_manifest(newest_checkpoint(run))
+    written = write_card(run, tmp_path / "README.md", flags=record["flags"] | {"start": "/home/x/out/captions"})
+    assert "It began with captions, another run, checkpoint or adapter: what" in written.text
+    assert "--start=captions" in written.text and "/home" not in written.text and written.data.base_model == []
+
+
+def test_card_shows_each_flag_that_decides_a_number():
+    assert card.HIDDEN == train_vlm.FREE_ON_RESUME | {"vision_weights", "language_weights"}
 
 
 def test_card_has_what_the_run_recorded_whatever_the_shards_are_now(runs, tmp_path):
-    run = shutil.copytree(runs["full"][0], tmp_path / "run", ignore=shutil.ignore_patterns("export", "eval"))
-    config = json.loads((run / "config.json").read_text())
-    config["inputs"]["data"]["sample"] |= {"samples": 4321, "images": 765, "leaked": 12}
-    (run / "config.json").write_text(json.dumps(config))
-    assert "| sample | MIT | 4321 | 765 | 12, left out |" in write_card(run, tmp_path / "README.md").text
+    run = runs["full"][0]
+    inputs = read_manifest(newest_checkpoint(run))["inputs"]
+    inputs["data"]["sample"] |= {"samples": 4321, "images": 765, "leaked": 12}
+    assert "| sample | MIT | 4321 | 765 | 12, left out |" in write_card(run, tmp_path / "README.md", inputs=inputs).text
 
 
 # ----------------------------------------------------------------------------- privacy
@@ -323,7 +343,7 @@ def private(shards, tmp_path_factory):  # noqa: F811
             path.write_text(json.dumps(manifest | {"checksum": manifest_checksum(manifest)}))
     guard(here, "keep")
     base = folder / "a_base"
-    VLM.build("sample", 512).save(base)
+    save_vlm(build_vlm("sample", 512), base)
     shutil.move(base / "language", folder / "language_of_maria")
     settings = json.loads((folder / "language_of_maria/config.json").read_text())
     (folder / "language_of_maria/config.json").write_text(json.dumps(
@@ -342,22 +362,46 @@ def private(shards, tmp_path_factory):  # noqa: F811
 def test_a_base_loads_whose_config_lost_the_name_of_its_place(private):
     settings = json.loads(next(private[0].glob("vlm/step_*/language/config.json")).read_text())
     assert "_name_or_path" not in settings and settings["hidden_size"] == 128
-    assert VLM.from_run(private[0] / "vlm").language.config.hidden_size == 128
+    assert load_run(private[0] / "vlm").language.config.hidden_size == 128
 
 
 def test_no_exported_file_names_private_datasets_people_or_places(private):
     folder, secrets = private
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert {"README.md", "manifest.json", "adapter_config.json"} <= {path.name for path in files}
-    told = {(path.relative_to(folder).as_posix(), word) for path in files for word in secrets
-            if word.encode() in path.read_bytes() or word in path.name}
-    assert told == set()
+    leaked = {(path.relative_to(folder).as_posix(), word) for path in files for word in secrets
+              if word.encode() in path.read_bytes() or word in path.name}
+    assert leaked == set()
     text = (folder / "README.md").read_text()
     assert "--data=sample,private_1:2" in text and "| private_1:2 | not known | 64 |" in text
     assert "private" in text.split("images were compared with")[1].split(".")[0]
 
 
 # ----------------------------------------------------------------------------- refusals
+
+def test_images_of_different_shapes_are_no_config_of_timm_s(runs, tmp_path, monkeypatch):
+    run = runs["full"][0]
+    opened = export.open_trained_run(str(run))
+    monkeypatch.setattr(export, "open_trained_run", lambda *names: (
+        *opened[:2], opened[2] | {"image": opened[2]["image"] | {"resize": "fit"}}, opened[3]))
+    for only in ("", "vision,card"):
+        with pytest.raises(UserError, match="by --resize=fit its images have different shapes, and timm's") as caught:
+            export.main(export.Config(run=str(run), folder=str(tmp_path / "out"), only=only))
+        assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    export.main(export.Config(run=str(run), folder=str(tmp_path / "out"), only="card"))
+
+
+def test_the_checkpoint_that_is_named_is_exported(runs, tmp_path, capsys):
+    run = runs["full"][0]
+    losses = {path.name: read_manifest(path).get("held_out_loss") for path in run.glob("step_*")}
+    assert len(losses) > 1
+    for name in ("best", *losses):
+        export.main(export.Config(run=str(run), folder=str(tmp_path / name), only="card", checkpoint=name))
+        step = name if name != "best" else min((name for name in losses if losses[name] is not None), key=losses.get)
+        assert f"of {run / step}, into" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--checkpoint=step_7: .* has step_000020"):
+        export.main(export.Config(run=str(run), folder=str(tmp_path / "no"), checkpoint="step_7"))
+
 
 @pytest.mark.parametrize("changes, message", [
     (dict(), r"export/vision: there already; remove it, or choose another --folder"),
@@ -399,7 +443,7 @@ def test_another_tokenizer_is_refused(runs, tmp_path):
     content = (run / "tokenizer.model").read_bytes()
     change_bit(run / "tokenizer.model", content.index(piece.encode()))
     Tokenizer(run / "tokenizer.model")  # which is a tokenizer still
-    with pytest.raises(UserError, match="tokenizer.model: altered, or not the one that the run was trained"):
+    with pytest.raises(UserError, match="tokenizer.model: not the one that the run was trained with; bring that back"):
         export.main(export.Config(run=str(run), folder=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 
@@ -420,7 +464,7 @@ def test_other_base_weights_are_refused(runs, tmp_path):
 @pytest.mark.parametrize("change", ["removed", "altered", "gone halfway"])
 def test_what_a_run_removes_meanwhile_is_exported_whole_or_not_at_all(change, runs, tmp_path, monkeypatch):
     run = shutil.copytree(runs["full"][0], tmp_path / "run", ignore=shutil.ignore_patterns("export", "eval"))
-    checkpoint, copytree, save = newest_checkpoint(run), shutil.copytree, export.save_file
+    checkpoint, save = newest_checkpoint(run), export.save_module
 
     def go_on(*arguments, **named):
         if change == "altered":
@@ -432,7 +476,7 @@ def test_what_a_run_removes_meanwhile_is_exported_whole_or_not_at_all(change, ru
         if change != "removed":
             save(*arguments, **named)
 
-    monkeypatch.setattr(export, "save_file", go_on)
+    monkeypatch.setattr(export, "save_module", go_on)
     with pytest.raises(UserError, match="step_000020: removed or altered while it was exported") as caught:
         export.main(export.Config(run=str(run), folder=str(tmp_path / "out")))
     assert "\n" not in str(caught.value) and list((tmp_path / "out").iterdir()) == []
@@ -478,15 +522,15 @@ def test_what_cannot_be_written_whole_is_not_there(runs, tmp_path, monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["full", "lora"])
-def test_encoder_is_timm_s_and_open_clip_s_too(name, runs, references, tmp_path):  # noqa: F811
+def test_encoder_is_timm_s_and_open_clip_s_too(name, runs, references, tmp_path):
     run, folder = runs[name]
     timm, open_clip = references
     pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     theirs = timm.create_model(f"local-dir:{folder / 'vision'}", pretrained=True).eval()
-    wanted = VLM.from_run(run).vision.eval()(pixels)
+    wanted = load_run(run).vision.eval()(pixels)
     assert relative_error(theirs.forward_features(pixels), wanted) < TOLERANCE
     assert relative_error(theirs(pixels), wanted[:, 0]) < TOLERANCE and theirs.num_classes == 0
-    assert equal_tensors(theirs.state_dict(), ViT.from_run(run).state_dict())
+    assert equal_tensors(theirs.state_dict(), encoder_of(run).state_dict())
     if name == "lora":
         base = load_encoder(runs["full"][1] / "vision/model.safetensors")
         assert relative_error(base(pixels), wanted) > 0.01
@@ -498,7 +542,7 @@ def test_encoder_is_timm_s_and_open_clip_s_too(name, runs, references, tmp_path)
     assert torch.equal(tower(pixels), theirs(pixels))
     save_file(fill(theirs).state_dict(), tmp_path / "tuned.safetensors")  # fine-tuned there
     back = load_encoder(tmp_path / "tuned.safetensors")
-    assert back.config == ViT.from_run(run).config
+    assert back.config == encoder_of(run).config
     assert equal_tensors(back.state_dict(), theirs.state_dict())
     assert relative_error(back(pixels), theirs.forward_features(pixels)) < TOLERANCE
 
@@ -506,9 +550,10 @@ def test_encoder_is_timm_s_and_open_clip_s_too(name, runs, references, tmp_path)
 @torch.no_grad()
 @pytest.mark.parametrize("config", [VIT, CLIP_VIT])
 @pytest.mark.parametrize("resize, crop_mode", [("crop", "center"), ("pad", "border")])
-def test_other_sizes_and_clip_s(config, resize, crop_mode, references, tmp_path):  # noqa: F811
+def test_other_sizes_and_clip_s(config, resize, crop_mode, references, tmp_path):
     model = VLM(fill(ViT(config)), LLaMA(LLAMA))
-    export.write_vision(make_run(tmp_path, model), resize, tmp_path / "vision")
+    image = {"size": config.image_size, "resize": resize}
+    export.write_vision(make_run(tmp_path, model), image, tmp_path / "vision")
     theirs = references[0].create_model(f"local-dir:{tmp_path / 'vision'}", pretrained=True).eval()
     pixels = torch.randn(2, 3, config.image_size, config.image_size)
     assert relative_error(theirs.forward_features(pixels), model.vision(pixels)) < TOLERANCE
@@ -516,7 +561,38 @@ def test_other_sizes_and_clip_s(config, resize, crop_mode, references, tmp_path)
 
 
 @torch.no_grad()
-def test_open_clip_starts_a_model_from_the_tower(runs, references):  # noqa: F811
+@pytest.mark.parametrize("merge", [1, 2])
+def test_an_encoder_of_larger_images_has_its_positions_interpolated_and_comes_back(merge, references, tmp_path):
+    """As --image_size=32 trains a ViT of 16 pixels; what --merge makes of its patches is the VLM's."""
+    model = VLM(fill(ViT(replace(VIT, merge=merge))), LLaMA(LLAMA))
+    export.write_vision(make_run(tmp_path, model), {"size": 32, "resize": "squash"}, tmp_path / "vision")
+    theirs = references[0].create_model(f"local-dir:{tmp_path / 'vision'}", pretrained=True).eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    tokens = theirs.forward_features(pixels)
+    merged = tokens if merge == 1 else merge_patches(tokens[:, 1:], 4, 4, 2)
+    assert merged.shape == (2, 17, 128) if merge == 1 else (2, 4, 512)
+    assert relative_error(merged, model.vision(pixels)) < TOLERANCE
+    assert relative_error(load_encoder(tmp_path / "vision/model.safetensors")(pixels), tokens) < TOLERANCE
+
+
+@torch.no_grad()
+def test_a_head_size_of_its_own_is_transformers_too(tmp_path):
+    model = VLM(ViT(VIT), randomise(LLaMA(replace(LLAMA, head_dim=16))))
+    settings = {"targets": "q_proj,o_proj", "r": 2, "alpha": 4.0, "dropout": 0.0}
+    add_lora(model.language, **settings)
+    model.lora["language"] = settings
+    randomise(model.language, seed=1)
+    checkpoint = make_run(tmp_path, model)
+    (tmp_path / "tokenizer.model").write_bytes(train_sample_tokenizer())
+    export.write_language(checkpoint, Tokenizer(tmp_path / "tokenizer.model"), torch.float32, 1e9, tmp_path / "new")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    tokens = some_tokens() % 307
+    assert theirs.config.head_dim == 16
+    assert relative_error(logits_of(theirs, tokens), model.language(tokens)) < TOLERANCE
+
+
+@torch.no_grad()
+def test_open_clip_starts_a_model_from_the_tower(runs, references):
     """Its own text tower is random: as little as there is in this model."""
     folder = runs["full"][1] / "vision"
     model = references[1].CustomTextCLIP(
@@ -527,10 +603,10 @@ def test_open_clip_starts_a_model_from_the_tower(runs, references):  # noqa: F81
 
 
 @torch.no_grad()
-def test_vision_adapter_is_peft_s(runs, references):  # noqa: F811
+def test_vision_adapter_is_peft_s(runs, references):
     run, folder = runs["lora"]
     base = references[0].create_model(f"local-dir:{runs['full'][1] / 'vision'}", pretrained=True)
     theirs = peft.PeftModel.from_pretrained(base, folder / "vision_adapter").eval()
     pixels = torch.randn(2, 3, 224, 224)
     assert relative_error(theirs.base_model.model.forward_features(pixels),
-                          VLM.from_run(run).vision(pixels)) < TOLERANCE
+                          load_run(run).vision(pixels)) < TOLERANCE

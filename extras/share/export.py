@@ -17,7 +17,7 @@ datasets nor places on this machine. The tokenizer and the base weights have to 
 Two things are not there, since they would not be this model. transformers' LLaVA has two layers where
 we have one projection, and its ViT leaves out the last norm. open_clip's whole models have a text
 tower, which nobody trained here: its TimmModel is the image tower alone. What comes back from those
-libraries is read by --vision_weights and --language_weights of train_vlm.py and by lora.load_adapter.
+libraries is read by --vision_weights and --language_weights of train_vlm.py and by weights.load_adapter.
 """
 
 import sys
@@ -27,25 +27,23 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the reposito
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import eval_vqa
-import train_vlm
-from data import BOS, EOS, Tokenizer, read_settings
-from model import (ADAPTERS, CLIP_MEAN, CLIP_STD, VLM, ViT, metadata_of, read_metadata, read_tensor,
-                   tensor_shapes, tensors_of)
-from plumbing.files import (find_run, hash_file, lock, read_manifest, require_writable, seal, sort_metadata,
-                            sync, write_manifest)
+from data import BOS, EOS
+from extras.share.card import make_public, write_card
+from plumbing.files import hash_file, lock, read_settings, require_writable, seal, sync, write_manifest
 from plumbing.flags import Range, UserError, parse_command_line, run
-from prepare.datasets import DATASETS
+from plumbing.tensors import language_files, plain_names, read_tensor, tensor_shapes
 from prepare.weights import WEIGHTS
-from tasks.evaluations import find_evaluations, read_evaluation
-from tasks.vqa import METRICS, cell_text
+from run import open_trained_run
+from weights import (ADAPTERS, hub_config, load_trained_encoder, load_vit, load_vlm, read_vlm_config,
+                     save_module)
 
 SOURCE = "exported_from.json"  # in each folder: which checkpoint it is of
 
@@ -53,6 +51,7 @@ SOURCE = "exported_from.json"  # in each folder: which checkpoint it is of
 @dataclass(frozen=True)
 class Config:
     run: str = ""  # folder of a train_vlm.py run; none: the newest in out/
+    checkpoint: str = ""  # of the run: best, by held-out loss, or a name such as step_000500; none: the newest
     folder: str = ""  # where the parts go; none: export/ in the run's folder
     only: str = ""  # parts, of vision, language, adapter, vlm, card; none: all
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of language/; others are as trained
@@ -63,14 +62,14 @@ class Config:
 
 def look(checkpoint, record):
     """{file: what tells it from another one} of a checkpoint's files; None for one that is not there."""
-    found = {}
+    facts = {}
     for name in ["manifest.json", *record["files"]]:
         try:
             stat = (checkpoint / name).stat()
-            found[name] = stat.st_ino, stat.st_size, stat.st_mtime_ns
+            facts[name] = stat.st_ino, stat.st_size, stat.st_mtime_ns
         except OSError:
-            found[name] = None
-    return found
+            facts[name] = None
+    return facts
 
 
 def require_same(checkpoint, record, before):
@@ -136,80 +135,23 @@ def remove(path):
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-# ----------------------------------------------------------------------------- what may be told
-
-def is_public(name):
-    """Whether a dataset is one of those that anybody may know to be there."""
-    known = DATASETS.get(name)
-    return known is not None and known.licence != "private" and known.access not in ("ours", "yours")
-
-
-def make_public(record):
-    """
-    What a run wrote down of itself, without what concerns nobody else: private datasets are called
-    private_1, private_2, ..., those that it was only compared with are not named; of paths the last name
-    is left, and the command is not there.
-    """
-    trained = [entry.partition(":")[0].strip() for entry in record["flags"]["data"].split(",")]
-    private = [name for name in dict.fromkeys(trained) if not is_public(name)]
-    alias = {name: f"private_{number}" for number, name in enumerate(private, start=1)}
-
-    def renamed(facts):
-        return {alias.get(name, name): fact for name, fact in facts.items()}
-
-    def compared(tests):
-        """Test splits by their names; of private ones that did not take part, only that they were there."""
-        names = {test: test.partition("/")[0] for test in tests}
-        told = {alias.get(name, name) + test[len(name):]: tests[test] for test, name in names.items()
-                if name in trained or is_public(name)}
-        more = len(tests) - len(told)
-        return told | ({f"{more} private": ""} if more else {})
-
-    flags = {name: Path(value).name if isinstance(value, str) and name not in ("data", "device") else value
-             for name, value in record["flags"].items()}
-    entries = [entry.strip().partition(":") for entry in record["flags"]["data"].split(",")]
-    flags |= {"data": ",".join(alias.get(name.strip(), name.strip()) + colon + weight
-                               for name, colon, weight in entries)}
-    told = {name: record[name] for name in ("resize", "tokenizer_sha256") if name in record}
-    machine = {name: fact for name, fact in record["machine"].items() if name != "command"}
-    told |= {"flags": flags, "machine": machine,
-             "shards": renamed(record.get("shards", {})),
-             "leaks": {name: guard | {"tests": compared(guard["tests"])}
-                       for name, guard in renamed(record.get("leaks", {})).items()}}
-    if "inputs" in record:
-        told["inputs"] = record["inputs"] | {"data": renamed(record["inputs"]["data"])}
-    if "tests" in record:
-        told["tests"] = {name: compared(tests) for name, tests in renamed(record["tests"]).items()}
-    return told
-
-
-def open_tokenizer(run, record):
-    """A run's tokenizer. Raises UserError where it is not the one that the run was trained with."""
-    tokenizer = Tokenizer(run / "tokenizer.model")
-    recorded = {record.get("tokenizer_sha256"), record.get("inputs", {}).get("tokenizer")} - {None}
-    if recorded - {tokenizer.sha256}:
-        raise UserError(f"{tokenizer.path}: altered, or not the one that the run was trained with; bring "
-                        "that back, as from shards/<dataset>/tokenizer.model")
-    if not recorded:
-        print(f"{tokenizer.path}: not known whether the run was trained with it: it does not say",
-              file=sys.stderr)
-    return tokenizer
-
-
 def write_json(path, content):
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------- vision
 
-def write_vision(checkpoint, how, folder):
-    """The encoder, its LoRA merged, and the config.json by which timm builds and fills it."""
+def write_vision(checkpoint, image, folder):
+    """
+    The encoder, its LoRA merged, and the config.json by which timm builds and fills it, for images of the
+    run's settings. What --merge makes of its patches is not in it, as the projection is not.
+    """
     folder.mkdir()
-    vit = ViT.load(checkpoint)
-    config, size = vit.config, vit.config.image_size
-    save_file(tensors_of(vit), folder / "model.safetensors", metadata=metadata_of(vit))
-    sort_metadata(folder / "model.safetensors")
-    crop_mode = {"squash": "squash", "crop": "center", "pad": "border"}[how]  # ours pads with black
+    vit = load_trained_encoder(checkpoint)
+    config, size = vit.config, image["size"]
+    vit.pos_embed = nn.Parameter(vit.positions(*[size // config.patch_size] * 2).detach())
+    save_module(vit, folder / "model.safetensors")
+    crop_mode = {"squash": "squash", "crop": "center", "pad": "border"}[image["resize"]]  # ours pads with black
     write_json(folder / "config.json", {
         "architecture": "vit_base_patch32_clip_224" if config.clip else "vit_base_patch16_224",
         "num_classes": 0, "num_features": config.width, "global_pool": "token",
@@ -217,8 +159,8 @@ def write_vision(checkpoint, how, folder):
                        "depth": config.depth, "num_heads": config.heads, "act_layer": config.gelu},
         "pretrained_cfg": {
             "input_size": [3, size, size], "fixed_input_size": True, "pool_size": None, "num_classes": 0,
-            "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": crop_mode, "mean": CLIP_MEAN,
-            "std": CLIP_STD, "first_conv": "patch_embed.proj", "classifier": "head"}})
+            "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": crop_mode, "mean": vit.mean,
+            "std": vit.std, "first_conv": "patch_embed.proj", "classifier": "head"}})
 
 
 # ----------------------------------------------------------------------------- language
@@ -226,16 +168,14 @@ def write_vision(checkpoint, how, folder):
 def write_language(checkpoint, tokenizer, dtype, shard_bytes, folder):
     """The language model, LoRA merged, in the hub's layout; no more than a file of it is in memory."""
     folder.mkdir()
-    model = VLM.load(checkpoint, device="meta")  # no values, but a check that all are there and fit
+    model = load_vlm(checkpoint, device="meta")  # no values, but a check that all are there and fit
     base, adapter = Path(model.weights["language"] or checkpoint / "language"), {}
-    index = base / "model.safetensors.index.json"
-    files = (read_settings(index)["weight_map"] if index.is_file() else
-             dict.fromkeys(tensor_shapes(base / "model.safetensors"), "model.safetensors"))
+    files = {name: file for file in language_files(base) for name in tensor_shapes(file)}
     if settings := model.lora.get("language"):
         adapter = load_file(checkpoint / ADAPTERS["language"] / "adapter_model.safetensors")
 
     def read(name):
-        tensor = read_tensor(base / files[name], name)
+        tensor = read_tensor(files[name], name)
         A, B = (adapter.get(f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight")
                 for side in "AB")
         if A is not None:  # as LoRALinear.merge does
@@ -245,8 +185,8 @@ def write_language(checkpoint, tokenizer, dtype, shard_bytes, folder):
             raise UserError(f"{base}: {name} has values past those of {dtype}; try --dtype=bfloat16")
         return tensor
 
-    sizes = {name.replace(".base.", "."): tensor.numel() * dtype.itemsize for name, tensor in
-             model.language.state_dict().items() if ".lora_" not in name}
+    state = model.language.state_dict()
+    sizes = {name: state[inside].numel() * dtype.itemsize for name, inside in plain_names(state).items()}
     parts, room, weight_map = [[]], shard_bytes, {}
     for name, size in sizes.items():
         if size > room and parts[-1]:
@@ -258,14 +198,12 @@ def write_language(checkpoint, tokenizer, dtype, shard_bytes, folder):
         save_file({name: read(name) for name in names}, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     if len(parts) > 1:
-        write_json(folder / index.name,
+        write_json(folder / "model.safetensors.index.json",
                    {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
     # Where none is said, LLaMA 1's, which is transformers' own default, too
     longest = read_settings(base / "config.json").get("max_position_embeddings") or 2048
-    write_json(folder / "config.json", {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", **asdict(model.language.config),
-        "max_position_embeddings": longest, "hidden_act": "silu", "tie_word_embeddings": False,
-        "bos_token_id": BOS, "eos_token_id": EOS, "torch_dtype": str(dtype).removeprefix("torch.")})
+    write_json(folder / "config.json", hub_config(model.language.config) | {
+        "max_position_embeddings": longest, "torch_dtype": str(dtype).removeprefix("torch.")})
     write_tokenizer(tokenizer, longest, folder)
 
 
@@ -335,15 +273,13 @@ def write_vlm(checkpoint, told, folder):
     shutil.copyfile(checkpoint.parent / "tokenizer.model", folder / "tokenizer.model")
     write_manifest(folder, "config.json", told)
     step, config = folder / "partial", read_settings(checkpoint / "config.json")
-    weights = VLM.load(checkpoint, device="meta").weights  # where they are, and are what they were
+    weights = read_vlm_config(checkpoint)["weights"]  # where they are, and are what they were
     parts = {ADAPTERS[part]: part for part in config["lora"]}
     shutil.copytree(checkpoint, step, ignore=shutil.ignore_patterns("optimizer.*", "manifest.json", *parts))
     for name, part in parts.items():
         write_adapter(checkpoint, part, step / name)
-    if vision := weights["vision"]:
-        facts = metadata_of(ViT.from_pretrained(vision, device="meta"))  # a config beside may tell them
-        save_file(load_file(vision), step / "vision.safetensors", {**read_metadata(vision), **facts})
-        sort_metadata(step / "vision.safetensors")
+    if weights["vision"]:
+        save_module(load_vit(weights["vision"]), step / "vision.safetensors")
     if weights["language"]:
         (step / "language").mkdir()
         base = Path(weights["language"])
@@ -360,153 +296,14 @@ def write_vlm(checkpoint, told, folder):
     seal(step, folder / checkpoint.name, step=int(checkpoint.name[5:]), **told)
 
 
-# ----------------------------------------------------------------------------- the card
-
-# Flags that the card shows at their defaults, too
-SHOWN = {"model", "vision", "projector", "language", "batch_size", "epochs", "learning_rate", "seed"}
-CARD = """---
-license: unknown
-pipeline_tag: visual-question-answering
-tags: [medical, nanomedq]
-base_model: {bases}
-datasets: {datasets}
----
-
-# {name}
-
-A vision-language model for questions about medical images, made by nanoMedQ at commit {commit}: a ViT
-of {vision:,} parameters ({vit.tokens} tokens for an image of {vit.image_size} pixels), one linear
-projection of {projector:,}, a LLaMA of {language:,} with {llama.vocab_size:,} pieces.
-
-**Not for clinical use.** It is meant for research on visual question answering. It answers one question
-about one image, `Question: ...\\nAnswer:`, briefly and in the words of its training data. An answer may
-be wrong without looking so. Answers were compared with the references of datasets, if at all, and with
-nothing else; other kinds of images, questions and languages than those below are untested.
-
-## Results
-
-{results}
-
-## Training data
-
-| dataset (: weight) | licence | samples | images | samples whose image a test split has |
-|---|---|--:|--:|--:|
-{data}
-
-Of these samples, about {held_out:,} were held out. Training images were compared with {tests}.
-What is not known the run did not record.
-
-## Recipe
-
-{steps:,} steps of AdamW on the cross-entropy of the answers' tokens; the last loss logged is {loss} nats
-a token, on held-out samples {held_out_loss}. Machine: {device}, {threads} threads, torch {torch}, Python
-{python}. The main flags of train_vlm.py, and those that differ from its defaults:
-
-    {flags}
-
-## Licence
-
-None was chosen for these weights. They were trained on the data above, each under its own licence.
-{starts}
-"""
-
-
-def training_rows(told):
-    """Of each training split a row of the card's table: what the run recorded of it, and nothing newer."""
-    for entry in told["flags"]["data"].split(","):
-        name = entry.partition(":")[0]
-        facts = told.get("inputs", {}).get("data", {}).get(name, {})
-        known, guard = DATASETS.get(name), told.get("leaks", {}).get(name, {})
-        done = {"drop": "left out", "keep": "kept"}.get(guard.get("leaks"), "not known whether left out")
-        cells = entry, known.licence if known else "not known", *(
-            facts.get(key, "not known") for key in ("samples", "images", "leaked"))
-        yield f"| {' | '.join(map(str, cells))}, {done} |"
-
-
-def describe_results(run, checkpoint):
-    """The tables of all evaluations of a run's checkpoint as Markdown, or why there are none."""
-    manifest = read_manifest(checkpoint)
-    found = [results for results in map(read_evaluation, sorted(find_evaluations(run)))
-             if results["stands_on"]["checkpoint"] == manifest["checksum"]]
-    if not found:
-        return f"Unknown: eval_vqa.py has not evaluated {checkpoint.name}."
-    machine = found[0]["machine"]
-    lines = ["Percent, with 95% intervals by resampling, by eval_vqa.py at commit "
-             f"{machine['commit'] or 'unknown'} on {machine['device'].strip()}.",
-             "*image shuffled* is this model with the images exchanged among the questions,",
-             "*question only* the most frequent training answer to the same words. Neither sees the",
-             "right image: a score is worth what it has above them."]
-    for results in found:
-        flags = [f"--{flag}={value}" for flag, value in results["stands_on"]["flags"].items()
-                 if value != getattr(eval_vqa.Config, flag)]
-        ((name, tables),) = results["results"].items()
-        name = " ".join([name if is_public(name.partition("/")[0]) else "a private dataset", *flags])
-        for title, table in (("all questions", tables["all"]), ("those new to the run", tables["new"])):
-            if isinstance(table, str):  # the reason names places and data
-                lines += ["", f"{name}, {title}: not known"]
-                continue
-            lines += ["", f"| {name}, {title}: {table['questions']:,}, over {tables['drawn']} | "
-                      f"{' | '.join(METRICS)} |", "|---|" + "--:|" * len(METRICS)]
-            for row, cells in table["rows"].items():
-                lines.append(f"| {row} | {' | '.join(cell_text(cells[metric]) for metric in METRICS)} |")
-    return "\n".join(lines)
-
-
-def describe_starts(told):
-    """What each part started from, a line each; the hub's names of those that have one."""
-    starts, bases, flags = [], [], told["flags"]
-    for part, of_the_paper in (("vision", "biomedclip.safetensors"), ("language", "pmc_llama_7b")):
-        start = flags[f"{part}_weights"]
-        if start == "auto":
-            start = of_the_paper if flags["model"] == "paper" else "none"
-        # by its name, one that prepare/all.py has brought
-        if entry := next((entry for entry in WEIGHTS.values() if entry.target == start), None):
-            bases.append(entry.hub)
-        origin = f"{entry.page}, licence: {entry.licence}" if entry else "origin and licence not known"
-        starts.append(f"The {part} model started from "
-                      f"{'random values' if start == 'none' else f'{start} ({origin})'}.")
-    return starts, bases
-
-
-def last_losses(run, step):
-    """The newest losses in a run's log up to a step, as text."""
-    log, last = run / "log.jsonl", {"loss": "not known", "held_out_loss": "not known"}
-    for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []:
-        try:
-            entry = json.loads(line)
-            last |= {key: f"{entry[key]:.3f}" for key in last if key in entry and entry["step"] <= step}
-        except (ValueError, TypeError, KeyError, RecursionError):  # torn, or not by train_vlm.py
-            continue
-    return last
-
-
-def write_card(checkpoint, told, path):
-    """The card, with the hub's front matter. What the run did not record is not known."""
-    model, flags, step = VLM.load(checkpoint, device="meta"), told["flags"], int(checkpoint.name[5:])
-    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    default, (starts, bases) = asdict(train_vlm.Config()), describe_starts(told)
-    known = [DATASETS.get(entry.partition(":")[0]) for entry in flags["data"].split(",")]
-    hub = [dataset.hub for dataset in known if dataset and dataset.hub]
-    tests = {test for guard in told.get("leaks", {}).values() for test in guard["tests"]}
-    shown = [f"--{key}={value}" for key, value in flags.items() if key in SHOWN or not (
-             key in train_vlm.FREE_ON_RESUME or key.endswith("_weights") or value == default.get(key))]
-    path.write_text(CARD.format(
-        **sizes, **last_losses(checkpoint.parent, step), vit=model.vision.config, llama=model.language.config,
-        **{key: str(value).strip() or "not known" for key, value in told["machine"].items()}, steps=step,
-        name=checkpoint.parent.resolve().name, flags="\n    ".join(shown), held_out=flags["held_out"],
-        data="\n".join(training_rows(told)), tests=", ".join(sorted(tests)) or "no test split",
-        bases=json.dumps(bases), datasets=json.dumps([*dict.fromkeys(hub)]), starts="\n".join(starts),
-        results=describe_results(checkpoint.parent, checkpoint)), encoding="utf-8")
-
-
 def write_with_source(write, record, *arguments):
     """write(*arguments), whose last is a folder, and into it which checkpoint it is of."""
     write(*arguments)
     write_json(arguments[-1] / SOURCE, {"checkpoint": record["name"], "manifest": record["checksum"]})
 
 
-def choose_parts(config, run, lora):
-    """The parts to write, in order. Raises UserError for one that is not there."""
+def choose_parts(config, run, lora, image):
+    """The parts to write, in order. Raises UserError for one that is not there, or that no other library reads."""
     parts = ["vision", "language", "adapter", "vlm", "card"]
     only = [part.strip() for part in config.only.split(",")] if config.only else parts
     for part in only:
@@ -514,38 +311,38 @@ def choose_parts(config, run, lora):
             raise UserError(f"--only={part}: no such part; there are {', '.join(parts)}")
         if config.only and part == "adapter" and not lora:
             raise UserError(f"--only={part}: {run} has no LoRA; leave it out")
+        if part == "vision" and image["resize"] == "fit":
+            raise UserError(f"{run}: by --resize=fit its images have different shapes, and timm's config.json has one; "
+                            "leave out vision, as with --only=language,vlm,card")
     return list(dict.fromkeys(only))
 
 
 def main(config):
-    run, checkpoint = find_run(config.run)
-    sealed = read_manifest(checkpoint)
-    before = look(checkpoint, sealed)
-    require_same(checkpoint, sealed, before)
-    record = read_settings(run / "config.json") | sealed  # what it was sealed with counts
+    run, checkpoint, record, tokenizer = open_trained_run(config.run, config.checkpoint)
+    before = look(checkpoint, record)
+    require_same(checkpoint, record, before)
     lora, dtype = read_settings(checkpoint / "config.json")["lora"], getattr(torch, config.dtype)
-    tokenizer, told = open_tokenizer(run, record), make_public(record)
-    folder = Path(config.folder or run / "export")
+    public, folder = make_public(record), Path(config.folder or run / "export")
     jobs = {  # part -> its files or folders, and what write_part is to call for each
-        "vision": {"vision": (write_vision, checkpoint, record.get("resize", "squash"))},
+        "vision": {"vision": (write_vision, checkpoint, record["image"])},
         "language": {"language": (write_language, checkpoint, tokenizer, dtype,
                                   config.shard_gigabytes * 1e9)},
         "adapter": {ADAPTERS[part]: (write_adapter, checkpoint, part) for part in lora},
-        "vlm": {"vlm": (write_vlm, checkpoint, told)}}
-    parts = choose_parts(config, run, lora)
-    jobs = {folder / name: (write_with_source, job[0], sealed, *job[1:]) for part in parts
+        "vlm": {"vlm": (write_vlm, checkpoint, public)}}
+    parts = choose_parts(config, run, lora, record["image"])
+    jobs = {folder / name: (write_with_source, job[0], record, *job[1:]) for part in parts
             for name, job in jobs.get(part, {}).items()}
     if "card" in parts:
-        jobs[folder / "README.md"] = write_card, checkpoint, told
-    require_free(folder, jobs, sealed)
-    model = VLM.load(checkpoint, device="meta")  # no values, but its base weights are those of the training
+        jobs[folder / "README.md"] = write_card, checkpoint, public
+    require_free(folder, jobs, record)
+    model = load_vlm(checkpoint, device="meta")  # no values, but its base weights are those of the training
     require_writable(folder, "folder")
     require_room(folder, checkpoint, model, parts, dtype)
     with lock(folder / ".lock", "exporting"):
-        require_free(folder, jobs, sealed)  # another export may have ended since
+        require_free(folder, jobs, record)  # another export may have ended since
         print(f"of {checkpoint}, into {folder}:", flush=True)
         for target, job in jobs.items():
-            write_part(target, *job, unchanged=lambda: require_same(checkpoint, sealed, before))
+            write_part(target, *job, unchanged=lambda: require_same(checkpoint, record, before))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Each row of extras/bench/training.py's table learns what samples run one at a time would learn."""
 
 import contextlib
+import functools
 import json
 import subprocess
 import sys
@@ -10,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from data import Shard
 from extras.bench import training
 from model import VLM
-from test_packing import VOCABULARY, N, loss_alone, random_images, tensors, tiny_vlm, write_shard
+from plumbing.shards import Shard
+from test_packing import VOCABULARY, count_tokens, loss_alone, random_images, tensors, tiny_vlm, write_shard
 from test_train import shards  # noqa: F401, the fixture: a prepared part of the sample
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,39 +53,39 @@ def plain(questions):
     return losses
 
 
-@pytest.mark.parametrize("shared, row_length, everywhere, recomputed", [
-    (1, 18, True, 1), (1, 40, True, 1), (1, 40, False, 1), (1, 40, False, 0), (2, 60, False, 0),
-    (4, 60, False, 0), (0, 60, False, 0)])
-def test_fifty_steps_have_the_losses_of_samples_run_alone(shared, row_length, everywhere, recomputed,
-                                                          questions, plain):
+@pytest.mark.parametrize("shared, length, everywhere, recomputed", [
+    (1, 18, True, 1), (1, 40, True, 1), (1, 40, False, 1), (1, 0, False, 1), (1, 0, False, 0), (2, 0, False, 0),
+    (4, 0, False, 0), (0, 0, False, 0)])  # length 0: as train_vlm.py does it
+def test_fifty_steps_have_the_losses_of_samples_run_alone(shared, length, everywhere, recomputed, questions, plain):
     shard, _, steps = questions
     model, losses = tiny_vlm("lora"), []
     model.vision.recomputed = model.language.recomputed = recomputed
     optimizer = optimizer_of(model)
-    config = training.Config(micro_batch_tokens=60)
+    loss_of = training.loss_at_every_position if everywhere else training.dense_loss
+    loss_of = functools.partial(loss_of, length=length) if length else VLM.loss
     for numbers in steps:
-        step = training.pack(shard, numbers, shared, row_length, config, N)
-        assert len(step.batches) > 1
-        losses.append(training.update(
-            model, optimizer, training.loss_at_every_position if everywhere else VLM.loss,
-            [tensors(batch) for batch in step.batches], step.supervised, contextlib.nullcontext()))
+        batches, padded, supervised = training.pack(shard, numbers, shared, length,
+                                                    training.Config(micro_batch_tokens=60), count_tokens)
+        assert len(batches) > 1 and bool(padded) == bool(length)
+        losses.append(training.update(model, optimizer, loss_of, [tensors(batch) for batch in batches], supervised,
+                                      contextlib.nullcontext()))
     assert losses == pytest.approx(plain, rel=1e-4)
 
 
 def test_recomputing_keeps_less_and_changes_no_gradient(questions):
     shard, _, steps = questions
-    step = training.pack(shard, steps[0], 1, 40, training.Config(micro_batch_tokens=10_000), N)
-    found = []
+    batches, *_ = training.pack(shard, steps[0], 1, 0, training.Config(micro_batch_tokens=10_000), count_tokens)
+    seen = []
     for recomputed in (0, 1, 2):
         model = tiny_vlm("lora")
         model.vision.recomputed = model.language.recomputed = recomputed
-        given = model, None, VLM.loss, [tensors(step.batches[0])], 1, contextlib.nullcontext()
+        given = model, None, VLM.loss, [tensors(batches[0])], 1, contextlib.nullcontext()
         kept = training.count_kept(*given)
-        model.loss(tensors(step.batches[0])).backward()
-        found.append((kept, [p.grad for p in model.parameters() if p.grad is not None]))
-    assert found[0][0] > 1.2 * found[1][0] > 1.2 * found[2][0]
-    for _, gradients in found[1:]:
-        assert all(map(torch.equal, gradients, found[0][1]))
+        model.loss(tensors(batches[0])).backward()
+        seen.append((kept, [p.grad for p in model.parameters() if p.grad is not None]))
+    assert seen[0][0] > 1.2 * seen[1][0] > 1.2 * seen[2][0]
+    for _, gradients in seen[1:]:
+        assert all(map(torch.equal, gradients, seen[0][1]))
 
 
 def test_the_table_is_written_and_the_peer_does_the_same_work(shards, tmp_path):  # noqa: F811
@@ -98,6 +99,6 @@ def test_the_table_is_written_and_the_peer_does_the_same_work(shards, tmp_path):
     losses = [row["loss"] for row in rows.values()]
     assert losses == pytest.approx([losses[0]] * 10, rel=1e-5) and "transformers + PEFT" in rows
     assert "6 of 6 answers are the same" in done.stdout
-    recomputed = rows["attention within groups, in long rows"]
+    recomputed = rows["attention within groups"]
     assert rows["nothing recomputed"]["kept"] > recomputed["kept"]
     assert len(Shard(shards / "sample" / "train")) == 64

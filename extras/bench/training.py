@@ -38,6 +38,7 @@ import subprocess
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import numpy as np
@@ -47,14 +48,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 
-import train_vlm
-from data import BOS, EOS, Mixture
+from data import BOS, EOS, Batch, Mixture
 from extras.bench.answering import clock, measure_limits, open_questions
 from extras.bench.classifying import make_vit
 from extras.bench.progress import Progress, about, tell
-from model import HAS_TRITON, VLM, normalise
-from plumbing.devices import autocast_to, describe_machine, pick_device
+from lora import add_lora
+from model import VLM, normalise
+from plumbing.devices import autocast_to, describe_machine, pick_device, to_device
 from plumbing.flags import Count, Device, Range, Whole, parse_command_line, run
+from plumbing.kernels import HAS_TRITON
+from plumbing.leaks import read_leaks
+from run import make_optimizer
+from weights import build_vlm
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,7 @@ class Config:
     batch_size: Count = 64  # questions in a step
     vision: Literal["full", "lora", "frozen"] = "full"  # what trains of the vision transformer
     language: Literal["lora", "full", "frozen"] = "lora"  # what trains of the language model
-    row_length: Count = 3584  # tokens of a packed row
-    dense_row_length: Count = 448  # where attention is computed for the whole row
+    dense_row_length: Count = 448  # tokens of a row in which attention is computed for all of it
     micro_batch_tokens: Count = 4096  # tokens of a forward pass
     rounds: Count = 3  # timed steps of each row
     peer: bool = True  # time the peer, too
@@ -80,26 +84,36 @@ class Config:
 
 # ----------------------------------------------------------------------------- ours
 
-def dense_mask(group, question):
-    """model.packed_mask as one would write it first: (R, 1, T, T), True where a query may look."""
-    same_group = group[:, :, None] == group[:, None, :]  # (R, T, T)
-    own = (question[:, None, :] == 0) | (question[:, :, None] == question[:, None, :])
-    return (same_group & own).tril()[:, None]
+def join(batches):
+    """Several Batches end to end, as one that is computed in one pass, groups numbered in each from 0."""
+    starts = np.cumsum([0] + [len(batch.tokens) for batch in batches])
+    columns = {name: [getattr(batch, name) + (start if name.endswith("_at") else 0)
+                      for batch, start in zip(batches, starts)] for name in (
+        "tokens", "positions", "group", "branch", "image_at", "answer_at", "targets", "weights", "key")}
+    return Batch(images=[image for batch in batches for image in batch.images],
+                 **{name: np.concatenate(arrays) for name, arrays in columns.items()})
 
 
-def dense_loss(model, batch):
+def dense_masks(batch, length):
+    """model.packed_mask as one would write it first: rows of so many tokens, in each who may look at whom."""
+    masks = []
+    for group, branch in zip(batch.group.split(length), batch.branch.split(length)):
+        own = (branch[None] == 0) | (branch[:, None] == branch[None])  # (length, length)
+        masks.append((length, ((group[:, None] == group[None]) & own).tril()))
+    return masks
+
+
+def dense_loss(model, batch, length):
     """VLM.loss with that mask: every token's attention to its whole row is computed."""
-    x = model.splice(batch.tokens, model.encode_images(batch.images), batch.image_at)
-    mask = dense_mask(batch.group, batch.question)
-    x = model.language.transform(x, batch.positions, mask, batch.answer_at)
-    return F.cross_entropy(model.language.lm_head(x).float(), batch.targets, reduction="sum")
+    logits = model.language(batch.tokens, batch.positions, dense_masks(batch, length), batch.answer_at,
+                            model.encode_images(batch.images), batch.image_at)
+    return F.cross_entropy(logits, batch.targets, reduction="sum")
 
 
-def loss_at_every_position(model, batch):
+def loss_at_every_position(model, batch, length):
     """The same with the logits of all tokens, of which most are then ignored."""
-    x = model.splice(batch.tokens, model.encode_images(batch.images), batch.image_at)
-    x = model.language.transform(x, batch.positions, dense_mask(batch.group, batch.question))
-    logits = model.language.lm_head(x).float().flatten(0, 1)  # (R * T, V)
+    logits = model.language(batch.tokens, batch.positions, dense_masks(batch, length), None,
+                            model.encode_images(batch.images), batch.image_at)  # (T, V)
     targets = torch.full((len(logits),), -100, device=logits.device)
     targets[batch.answer_at] = batch.targets
     return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
@@ -120,16 +134,21 @@ def update(model, optimizer, loss_of, batches, supervised, autocast):
     return total.item()
 
 
-def pack(shard, numbers, questions_per_image, row_length, config, N):
-    """The Step of these samples, each image shared by so many of its questions."""
-    mixture = Mixture([shard], N, batch_size=len(numbers), row_length=row_length,
-                      rows_per_batch=max(1, config.micro_batch_tokens // row_length))
+def pack(shard, numbers, questions_per_image, length, config, count_tokens):
+    """
+    (micro-batches, share of their tokens that is padding, supervised tokens) of these samples, each image
+    shared by so many of its questions. length: of rows that are padded to it; 0: one sequence, as it comes.
+    """
+    mixture = Mixture([shard], count_tokens, batch_size=len(numbers), max_length=1 << 20,
+                      micro_batch_tokens=length or config.micro_batch_tokens, multiple=length or 1)
     groups, asked = [], defaultdict(int)
     for number in numbers:
         image = int(shard.samples[number]["image"])
         groups.append((image, asked[image] // (questions_per_image or len(numbers))))
         asked[image] += 1
-    return mixture.pack(0, numbers, groups)
+    step, rows = mixture.pack(0, numbers, groups), max(1, config.micro_batch_tokens // length) if length else 1
+    batches = [join(step.batches[at:at + rows]) for at in range(0, len(step.batches), rows)]
+    return batches, step.padded, step.divisor
 
 
 # ----------------------------------------------------------------------------- the peer
@@ -167,8 +186,9 @@ def peer_batches(shard, numbers, N, size, device):
     for begin in range(0, len(numbers), size):
         rows = []
         for number in numbers[begin:begin + size]:
-            prompt, answer = (part.tolist() for part in shard.read_tokens(number))
-            rows.append(([BOS] + [0] * N + prompt, [*answer, EOS], int(shard.samples[number]["image"])))
+            sample = shard.read_sample(number)  # <bos>, the image, prompt and answer
+            begin, tokens = int(sample.spans[0, 0]), sample.tokens.tolist()
+            rows.append(([BOS] + [0] * N + tokens[2:begin], tokens[begin:], int(shard.samples[number]["image"])))
         T = max(len(prompt) + len(answer) for prompt, answer, _ in rows)
         padding = [T - len(prompt) - len(answer) for prompt, answer, _ in rows]
         arrays = ([p + a + [EOS] * more for (p, a, _), more in zip(rows, padding)],
@@ -219,7 +239,7 @@ def count_flop(model, steps, config):
         return 2 * weights * tokens * (3 if trained else 2)
 
     language, whole = model.language, config.language == "full"
-    image_tokens = model.vision.config.tokens * sum(len(batch.images) for batch in steps)
+    image_tokens = sum(len(batch.image_at) for batch in steps)
     tokens = sum(int((batch.group >= 0).sum()) for batch in steps)
     wanted = sum(len(batch.targets) for batch in steps)
     return (flop(language.model.layers, tokens, whole) + flop(language.lm_head, wanted, whole)
@@ -227,11 +247,10 @@ def count_flop(model, steps, config):
             + flop(model.vision.blocks, image_tokens, config.vision == "full"))
 
 
-def time_loader(shard, N, questions_per_image, config):
+def time_loader(shard, count_tokens, questions_per_image, config):
     """(samples/s, images/s) of train_vlm.py's loader on its own, over 20 steps after the first 5."""
-    mixture = Mixture([shard], N, config.batch_size, questions_per_image=questions_per_image,
-                      row_length=config.row_length, leaks=[shard.read_leaks()],
-                      rows_per_batch=max(1, config.micro_batch_tokens // config.row_length))
+    mixture = Mixture([shard], count_tokens, config.batch_size, questions_per_image=questions_per_image,
+                      micro_batch_tokens=config.micro_batch_tokens, leaks=[read_leaks(shard)])
     images = 0
     for number, step in enumerate(mixture.steps(0, 25, os.cpu_count())):
         if number == 4:
@@ -283,19 +302,18 @@ def write_tables(rows, loader, others, peak, config, device, dtype):
 
 
 def ladder(config, longest, on_gpu):
-    """[(name, questions that share an image, length of a row, loss, recomputed?, compiled?)] of our rows."""
-    every, dense, plain = loss_at_every_position, dense_loss, VLM.loss
-    long, short = config.row_length, config.dense_row_length
+    """[(name, questions that share an image, length of rows or 0, loss, recomputed?, compiled?)] of our rows."""
+    short, every = config.dense_row_length, partial(loss_at_every_position, length=config.dense_row_length)
     return [
-        ("padded, logits everywhere, recomputed", 1, longest, every, True, False),
+        ("padded, logits everywhere, recomputed", 1, longest, partial(loss_at_every_position, length=longest), True,
+         False),
         ("packed", 1, short, every, True, False),
-        ("logits at answers", 1, short, dense, True, False),
-        ("attention within groups, in long rows", 1, long, plain, True, False),
-        *([("compiled", 1, long, plain, True, True)] if on_gpu else []),
-        ("nothing recomputed", 1, long, plain, False, on_gpu),
-        *((f"{count} questions share an image", count, long, plain, False, on_gpu)
-          for count in (2, 4, 8)),
-        ("all questions share an image", 0, long, plain, False, on_gpu)]
+        ("logits at answers", 1, short, partial(dense_loss, length=short), True, False),
+        ("attention within groups", 1, 0, VLM.loss, True, False),
+        *([("compiled", 1, 0, VLM.loss, True, True)] if on_gpu else []),
+        ("nothing recomputed", 1, 0, VLM.loss, False, on_gpu),
+        *((f"{count} questions share an image", count, 0, VLM.loss, False, on_gpu) for count in (2, 4, 8)),
+        ("all questions share an image", 0, 0, VLM.loss, False, on_gpu)]
 
 
 def peer_row(model, batches, supervised, config, device, autocast):
@@ -332,28 +350,40 @@ def measure(rows, rounds, device):
             measured.row(f"{name}, {row['seconds'][-1]:.2f} s")
 
 
+def make(config, vocab_size, dtype, device):
+    """The model, of random weights, with what trains as train_vlm.py's flags of these names have it."""
+    torch.manual_seed(0)
+    lora = {"r": 8, "alpha": 16.0, "dropout": 0.0}
+    model = build_vlm(config.model, vocab_size, dtype=torch.float32 if config.language == "full" else dtype,
+                      device=device, lora={"targets": "q_proj,v_proj", **lora} if config.language == "lora" else None)
+    if config.language == "frozen":
+        model.language.requires_grad_(False)
+    if config.vision == "lora":
+        add_lora(model.vision, "qkv", **lora)
+    if config.vision == "frozen":
+        model.vision.requires_grad_(False)
+    return model.train()  # flex: the blocks alone are not compiled in most rows
+
+
 def main(config):
     device, dtype = pick_device(config.device, config.dtype)
     autocast = autocast_to(device, dtype)
     shard, tokenizer = open_questions(config, "train")
-    flags = train_vlm.Config(model=config.model, vision=config.vision, language=config.language,
-                             vision_weights="none", language_weights="none", compile=False)
-    torch.manual_seed(0)
-    model = train_vlm.make_model(flags, tokenizer, None, device, dtype).train()
-    model.flex = True  # the blocks alone are not compiled in most rows
-    shard.require_image_size(model.vision.config.image_size)
-    N, numbers = model.vision.config.tokens, choose_questions(shard, config.batch_size)
-    longest = 1 + N + max(sum(map(len, shard.read_tokens(number))) for number in numbers)
-    blocks = [*model.vision.blocks, *model.language.model.layers]
+    model = make(config, tokenizer.vocab_size, dtype, device)
+    side = model.vision.config.image_size
+    shard.require_image_size(side)
+    N, numbers = model.vision.tokens(side, side), choose_questions(shard, config.batch_size)
+    longest = N - 2 + max(len(shard.read_sample(number).tokens) for number in numbers)  # the last is no input
+    blocks = [*model.vision.blocks, *model.language.blocks]
     on_gpu = device.type == "cuda" and HAS_TRITON
     compiled = [torch.compile(block.forward) for block in blocks] if on_gpu else []
     peak = config.peak_tflops * 1e12 or measure_limits(device, dtype)[0]
-    optimizer, rows = train_vlm.make_optimizer(model, flags), {}
-    for name, count, row_length, loss_of, recomputed, fused in ladder(config, longest, on_gpu):
-        step = pack(shard, numbers, count, row_length, config, N)
-        batches = [train_vlm.to_device(batch, device) for batch in step.batches]
+    optimizer, rows = make_optimizer([(name, p, 1.0) for name, p in model.named_parameters()], 0.01), {}
+    for name, count, length, loss_of, recomputed, fused in ladder(config, longest, on_gpu):
+        batches, padded, supervised = pack(shard, numbers, count, length, config, model.vision.tokens)
+        batches = [to_device(batch, device) for batch in batches]
 
-        def run_step(function=update, batches=batches, supervised=step.supervised, loss_of=loss_of,
+        def run_step(function=update, batches=batches, supervised=supervised, loss_of=loss_of,
                      recomputed=recomputed, fused=fused):
             for part, parts in (model.vision, model.vision.blocks), (model.language, blocks):
                 part.recomputed = len(parts) if recomputed else 0
@@ -363,7 +393,7 @@ def main(config):
                     block.forward = forward
             return function(model, optimizer, loss_of, batches, supervised, autocast)
 
-        rows[name] = {"run": run_step, "padded": step.padded, "flop": count_flop(model, batches, config),
+        rows[name] = {"run": run_step, "padded": padded, "flop": count_flop(model, batches, config),
                       "tokens": sum(batch.tokens.numel() for batch in batches)}
     if config.peer:
         batches, supervised = peer_batches(shard, numbers, N, max(1, config.micro_batch_tokens // longest), device)
@@ -371,8 +401,8 @@ def main(config):
             "flop": rows["nothing recomputed"]["flop"]}
     measure(rows, config.rounds, device)
     tell("then the loader, the answers and the preparation")
-    loader = {"each question with its image": time_loader(shard, N, 1, config),
-              "all questions share an image": time_loader(shard, N, 0, config)}
+    loader = {"each question with its image": time_loader(shard, model.vision.tokens, 1, config),
+              "all questions share an image": time_loader(shard, model.vision.tokens, 0, config)}
     others = [run_beside("answering.py", model=config.model, data=config.data, limit=config.questions,
                          shards_dir=config.shards_dir, new_tokens=4, rounds=config.rounds,
                          peer=config.peer, device=config.device, dtype=config.dtype)]

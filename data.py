@@ -434,11 +434,10 @@ def count_before(values):
     return count
 
 
-def open_mixture(names, shards_dir, split, **settings):
+def open_shards(names, shards_dir, split):
     """
-    The Mixture of "path_vqa,vqa_rad:2": prepared datasets by name, each with an optional weight.
-
-    Raises UserError when a dataset is not prepared or the datasets' tokenizers differ.
+    (Shards, their weights, what read_leaks says of each) of "path_vqa,vqa_rad:2": prepared datasets by name,
+    each with an optional weight. Raises UserError when one is not prepared or their tokenizers differ.
     """
     shards, weights, leaks = [], [], []
     for entry in names.split(","):
@@ -458,4 +457,10 @@ def open_mixture(names, shards_dir, split, **settings):
     if len(tokenizers) > 1:
         raise UserError(f"--data: {names} were prepared with different tokenizers; prepare them "
                         "with one: `python prepare/all.py --tokenizer=...`")
+    return shards, weights, leaks
+
+
+def open_mixture(names, shards_dir, split, **settings):
+    """The Mixture of prepared datasets, as open_shards takes them."""
+    shards, weights, leaks = open_shards(names, shards_dir, split)
     return Mixture(shards, weights=weights, leaks=leaks, **settings)

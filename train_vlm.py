@@ -82,7 +82,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Tokenizer, open_mixture
+from data import Tokenizer, open_mixture, open_shards
 from lora import add_lora, lora_layers
 from plumbing.claims import read_adapter_config, tokenizer_mismatch
 from plumbing.devices import (LossScale, agree, autocast_to, describe_machine, gather, is_split, join_group,
@@ -125,12 +125,11 @@ def open_data(config, vision, device, rank=0, ranks=1):
 
 
 def open_tokenizer(config):
-    """The tokenizer that the first dataset was prepared with. Raises UserError where it is another one now."""
-    folder = Path(config.shards_dir) / config.data.split(",")[0].partition(":")[0].strip()
-    tokenizer, manifest = Tokenizer(folder / "tokenizer.model"), read_manifest(folder / "train")
-    if manifest and tokenizer.sha256 != manifest["tokenizer_sha256"]:
-        raise UserError(f"{tokenizer.path}: not the one its shards were made with; run "
-                        f"`python prepare/all.py --only={folder.name}`")
+    """The tokenizer that the data were prepared with. Raises UserError where they are not there, or it is another."""
+    shard = open_shards(config.data, config.shards_dir, "train")[0][0]  # told before large weights are read
+    tokenizer = Tokenizer(shard.folder.parent / "tokenizer.model")
+    if tokenizer.sha256 != shard.manifest["tokenizer_sha256"]:
+        raise UserError(f"{tokenizer.path}: not the one its shards were made with; {shard.again}")
     return tokenizer
 
 

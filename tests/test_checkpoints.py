@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def write_folder(folder):
     """Two small files, one in a folder of its own, as a checkpoint has them."""
-    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter").mkdir(parents=True, exist_ok=True)
     (folder / "vision.safetensors").write_bytes(bytes(range(200)))
     (folder / "adapter" / "config.json").write_text('{"r": 8}\n')
 

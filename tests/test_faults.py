@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 import plumbing.files
-import train_vlm
 from extras.faults import mutants
 from plumbing.files import newest_checkpoint
 from plumbing.flags import UserError
+from run import save_checkpoint
 from test_checkpoints import make_checkpoint, write_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,14 +112,14 @@ def test_an_unreadable_checkpoint_is_passed_over(tmp_path, monkeypatch, capsys):
 
 
 def test_what_a_disk_alters_while_it_is_saved_is_told_at_once(tmp_path, monkeypatch):
-    seal, older = train_vlm.seal, make_checkpoint(tmp_path, 1)
+    seal, older = plumbing.files.seal, make_checkpoint(tmp_path, 1)
 
     def seal_on_a_bad_disk(partial, folder, **facts):
         seal(partial, folder, **facts)
         os.truncate(folder / "vision.safetensors", 100)
 
-    monkeypatch.setattr(train_vlm, "seal", seal_on_a_bad_disk)
-    nothing = SimpleNamespace(named_parameters=list, save=lambda folder, _: write_folder(folder), state={})
+    monkeypatch.setattr(plumbing.files, "seal", seal_on_a_bad_disk)
+    nothing = SimpleNamespace(named_parameters=list, state={})
     with pytest.raises(UserError, match="step_000002: not saved: vision.safetensors has 100 bytes"):
-        train_vlm.save_checkpoint(nothing, nothing, 2, tmp_path, train_vlm.Config(keep=1), {})
+        save_checkpoint(tmp_path, 2, write_folder, nothing, nothing, {}, keep=1)
     assert newest_checkpoint(tmp_path) == older

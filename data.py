@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from plumbing.draws import random_keys
 from plumbing.flags import UserError
 from plumbing.leaks import read_leaks
 from plumbing.shards import Sample, Shard
@@ -245,11 +246,6 @@ def make_batch(groups, multiple=1):
 
 HELD_OUT, ORDER = 0, 1  # purposes of random numbers, of each shard: its number is 2 * index + one of these
 GROUPS, DROPOUT = 1, 2  # of all shards: 2 * shards + one of these
-
-
-def random_keys(seed, purpose, lap, count):
-    """uint64 random keys, a pure function of the arguments; NumPy promises this stream for good."""
-    return np.random.Philox(key=[seed, purpose], counter=[0, 0, 0, lap]).random_raw(count)
 
 
 @dataclass

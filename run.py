@@ -55,11 +55,12 @@ def make_optimizer(parameters, weight_decay, beta2=0.999):
                              lr=0.0, betas=(0.9, beta2), fused=True)
 
 
-def update(optimizer, rate, loss, clip=0.0, scale=None):
+def update(optimizer, rate, loss, clip=0.0, scale=None, alone=False):
     """
     One update of all weights from their gradients, summed over all ranks; returns the loss, so summed, and
     the gradient's norm, as floats. rate: the schedule's; loss: a scalar tensor, of this rank; clip: largest
-    norm, 0 for none; scale: the LossScale by which the gradients were multiplied.
+    norm, 0 for none; scale: the LossScale by which the gradients were multiplied; alone: the other ranks train
+    models of their own.
 
     A parameter that no sample has reached, such as the ViT's where none has an image, stays as it is, its
     moments and its count of steps too: a gradient of zero would let weight decay and old momentum move it, by
@@ -69,7 +70,7 @@ def update(optimizer, rate, loss, clip=0.0, scale=None):
     """
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     whole, reached = [], loss.new_zeros(0)
-    if dist.is_initialized():
+    if dist.is_initialized() and not alone:
         whole = whole_and_split(trained)[0]
         loss, reached = sum_over_ranks(whole, loss)
     trained = [p for p in trained if p.grad is not None]
@@ -232,18 +233,20 @@ def open_log(folder, first, wandb_settings=None):
 
 # ----------------------------------------------------------------------------- checkpoints
 
-def save_checkpoint(run, step, write, model, optimizer, record, keep):
+def save_checkpoint(run, step, write, model, optimizer, record, keep, alone=False):
     """
     Write run/step_<n> whole or not at all, sealed with the run's record: what write(folder) writes, and the
     optimizer's moments. Once it is found to be whole on the disk, remove older ones, but the `keep` newest and
     the best. Raises UserError when that fails; what was there stays. Where processes have split the model,
-    all have to take part; the first one writes.
+    all have to take part; the first one writes. alone: each rank has a run of its own, and writes it.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
-    moments = gather({f"{names[parameter]}:{key}": value.contiguous()
-                      for parameter, state in optimizer.state.items() for key, value in state.items()})
-    if dist.is_initialized() and dist.get_rank():
-        return
+    moments = {f"{names[parameter]}:{key}": value.contiguous()
+               for parameter, state in optimizer.state.items() for key, value in state.items()}
+    if dist.is_initialized() and not alone:
+        moments = gather(moments)
+        if dist.get_rank():
+            return
     folder = run / f"step_{step:06d}"
     with sealed(folder, step=step, **record) as partial:
         write(partial)

@@ -5,6 +5,7 @@ Loading and saving: how the parts of a model lie in files, and what of a file be
     LLaMA        a hub folder: config.json and model.safetensors, whole or in several files
     LoRA         PEFT's folder: adapter_config.json and adapter_model.safetensors
     a VLM        a folder of those, with projector.safetensors and a config.json that names its parts
+    a classifier encoder.safetensors, head.safetensors and a config.json with its classes
 
 Every file is read in both directions completely: a tensor that is unknown, missing, repeated or of another
 shape stops loading with one line. What the tensors do not tell, plumbing/claims.py holds against the configs
@@ -113,6 +114,13 @@ def load_encoder(file, dtype=torch.float32, device="cpu"):
     return load(file, dtype, device)
 
 
+def save_classifier(model, folder, facts):
+    """Write encoder.safetensors, head.safetensors, and config.json with facts such as "classes"."""
+    save_module(model.encoder, folder / "encoder.safetensors")
+    save_module(model.head, folder / "head.safetensors")
+    (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
 def load_classifier(folder, device="cpu"):
     """The Classifier in a folder of train_cls.py, in eval mode, and its facts. UserError where it is not whole."""
     path = Path(folder) / "model"
@@ -121,8 +129,9 @@ def load_classifier(folder, device="cpu"):
     if damage := find_damage(path):
         raise UserError(f"{path}: {damage}; delete {folder} and train again")
     facts = read_settings(path / "config.json")
-    model = Classifier(load_encoder(path / "encoder.safetensors"), len(facts["classes"]))
-    model.head.load_state_dict(load_file(path / "head.safetensors"))
+    model = Classifier(load_encoder(path / "encoder.safetensors"), len(facts["classes"]),
+                       facts["thresholds"] is not None)
+    load_exactly(model.head, [path / "head.safetensors"], torch.float32, "cpu")
     return model.to(device).eval(), facts
 
 

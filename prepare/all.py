@@ -35,6 +35,7 @@ class Config:
     codec: Literal["jpeg", "png"] = "jpeg"  # of stored images; png is lossless and twice as large
     quality: Annotated[int, Range(1, 100)] = 97  # of jpeg; 97 alters a pixel by 1.1 of 255 levels on average
     leaks: Literal["", "drop", "keep"] = ""  # test images in --only to train on; none: as it was, or drop
+    folder: str = ""  # a folder or csv of your own labelled images: prepare it for train_cls.py, and stop
     convert: str = ""  # a LLaMA's hub folder of pickles: write it as safetensors into weights_dir, and stop
     list: bool = False  # show the datasets and stop
 
@@ -55,6 +56,7 @@ from plumbing.files import hash_file
 from plumbing.shards import PROMPT_VERSION, SHARD_VERSION
 from prepare.datasets import DATASETS
 from prepare.download import fetch, fetch_hub
+from prepare.folder import prepare_folder
 from prepare.leaks import REASONS, guard, report_rows
 from prepare.shards import (ImageSettings, leftovers, locked, read_manifests, recover, why_stale,
                             write_dataset)
@@ -253,6 +255,8 @@ def print_list(names, config):
 def main(config):
     if config.list:
         return print_list(select(config.only) if config.only else [*DATASETS, *WEIGHTS], config)
+    if config.folder:
+        return prepare_folder(config.folder, config.shards_dir, config.image_size, config.workers)
     if config.convert:
         with locked(Path(config.weights_dir) / Path(config.convert).resolve().name, "converting it"):
             target = convert_llama(config.convert, config.weights_dir)

@@ -24,18 +24,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data import Record
-from plumbing.files import read_manifest
 from plumbing.flags import UserError
+from plumbing.own import clean, origins, own_path, printable
 from plumbing.pixels import SUFFIXES
 from plumbing.shards import PROMPT_VERSION, SHARD_VERSION, Shard
 from prepare.classify import group_alike, split_by_group
 from prepare.datasets import DATASETS, Dataset, read_image
 from prepare.leaks import guard
-from prepare.listing import SPLITS, printable, read_folder, read_table
-from prepare.shards import ImageSettings, clean, locked, recover, why_stale, write_dataset
+from prepare.listing import SPLITS, read_folder, read_table
+from prepare.shards import ImageSettings, locked, recover, why_stale, write_dataset
 
 SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
-TABLES = (".csv", ".tsv")
 LONGEST_NAME = 50  # letters of a dataset's name: four bytes each at most, of the 255 that a disk takes
 
 
@@ -206,8 +205,7 @@ def names_for(path):
 
 def is_anothers(target, path):
     """Whether a dataset is there that was not made of this folder or csv."""
-    owners = [(read_manifest(split) or {}).get("path") for split in target.glob("*")]
-    return target.exists() and clean(str(path)) not in owners
+    return target.exists() and clean(str(path)) not in origins(target)
 
 
 def prepare_listing(path, listing, shards_dir, image_size, workers):
@@ -242,7 +240,7 @@ def prepare_folder(path, shards_dir, image_size=224, workers=0):
 
     workers: processes that decode images; 0: one a core, or fewer for few images. Raises UserError.
     """
-    path, shards_dir = Path(os.path.abspath(os.path.expanduser(path))), Path(shards_dir)
+    path, shards_dir = own_path(path), Path(shards_dir)
     try:
         if not path.exists():
             raise UserError(f"{path}: no folder and no csv there")
@@ -257,21 +255,3 @@ def prepare_folder(path, shards_dir, image_size=224, workers=0):
     except UserError as error:  # names of files may hold line breaks
         raise UserError(printable(str(error))) from None
     return name
-
-
-def find_dataset(name, shards_dir, image_size):
-    """
-    The prepared dataset that a name means: a folder or csv of one's own, which is looked at each time, or
-    else what prepare/all.py made under that name. Says so where it could be either.
-    """
-    target = Path(shards_dir) / name
-    bare_name = os.path.basename(name) == name and Path(name).suffix.lower() not in TABLES
-    if bare_name and not os.path.isdir(name):
-        origin = (read_manifest(target / "train") or {}).get("path")
-        if origin:
-            print(f"{name}: as it was prepared from {printable(origin)}; there is no folder of that name here")
-        return name
-    if bare_name and name in DATASETS and target.is_dir():
-        print(f"{name}: the dataset that prepare/all.py made; write ./{name} for the folder of that name here")
-        return name
-    return prepare_folder(name, shards_dir, image_size)

@@ -15,9 +15,9 @@ from typing import NamedTuple
 from PIL import Image
 
 from plumbing.flags import UserError
+from plumbing.own import files_below, printable, written
 from plumbing.pixels import FORMATS, SUFFIXES
 from prepare.datasets import require_columns
-from prepare.shards import clean
 
 SPLITS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
           "val": "validation", "test": "test", "testing": "test"}
@@ -46,26 +46,10 @@ class Listing(NamedTuple):
     notes: list  # lines about how it was understood
 
 
-def printable(text):
-    """A text on one line, whatever it holds; in place of what moves a cursor stands a "?"."""
-    text = clean(text)
-    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
-
-
 # ----------------------------------------------------------------------------- folders
 
 def folders_in(folder):
     return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
-
-
-def files_below(folder, above=()):
-    """Every file below a folder; links are followed, but not back to a folder that they lie in."""
-    real = folder.resolve()
-    for path in sorted(folder.iterdir()) if real not in above else ():
-        if path.is_dir() and path.name[0] != ".":
-            yield from files_below(path, (*above, real))
-        else:  # a hidden folder counts as one file
-            yield path
 
 
 def is_image(file):
@@ -79,11 +63,6 @@ def is_image(file):
             return True
     except Exception:  # each decoder has its own ways to fail on another file
         return False
-
-
-def written(name):
-    """A file's name as UTF-8, its other bytes as backslashes and digits: no two names become one."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def read_folder(folder):

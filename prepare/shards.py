@@ -29,6 +29,7 @@ from tqdm import tqdm
 from data import Tokenizer, View, write_plain
 from plumbing.files import hash_file, lock, manifest_checksum, read_manifest
 from plumbing.flags import UserError
+from plumbing.own import clean
 from plumbing.pixels import DEEP_PIXELS, Unreadable, load_image, open_stored, resize_image
 from plumbing.shards import IMAGE, SAMPLE, hash_words, sample_checksum
 from prepare.download import hub_revision
@@ -83,11 +84,6 @@ def end_with_parent():
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def clean(text):
-    """Strip a text and collapse its whitespace; halves of surrogate pairs are no UTF-8: a "?"."""
-    return " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
 
 
 def clean_record(record):

@@ -2,7 +2,7 @@
 How good predicted classes are: F1, AUROC and the rest of train_cls.py's numbers, and how sure they are.
 
 `actual` and `predicted` are (n, m) bool: n images, m classes. Where each image has one class, a row of
-either has one True. weights (..., n): how often each image counts, for the bootstrap.
+either has one True.
 """
 
 import itertools
@@ -10,32 +10,49 @@ import math
 
 import numpy as np
 
+from tasks.stats import resampled_sums
 
-def f1_scores(predicted, actual, weights):
-    """(..., m) F1 of each class, 0 for one that does not occur, and whether it occurs at all."""
-    both = weights @ (predicted & actual)
-    either = weights @ predicted + weights @ actual  # 2 tp + fp + fn
+
+def tally(predicted, actual):
+    """(n, 3m) columns of 0 and 1: is each class predicted and there, predicted, there. F1 is made of their sums."""
+    return np.hstack([predicted & actual, predicted, actual]).astype(np.float64)
+
+
+def f1_of(sums):
+    """(..., m) F1 of each class, 0 for one that does not occur, and whether it occurs, of (..., 3m) sums of a tally."""
+    both, predicted, actual = np.split(sums, 3, axis=-1)
+    either = predicted + actual  # 2 tp + fp + fn
     return 2 * both / np.maximum(either, 1), either > 0
 
 
-def macro_f1(predicted, actual, multi_label, weights=None):
+def macro_f1(predicted, actual, multi_label):
     """
-    Mean of the classes' F1: (...).
+    Mean of the classes' F1.
 
     Where an image has one class, over those that occur in the labels or predictions, which is
     scikit-learn's average="macro". Where it has several labels, each label counts as two classes,
     having it and not having it: with one label this is the macro-F1 of a task with two classes.
     """
-    weights = np.ones(len(actual)) if weights is None else weights
-    f1, occurs = f1_scores(predicted, actual, weights)
+    return float(macro_f1_of(tally_all(predicted, actual, multi_label).sum(0), multi_label))
+
+
+def tally_all(predicted, actual, multi_label):
+    """The tally that macro-F1 is made of, (n, 3m); with several labels behind it that of not having them, (n, 6m)."""
+    return np.hstack([tally(predicted, actual), *([tally(~predicted, ~actual)] if multi_label else [])])
+
+
+def macro_f1_of(sums, multi_label):
+    """(...) macro-F1 of sums of a tally_all."""
     if multi_label:
-        return (f1 + f1_scores(~predicted, ~actual, weights)[0]).mean(-1) / 2
-    return (f1 * occurs).sum(-1) / np.maximum(occurs.sum(-1), 1)  # a draw may have none
+        having, lacking = (f1_of(part)[0] for part in np.split(sums, 2, axis=-1))
+        return (having + lacking).mean(-1) / 2
+    f1, occurs = f1_of(sums)
+    return (f1 * occurs).sum(-1) / np.maximum(occurs.sum(-1), 1)  # a resample may have none
 
 
 def positive_f1(predicted, actual):
     """The other macro-F1 of several labels: the mean over labels of the F1 of having it."""
-    return f1_scores(predicted, actual, np.ones(len(actual)))[0].mean()
+    return float(f1_of(tally(predicted, actual).sum(0))[0].mean())
 
 
 def auroc(scores, actual):
@@ -69,22 +86,21 @@ def decide(probabilities, thresholds):
     return np.arange(probabilities.shape[1]) == probabilities.argmax(1)[:, None]
 
 
-def resample(groups):
+def guess_blindly(learnt, count, multi_label):
     """
-    (1000, n) float32: how often each of n images counts in each draw of a bootstrap. Whole groups are
-    drawn, such as patients, whose images are not independent of one another; groups: (n,) names.
+    (count, m) bool: what one says who has seen the training labels alone, (n, m), and no image: the most
+    frequent class; with several labels those that more than half of the images have.
     """
-    _, place = np.unique(groups, return_inverse=True)
-    count = place.max() + 1
-    draws = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=1000)
-    return draws[:, place].astype(np.float32)
+    guess = learnt.mean(0) > 0.5 if multi_label else np.arange(learnt.shape[1]) == learnt.sum(0).argmax()
+    return np.broadcast_to(guess, (count, len(guess)))
 
 
 def interval_of(predicted, actual, multi_label, groups):
     """The macro-F1's 95% interval by bootstrap, [low, high]; None where there is one group alone."""
     if len(set(groups)) < 2:
         return None
-    return np.quantile(macro_f1(predicted, actual, multi_label, resample(groups)), [0.025, 0.975]).tolist()
+    sums = resampled_sums(tally_all(predicted, actual, multi_label), groups)
+    return np.quantile(macro_f1_of(sums, multi_label), [0.025, 0.975]).tolist()
 
 
 def score(probabilities, actual, thresholds, classes, groups=None):
@@ -97,7 +113,7 @@ def score(probabilities, actual, thresholds, classes, groups=None):
     multi_label, n = thresholds is not None, len(actual)
     groups = list(range(n)) if groups is None else groups
     predicted = decide(probabilities, thresholds)
-    f1, _ = f1_scores(predicted, actual, np.ones(n))
+    f1, _ = f1_of(tally(predicted, actual).sum(0))
     recall = (predicted & actual).sum(0) / np.maximum(actual.sum(0), 1)
     areas = [auroc(column, truth) for column, truth in zip(probabilities.T, actual.T)]
     if multi_label:
@@ -105,7 +121,7 @@ def score(probabilities, actual, thresholds, classes, groups=None):
         balanced = (recall + without).mean() / 2
     else:
         balanced = recall[actual.any(0)].mean()
-    scores = {"macro_f1": float(macro_f1(predicted, actual, multi_label)),
+    scores = {"macro_f1": macro_f1(predicted, actual, multi_label),
               "interval": interval_of(predicted, actual, multi_label, groups),
               "groups": len(set(groups)),  # what the interval's draws are of
               "accuracy": float((predicted == actual).mean() if multi_label else
@@ -118,9 +134,9 @@ def score(probabilities, actual, thresholds, classes, groups=None):
                                  "images": int(actual[:, k].sum())} for k, name in enumerate(classes)}}
     if multi_label:
         plain = decide(probabilities, 0.5)
-        scores |= {"macro_f1_at_0.5": float(macro_f1(plain, actual, True)),
-                   "positive_f1": float(positive_f1(predicted, actual)),
-                   "positive_f1_at_0.5": float(positive_f1(plain, actual)),
+        scores |= {"macro_f1_at_0.5": macro_f1(plain, actual, True),
+                   "positive_f1": positive_f1(predicted, actual),
+                   "positive_f1_at_0.5": positive_f1(plain, actual),
                    "thresholds": thresholds.tolist()}
     else:  # rows: labels, columns: predictions
         scores["confusion"] = (actual.T.astype(int) @ predicted.astype(int)).tolist()
@@ -137,5 +153,5 @@ def sign_flip(differences):
     differences, count = np.array(differences), len(differences)
     signs = (np.array(list(itertools.product((1, -1), repeat=count))) if count <= 16 else
              np.random.default_rng(0).choice((1, -1), (100_000, count)))
-    signs[0] = 1  # what was found is one of the draws
+    signs[0] = 1  # what was measured is one of the draws
     return float((np.abs(signs @ differences) >= abs(differences.sum()) - 1e-12).mean())

@@ -3,25 +3,33 @@
 import numpy as np
 
 
-def bootstrap(values, groups, resamples=1000, seed=0):
+def resampled_sums(values, groups, resamples=1000, seed=0):
     """
-    Means over resampled questions, (resamples, K), of (n, K) values, nan where one does not apply.
+    Sums of (n, K) numbers over each resample of their groups, (resamples, K) float64.
 
-    groups: (n,) the image or patient of each question. Groups are drawn, not questions: what is asked
-    about one image is right or wrong together, and intervals that overlook it are too narrow. A mean
-    is nan where a resample holds no question that the value applies to.
+    groups: (n,) the image or patient of each row. Groups are drawn, not rows: what is asked about one image,
+    and what one patient's images show, is right or wrong together, and intervals that overlook it are too
+    narrow. Whoever wants an interval makes the score of each resample of its sums.
     """
     _, groups = np.unique(groups, return_inverse=True)
     count = groups.max() + 1
-    sums, counts = np.zeros((2, count, values.shape[1]))
-    np.add.at(sums, groups, np.nan_to_num(values))
-    np.add.at(counts, groups, ~np.isnan(values))
-    generator, means = np.random.default_rng(seed), []
-    for _ in range(resamples):
-        drawn = np.bincount(generator.integers(count, size=count), minlength=count)
-        with np.errstate(invalid="ignore"):  # a resample may hold no closed question at all
-            means.append(drawn @ sums / (drawn @ counts))
-    return np.stack(means)
+    sums = np.zeros((count, values.shape[1]))
+    np.add.at(sums, groups, values)
+    generator = np.random.default_rng(seed)
+    draws = (generator.integers(count, size=count) for _ in range(resamples))
+    return np.stack([np.bincount(draw, minlength=count) @ sums for draw in draws])
+
+
+def bootstrap(values, groups, resamples=1000, seed=0):
+    """
+    Means over resampled questions, (resamples, K), of (n, K) values, nan where one does not apply; groups as in
+    resampled_sums. A mean is nan where a resample holds no question that the value applies to.
+    """
+    there = ~np.isnan(values)
+    sums = resampled_sums(np.hstack([np.nan_to_num(values), there]), groups, resamples, seed)
+    totals, counts = np.hsplit(sums, 2)
+    with np.errstate(invalid="ignore"):  # a resample may hold no closed question at all
+        return totals / counts
 
 
 def intervals(values, groups, seed=0):

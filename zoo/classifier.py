@@ -1,19 +1,27 @@
-"""What train_cls.py trains: an image encoder with a linear head, and the probabilities that it gives."""
+"""
+An image encoder with a linear head, which tells what class an image is of (OpenMedQ, arXiv 2606.12953).
+
+Letters as in model.py; m classes.
+"""
+
+import math
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from model import normalise
 from plumbing.devices import to_device
 
 
 class Classifier(nn.Module):
-    """An encoder and a linear head on its class token beside the mean of its patch tokens."""
+    """An encoder, a ViT or a ResNet, and a linear head on its class token beside the mean of its patch tokens."""
 
-    def __init__(self, encoder, classes):
+    def __init__(self, encoder, classes, multi_label=False):
         super().__init__()
         self.encoder = encoder
         self.head = nn.Linear(2 * encoder.config.width, classes)
+        self.multi_label = multi_label  # an image may have several labels, or none
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
@@ -23,14 +31,50 @@ class Classifier(nn.Module):
         features = torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)  # (I, 2C)
         return self.head(features).float()
 
+    def loss(self, images, labels):
+        """Mean cross-entropy of (I, 3, H, W) normalised pixels and (I, m) bool labels."""
+        logits = self(images)
+        if self.multi_label:
+            return F.binary_cross_entropy_with_logits(logits, labels.float())
+        return F.cross_entropy(logits, labels.int().argmax(1))
 
-@torch.no_grad()
-def predict(model, pixels, multi_label, batch_size, device, autocast):
-    """(n, m) float32 probabilities of (n, H, W, 3) uint8 images."""
-    probabilities = []
-    for begin in range(0, len(pixels), batch_size):
-        images = to_device(pixels[begin:begin + batch_size], device)
-        with autocast:
-            logits = model(normalise(images))
-        probabilities.append(logits.sigmoid() if multi_label else logits.softmax(1))
-    return torch.cat(probabilities).cpu().numpy()
+    @torch.no_grad()
+    def predict(self, pixels, batch_size, autocast):
+        """(n, m) float32 probabilities of (n, H, W, 3) uint8 images; arrays of numpy."""
+        probabilities = []
+        for begin in range(0, len(pixels), batch_size):
+            images = normalise(to_device(pixels[begin:begin + batch_size], self.head.weight.device))
+            with autocast:
+                logits = self(images)
+            probabilities.append(logits.sigmoid() if self.multi_label else logits.softmax(1))
+        return torch.cat(probabilities).cpu().numpy()
+
+    def rates(self, layer_decay):
+        """
+        (name, parameter, multiple of the learning rate) of each, as run.make_optimizer takes them: a stage of
+        the encoder has layer_decay times the rate of the next one; the head belongs to the last.
+        """
+        stages = self.encoder.stages()
+        rates = {parameter: layer_decay ** (len(stages) - 1 - number)
+                 for number, stage in enumerate(stages) for parameter in stage}
+        return [(name, parameter, rates.get(parameter, 1.0)) for name, parameter in self.named_parameters()]
+
+
+def augment(images, generator):
+    """
+    (I, 3, H, W) normalised pixels -> as many, each turned by up to 10 degrees, scaled by up to a
+    tenth, shifted by up to a twentieth, mirrored left to right or not, brighter or darker by up to
+    0.15 of a standard deviation, and with up to 15% more or less contrast.
+
+    generator is the CPU's, so that the numbers are the same on any device.
+    """
+    count = len(images)
+    angle, scale, right, down, bright, contrast = (
+        2 * torch.rand(6, count, generator=generator) - 1).to(images.device)
+    mirrored = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0).to(images.device)
+    angle, scale = angle * math.radians(10), 1 + 0.1 * scale
+    turn = torch.stack([mirrored * scale * angle.cos(), -scale * angle.sin(), 0.1 * right,
+                        mirrored * scale * angle.sin(), scale * angle.cos(), 0.1 * down], 1)
+    grid = F.affine_grid(turn.view(count, 2, 3), images.shape, align_corners=False)
+    images = F.grid_sample(images, grid, align_corners=False)  # what comes from outside is 0, the mean
+    return images.mul_((1 + 0.15 * contrast).view(-1, 1, 1, 1)).add_(0.15 * bright.view(-1, 1, 1, 1))

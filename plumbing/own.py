@@ -1,0 +1,100 @@
+"""
+Images of one's own: the files below a folder, and the prepared dataset that a folder or a csv stands for.
+
+prepare/folder.py makes that dataset; here it is found, and made by a command of its own where it is missing or
+older than the images.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from plumbing.files import read_manifest
+from plumbing.flags import UserError
+
+TABLES = (".csv", ".tsv")
+PREPARE = Path(__file__).resolve().parent.parent / "prepare" / "all.py"
+
+
+# ----------------------------------------------------------------------------- names and files
+
+def clean(text):
+    """Strip a text and collapse its whitespace; halves of surrogate pairs are no UTF-8: a "?"."""
+    return " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
+
+
+def printable(text):
+    """A text on one line, whatever it holds; in place of what moves a cursor stands a "?"."""
+    text = clean(text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+
+
+def written(name):
+    """A file's name as UTF-8, its other bytes as backslashes and digits: no two names become one."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def files_below(folder, above=()):
+    """Every file below a folder; links are followed, but not back to a folder that they lie in."""
+    real = folder.resolve()
+    for path in sorted(folder.iterdir()) if real not in above else ():
+        if path.is_dir() and path.name[0] != ".":
+            yield from files_below(path, (*above, real))
+        else:  # a hidden folder counts as one file
+            yield path
+
+
+# ----------------------------------------------------------------------------- the dataset of a folder
+
+def own_path(name):
+    """The absolute path of a folder or csv, as its dataset's manifests have it after clean()."""
+    return Path(os.path.abspath(os.path.expanduser(name)))
+
+
+def origins(target):
+    """Of each split of a dataset the path that it was made of; None: of no folder of one's own; "": damaged."""
+    return [(read_manifest(split) or {"path": ""}).get("path") for split in sorted(target.glob("*"))]
+
+
+def find_prepared(name, shards_dir):
+    """
+    The prepared dataset that a name means; None where it means a folder or csv of one's own, which is to be
+    looked at each time. Says so where it could be either.
+    """
+    target = Path(shards_dir) / name
+    if os.path.basename(name) != name or Path(name).suffix.lower() in TABLES:
+        return None
+    paths = origins(target)
+    if not os.path.isdir(name):
+        if any(paths):
+            print(f"{name}: as it was prepared from {printable(max(filter(None, paths)))}; there is no folder of "
+                  "that name here")
+        return name
+    if not target.is_dir() or set(paths) - {None}:
+        return None
+    print(f"{name}: the dataset that prepare/all.py made; write ./{name} for the folder of that name here")
+    return name
+
+
+def prepare_own(path, shards_dir, image_size):
+    """
+    Have prepare/all.py bring the dataset of a folder or csv up to date, a process that says itself what it
+    does. Returns the dataset's name. Raises UserError with the reason that it ends with.
+    """
+    command = [sys.executable, str(PREPARE), f"--folder={path}", f"--shards_dir={shards_dir}",
+               f"--image_size={image_size}"]
+    process, error = subprocess.Popen(command, stderr=subprocess.PIPE), b""
+    while words := process.stderr.read1():  # its progress, passed on as it comes, or its last line
+        progress, _, reason = words.partition(f"{PREPARE.name}: ".encode())
+        error += reason
+        sys.stderr.write(progress.decode("utf-8", "backslashreplace"))
+        sys.stderr.flush()
+    if process.wait():
+        raise UserError(error.decode("utf-8", "backslashreplace") or
+                        f"{path}: prepare/all.py ended with exit code {process.returncode}")
+    mine = clean(str(own_path(path)))
+    names = [target.name for target in Path(shards_dir).glob("*") if mine in origins(target)]
+    if not names:
+        raise UserError(f"{path}: its dataset in {shards_dir} is gone; run the same command again")
+    return min(names, key=len)  # one with a hash in its name is older than one without

@@ -1,0 +1,164 @@
+"""
+The labelled images of a prepared dataset: what is read of its splits, held out for validation, and left out.
+"""
+
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from plumbing.devices import usable_cores
+from plumbing.draws import random_keys
+from plumbing.files import hash_json
+from plumbing.flags import UserError
+from plumbing.leaks import read_leaks
+from plumbing.shards import Shard
+from tasks.encoders import EIGHT
+
+
+@dataclass
+class Split:
+    """Images of one split, and their labels."""
+    labels: np.ndarray  # (n, m) bool
+    names: list
+    groups: list  # such as each image's patient; a name that no two images share where none is known
+    images: np.ndarray  # (n,) int64, their numbers in the shard
+    shard: Shard | None = None
+    pixels: np.ndarray | None = None  # (n, H, W, 3) uint8, once read_pixels has read them
+
+    def take(self, numbers):
+        """The Split of these of its images."""
+        return replace(self, labels=self.labels[numbers], names=[self.names[n] for n in numbers],
+                       groups=[self.groups[n] for n in numbers], images=self.images[numbers],
+                       pixels=None if self.pixels is None else self.pixels[numbers])
+
+    def read_pixels(self):
+        """Read the images, unless they are there."""
+        if self.pixels is not None:
+            return
+        size = self.shard.manifest["image"]["size"]
+        pixels = np.empty((len(self.images), size, size, 3), np.uint8)
+        with ThreadPoolExecutor(usable_cores()) as pool:  # Pillow lets go of the interpreter lock
+            images = pool.map(self.shard.read_image, self.images.tolist())
+            for number, image in enumerate(tqdm(images, str(self.shard.folder), len(pixels), leave=False)):
+                pixels[number] = image
+        self.pixels = pixels
+
+    def describe(self):
+        """How many images it has, and a hash of all that is used of them."""
+        stored = self.shard.manifest["files"]["images.bin"]["sha256"]
+        return {"images": len(self.names), "sha256": hash_json([
+            stored, self.images.tolist(), self.labels.astype(int).tolist(), self.names, self.groups])}
+
+
+def read_split(shard, leaks="recorded"):
+    """
+    The Split that a shard holds, without pixels, and what is left out of it: each image once, however many
+    questions are asked about it. leaks: "drop" or "keep" images that a test split has, too; or as "recorded".
+    """
+    left_out, facts = set(), {}
+    if shard.folder.name != "test":  # validation may have images of its test split
+        recorded, numbers = read_leaks(shard)
+        facts = {"decision": recorded if leaks == "recorded" else leaks, "left out": 0}
+        if facts["decision"] == "drop" and len(numbers):
+            left_out = set(numbers.tolist())
+            facts |= {"left out": len(left_out), "sha256": hash_json(sorted(left_out))}
+            print(f"{shard.folder}: {len(left_out):,} images left out, which a split to test on has")
+    rows = {}  # (image number, its labels) -> its name and its group
+    for number, (record, image) in enumerate(zip(shard.read_records(), shard.samples["image"].tolist())):
+        if number not in left_out and "labels" in record:
+            rows.setdefault((image, tuple(record["labels"])),
+                            (record["image"], record.get("group") or f"image {image}"))
+    if not rows:
+        raise UserError(f"{shard.folder}: a test split has all of its images, too, so that none is left; "
+                        "bring others" if left_out else
+                        f"{shard.folder}: no image in it; its manifest.json counts why")
+    classes = shard.manifest["classes"]
+    labels = np.array([[name in given for name in classes] for _, given in rows], bool)
+    names, groups = map(list, zip(*rows.values()))
+    images = np.array([image for image, _ in rows], np.int64)
+    return Split(labels.reshape(-1, len(classes)), names, groups, images, shard), facts
+
+
+def hold_out(split):
+    """
+    A training Split in nine tenths and one tenth of each combination of labels, always the same.
+
+    No group is divided. One of fewer than 6 groups is held out where they have 6 images or more, and
+    none of fewer images.
+    """
+    images, combinations = {}, defaultdict(list)  # of a group; groups by the labels of their first image
+    for number in np.argsort(random_keys(0, 0, 0, len(split.names))).tolist():
+        if split.groups[number] not in images:
+            combinations[tuple(split.labels[number])].append(split.groups[number])
+        images.setdefault(split.groups[number], []).append(number)
+    out = []
+    for groups in combinations.values():
+        chosen = groups[5::10]
+        if 1 < len(groups) < 6 <= sum(len(images[group]) for group in groups):
+            chosen = [min(groups, key=lambda group: len(images[group]))]
+        out += [number for group in chosen for number in images[group]]
+    rest = np.setdiff1d(np.arange(len(split.names)), out)
+    return split.take(rest), split.take(np.sort(out).astype(int))
+
+
+def choose_few(split, count, seed):
+    """So many training images of each class, and of none where there are such, drawn with the seed."""
+    labels = np.column_stack([split.labels, ~split.labels.any(1)])
+    counts, chosen = np.zeros(labels.shape[1], int), []
+    for number in np.argsort(random_keys(seed, 1, 0, len(labels))):
+        if (counts[labels[number]] < count).any():
+            counts += labels[number]
+            chosen.append(number)
+    return split.take(np.sort(chosen))
+
+
+def require_learnable(folder, splits, classes, images_per_class):
+    """Raise UserError where there is nothing that could be learnt or tested."""
+    counts = splits["train"].labels.sum(0)
+    if not counts.all():
+        raise UserError(f"{folder}/train: no image of class {classes[int(np.argmin(counts))]!r} to train on; "
+                        "bring some, or leave the class out")
+    for name, split in splits.items():
+        if name != "validation" and len(classes) > 1 and (split.labels == split.labels[0]).all():
+            raise UserError(f"{folder}/{name}: all of its {len(split.names)} images have the same label: "
+                            "nothing to tell apart")
+    if images_per_class > counts.max():
+        raise UserError(f"--images_per_class={images_per_class}: {folder}/train has at most {counts.max()} "
+                        "of a class; choose fewer, or leave it out")
+    for name, count in zip(classes, counts):
+        if count < images_per_class:
+            print(f"{folder}/train: class {name!r} has {count} images, fewer than --images_per_class: all of "
+                  "them are used")
+
+
+def open_dataset(folder, image_size, leaks="recorded", images_per_class=0):
+    """
+    {name: Split} of train, validation and test, without pixels, and what a run on them stands on, as nested
+    facts to compare. Without a validation split a part of train is held out for it. leaks: as in read_split.
+    Raises UserError where there is nothing to learn or to test, or images are of another size, in pixels.
+    """
+    folder, splits, left_out = Path(folder), {}, {}
+    for name in ("train", "validation", "test"):
+        if name == "validation" and not (folder / name).is_dir():
+            continue
+        shard = Shard(folder / name)
+        if not shard.manifest["classes"]:
+            raise UserError(f"--dataset: {folder.name} has no labels; those with labels: {', '.join(EIGHT)}")
+        shard.require_image_size(image_size)
+        splits[name], left_out[name] = read_split(shard, leaks)
+    given = "validation" in splits
+    if not given:
+        splits["train"], splits["validation"] = hold_out(splits["train"])
+        if not splits["validation"].names:
+            raise UserError(f"{folder}/train: fewer than 6 images of each class, or all of one patient, too "
+                            "few to hold some out for validation; bring more, or a validation split")
+    manifest = splits["train"].shard.manifest
+    require_learnable(folder, splits, manifest["classes"], images_per_class)
+    facts = {name: split.describe() for name, split in splits.items()} | {
+        "classes": manifest["classes"], "image": {key: manifest["image"][key] for key in ("size", "resize")},
+        "multi_label": manifest["multi_label"], "leaks": left_out["train"], "held out of train": not given}
+    return splits, facts

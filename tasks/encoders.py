@@ -1,22 +1,24 @@
 """
 What is recorded of train_cls.py's runs, and the table of all.
 
-A run is the folder <out>/<dataset>/<name>/seed_<n>. While it trains it holds states, step_<epoch>/; once it
-is finished, result.json. Both say by which flags it was made and what it stands on, its `inputs`: nested
+A run is the folder <out>/<dataset>/<name>/seed_<n>. While it trains it holds checkpoints, step_<epoch>/; once
+it is finished, result.json. Both say by which flags it was made and what it stands on, its `inputs`: nested
 facts of its images, labels and encoder. Numbers are compared only where they stand on the same.
 """
 
+import csv
+import io
 import itertools
 import math
 import os
-import sys
-import time
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from plumbing.files import checkpoints, differences, find_damage, hash_json, read_manifest
+from plumbing.files import (checkpoints, differences, hash_json, lock, newest_checkpoint, read_manifest,
+                            require_writable, write_whole)
 from plumbing.flags import UserError
 from tasks.labels import sign_flip
 
@@ -28,6 +30,20 @@ PAPER = {"openmedq": 0.757, "biomedclip": 0.745, "pubmedclip": 0.746, "pmc_clip"
 
 
 # ----------------------------------------------------------------------------- one run
+
+@dataclass
+class Run:
+    """One dataset, one encoder and one seed: what is asked for, and what there is of it."""
+    config: object  # train_cls.Config
+    folder: Path
+    splits: dict  # {name: Split}
+    flags: dict
+    inputs: dict  # what it stands on: nested facts of its images, labels and encoder
+    shards: dict  # checksums of its shards, and of the test splits that they were compared with; no reason
+    # to refuse: one made anew may hold the same images, and another dataset may have none of them
+    result: dict | None = None  # of a finished run
+    checkpoint: Path | None = None  # of a stopped one
+
 
 def run_folder(out, dataset, name, seed):
     return Path(out) / dataset / name / f"seed_{seed}"
@@ -46,24 +62,19 @@ def read_result(folder):
 
 
 def newest_state(folder):
-    """The newest whole state of a stopped run, or None without any; newer, damaged ones are set aside."""
-    damaged = []
-    for state in checkpoints(folder):
-        if not (damage := find_damage(state)):
-            for other in damaged:
-                other.rename(folder / f"damaged_{time.time_ns()}_{other.name}")
-            return state
-        damaged.append(state)
-        print(f"{state}: not used: {damage}", file=sys.stderr)
-    if damaged:
-        raise UserError(f"{folder}: none of its {len(damaged)} states is whole, the newest: {damage}; delete "
-                        f"{folder} and train again")
-    return None
+    """The newest whole checkpoint of a stopped run, or None without any; what is wrong with newer ones is said."""
+    if not checkpoints(folder):
+        return None
+    try:
+        return newest_checkpoint(folder)
+    except UserError:
+        raise UserError(f"{folder}: none of its {len(checkpoints(folder))} checkpoints is whole, see above; delete "
+                        f"{folder} and train again") from None
 
 
 def require_same(folder, record, flags, inputs, defaults):
     """
-    Raise UserError where a run's record, its result or its newest state's manifest, is not of these flags and
+    Raise UserError where a run's record, its result or its newest checkpoint's manifest, is not of these flags and
     inputs. defaults: of flags that did not exist when it was written, by name.
     """
     if "inputs" not in record:
@@ -77,15 +88,42 @@ def require_same(folder, record, flags, inputs, defaults):
         raise UserError(f"{folder}: {', '.join(changed[:3])}{more}; choose another --name, or delete {folder}")
 
 
+def open_run(run, locks, defaults):
+    """
+    Find what there is of a Run: its result, or else its newest checkpoint. One that is not finished is locked,
+    until the ExitStack `locks` closes, and known to be writable. defaults: of all flags, by name. Raises
+    UserError where what there is stands on something else than is asked for now: nothing recorded is ever
+    rewritten.
+    """
+    run.result = read_result(run.folder)
+    if run.result is None:
+        require_writable(run.folder, "out")
+        locks.enter_context(lock(run.folder.with_name(f".{run.folder.name}.lock"),
+                                 f"training {run.folder.name}"))
+        run.result = read_result(run.folder)  # another process may have ended just now
+    if run.result is None:
+        run.checkpoint = newest_state(run.folder)
+    if record := run.result or run.checkpoint and read_manifest(run.checkpoint):
+        require_same(run.folder, record, run.flags, run.inputs, defaults)
+
+
+def write_csv(path, header, rows):
+    """Write a csv, whole or not at all."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([header, *rows])
+    write_whole(path, text.getvalue().encode("utf-8", "backslashreplace"))  # a file's name need not be UTF-8
+
+
 def print_run(entry):
     """A run's metrics, its classes, and, where an image has one class, its confusion matrix."""
     test = entry["test"]
     drawn = "images" if test["groups"] == test["images"] else f"{test['groups']:,} groups of them"
     interval = ("no interval: all images are of one group" if test["interval"] is None else
                 "{:.3f} to {:.3f}, {} drawn".format(*test["interval"], drawn))
+    blind = f"blind {test['blind_macro_f1']:.3f}, " if "blind_macro_f1" in test else ""  # not of an earlier version
     print(f"\n{entry['dataset']}, {entry['name']}, seed {entry['seed']}: {test['images']:,} test "
           f"images, epoch {entry['best_epoch']}\n"
-          f"  macro-F1 {test['macro_f1']:.3f} ({interval}), "
+          f"  macro-F1 {test['macro_f1']:.3f} ({interval}), {blind}"
           f"accuracy {test['accuracy']:.3f}, balanced {test['balanced_accuracy']:.3f}, "
           f"AUROC {math.nan if test['auroc'] is None else test['auroc']:.3f}")
     if "positive_f1" in test:
@@ -95,11 +133,11 @@ def print_run(entry):
     confusion = test.get("confusion", [[]] * len(test["classes"]))
     taken_for = "   taken for, in this order" * bool(confusion[0])
     print(f"  {'':{width}}     F1  recall  AUROC  images{taken_for}")
-    for (name, found), counts in zip(test["classes"].items(), confusion):
+    for (name, scores), counts in zip(test["classes"].items(), confusion):
         row = "  ".join(f"{count:4}" for count in counts)
-        area = math.nan if found["auroc"] is None else found["auroc"]
-        print(f"  {name:{width}}  {found['f1']:.3f}   {found['recall']:.3f}  {area:.3f}  "
-              f"{found['images']:6,}   {row}")
+        area = math.nan if scores["auroc"] is None else scores["auroc"]
+        print(f"  {name:{width}}  {scores['f1']:.3f}   {scores['recall']:.3f}  {area:.3f}  "
+              f"{scores['images']:6,}   {row}")
 
 
 # ----------------------------------------------------------------------------- all runs
@@ -170,24 +208,42 @@ def deviation(values):
     return np.std(values, ddof=1) if len(values) > 1 else math.nan
 
 
+def blind_scores(results):
+    """
+    {dataset: macro-F1 of guessing without an image}, and {MEAN: ...} where all of the eight have one. It is the
+    same for all runs on the same images and labels; where they are several, that of the lowest name and seed.
+    """
+    scores = {}
+    for (dataset, _, _), result in sorted(results.items()):
+        if "blind_macro_f1" in result["test"]:  # not of an earlier version
+            scores.setdefault(dataset, result["test"]["blind_macro_f1"])
+    return scores | ({MEAN: np.mean([scores[name] for name in EIGHT])} if scores.keys() >= set(EIGHT) else {})
+
+
 def report(out):
-    """Print the runs made so far as a table, the paper's means beside it, and what differs reliably."""
+    """Print the runs made so far as a table, blind guesses and the paper's means beside it, and what differs reliably."""
     results = read_results(out)
     if not results:
         raise UserError(f"{out}: no run yet; make one with --dataset and --encoder")
     groups, names = measured(results)
-    means = groups.pop(MEAN, {})
+    means, blind = groups.pop(MEAN, {}), blind_scores(results)
     rows = [["macro-F1 on test", *names]]
-    for group, found in groups.items():
+    for group, scores in groups.items():
         cells = {name: f"{mean:.3f}" + ("" if math.isnan(spread) else f" ± {spread:.3f}")
-                 for name, (mean, spread) in found.items()}
+                 for name, (mean, spread) in scores.items()}
         rows.append([group, *(cells.get(name, "") for name in names)])
     rows += [[MEAN, *(f"{means[name][0]:.3f}" if name in means else "" for name in names)],
              ["the paper's mean", *(f"{PAPER[name]:.3f}" if name in PAPER else "" for name in names)]]
+    if blind:
+        rows[0].append("blind")
+        for row in rows[1:]:
+            row.append(f"{blind[row[0]]:.3f}" if row[0] in blind else "")
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
     print("mean over seeds ± their standard deviation; a mean of the eight where all eight were run")
+    if blind:
+        print("blind: the most frequent class of the training images for each; of several labels those that most have")
     for other in names[1:]:
         compare(results, names[0], other)
 

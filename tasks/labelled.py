@@ -1,7 +1,9 @@
 """
-The labelled images of a prepared dataset: what is read of its splits, held out for validation, and left out.
+The images that classifiers learn from and are asked about: what is read of a prepared dataset's splits, held out
+for validation, and left out; and new images, in files.
 """
 
+import os
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -12,9 +14,11 @@ from tqdm import tqdm
 
 from plumbing.devices import usable_cores
 from plumbing.draws import random_keys
-from plumbing.files import hash_json
+from plumbing.files import differences, hash_json, read_manifest
 from plumbing.flags import UserError
 from plumbing.leaks import read_leaks
+from plumbing.own import files_below, written
+from plumbing.pixels import load_image, resize_image
 from plumbing.shards import Shard
 from tasks.encoders import EIGHT
 
@@ -162,3 +166,43 @@ def open_dataset(folder, image_size, leaks="recorded", images_per_class=0):
         "classes": manifest["classes"], "image": {key: manifest["image"][key] for key in ("size", "resize")},
         "multi_label": manifest["multi_label"], "leaks": left_out["train"], "held out of train": not given}
     return splits, facts
+
+
+# ----------------------------------------------------------------------------- new images
+
+def image_files(source):
+    """The files of --predict, a folder or a file, as (name in the csv, path); hidden ones are passed over."""
+    if source.is_dir():
+        files = [(written(path.relative_to(source).as_posix()), path) for path in files_below(source)
+                 if path.name[0] != "."]
+        if not files:
+            raise UserError(f"--predict={source}: an empty folder")
+        return files
+    if not os.path.lexists(source):
+        raise UserError(f"--predict={source}: no such folder or file")
+    return [(source.name, source)]
+
+
+def read_images(files, size, resize):
+    """
+    Yield (name, (size, size, 3) uint8 pixels, "") of each image file, and (name, None, why) of one that cannot be
+    read, which is printed, too. files: as image_files has them.
+    """
+    for name, path in tqdm(files, unit=" images", leave=False):
+        try:
+            if not path.is_file():
+                raise ValueError("no file, or a link to none")
+            pixels, why = np.array(resize_image(load_image(path.read_bytes(), 2 * size), size, resize)), ""
+        except Exception as error:  # each decoder has its own ways to fail on a broken file
+            pixels, why = None, f"{written(path)}: not an image that can be read ({error})"
+            print(why)
+        yield name, pixels, why
+
+
+def require_same_dataset(name, shards_dir, facts):
+    """Raise UserError where a model's facts, its classes and image settings, are not its dataset's, if that is here."""
+    if manifest := read_manifest(Path(shards_dir) / name / "train"):
+        now = {"classes": manifest["classes"], "image": {key: manifest["image"][key] for key in ("size", "resize")}}
+        if changed := differences({key: facts[key] for key in now}, now):
+            raise UserError(f"--predict: of the model's dataset {name} {', '.join(changed)}; train again "
+                            "under another --name")

@@ -18,18 +18,24 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train_cls
-from data import PROMPT_VERSION, SHARD_VERSION, Record, Shard
+from data import Record
 from lora import add_lora
-from model import CONFIGS, Linear, ResNet, ResNetConfig, ViT, ViTConfig, metadata_of
+from model import CONFIGS, ViT, ViTConfig
 from plumbing.files import checkpoints, read_manifest, seal, write_manifest
 from plumbing.flags import UserError, parse_flags
-from tasks.encoders import EIGHT, read_results
+from plumbing.kernels import Linear
+from plumbing.shards import PROMPT_VERSION, SHARD_VERSION, Shard
 from prepare.datasets import DATASETS, Dataset
 from prepare.leaks import guard
 from prepare.shards import write_dataset
+from tasks import labelled
+from tasks.encoders import EIGHT, read_results
 from test_bad_input import WRITERS
 from test_model import TOLERANCE, randomise, relative_error
-from train_cls import Classifier, Config, copy_of, main, open_dataset
+from train_cls import Config, copy_of, main
+from weights import load_trained_encoder, save_adapter, save_module
+from zoo.classifier import Classifier
+from zoo.resnet import ResNet, ResNetConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -122,7 +128,7 @@ def test_the_head_reads_the_class_token_beside_the_mean_of_the_patches():
         size, width = encoder.config.image_size, encoder.config.width
         images = torch.randn(2, 3, size, size)
         tokens = encoder(images)
-        assert model.head.weight.shape == (3, 2 * width) and tokens.shape == (2, encoder.config.tokens, width)
+        assert model.head.weight.shape == (3, 2 * width) and tokens.shape == (2, 5, width)
         wanted = (tokens[:, 0] @ model.head.weight[:, :width].T + tokens[:, 1:].mean(1)
                   @ model.head.weight[:, width:].T + model.head.bias)
         assert relative_error(model(images), wanted) < TOLERANCE
@@ -154,25 +160,22 @@ def test_batch_norms_keep_their_statistics(toy, monkeypatch):
 def test_openmedq_s_encoder_is_that_of_the_run(lora, tmp_path):
     config = ViTConfig(32, 16, 64, 2)
     vision, folder = randomise(ViT(config), 1), tmp_path / "run/partial"
-    save_file(vision.state_dict(), tmp_path / "vision.safetensors", metadata_of(vision))
+    save_module(vision, tmp_path / "vision.safetensors")
     images = torch.randn(2, 3, 32, 32)
     settings_of = {"targets": "qkv", "r": 2, "alpha": 4, "dropout": 0.0}
     folder.mkdir(parents=True)
     if lora:
-        from lora import save_adapter
         add_lora(vision, **settings_of)
         randomise(vision, 2)
-        base = {name.replace(".base.", "."): tensor for name, tensor in vision.state_dict().items()
-                if "lora" not in name}
-        save_file(base, tmp_path / "vision.safetensors", metadata_of(vision))
+        save_module(vision, tmp_path / "vision.safetensors")  # what it is without its LoRA
         save_adapter(vision, folder / "vision_adapter", "", **settings_of)
     (folder / "config.json").write_text(json.dumps({
         "weights": {"vision": str(tmp_path / "vision.safetensors"), "language": ""},
         "lora": {"vision": settings_of} if lora else {}}))
     seal(folder, tmp_path / "run/step_000002")
-    found = ViT.from_run(tmp_path / "run")
-    assert type(found.blocks[0].attn.qkv) is Linear
-    assert relative_error(found(images), vision(images)) < TOLERANCE
+    encoder = load_trained_encoder(tmp_path / "run/step_000002")
+    assert type(encoder.blocks[0].attn.qkv) is Linear
+    assert relative_error(encoder(images), vision(images)) < TOLERANCE
 
 
 # ----------------------------------------------------------------------------- datasets
@@ -200,12 +203,12 @@ def test_questions_about_an_image_are_one_image_of_it(tmp_path):
     rows = [(split, replace(record, question=f"{n}?", answer="yes"))
             for split, record in rows for n in range(3)]
     write(tmp_path, "toy", rows, ("dark", "light"))
-    splits, shards, _ = open_dataset("toy", settings(tmp_path), 32)
+    splits, _ = labelled.open_dataset(tmp_path / "toy", 32)
     assert {name: len(split.names) for name, split in splits.items()} == {
         "train": 36, "test": 8, "validation": 4}  # no validation split: a tenth of train
     assert not set(splits["train"].names) & set(splits["validation"].names)
     shard = Shard(tmp_path / "toy/test")
-    splits["test"].read_pixels(shards["test"])
+    splits["test"].read_pixels()
     assert np.array_equal(splits["test"].pixels[3], shard.read_image(3))
     assert splits["test"].labels.tolist() == [[True, False], [False, True]] * 4
 
@@ -214,13 +217,13 @@ def test_training_images_of_a_test_split_are_left_out(tmp_path):
     rows = toy_records(("dark", "light"))
     rows.append(("train", replace(rows[-1][1], id="leak", image_name="leak.png")))
     write(tmp_path, "toy", rows, ("dark", "light"))
-    for recorded, asked, told, images in [("drop", "recorded", "drop", 16), ("drop", "keep", "keep", 17),
+    for recorded, asked, decision, images in [("drop", "recorded", "drop", 16), ("drop", "keep", "keep", 17),
                                           ("keep", "recorded", "keep", 17), ("keep", "drop", "drop", 16)]:
         guard(tmp_path, recorded)
-        splits, _, facts = open_dataset("toy", settings(tmp_path, leaks=asked), 32)
+        splits, facts = labelled.open_dataset(tmp_path / "toy", 32, asked)
         assert facts["train"]["images"] == len(splits["train"].names) == images
-        assert ("leak.png" in splits["train"].names) == (told == "keep")
-        assert (facts["leaks"]["told"], facts["leaks"]["left out"]) == (told, 17 - images)
+        assert ("leak.png" in splits["train"].names) == (decision == "keep")
+        assert (facts["leaks"]["decision"], facts["leaks"]["left out"]) == (decision, 17 - images)
 
 
 def test_validation_images_of_the_test_split_are_left_out_of_validation(tmp_path):
@@ -229,7 +232,7 @@ def test_validation_images_of_the_test_split_are_left_out_of_validation(tmp_path
     rows.append(("validation", replace(test, id="leak", image_name="leak.png")))
     write(tmp_path, "toy", rows, ("dark", "light"))
     for asked, images in [("recorded", 8), ("drop", 8), ("keep", 9)]:
-        splits, _, facts = open_dataset("toy", settings(tmp_path, leaks=asked), 32)
+        splits, facts = labelled.open_dataset(tmp_path / "toy", 32, asked)
         assert facts["validation"]["images"] == images == len(splits["validation"].names)
         assert ("leak.png" in splits["validation"].names) == (images == 9)
         assert len(splits["train"].names) == 16 and test.image_name in splits["test"].names
@@ -267,7 +270,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(killed_in, toy, monke
     assert one["test"] == other["test"] and one["best_epoch"] == other["best_epoch"]
 
 
-def test_a_damaged_state_or_model_is_refused_and_an_older_whole_state_is_used(toy, monkeypatch):
+def test_a_damaged_state_or_model_is_refused_and_an_older_whole_state_is_used(toy, monkeypatch, capsys):
     flags = {"epochs": 5, "save_every": 2}
     folder = toy / "cls/toy/scratch/seed_0"
     original = train_cls.train_epoch
@@ -281,19 +284,20 @@ def test_a_damaged_state_or_model_is_refused_and_an_older_whole_state_is_used(to
     with pytest.raises(KeyboardInterrupt):
         main(settings(toy, **flags))
     monkeypatch.setattr(train_cls, "train_epoch", original)
-    state = folder / "step_000004/state.safetensors"
+    state = folder / "step_000004/model.safetensors"
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 1  # in a weight, where nothing but its hash tells
     state.write_bytes(content)
     for _ in range(2):
-        with pytest.raises(UserError, match="none of its 1 states is whole, the newest: state.safetensors was alt"):
+        with pytest.raises(UserError, match="none of its 1 checkpoints is whole, see above; delete .*seed_0 and train"):
             main(settings(toy, **flags))
+        assert "step_000004: not used: model.safetensors was altered" in capsys.readouterr().err
     content[len(content) // 2] ^= 1
     state.write_bytes(content)
-    partial = folder / "partial_older"
-    partial.mkdir()
-    shutil.copy(state, partial)
-    facts = read_manifest(folder / "step_000004")
+    partial = folder / "older"
+    shutil.copytree(folder / "step_000004", partial)
+    (partial / "manifest.json").unlink()
+    facts = read_manifest(folder / "step_000004") | {"step": 3}
     seal(partial, folder / "step_000003", **{name: facts[name] for name in facts.keys() - {"files", "checksum", "name"}})
     state.write_bytes(content[:-1])
     main(settings(toy, **flags))
@@ -354,8 +358,8 @@ def test_thresholds_come_from_validation_alone(tmp_path, monkeypatch):
     splits, seen = {}, []
     original_open, original_tune = train_cls.open_dataset, train_cls.tune_thresholds
     monkeypatch.setattr(train_cls, "open_dataset", lambda *rest: splits.setdefault("", original_open(*rest)))
-    monkeypatch.setattr(train_cls, "tune_thresholds", lambda found, actual: seen.append(actual)
-                        or original_tune(found, actual))
+    monkeypatch.setattr(train_cls, "tune_thresholds", lambda probabilities, actual: seen.append(actual)
+                        or original_tune(probabilities, actual))
     main(settings(tmp_path, epochs=1))
     validation = splits[""][0]["validation"].labels
     assert len(seen) == 2 and all(actual is validation for actual in seen)

@@ -39,7 +39,6 @@ from plumbing.pixels import TOO_LARGE, Unreadable, load_image, resize_image
 from run import open_trained_run
 from tasks.splits import open_splits
 from weights import load_classifier, load_vlm
-from zoo.classifier import predict
 
 try:
     import streamlit as st
@@ -252,7 +251,7 @@ def classify(loaded, image):
     model, facts, _ = loaded.classifier
     pixels = np.array(resize_image(image, facts["image"]["size"], facts["image"]["resize"]))
     autocast = autocast_to(loaded.device, loaded.dtype)
-    [shares] = predict(model, pixels[None], facts["thresholds"] is not None, 1, loaded.device, autocast)
+    [shares] = model.predict(pixels[None], 1, autocast)
     return dict(zip(facts["classes"], shares.tolist()))
 
 

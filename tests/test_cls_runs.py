@@ -15,16 +15,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+import run as trainers
 import train_cls
-from model import CONFIGS, ViT, metadata_of
+import weights
+from model import CONFIGS, ViT
 from plumbing import files
 from plumbing.files import checkpoints, hash_file, lock, read_manifest, seal, write_manifest
 from plumbing.flags import UserError
-from tasks.encoders import read_results
-from tasks.labels import interval_of, score
 from prepare.leaks import guard
+from tasks import encoders, labelled
+from tasks.encoders import print_run, read_results
+from tasks.labels import interval_of, score
 from test_cls import TINY, picture, refused, settings, tiny_encoder, toy_records, write  # noqa: F401, a fixture
 from train_cls import main
+from weights import save_module
 
 EACH = {"train": 10, "validation": 4, "test": 4}
 
@@ -80,7 +84,7 @@ def stop_in(monkeypatch, epoch, config):
 def test_a_stopped_or_finished_run_is_not_taken_for_one_of_other_images(asked, monkeypatch, tmp_path):
     stop_in(monkeypatch, 2, asked())
     before = contents(asked.folder)
-    assert "step_000002/state.safetensors" in before
+    assert {"step_000002/model.safetensors", "step_000002/best.safetensors"} <= before.keys()
     told = refused(asked("grown"))
     assert "test.images was 8, now 24" in told and f"choose another --name, or delete {asked.folder}" in told
     assert "classes was ['dark', 'light'], now ['dark', 'grey', 'light']" in refused(asked("other"))
@@ -90,7 +94,7 @@ def test_a_stopped_or_finished_run_is_not_taken_for_one_of_other_images(asked, m
     ours, undisturbed = contents(asked.folder), contents(tmp_path / "undisturbed/toy/scratch/seed_0")
     assert {**ours, "result.json": ""} == {**undisturbed, "result.json": ""}
     assert "test.images was 8, now 24" in refused(asked("grown"))
-    assert "leaks.told was drop, now keep" in refused(asked(leaks="keep"))
+    assert "leaks.decision was drop, now keep" in refused(asked(leaks="keep"))
     assert contents(asked.folder) == ours
     main(asked("grown", name="again"))  # under another name it is another run
     result = read_results(asked().out)["toy", "again", 0]
@@ -112,7 +116,7 @@ def test_an_encoder_that_was_trained_further_is_another(asked, tmp_path):
         partial = tmp_path / "vlm/partial"
         partial.mkdir(parents=True)
         vision = ViT(CONFIGS["sample"][0])
-        save_file(vision.state_dict(), partial / "vision.safetensors", metadata_of(vision))
+        save_module(vision, partial / "vision.safetensors")
         (partial / "config.json").write_text(json.dumps({"weights": {"vision": ""}, "lora": {}}))
         seal(partial, tmp_path / f"vlm/step_{step:06d}")
         config = asked(encoder="openmedq", run=str(tmp_path / "vlm"), epochs=1)
@@ -221,11 +225,11 @@ def test_the_log_is_whole_although_a_run_was_killed_right_after_it_went_on(asked
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(what, asked, monkeypatch, tmp_path):
     main(asked(out=str(tmp_path / "undisturbed")))
 
-    def full(tensors, path, *rest):
+    def full(tensors, path, metadata=None):
         if what == "state" or "encoder" in path.name:
             path.write_bytes(b"half")
             raise SafetensorError("I/O error: No space left on device (os error 28)")
-        return save_file(tensors, path, *rest)
+        return save_file(tensors, path, metadata)
 
     def full_csv(path, content):
         if path.name == "test.csv":
@@ -234,11 +238,12 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(what, asked, monke
 
     with monkeypatch.context() as patch:
         if what == "csv":
-            patch.setattr(train_cls, "write_whole", full_csv)
+            patch.setattr(encoders, "write_whole", full_csv)
             with pytest.raises(OSError, match="No space left"):  # plumbing.flags.run makes one line of it
                 main(asked())
         else:
-            patch.setattr(train_cls, "save_file", full)
+            for module in (train_cls, trainers, weights):
+                patch.setattr(module, "save_file", full)
             told = refused(asked())
             assert "not saved: " in told and "No space left" in told and "the same command goes on" in told
     assert not list(asked.folder.glob(".*.partial")) and not (asked.folder / "result.json").exists()
@@ -258,7 +263,7 @@ def test_a_place_that_cannot_be_written_to_is_told_before_the_work(what, asked, 
             asked.folder.write_text("mine")
         else:
             asked.folder.symlink_to(tmp_path / "gone" / "away")
-    monkeypatch.setattr(train_cls.Split, "read_pixels", None)  # no image is read
+    monkeypatch.setattr(labelled.Split, "read_pixels", None)  # no image is read
     told = refused(asked())
     assert "cannot be written to" in told and "name another place with --out=" in told
 
@@ -343,7 +348,7 @@ def test_a_model_and_a_result_of_two_runs_do_not_predict(trained, tmp_path):
 # ----------------------------------------------------------------------------- what cannot be learnt
 
 def test_too_few_images_are_refused_before_any_work(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_cls.Split, "read_pixels", None)
+    monkeypatch.setattr(labelled.Split, "read_pixels", None)
     rows = toy_records(("dark", "light"), {"train": 7, "test": 2})
 
     def refusal(records, **flags):
@@ -382,7 +387,7 @@ def test_the_interval_draws_patients():
     assert scores["groups"] == 20 and scores["interval"] == grouped
     one = score(films[0].astype(np.float32), films[1], None, ["a", "b"], ["patient"] * 200)
     assert one["interval"] is None and one["groups"] == 1
-    train_cls.print_run({"dataset": "d", "name": "n", "seed": 0, "best_epoch": 1, "test": one})
+    print_run({"dataset": "d", "name": "n", "seed": 0, "best_epoch": 1, "test": one})
 
 
 def test_a_draw_without_a_class_gives_a_number():

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 
-from model import LLaMA, ResNet, ResNetConfig, VLM, ViT, ViTConfig, load_encoder
+from model import LLaMA, VLM, ViT, ViTConfig
 from plumbing.flags import UserError
 from prepare.weights import WEIGHTS
 from test_model import LLAMA, TOLERANCE, VIT, relative_error
+from weights import load_encoder, load_vlm, save_vlm
+from zoo.resnet import ResNet, ResNetConfig
 
 CLIP_VIT = ViTConfig(image_size=64, patch_size=32, width=128, depth=2, clip=True)  # 5 tokens an image
 RESNET = ResNetConfig(image_size=64, layers=(1, 2, 1, 1))  # 5 outputs an image; 32 heads as published
@@ -108,7 +110,7 @@ def test_pubmedclip_equals_transformers(prefix, tmp_path):
     ours = load_encoder(convert("pubmedclip", "pytorch_model.bin", published, tmp_path))
     wanted = whole.vision_model(some_pixels())
     tokens = whole.vision_model.post_layernorm(wanted.last_hidden_state)
-    assert ours.config == CLIP_VIT and tokens.shape == (3, ours.config.tokens, ours.config.width)
+    assert ours.config == CLIP_VIT and tokens.shape == (3, ours.tokens(64, 64), ours.config.width)
     assert relative_error(ours(some_pixels()), tokens) < TOLERANCE
     assert relative_error(ours(some_pixels())[:, 0], wanted.pooler_output) < TOLERANCE
     assert {m.eps for m in ours.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-5}
@@ -139,8 +141,8 @@ def test_pubmedclip_s_original_equals_open_clip(references, tmp_path):
 
 def test_clip_s_vit_in_the_whole_model_is_saved_and_known_again(tmp_path):
     model = VLM(fill(ViT(replace(VIT, clip=True))), LLaMA(LLAMA))
-    model.save(tmp_path)
-    loaded = VLM.load(tmp_path).vision
+    save_vlm(model, tmp_path)
+    loaded = load_vlm(tmp_path).vision
     assert loaded.config == replace(VIT, clip=True)
     assert torch.equal(loaded(some_pixels(16)), model.vision(some_pixels(16)))
 
@@ -149,7 +151,7 @@ def test_clip_s_vit_in_the_whole_model_is_saved_and_known_again(tmp_path):
 
 def written_out(state, x, heads):
     """
-    All outputs of CLIP's ResNet, in other words than model.py's: strides as averages by a stride-less
+    All outputs of CLIP's ResNet, in other words than zoo/resnet.py's: strides as averages by a stride-less
     kernel, and torch's own attention, of which PMC-CLIP keeps output 0.
     """
     def convolve(x, conv, bn, padding=0, stride=1):
@@ -234,7 +236,7 @@ def test_batch_norm_s_count_stays_a_whole_number_in_any_dtype(tmp_path):
 def test_real_sizes_of_the_encoders():
     with torch.device("meta"):
         vit, resnet = ViT(ViTConfig(patch_size=32, clip=True)), ResNet(ResNetConfig())
-    assert (vit.config.tokens, vit.config.heads, vit.config.image_size) == (50, 12, 224)
+    assert (vit.tokens(224, 224), vit.config.heads, vit.config.image_size) == (50, 12, 224)
     assert sum(p.numel() for p in vit.parameters()) == 87_456_000
     assert (resnet.config.tokens, resnet.config.width, resnet.config.image_size) == (50, 768, 224)
     assert sum(p.numel() for p in resnet.parameters()) == 37_792_352

@@ -86,12 +86,12 @@ def prepare_own(path, shards_dir, image_size):
                f"--image_size={image_size}"]
     process, error = subprocess.Popen(command, stderr=subprocess.PIPE), b""
     while words := process.stderr.read1():  # its progress, passed on as it comes, or its last line
-        progress, _, reason = words.partition(f"{PREPARE.name}: ".encode())
+        progress, _, reason = (b"", b"", words) if error else words.partition(f"{PREPARE.name}: ".encode())
         error += reason
         sys.stderr.write(progress.decode("utf-8", "backslashreplace"))
         sys.stderr.flush()
     if process.wait():
-        raise UserError(error.decode("utf-8", "backslashreplace") or
+        raise UserError(error.decode("utf-8", "backslashreplace").strip() or
                         f"{path}: prepare/all.py ended with exit code {process.returncode}")
     mine = clean(str(own_path(path)))
     names = [target.name for target in Path(shards_dir).glob("*") if mine in origins(target)]

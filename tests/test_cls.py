@@ -111,8 +111,10 @@ def test_a_run_learns_what_there_is_to_see_and_leaves_a_model(toy, capsys):
     for entry in results.values():
         assert entry["test"]["macro_f1"] == 1 and entry["test"]["confusion"] == [[4, 0], [0, 4]]
     printed = capsys.readouterr().out
-    assert "toy, scratch, seed 1: 8 test images" in printed and "macro-F1 1.000 (1.000 to 1.000, images drawn)" in printed
-    assert "1.000 ± 0.000" in printed  # the table, after several seeds
+    assert "toy, scratch, seed 1: 8 test images" in printed
+    assert "macro-F1 1.000 (1.000 to 1.000, images drawn), blind 0.333, " in printed  # of two classes as frequent
+    assert re.search(r"toy +1\.000 ± 0\.000 +0\.333\n", printed)  # the table, after several seeds
+    assert printed.count("blind: the most frequent class") == 1
     folder = toy / "cls/toy/scratch/seed_0"
     assert sorted(os.listdir(folder)) == ["config.json", "log.jsonl", "model", "result.json", "test.csv"]
     rows = list(csv.DictReader(open(folder / "test.csv")))
@@ -398,11 +400,25 @@ def test_own_images_are_trained_on_and_new_ones_predicted(kind, tmp_path, capsys
     assert "notes.txt: not an image" in told
     assert "even.png: not an image that can be read (even: all pixels alike)" in told
     assert "2 images, 2 files that could not be read" in told
+    for path in (source / "whole").glob("*0.png"):  # prepared anew, as they have changed: another run's images
+        path.write_bytes(picture(7, 60) + b" ")
+    message = refused(parse_flags(Config, words))
+    assert "train.sha256 was " in message and "choose another --name" in message
     table, = (tmp_path / "cls").glob("*/scratch/seed_0/predicted_new_????????.csv")
     rows = {row["image"]: row for row in csv.DictReader(open(table))}
     assert rows.keys() == {"a/light.png", "dark.PNG"}
     assert "broken" in rows["a/light.png"]["predicted"] and "whole" in rows["dark.PNG"]["predicted"]
     assert float(rows["dark.PNG"]["whole"]) > 0.5 > float(rows["a/light.png"]["whole"])
+
+
+def test_own_images_that_cannot_be_used_are_refused_in_one_line(tmp_path):
+    (tmp_path / "scans").mkdir()
+    for name, reason in (("scans", "no image in it that has a class"), ("gone.csv", "no folder and no csv there")):
+        words = [f"--dataset={tmp_path / name}", "--encoder=scratch", "--model=sample", "--device=cpu",
+                 f"--shards_dir={tmp_path}/shards", f"--out={tmp_path}/cls"]
+        done = subprocess.run([sys.executable, "train_cls.py", *words], cwd=ROOT, text=True, capture_output=True)
+        assert done.returncode == 2 and done.stdout == ""
+        assert re.fullmatch(rf"train_cls\.py: {re.escape(str(tmp_path / name))}: {reason}.*\n", done.stderr)
 
 
 # ----------------------------------------------------------------------------- refusals

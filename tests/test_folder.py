@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,11 +16,13 @@ from PIL import Image
 
 from plumbing.flags import UserError
 from plumbing.leaks import read_leaks
+from plumbing.own import files_below, find_prepared, prepare_own
 from plumbing.pixels import SUFFIXES, load_image
 from plumbing.shards import Shard
-from prepare.folder import find_dataset, prepare_folder
-from prepare.listing import files_below, is_image
+from prepare.folder import prepare_folder
+from prepare.listing import is_image
 from prepare.shards import locked, read_manifests, write_dataset
+from tasks.labelled import open_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -405,10 +406,7 @@ def test_folders_that_not_every_class_has_are_no_patients(files, prepare, tmp_pa
 
 
 def open_splits(tmp_path, name):
-    from train_cls import open_dataset
-
-    config = SimpleNamespace(shards_dir=str(tmp_path / "shards"), leaks="recorded", images_per_class=0)
-    return open_dataset(name, config, 16)
+    return open_dataset(tmp_path / "shards" / name, 16)
 
 
 @pytest.mark.parametrize("patients", [True, False])
@@ -489,9 +487,10 @@ def find(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path / "here")
 
     def find_and_read(name):
-        found = find_dataset(name, tmp_path / "shards", 16)
-        splits = read_manifests(tmp_path / "shards" / found)
-        return found, sum(manifest["images"] for manifest in splits.values()), capsys.readouterr().out
+        shards = tmp_path / "shards"
+        dataset = find_prepared(name, shards) or prepare_folder(name, shards, 16)
+        splits = read_manifests(shards / dataset)
+        return dataset, sum(manifest["images"] for manifest in splits.values()), capsys.readouterr().out
 
     return find_and_read
 
@@ -529,6 +528,22 @@ def test_a_benchmark_that_is_prepared_stays_itself_beside_a_folder_of_its_name(f
     assert find("busi") == ("busi", 0, "busi: the dataset that prepare/all.py made; write ./busi for the folder of "
                             "that name here\n")
     assert find("./busi")[0].startswith("busi_")
+
+
+def test_a_process_of_its_own_prepares_says_the_same_and_ends_with_the_reason(tmp_path, capfd):
+    scans = put_classes(tmp_path / "my scans", 6)
+    for wanted in ("my_scans: not prepared yet", "my_scans: up to date"):
+        assert prepare_own(str(scans), str(tmp_path / "shards"), 16) == "my_scans"
+        assert wanted in capfd.readouterr().out
+    put_classes(tmp_path / "other/my scans", 4)
+    hashed = prepare_own(tmp_path / "other/my scans", tmp_path / "shards", 16)
+    assert hashed.startswith("my_scans_")
+    (tmp_path / "empty").mkdir()
+    capfd.readouterr()
+    for path, reason in ((tmp_path / "empty", "no image in it that has a class"), (tmp_path / "gone", "no folder and no csv")):
+        with pytest.raises(UserError, match=f"^{path}: {reason}") as error:
+            prepare_own(path, tmp_path / "shards", 16)
+        assert "\n" not in str(error.value) and capfd.readouterr().err == ""
 
 
 def test_what_is_damaged_of_one_s_own_is_made_anew_by_what_the_line_says(prepare, tmp_path):

@@ -53,7 +53,7 @@ def read_records(name, config):
         raise UserError(f"--data: no raw files of {name!r} in {config.raw_dir}")
     records, images = [], set()
     for _, record in dataset.read(dataset.raw(config.raw_dir)):
-        images.add(record.image)
+        images.update(view.image for view in record.views())
         if len(images) > config.images:
             break
         records.append(record)
@@ -108,7 +108,8 @@ def alter(contents):
 def time_writer(name, records, tokenizer):
     """Seconds a sample of the one process that hashes, tokenizes and writes what the others encode."""
     ready = Future()
-    ready.set_result(encode_image(next(record.image for record in records if record.image), SETTINGS))
+    first = next(view.image for record in records for view in record.views() if view.image)
+    ready.set_result(encode_image(first, SETTINGS))
     with tempfile.TemporaryDirectory() as folder:
         writer = SplitWriter(Path(folder) / "train", DATASETS[name], tokenizer, lambda content: ready, 4)
         start = time.perf_counter()
@@ -123,7 +124,7 @@ def main(config):
     totals, writers = [], []
     for name in config.data.split(","):
         records = read_records(name, config)
-        contents = list({record.image: None for record in records if record.image})
+        contents = list({view.image: None for record in records for view in record.views() if view.image})
         if config.enlarge > 1:
             contents = [enlarge(content, config.enlarge) for content in contents]
         sizes = [load_image(content).size for content in contents]
@@ -139,7 +140,7 @@ def main(config):
         print(f"  the one process that writes: {1 / writers[-1]:,.0f} samples/s")
         totals.append(total)
     samples = sum(dataset.counts.get("train", 0) for dataset in DATASETS.values()
-                  if dataset.kind != "classification" and not dataset.only_by_name)
+                  if dataset.kind != "classification" and not dataset.only_by_name and not dataset.drawn)
     images = samples * np.mean(totals) / CORES / 3600
     print(f"All pretraining, {samples:,} published training samples, at most one image each, at the mean "
           f"of these rates: {images:.1f} hours of images on {CORES} cores, "

@@ -44,7 +44,7 @@ def read_mix(shards_dir):
     return [(title, dataset.name, dataset.counts.get("train"),
              *(prepared_counts(Path(shards_dir) / dataset.name / "train") or (None,) * 3))
             for title in PAPER for dataset in DATASETS.values()
-            if dataset.kind != "classification" and not dataset.only_by_name and dataset.name != "sample"
+            if dataset.kind != "classification" and not dataset.only_by_name and not dataset.drawn
             and (dataset.kind == "text questions") == (title == "text alone")]
 
 

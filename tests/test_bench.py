@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from extras.bench import training
+from extras.bench import split_load, training
 from model import VLM
 from plumbing.shards import Shard
 from test_packing import VOCABULARY, count_tokens, loss_alone, random_images, tensors, tiny_vlm, write_shard
@@ -102,3 +103,10 @@ def test_the_table_is_written_and_the_peer_does_the_same_work(shards, tmp_path):
     recomputed = rows["attention within groups"]
     assert rows["nothing recomputed"]["kept"] > recomputed["kept"]
     assert len(Shard(shards / "sample" / "train")) == 64
+
+
+def test_each_process_loads_its_part_of_a_split_model_alone(tmp_path):
+    config = split_load.Config(width=256, layers=1, dtype="float32")
+    split_load.write_model(tmp_path, config)
+    whole = sum(tensor.numel() * 4 for tensor in load_file(tmp_path / "model.safetensors").values())
+    assert [size for _, size in split_load.measure(tmp_path, 2, "float32")] == [whole / 2] * 2

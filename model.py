@@ -9,11 +9,7 @@ Each part's parameters carry the names of the checkpoint that it is initialised 
 ViT (BiomedCLIP's visual.trunk.*), the Hugging Face hub's for LLaMA (PMC-LLaMA). Loading is therefore a
 plain copy, and what weights.py saves is read by those libraries. How answers are generated: generate.py.
 
-Other models put other parts into a VLM. What it wants of them:
-
-- a vision part: tokens(height, width), how many tokens an image of so many pixels becomes; output_width;
-  mean and std of its pixels; forward, images of one shape -> their tokens.
-- a language part: embed, blocks, forward; config.hidden_size.
+What a VLM wants of other parts than these: docs/building.md.
 
 Letters: T tokens of a sequence, C width, nh heads, nkv key-value heads, hs head size, I images, H, W
 their height and width, N tokens of an image (class token + patches) or of all images, P patch size,
@@ -177,11 +173,10 @@ class ViT(nn.Module):
 
     def require_shapes(self, name, sizes):
         """Raise UserError where images of these sizes, (I,) with height and width, are not whole patches."""
-        side = self.config.patch_size * self.config.merge
-        for sides in (sizes["height"], sizes["width"]):
-            if (sides % side).any():
-                raise UserError(f"{name}: an image has {sides[sides % side > 0][0]} pixels along a side, no multiple "
-                                f"of {side}, the model's patches; prepare with another --image_size")
+        side, sides = self.config.patch_size * self.config.merge, {*sizes["height"].tolist(), *sizes["width"].tolist()}
+        if wrong := [pixels for pixels in sides if pixels % side]:
+            raise UserError(f"{name}: an image has {min(wrong)} pixels along a side, no multiple of {side}, the "
+                            "model's patches; prepare with another --image_size")
 
     @property
     def output_width(self):

@@ -19,7 +19,7 @@ from model import VLM, LLaMA, LlamaConfig, ViT, ViTConfig
 from plumbing.claims import (LORA_HARMLESS, LORA_NEUTRAL, lfs_pointer, llama_refusal, lora_refusal,
                              read_adapter_config, tokenizer_mismatch)
 from plumbing.flags import UserError
-from test_encoders import fill, references, some_pixels  # noqa: F401
+from test_encoders import fill, some_pixels
 from test_model import LLAMA, TOLERANCE, V, edit_json, hub_llama, logits_of, randomise, relative_error, some_tokens
 from weights import load_adapter, load_encoder, load_llama, load_vit, load_vlm, save_vlm
 
@@ -230,8 +230,8 @@ def timm_vit(timm, name, folder, **arguments):
     ("vit_base_patch32_clip_224", {"embed_dim": 192, "num_heads": 3, "act_layer": "quick_gelu"},
      {"model_args": {"embed_dim": 192, "num_heads": 3, "act_layer": "quick_gelu"}}, 3, "quick_gelu"),
     ("vit_tiny_patch16_224", {"patch_size": 32}, {"pretrained_cfg": {"tag": "augreg"}}, 3, "gelu")])
-def test_timm_s_config_beside_a_vit_tells_heads_and_activation(name, arguments, beside, heads, activation,
-                                                              references, tmp_path):  # noqa: F811
+def test_timm_s_config_beside_a_vit_tells_heads_and_activation(name, arguments, beside, heads, activation, references,
+                                                              tmp_path):
     wanted = timm_vit(references[0], name, tmp_path, **arguments)
     (tmp_path / "config.json").write_text(json.dumps({"architecture": name, **beside}))
     ours = load_encoder(tmp_path / "vit.safetensors")
@@ -312,8 +312,7 @@ def test_clip_s_configs_tell_heads_and_activation(name, config, heads, activatio
     ("vit_tiny_patch16_224", {"global_pool": "avg", "fc_norm": True}, "fc_norm"),
     ("vit_tiny_patch16_224", {"no_embed_class": True}, "pos_embed is|fit"),
     ("vit_giant_patch14_224", {}, "how many heads its 1408 channels have is not known")])
-def test_timm_s_other_vits_are_refused_by_what_differs(name, arguments, message, references,  # noqa: F811
-                                                       tmp_path):
+def test_timm_s_other_vits_are_refused_by_what_differs(name, arguments, message, references, tmp_path):
     model = references[0].create_model(name, num_classes=0, depth=1, img_size=56, **arguments)
     save_file(model.state_dict(), tmp_path / "vit.safetensors")
     with pytest.raises(UserError, match=message) as caught:

@@ -12,7 +12,8 @@ import torch
 
 import train_vlm
 from plumbing.flags import UserError, run
-from plumbing.devices import LossScale, autocast_to, describe_machine, join_group, pick_device, usable_cores
+from plumbing.devices import (LossScale, autocast_to, describe_machine, join_group, pick_device, to_device,
+                              usable_cores)
 from test_batches import CPU, STEPS, config_of, make, mixture_of, pack, state_of
 
 
@@ -88,11 +89,11 @@ def test_float16_trains_with_a_frozen_half_precision_language_model():
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert model.language.lm_head.weight.dtype == torch.float16
     scale, step, autocast = LossScale(), pack(mixture_of(), 0, range(11)), autocast_to(CPU, torch.float16)
-    losses = [train_vlm.train_step(model, optimizer, step, config, CPU, autocast, scale)[0] for _ in range(12)]
+    losses = [train_vlm.train_step(model, optimizer, step, 1e-2, config, autocast, scale)[0] for _ in range(12)]
     assert losses[-1] < losses[0] - 0.1 and scale.updates >= 10
     exact, _ = make(config, torch.float32)
     with torch.no_grad():
-        wanted = sum(exact.loss(train_vlm.to_device(batch, CPU)) for batch in step.batches) / step.supervised
+        wanted = sum(exact.loss(to_device(batch, CPU)) for batch in step.batches) / step.divisor
     assert losses[0] == pytest.approx(float(wanted), rel=2e-3)
 
 
@@ -102,8 +103,8 @@ def test_a_gradient_that_overflows_is_left_out_and_halves_the_scale():
     scale, autocast = LossScale(1024.0, 7), autocast_to(CPU, torch.float16)
 
     def step(number):
-        return train_vlm.train_step(model, optimizer, pack(mixture_of(), number, STEPS["text and images"]), config,
-                                    CPU, autocast, scale)
+        return train_vlm.train_step(model, optimizer, pack(mixture_of(), number, STEPS["text and images"]), 1e-2,
+                                    config, autocast, scale)
 
     loss, norm = step(0)
     assert norm < 1e3 and vars(scale) == {"scale": 1024.0, "updates": 8}
@@ -133,7 +134,7 @@ def test_the_norm_and_the_update_do_not_depend_on_the_scale():
         config = config_of(("full", "full", "full"), clip=0.1)
         model, optimizer = make(config)
         step = pack(mixture_of(), 0, STEPS["text and images"])
-        told = train_vlm.train_step(model, optimizer, step, config, CPU, autocast_to(CPU, torch.float32), scale)
+        told = train_vlm.train_step(model, optimizer, step, 1e-2, config, autocast_to(CPU, torch.float32), scale)
         found.append((torch.tensor(told), state_of(model, optimizer)))
     for told, state in found[1:]:  # powers of two: the same bits
         assert torch.equal(told, found[0][0]) and all(torch.equal(state[name], found[0][1][name]) for name in state)

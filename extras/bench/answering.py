@@ -4,7 +4,7 @@ How fast eval_vqa.py answers, beside transformers' generate on the same weights 
     python extras/bench/answering.py --run=out/path_vqa --limit=500
     python extras/bench/answering.py --model=paper --new_tokens=8 --rounds=1     random weights, on a GPU
 
-Ours is VLM.generate with all questions of an image in a row of its cache. It is timed twice: with the
+Ours is generate.py with all questions of an image in a row of its cache. It is timed twice: with the
 right images alone, and as eval_vqa.py runs it, where each question is asked about a second image, too,
 which costs little since that image's row is there. The peer is LlamaForCausalLM.generate as LLaVA-style
 evaluations call it: questions in their order, each with its image encoded, in padded batches of
@@ -28,20 +28,22 @@ if __name__ == "__main__":
 
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 import transformers
 
-import eval_vqa
-from data import BOS, EOS, Shard, Tokenizer
+from data import EOS, Tokenizer
 from extras.bench.progress import Progress, tell
-from model import VLM, Linear
+from generate import finished_groups, generate, group_questions, read_groups
 from plumbing.devices import autocast_to, describe_machine, pick_device
 from plumbing.flags import Count, Device, UserError, Whole, parse_command_line, run
-from tasks.vqa import shuffled_images
+from plumbing.kernels import Linear
+from plumbing.shards import Shard
+from tasks.vqa import exchange_images
+from weights import build_vlm, hub_config, load_run
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ class Config:
 
 def make_peer(model):
     """transformers' LLaMA on the same tensors."""
-    settings = transformers.LlamaConfig(**asdict(model.language.config), bos_token_id=BOS,
-                                        eos_token_id=EOS, pad_token_id=0, attn_implementation="sdpa")
+    settings = transformers.LlamaConfig(**hub_config(model.language.config), pad_token_id=0,
+                                        attn_implementation="sdpa")
     with torch.device("meta"):
         peer = transformers.LlamaForCausalLM(settings)
     peer.load_state_dict(model.language.state_dict(), assign=True)
@@ -75,12 +77,16 @@ def make_peer(model):
 @torch.no_grad()
 def answer_by_peer(model, peer, shard, count, config):
     """Token ids of the answers to the first `count` questions, batch by batch, padded on the left."""
-    N, device, answers = model.vision.config.tokens, model.projector.weight.device, []
+    device, answers = model.projector.weight.device, []
     for begin in range(0, count, config.peer_batch_size):
         numbers = range(begin, min(begin + config.peer_batch_size, count))
-        images = np.stack([shard.read_image(shard.samples["image"][number]) for number in numbers])
-        image_tokens = model.encode_images(torch.from_numpy(images).to(device))
-        rows = [[BOS] + [0] * N + shard.read_tokens(number)[0].tolist() for number in numbers]
+        images = [torch.from_numpy(shard.read_image(shard.samples["image"][number])).to(device) for number in numbers]
+        N = model.vision.tokens(*images[0].shape[:2])
+        image_tokens = model.encode_images(images).split(N)
+        rows = []
+        for number in numbers:
+            bos, _, *text = shard.read_sample(number).prompt().tolist()
+            rows.append([bos] + [0] * N + text)
         T = max(map(len, rows))
         tokens = torch.tensor([[0] * (T - len(row)) + row for row in rows], device=device)
         x = peer.get_input_embeddings()(tokens)  # (B, T, C)
@@ -90,6 +96,16 @@ def answer_by_peer(model, peer, shard, count, config):
         replies = peer.generate(inputs_embeds=x, attention_mask=seen, do_sample=False,
                                 max_new_tokens=config.new_tokens)
         answers += [reply[:reply.index(EOS)] if EOS in reply else reply for reply in replies.tolist()]
+    return answers
+
+
+def answer(model, tokenizer, shard, count, shown, config):
+    """{row: answers to the first `count` questions, as text}; shown: as group_questions takes it."""
+    groups, answers = group_questions(shard, count, shown), {row: [""] * count for row in shown}
+    passes = generate(model, read_groups(shard, groups), config.new_tokens, rows=config.batch_size)
+    for number, finished in finished_groups(passes):
+        for question, reply in zip(groups[number], finished, strict=True):
+            answers[question.row][question.number] = tokenizer.decode(reply.tokens)
     return answers
 
 
@@ -127,7 +143,7 @@ def count_work(model, passes):
         parameters = list(module.parameters())
         return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
 
-    blocks, block_bytes = count(model.language.model.layers)
+    blocks, block_bytes = count(model.language.blocks)
     _, head_bytes = count(model.language.lm_head)
     images = []  # FLOP of those that this pass shows
 
@@ -135,7 +151,7 @@ def count_work(model, passes):
         images.append(2 * output.shape[0] * output.shape[1] * count(module)[0])
 
     def embedded(module, inputs, output):
-        passes.append([sum(images) + 2 * output.shape[1] * blocks, block_bytes])
+        passes.append([sum(images) + 2 * len(output) * blocks, block_bytes])
         images.clear()
 
     def predicted(module, inputs, output):
@@ -148,12 +164,13 @@ def count_work(model, passes):
 
 
 def open_questions(config, split):
-    """The shard of a split of --data, all of whose questions are about images, and its tokenizer."""
+    """The shard of a split of --data, each of whose questions is about one image of one size, and its tokenizer."""
     folder = Path(config.shards_dir) / config.data
     shard = Shard(folder / split)
     shard.require_questions()
-    if shard.samples["image"].min() < 0:
-        raise UserError(f"--data: {config.data} asks about no image, too, which the peer cannot")
+    if (shard.samples["images"] != 1).any() or len(np.unique(shard.image_index[["height", "width"]])) > 1:
+        raise UserError(f"--data: {config.data} asks about no image, several, or different sizes, too, which the "
+                        "peer cannot")
     return shard, Tokenizer(folder / "tokenizer.model")
 
 
@@ -161,27 +178,26 @@ def main(config):
     device, dtype = pick_device(config.device, config.dtype)
     shard, tokenizer = open_questions(config, "test")
     if config.run:
-        model = VLM.from_run(config.run, dtype, device)
+        model = load_run(config.run, dtype, device)
     else:
         torch.manual_seed(0)
-        model = VLM.build(config.model, tokenizer.vocab_size, dtype=dtype, device=device)
+        model = build_vlm(config.model, tokenizer.vocab_size, dtype=dtype, device=device)
         with torch.no_grad():
             model.language.lm_head.weight[EOS] = 0  # never the largest of 32,000 random logits
     model.eval().requires_grad_(False)
-    shard.require_image_size(model.vision.config.image_size)
+    model.vision.require_shapes(shard.folder, shard.image_index)
     count = min(config.limit or len(shard), len(shard))
-    images = shard.samples["image"][:count].astype(np.int64)
-    other = shuffled_images(images, 0)
-    settings = eval_vqa.Config(batch_size=config.batch_size, max_new_tokens=config.new_tokens)
+    images, own = shard.samples["image"][:count].astype(np.int64), np.arange(len(shard.image_index))
+    other = exchange_images(len(own), images, images, 0)
     peer = make_peer(model) if config.peer else None
 
     print(", ".join(f"{name} {value}" for name, value in describe_machine(device).items()))
     flops, bandwidth = measure_limits(device, dtype)
     print(f"{count:,} questions about {len(np.unique(images)):,} images of {config.data}, {dtype}; a "
           f"matrix product runs at {flops / 1e12:.2f} TFLOP/s, a copy at {bandwidth / 1e9:.0f} GB/s")
-    ways = {"ours": lambda: eval_vqa.answer(model, tokenizer, shard, {"model": images}, settings)[0],
-            "ours, with a second image": lambda: eval_vqa.answer(
-                model, tokenizer, shard, {"model": images, "image shuffled": other}, settings)[0]}
+    ways = {"ours": lambda: answer(model, tokenizer, shard, count, {"model": own}, config),
+            "ours, with a second image": lambda: answer(
+                model, tokenizer, shard, count, {"model": own, "image shuffled": other}, config)}
     if peer:
         ways["transformers' generate"] = lambda: {"model": [
             tokenizer.decode(reply) for reply in answer_by_peer(model, peer, shard, count, config)]}

@@ -20,6 +20,7 @@ from plumbing.flags import require_packages
 if __name__ == "__main__":
     require_packages("tests/requirements.txt", "transformers")
 
+import importlib
 import os
 import tempfile
 import time
@@ -36,16 +37,19 @@ from PIL import Image, ImageEnhance, ImageOps
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
-import train_cls
-from data import Shard
 from extras.bench.progress import Progress, tell
-from model import CLIP_MEAN, CLIP_STD, CONFIGS, ViT, normalise, tensors_of
+from model import CLIP_MEAN, CLIP_STD, CONFIGS, ViT, normalise
 from plumbing.devices import autocast_to, pick_device
 from plumbing.flags import Count, Device, Range, Threads, UserError, parse_command_line, run
 from plumbing.pixels import FORMATS
+from plumbing.shards import Shard
+from plumbing.tensors import tensors_of
 from prepare.datasets import DATASETS
-from train_cls import Classifier, make_optimizer, read_split, train_epoch
+from run import make_optimizer
+from tasks.labelled import read_split
+from zoo.classifier import Classifier
 
+train_cls = importlib.import_module("train_cls")  # the script, whose epoch is measured
 RENAMED = {"attn.proj": "attention.output.dense", "mlp.fc1": "intermediate.dense",
            "mlp.fc2": "output.dense", "norm1": "layernorm_before", "norm2": "layernorm_after",
            "norm": "layernorm", "patch_embed.proj": "embeddings.patch_embeddings.projection",
@@ -89,7 +93,7 @@ class ImageFiles(Dataset):
 
 
 def augment(image):
-    """As train_cls.augment, by Pillow."""
+    """As zoo.classifier.augment, by Pillow."""
     angle, scale, right, down, bright, contrast = (2 * torch.rand(6) - 1).tolist()
     if torch.rand(()) < 0.5:
         image = ImageOps.mirror(image)
@@ -126,7 +130,7 @@ def make_vit(ours):
 
 
 class Peer(nn.Module):
-    """transformers' ViT and the head of train_cls.Classifier, with the weights of one."""
+    """transformers' ViT and the head of zoo.classifier.Classifier, with the weights of one."""
 
     def __init__(self, ours):
         super().__init__()
@@ -194,7 +198,8 @@ def flops_an_image(encoder):
     Forward and backward, which is twice the forward: each weight of a matrix multiplies and adds once
     a token, 2 * parameters * N, and attention takes two products of (N, N) with C channels a block.
     """
-    N, C, depth = encoder.config.tokens, encoder.config.width, encoder.config.depth
+    side, C, depth = encoder.config.image_size, encoder.config.width, encoder.config.depth
+    N = encoder.tokens(side, side)
     weights = sum(parameter.numel() for parameter in encoder.parameters() if parameter.dim() in (2, 4))
     return 3 * (2 * weights * N + depth * 2 * 2 * N * N * C)
 
@@ -221,12 +226,12 @@ def main(config):
     if not shard.manifest["classes"]:
         raise UserError(f"--data: {config.data} has no labelled images")
     split, _ = read_split(shard)
-    split.read_pixels(shard)
+    split.read_pixels()
     multi_label = bool((split.labels.sum(1) != 1).any())
     settings = train_cls.Config(epochs=config.rounds + 1, batch_size=config.batch_size)
     workers = config.workers or os.cpu_count()
     torch.manual_seed(0)
-    ours = Classifier(ViT(CONFIGS[config.model][0]), split.labels.shape[1]).to(device)
+    ours = Classifier(ViT(CONFIGS[config.model][0]), split.labels.shape[1], multi_label).to(device)
     peer = Peer(ours).to(device)
     size = ours.encoder.config.image_size
     images = config.steps * config.batch_size
@@ -241,14 +246,13 @@ def main(config):
         # Workers that live on: without persistent_workers each epoch would have to start them anew.
         loader = DataLoader(files, config.batch_size, shuffle=True, num_workers=workers,
                             persistent_workers=True, pin_memory=device.type == "cuda")
-        optimizer = make_optimizer(ours, settings)
+        optimizer = make_optimizer(ours.rates(settings.layer_decay), settings.weight_decay)
         usual = torch.optim.AdamW(peer.parameters(), lr=settings.learning_rate, weight_decay=0.01)
         ready = [(normalise(torch.from_numpy(split.pixels[:config.batch_size]).to(device)).contiguous(),
                   torch.from_numpy(split.labels[:config.batch_size]).to(device))] * config.steps
         how = multi_label, device, autocast
         epochs = {
-            "ours": lambda number: train_epoch(ours, optimizer, split, number, multi_label, settings,
-                                               device, autocast),
+            "ours": lambda number: train_cls.train_epoch(ours, optimizer, split, number, settings, autocast),
             "ours, images ready": lambda number: train_steps(ours, optimizer, ready, *how),
             "peer": lambda number: train_steps(peer, usual, loader, *how)}
         seconds = defaultdict(list)

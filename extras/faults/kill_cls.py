@@ -35,7 +35,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-import train_cls
 from extras.faults import tiny
 from extras.faults.corrupt import flipped
 from extras.faults.full_disk import leave_room, mount, mounted, own_disk, used
@@ -43,6 +42,9 @@ from extras.faults.tiny import SUCCESS, USER_ERROR, bits_of, hashes, try_parts, 
 from plumbing.files import checkpoints, find_damage, hash_json, read_manifest
 from plumbing.flags import Count, UserError, parse_command_line, run
 from prepare.folder import prepare_folder
+from tasks import labelled
+
+train_cls = tiny.load_script("train_cls.py")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def write_images(folder):
 def start(config, told):
     """The process id of a child that does what the command line does; the file `told` gets its stderr."""
     def call():
-        train_cls.tqdm = functools.partial(train_cls.tqdm, disable=True)
+        for module in (train_cls, labelled):
+            module.tqdm = functools.partial(module.tqdm, disable=True)
         run(train_cls.main, config)
 
     return tiny.start(call, f"{told}.out", told)
@@ -131,10 +134,10 @@ def try_kill(config, trial):
         code = wait(child)
         if code == -signal.SIGKILL:
             kills += 1
-            states = checkpoints(target)
-            damage = find_damage(states[0]) if states else None
-            wrong = [f"newest state {states[0].name}: {damage}"] if damage else []
-            now = int(states[0].name[5:]) if states else 0
+            newest = next(iter(checkpoints(target)), None)
+            damage = newest and find_damage(newest)
+            wrong = [f"newest checkpoint {newest.name}: {damage}"] if damage else []
+            now = int(newest.name[5:]) if newest else 0
             if now < before and not (target / "result.json").exists():
                 wrong.append(f"went back from epoch {before} to {now}")
             before = max(now, before)
@@ -153,7 +156,7 @@ def try_full(config, trial):
     settings = replace(trial.config, out=str(disk))
     with mounted(disk):
         trial.require(replace(settings, epochs=2))
-        needed = 9 * used(disk)  # two states are the most that is there at once, each of four times the weights
+        needed = 9 * used(disk)  # two checkpoints are the most that is there at once, each of four times the weights
     for room in np.linspace(0.1 * needed, 1.1 * needed, config.sizes):
         with mounted(disk):
             leave_room(disk, room)
@@ -170,10 +173,10 @@ def try_full(config, trial):
 
 
 def stopped_run(trial):
-    """A run that was killed once it had its state of epoch 4."""
+    """A run that was killed once it had its checkpoint of epoch 4."""
     settings = replace(trial.config, out=str(trial.folder / "stopped"))
     target = trial.folder / "stopped" / trial.path
-    while not (states := checkpoints(target)) or states[0].name < "step_000004":
+    while not (there := checkpoints(target)) or there[0].name < "step_000004":
         shutil.rmtree(target, ignore_errors=True)
         child = start(settings, trial.told)
         while not (target / "step_000004").exists() and not (target / "result.json").exists():
@@ -196,9 +199,9 @@ def try_flip(config, trial):
     table = next(whole.glob("predicted_*.csv"))
     predicted = table.read_bytes()
     stopped, target = stopped_run(trial)
-    kept = trial.folder / "kept"
-    shutil.copytree(target, kept)
-    for older in checkpoints(kept)[1:]:  # to which a run with a damaged state would go back
+    copy = trial.folder / "copy"
+    shutil.copytree(target, copy)
+    for older in checkpoints(copy)[1:]:  # to which a run with a damaged checkpoint would go back
         shutil.rmtree(older)
     for path in sorted(path for path in whole.rglob("*") if path.is_file() and path != table):
         for bit in bits_of(path, draw, config.regions):
@@ -215,11 +218,11 @@ def try_flip(config, trial):
                     wrong.append(f"{name}, bit {bit}, {ask}: other output, no word")
                 yield f"{name}: {'refused' if code else 'the same'}", wrong
             path.write_bytes(content)
-    for path in sorted(path for path in kept.rglob("*") if path.is_file()):
+    for path in sorted(path for path in copy.rglob("*") if path.is_file()):
         for bit in bits_of(path, draw, config.regions):
-            name = path.relative_to(kept)
+            name = path.relative_to(copy)
             shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(kept, target)
+            shutil.copytree(copy, target)
             (target / name).write_bytes(flipped(path.read_bytes(), bit))
             code = wait(start(stopped, trial.told))
             wrong = trial.ended(code)

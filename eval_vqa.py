@@ -56,13 +56,13 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import format_prompt
-from generate import ask, finished_groups, generate, group_questions, read_groups
+from generate import ask, finished_groups, generate
 from plumbing.devices import autocast_to, describe_machine, join_group, pick_device, together
 from plumbing.files import read_manifest
 from run import open_trained_run
 from tasks.evaluations import encode, place_of, require_room, write_evaluation
 from tasks.seen import find_seen, open_trained, training_answers
-from tasks.splits import open_splits
+from tasks.splits import group_questions, open_splits, read_groups
 from tasks.stats import draw_units
 from tasks.vqa import METRICS, as_asked, exchange_images, question_only_answers, report, report_faults, score
 from weights import load_vlm

@@ -1,19 +1,12 @@
 """
-What all trainers share: the optimizer and its schedule, one update, and a run's folder.
+What all trainers share: the optimizer and its schedule, one update, and checkpoints.
 
-A run is a folder: config.json (flags, what it stands on, versions), tokenizer.model, log.jsonl, and
-step_<n>/, its checkpoints: the newest, and the best by held-out loss. Each is sealed with the run's record
-(plumbing/files.py), so that going on from it can be refused where flags or inputs are others by then.
+A run's folder and what is written down of it: plumbing/runs.py.
 """
 
-import contextlib
-import json
 import math
 import shutil
-import time
 from collections import defaultdict
-from dataclasses import fields
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,9 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from data import Batch, Tokenizer
 from plumbing.devices import fill, gather, is_split, sum_over_ranks, whole_and_split
-from plumbing.files import (best_checkpoint, checkpoints, differences, find_damage, find_run, nearest_run,
-                            newest_checkpoint, read_manifest, require_writable, sealed, sync, write_manifest,
-                            write_whole)
+from plumbing.files import best_checkpoint, checkpoints, find_damage, find_run, read_manifest, sealed
 from plumbing.flags import UserError
 
 # ----------------------------------------------------------------------------- one update
@@ -113,124 +104,6 @@ def even_out(batches, device):
     return batches + [empty] * (count.item() - len(batches))
 
 
-# ----------------------------------------------------------------------------- the folder of a run
-
-def choose_folder(run, name, resume):
-    """The folder of --run, else out/<name>_<date>; it is there when this returns."""
-    folder = Path(run or Path("out") / f"{name}_{time.strftime('%Y%m%d_%H%M%S')}")
-    if resume and not run:
-        raise UserError("--resume=true: no run in out/; leave it out to start one")
-    if (folder / "manifest.json").exists():
-        raise UserError(f"--run={folder}: this is a checkpoint or a shard; a run is the folder that it lies in")
-    if resume and not folder.exists():  # as when a scheduler gives the same command every time
-        near = nearest_run(folder)
-        print(f"{folder}: no run here yet, a new one begins" + f"; did you mean {near}?" * bool(near))
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    require_writable(folder, "run")
-    for path in {folder, *new}:
-        sync(path.absolute().parent)  # else a power cut may take the whole run along
-    return folder
-
-
-def open_run(folder, config, free=(), restated=()):
-    """
-    The checkpoint to go on from, or None. Flags have to be those of before, but for the `free`, and for the
-    `restated` ones, of which the difference is printed. Raises UserError where a run must not go on.
-    """
-    if not checkpoints(folder):
-        sweep(folder, None)
-        return None  # also of a run that was stopped before its first checkpoint
-    if not config.resume:
-        raise UserError(f"{folder}: holds a run already; add --resume=true to go on with it, or "
-                        "choose another --run")
-    newest = newest_checkpoint(folder)
-    manifest = read_manifest(newest)
-    if manifest is None:
-        raise UserError(f"{newest}: whole a moment ago, now not to be read; see to the disk, then try again")
-    for item in fields(config):  # one that the run does not know came later, with a default that it had
-        value, before = getattr(config, item.name), manifest["flags"].get(item.name, item.default)
-        if item.name in restated and before != value:
-            print(f"{folder}: --{item.name} was {before}, is {value} from here on: the schedule is another one")
-        elif item.name not in free and before != value:
-            raise UserError(f"--{item.name}={value}: the run in {folder} has {before}; resume it with "
-                            "the flags it was started with")
-    sweep(folder, newest)
-    return newest
-
-
-def open_trained_run(name="", checkpoint=""):
-    """
-    (folder, checkpoint, the record that it was sealed with, Tokenizer) of a train_vlm.py run, for whoever uses
-    its model; name and checkpoint: as plumbing.files.find_run takes them. Raises UserError where one of them
-    is missing, damaged, or not the run's.
-    """
-    folder, chosen = find_run(name, checkpoint)
-    record, tokenizer = read_manifest(chosen), Tokenizer(folder / "tokenizer.model")
-    if record is None:
-        raise UserError(f"{chosen}: whole a moment ago, now not to be read; see to the disk")
-    if "image" not in record:
-        raise UserError(f"{chosen}: saved by another version of this code; run `python train_vlm.py` anew")
-    if record["inputs"]["tokenizer"] != tokenizer.sha256:
-        raise UserError(f"{tokenizer.path}: not the one that the run was trained with; bring that back")
-    return folder, chosen, record, tokenizer
-
-
-def sweep(folder, newest):
-    """Remove what a killed run was writing or removing; set aside what is damaged: its step comes again."""
-    for leftover in [*folder.glob(".step_*.partial"), *folder.glob("removed_step_*")]:
-        shutil.rmtree(leftover)
-    for damaged in checkpoints(folder)[:checkpoints(folder).index(newest)] if newest else []:
-        damaged.rename(folder / f"damaged_{time.time_ns()}_{damaged.name}")
-
-
-def require_same_inputs(checkpoint, inputs):
-    """The record that a checkpoint was sealed with. Raises UserError where its inputs are others by now."""
-    record = read_manifest(checkpoint)
-    if "inputs" not in record:
-        raise UserError(f"{checkpoint}: saved before runs recorded what they were trained on, so that nobody "
-                        "knows whether these are the same data; start another --run")
-    if changes := differences(record["inputs"], inputs):
-        more = f", and {len(changes) - 3} more" if len(changes) > 3 else ""
-        raise UserError(f"{checkpoint.parent}: cannot go on, since it stands on other inputs: "
-                        f"{'; '.join(changes[:3])}{more}; bring those back, or start another --run")
-    return {name: fact for name, fact in record.items()
-            if name not in ("checksum", "files", "name", "step", "held_out_loss")}
-
-
-def write_run(folder, record, tokenizer, checkpoint):
-    """What a run's folder holds beside its checkpoints and its log: as at the start, but for restated flags."""
-    write_whole(folder / "tokenizer.model", tokenizer.path.read_bytes())
-    if checkpoint is None or (read_manifest(folder, "config.json") or {}).get("flags") != record["flags"]:
-        write_manifest(folder, "config.json", record)
-
-
-def open_log(folder, first, wandb_settings=None):
-    """
-    A function that appends an entry to log.jsonl and, with wandb_settings, to Weights & Biases. Entries
-    behind step `first`, which a killed run left, are dropped: those steps come again.
-    """
-    path, lines = folder / "log.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):  # the last line may be torn
-            lines += [line + "\n"] if json.loads(line)["step"] <= first else []
-    write_whole(path, "".join(lines).encode())
-    log = open(path, "a", encoding="utf-8")
-    if wandb_settings:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("--wandb=true: run `pip install wandb` first") from None
-        wandb.init(project="nanomedq", name=folder.name, config=wandb_settings, dir=str(folder))
-
-    def write_log(entry):
-        log.write(json.dumps(entry) + "\n")
-        log.flush()
-        if wandb_settings:
-            wandb.log(entry, step=entry["step"])
-
-    return write_log
-
-
 # ----------------------------------------------------------------------------- checkpoints
 
 def save_checkpoint(run, step, write, model, optimizer, record, keep, alone=False):
@@ -274,3 +147,20 @@ def load_optimizer(optimizer, model, checkpoint):
             else:
                 moment = value.to(parameter.device, copy=True)
             optimizer.state[parameter][kind] = moment
+
+
+def open_trained_run(name="", checkpoint=""):
+    """
+    (folder, checkpoint, the record that it was sealed with, Tokenizer) of a train_vlm.py run, for whoever uses
+    its model; name and checkpoint: as plumbing.files.find_run takes them. Raises UserError where one of them
+    is missing, damaged, or not the run's.
+    """
+    folder, chosen = find_run(name, checkpoint)
+    record, tokenizer = read_manifest(chosen), Tokenizer(folder / "tokenizer.model")
+    if record is None:
+        raise UserError(f"{chosen}: whole a moment ago, now not to be read; see to the disk")
+    if "image" not in record:
+        raise UserError(f"{chosen}: saved by another version of this code; run `python train_vlm.py` anew")
+    if record["inputs"]["tokenizer"] != tokenizer.sha256:
+        raise UserError(f"{tokenizer.path}: not the one that the run was trained with; bring that back")
+    return folder, chosen, record, tokenizer

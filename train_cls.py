@@ -80,7 +80,8 @@ from plumbing.draws import random_keys
 from plumbing.files import checkpoints, find_run, read_manifest, require_writable, sealed, write_manifest, write_whole
 from plumbing.own import find_prepared, prepare_own
 from plumbing.tensors import hash_weights, tensors_of
-from run import learning_rate_at, load_optimizer, make_optimizer, save_checkpoint, sweep, update
+from plumbing.runs import sweep
+from run import learning_rate_at, load_optimizer, make_optimizer, save_checkpoint, update
 from tasks.encoders import EIGHT, Run, open_run, print_run, read_result, report, run_folder, write_csv
 from tasks.labelled import choose_few, image_files, open_dataset, read_images, require_same_dataset
 from tasks.labels import decide, guess_blindly, macro_f1, score, tune_thresholds

@@ -76,7 +76,6 @@ import contextlib
 import math
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -84,14 +83,15 @@ from tqdm import tqdm
 
 from data import Tokenizer, open_mixture, open_shards
 from lora import add_lora, lora_layers
-from plumbing.claims import read_adapter_config, tokenizer_mismatch
-from plumbing.devices import (LossScale, agree, autocast_to, describe_machine, gather, is_split, join_group,
-                              pick_device, split_among_ranks, to_device, usable_cores)
-from plumbing.files import find_run, hash_json, lock, lowest_held_out_loss, read_manifest, sync
+from plumbing.claims import read_adapter_config
+from plumbing.devices import (LossScale, agree, autocast_to, gather, is_split, join_group, pick_device,
+                              split_among_ranks, sum_of_ranks, to_device, usable_cores)
+from plumbing.files import lock, lowest_held_out_loss, read_manifest, sync
 from plumbing.kernels import HAS_TRITON, compile_blocks
+from plumbing.runs import choose_folder, describe_run, open_log, open_run, require_same_inputs, write_run
 from plumbing.signals import agree_on_stop, catch_signals, end_stopped
-from run import (choose_folder, even_out, learning_rate_at, load_optimizer, make_optimizer, open_log, open_run,
-                 require_same_inputs, save_checkpoint, update, write_run)
+from plumbing.sources import find_start, weights_of
+from run import even_out, learning_rate_at, load_optimizer, make_optimizer, save_checkpoint, update
 from weights import build_vlm, is_trained, load_adapter, load_vlm, save_vlm
 
 FREE_ON_RESUME = {"workers", "recompute", "compile", "device", "resume", "run", "config", "log_every",
@@ -131,35 +131,6 @@ def open_tokenizer(config):
     if tokenizer.sha256 != shard.manifest["tokenizer_sha256"]:
         raise UserError(f"{tokenizer.path}: not the one its shards were made with; {shard.again}")
     return tokenizer
-
-
-def weights_of(config, tokenizer):
-    """The weights files of vision and language part, "" for none. UserError where the tokenizer is another's."""
-    paper = {"vision": "weights/biomedclip.safetensors", "language": "weights/pmc_llama_7b"}
-    chosen = {"vision": config.vision_weights, "language": config.language_weights}
-    for part, name in chosen.items():
-        chosen[part] = {"auto": paper[part] if config.model == "paper" else "", "none": ""}.get(name, name)
-    if Path(chosen["language"], "config.json").is_file():
-        pieces = [tokenizer.model.id_to_piece(token) for token in range(tokenizer.vocab_size)]
-        problem, unknown = tokenizer_mismatch(chosen["language"], pieces)
-        if problem:
-            raise UserError(problem)
-        if unknown:
-            print(f"{chosen['language']}: not known whether its tokenizer is the shards': {unknown}")
-    return chosen["vision"], chosen["language"]
-
-
-def find_start(config, tokenizer):
-    """What --start names: (a checkpoint, None), or (None, an adapter folder); (None, None) without it."""
-    if not config.start or Path(config.start, "adapter_config.json").is_file():
-        return None, Path(config.start) if config.start else None
-    begun = find_run(config.start)[1]
-    if (config.vision_weights, config.language_weights) != ("auto", "auto"):
-        raise UserError(f"--start={config.start}: brings all parts; leave out --vision_weights and --language_weights")
-    if read_manifest(begun).get("inputs", {}).get("tokenizer") != tokenizer.sha256:
-        raise UserError(f"--start={config.start}: has another tokenizer than the data; prepare them with "
-                        f"`python prepare/all.py --tokenizer={begun.parent}/tokenizer.model`")
-    return begun, None
 
 
 def load_parts(config, tokenizer, checkpoint, device, dtype):
@@ -233,22 +204,6 @@ def trained_parameters(model, config):
     return [(name, parameter, rates.get(name.partition(".")[0], 1.0)) for name, parameter in model.named_parameters()]
 
 
-def describe_run(config, mixture, tokenizer, model, device):
-    """
-    What config.json and each checkpoint's manifest say of the run: its flags, its inputs, which are the
-    same whenever it goes on, the test splits that its data were compared with, and the machine.
-    """
-    data, tests = {}, {}
-    for shard, (leaks, numbers) in zip(mixture.shards, mixture.leaks):
-        name = shard.folder.parent.name
-        data[name] = {**shard.describe(), "leaks": leaks, "leaked": len(numbers),
-                      "leaked_sha256": hash_json(numbers.tolist())}
-        tests[name] = read_manifest(shard.folder, "leaks.json")["tests"]
-    return {"flags": asdict(config), "tests": tests, "machine": describe_machine(device),
-            "image": mixture.shards[0].manifest["image"],
-            "inputs": {"data": data, "tokenizer": tokenizer.sha256, "weights": model.hashes}}
-
-
 # ----------------------------------------------------------------------------- training
 
 def train_step(model, optimizer, step, rate, config, autocast, scale=None):
@@ -273,16 +228,14 @@ def held_out_loss(model, mixture, config, autocast):
     """Mean cross-entropy over the supervised tokens of the held-out samples, in nats."""
     model.eval()
     device = device_of(model)
-    total, divisor = torch.zeros((), device=device, dtype=torch.float64), 0
+    total = divisor = 0.0
     for step in mixture.held_out_steps():
         for batch in even_out(step.batches, device) if config.shard else step.batches:
             with autocast:
-                total += model.loss(to_device(batch, device))
+                total += model.loss(to_device(batch, device)).item()
         divisor += step.divisor
     model.train()
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.item() / max(divisor, 1)
+    return sum_of_ranks(total) / max(divisor, 1)
 
 
 def main(config):

@@ -165,6 +165,15 @@ def agree(decide):
     return decided[0]
 
 
+def sum_of_ranks(number):
+    """The sum of a number of each process, on all of them."""
+    if not dist.is_initialized():
+        return number
+    numbers = [0.0] * dist.get_world_size()
+    dist.all_gather_object(numbers, number)
+    return sum(numbers)
+
+
 # ----------------------------------------------------------------------------- tensors of several processes
 
 def to_device(value, device):

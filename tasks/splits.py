@@ -1,9 +1,16 @@
-"""Which prepared splits a run can be asked: those in its tokenizer's tokens, whose images are like its own."""
+"""
+Which prepared splits a run can be asked, those in its tokenizer's tokens whose images are like its own, and
+their questions in groups that share what they begin with.
+"""
 
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 from plumbing.flags import UserError
 from plumbing.shards import Shard
+
+QUESTIONS_PER_ROW = 32  # that share the keys and values of what they begin with; more of them start another row
 
 
 def name_datasets(data, split, shards_dir):
@@ -63,3 +70,41 @@ def open_splits(data, split, shards_dir, tokenizer, image=None):
     for why in left_out:
         print(f"not answered: {why}")
     return shards
+
+
+# ----------------------------------------------------------------------------- the questions of a shard
+
+@dataclass
+class Question:
+    """One that is to be asked, for a row of a table of scores."""
+    row: str
+    number: int  # of its sample in the shard
+    prompt: list  # token ids; image number n of the shard as -1 - n
+
+
+def group_questions(shard, count, shown):
+    """
+    A shard's first `count` questions as groups for generate(), lists of Questions that begin with the same
+    images or context, longest first. shown: {row: (I,) the image to show in place of each of the shard's}.
+    """
+    alike = defaultdict(list)
+    for row, images in shown.items():
+        for number in range(count):
+            sample = shard.read_sample(number)
+            prompt = sample.prompt()
+            is_image = prompt < 0
+            prompt[is_image] = -1 - images[-1 - prompt[is_image]]
+            begin = prompt[:sample.head].tobytes() if is_image.any() else int(shard.samples["prefix"][number])
+            alike[begin].append(Question(row, number, prompt.tolist()))
+    groups = [questions[begin:begin + QUESTIONS_PER_ROW] for questions in alike.values()
+              for begin in range(0, len(questions), QUESTIONS_PER_ROW)]
+    return sorted(groups, key=lambda questions: -sum(len(question.prompt) for question in questions))
+
+
+def read_groups(shard, groups):
+    """Yield (images, prompts) of such groups, as generate() takes them."""
+    for questions in groups:
+        numbers = list(dict.fromkeys(-1 - token for token in questions[0].prompt if token < 0))
+        own = {-1 - number: -1 - place for place, number in enumerate(numbers)}
+        yield ([shard.read_image(number) for number in numbers],
+               [[own.get(token, token) for token in question.prompt] for question in questions])

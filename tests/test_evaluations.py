@@ -17,7 +17,7 @@ import torch
 import eval_vqa
 from data import Record, Tokenizer
 from eval_vqa import Config
-from generate import Answer, finished_groups, generate, group_questions, read_groups
+from generate import Answer, finished_groups, generate
 from model import VLM, LlamaConfig, LLaMA, ViT, ViTConfig, init_weights
 from plumbing import devices
 from plumbing.files import find_run, seal
@@ -27,6 +27,7 @@ from plumbing.shards import Shard
 from prepare.leaks import guard
 from tasks import evaluations
 from tasks.evaluations import choose_evaluations, find_evaluations, read_evaluation, read_predictions
+from tasks.splits import group_questions, read_groups
 from test_eval import TOKENIZER, describe, study, write_questions
 from weights import load_vlm, save_vlm
 

@@ -18,7 +18,8 @@ from plumbing.files import (checkpoints, differences, find_damage, find_run, loc
                             newest_checkpoint, read_manifest, require_writable, write_manifest)
 from plumbing.flags import UserError, parse_flags
 from plumbing.tensors import hash_weights, tensor_hashes, tensors_of
-from run import learning_rate_at, require_same_inputs
+from plumbing.runs import require_same_inputs
+from run import learning_rate_at
 from weights import load_run, load_trained_encoder, load_vlm, save_module
 from test_train import flags, prepare_sample, read_log, shards  # noqa: F401, shards: a prepared part of the sample
 

@@ -37,11 +37,12 @@ import transformers
 
 from data import EOS, Tokenizer
 from extras.bench.progress import Progress, tell
-from generate import finished_groups, generate, group_questions, read_groups
+from generate import finished_groups, generate
 from plumbing.devices import autocast_to, describe_machine, pick_device
 from plumbing.flags import Count, Device, UserError, Whole, parse_command_line, run
 from plumbing.kernels import Linear
 from plumbing.shards import Shard
+from tasks.splits import group_questions, read_groups
 from tasks.vqa import exchange_images
 from weights import build_vlm, hub_config, load_run
 

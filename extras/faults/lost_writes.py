@@ -41,7 +41,7 @@ from extras.faults.kill import read_losses
 from extras.faults.tiny import (OS_ERROR, SUCCESS, conclude, contents, flags, fork, leftovers, prepare, shrink,
                                 train_vlm, wait)
 from plumbing.flags import UserError, parse_command_line, run
-from run import open_run
+from plumbing.runs import open_run
 
 STEPS = 3  # each saved; with --keep=2 the last save removes the first checkpoint
 CALLS = ("openat,open,creat,write,pwrite64,writev,ftruncate,truncate,fsync,fdatasync,sync_file_range,"

@@ -25,7 +25,8 @@ import torch._dynamo  # noqa: F401, else each child imports it, with its first o
 from model import CONFIGS, LlamaConfig, ViTConfig
 from plumbing.files import best_checkpoint, checkpoints, find_damage, hash_file, newest_checkpoint, read_manifest
 from plumbing.flags import UserError
-from run import load_optimizer, make_optimizer, open_run, save_checkpoint
+from plumbing.runs import open_run
+from run import load_optimizer, make_optimizer, save_checkpoint
 from weights import save_vlm
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -32,12 +32,12 @@ import torch
 from PIL import Image
 
 from data import EOS, Record, write_plain
-from generate import QUESTIONS_PER_ROW, Answer, Cache, Piece, count_tokens, extend, run_pieces
+from generate import Answer, Cache, Piece, count_tokens, extend, run_pieces
 from plumbing.devices import autocast_to, pick_device
 from plumbing.flags import Device, Range, UserError, parse_command_line, run
 from plumbing.pixels import TOO_LARGE, Unreadable, load_image, resize_image
 from run import open_trained_run
-from tasks.splits import open_splits
+from tasks.splits import QUESTIONS_PER_ROW, open_splits
 from weights import load_classifier, load_vlm
 
 try:

@@ -19,7 +19,7 @@ encoder, is written down with it, and a command that finds it changed is refused
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from plumbing.flags import (BatchSize, Count, Device, Form, Range, Scale, Share, UserError, Whole,
+from plumbing.flags import (BatchSize, Count, Device, Name, Range, Scale, Share, UserError, Whole,
                             parse_command_line, run)
 
 
@@ -29,7 +29,7 @@ class Config:
     encoder: Literal["openmedq", "biomedclip", "pubmedclip", "pmc_clip", "scratch"] = "biomedclip"  # to start from
     run: str = ""  # with --encoder=openmedq: the train_vlm.py run whose encoder it is
     model: Literal["paper", "small", "sample"] = "paper"  # with --encoder=scratch: sizes of the ViT
-    name: Annotated[str, Form(r"(?!\.{1,2}$)[^/]*", "a name without /")] = ""  # under which the run is filed and reported; none: the encoder's
+    name: Name = ""  # under which the run is filed and reported; none: the encoder's
     seeds: Annotated[int, Range(1, 10_000)] = 1  # runs, each with another seed
     seed: Whole = 0  # the first one's: of the head, the order and the augmentation
     epochs: Annotated[int, Range(1, 1_000_000)] = 100  # passes over the training images
@@ -49,7 +49,7 @@ class Config:
     out: str = "out/cls"  # where runs go
     save_every: Count = 10  # epochs between two states from which a killed run goes on
     device: Device = "auto"  # cuda, mps or cpu
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: on a GPU bfloat16, or float16 if it has none
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: on a GPU the half that it has
     report: bool = False  # print the table of all runs and stop
     predict: str = ""  # folder or file of new images: write a csv of the model's probabilities and stop
 
@@ -77,13 +77,13 @@ from model import CONFIGS, ViT, normalise
 from plumbing.devices import (LossScale, agree, autocast_to, describe_machine, join_group, pick_device, to_device,
                               together)
 from plumbing.draws import random_keys
-from plumbing.files import checkpoints, find_run, read_manifest, require_writable, sealed, write_manifest, write_whole
-from plumbing.own import find_prepared, prepare_own
+from plumbing.files import (checkpoints, find_run, read_manifest, require_writable, sealed, write_manifest,
+                            write_whole)
 from plumbing.tensors import hash_weights, tensors_of
-from plumbing.runs import sweep
 from run import learning_rate_at, load_optimizer, make_optimizer, save_checkpoint, update
-from tasks.encoders import EIGHT, Run, open_run, print_run, read_result, report, run_folder, write_csv
-from tasks.labelled import choose_few, image_files, open_dataset, read_images, require_same_dataset
+from tasks.encoders import Run, open_run, print_run, report, require_its_model, run_folder, write_csv
+from tasks.labelled import (choose_few, find_datasets, image_files, open_dataset, read_images,
+                            require_same_dataset)
 from tasks.labels import decide, guess_blindly, macro_f1, score, tune_thresholds
 from weights import load_classifier, load_encoder, load_trained_encoder, save_classifier
 from zoo.classifier import Classifier, augment
@@ -117,17 +117,6 @@ def make_encoder(config):
     return load_encoder(file), {"sha256": hash_weights(file)}
 
 
-def find_datasets(config, image_size):
-    """The names of the prepared datasets that --dataset names; a folder or csv of one's own is prepared."""
-    if config.dataset == "all":
-        return list(EIGHT)
-    names = [name.strip() for name in config.dataset.split(",") if name.strip()]
-    if not names:
-        raise UserError("--dataset: name one, or a folder or csv of your own")
-    return list(dict.fromkeys(find_prepared(name, config.shards_dir)
-                              or prepare_own(name, config.shards_dir, image_size) for name in names))
-
-
 def plan(names, encoder_facts, image_size, config, locks):
     """
     Every run that is asked for, opened: a list of them for each dataset. What is to be refused is refused
@@ -143,8 +132,9 @@ def plan(names, encoder_facts, image_size, config, locks):
         plans.append([])
         for seed in seeds:
             flags = {key: value for key, value in asdict(config).items() if key not in FREE}
-            run = Run(replace(config, seed=seed), run_folder(config.out, name, config.name or config.encoder, seed),
-                      splits, flags | {"dataset": name, "seed": seed}, inputs, shards)
+            flags |= {"dataset": name, "seed": seed}
+            folder = run_folder(config.out, name, config.name or config.encoder, seed)
+            run = Run(replace(config, seed=seed), folder, splits, flags, inputs, shards)
             open_run(run, locks, {item.name: item.default for item in fields(Config)})
             plans[-1].append(run)
     return plans
@@ -231,9 +221,9 @@ def evaluate(model, splits, config, autocast):
     validation, probabilities = (model.predict(splits[name].pixels, config.batch_size, autocast)
                                  for name in ("validation", "test"))
     thresholds = tune_thresholds(validation, splits["validation"].labels) if model.multi_label else None
-    actual = splits["test"].labels
+    actual, classes = splits["test"].labels, splits["test"].shard.manifest["classes"]
     blind = guess_blindly(splits["train"].labels, len(actual), model.multi_label)
-    scores = score(probabilities, actual, thresholds, splits["test"].shard.manifest["classes"], splits["test"].groups)
+    scores = score(probabilities, actual, thresholds, classes, splits["test"].groups)
     return scores | {"blind_macro_f1": macro_f1(blind, actual, model.multi_label)}, probabilities, thresholds
 
 
@@ -243,7 +233,6 @@ def make_run(run, encoder, device, dtype):
         print(f"{run.folder}: finished already")
         return run.result
     config, folder, splits, start = run.config, run.folder, run.splits, time.perf_counter()
-    sweep(folder, run.checkpoint)
     classes = run.inputs["classes"]
     for split in splits.values():
         split.read_pixels()
@@ -284,10 +273,7 @@ def open_trained(dataset, config, device):
     """(folder, Classifier, its facts) of a finished run. Raises UserError where they do not belong together."""
     folder = run_folder(config.out, dataset, config.name or config.encoder, config.seed)
     model, facts = load_classifier(folder, device)
-    result = read_result(folder)
-    if result is None or result["model"] != read_manifest(folder / "model")["checksum"]:
-        raise UserError(f"{folder}: model/ is not the one that its result.json is of; run the same command "
-                        "without --predict first, or restore it")
+    require_its_model(folder)
     require_same_dataset(dataset, config.shards_dir, facts)
     return folder, model, facts
 
@@ -327,7 +313,7 @@ def main(config):
     rank, ranks, device = join_group(device, timeout=30 * 24 * 3600)  # each is done when it is done
     encoder, encoder_facts = together(lambda: make_encoder(config))
     image_size = encoder.config.image_size
-    names = agree(lambda: find_datasets(config, image_size))
+    names = agree(lambda: find_datasets(config.dataset, config.shards_dir, image_size))
     if config.predict:
         return together(lambda: [predict_new(name, config, device, dtype) for name in names[rank::ranks]])
     pairs = list(itertools.product(names, range(config.seed, config.seed + config.seeds)))

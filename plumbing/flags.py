@@ -81,6 +81,7 @@ ShareBelow1 = Annotated[float, Range(0, 1, below=True)]
 Scale = Annotated[float, Range(0, 1e30)]  # rates, decays and other numbers that are not negative
 Device = Annotated[str, Form(r"auto|cpu|mps|cuda(:\d{1,3})?", "auto, cpu, mps, cuda or cuda:0")]
 Text = Annotated[str, Form(r".{0,20000}", "a text of at most 20,000 characters")]  # not a name or a path
+Name = Annotated[str, Form(r"(?!\.{1,2}$)[^/]*", "a name without /")]
 Datasets = Annotated[str, Form(  # train_vlm.py's mixture
     r"[^,:]+(:[^,:]*)?(,[^,:]+(:[^,:]*)?)*", "names with commas between, each with an optional weight, as in a,b:2")]
 

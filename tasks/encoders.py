@@ -20,6 +20,7 @@ import numpy as np
 from plumbing.files import (checkpoints, differences, hash_json, lock, newest_checkpoint, read_manifest,
                             require_writable, write_whole)
 from plumbing.flags import UserError
+from plumbing.runs import sweep
 from tasks.labels import sign_flip
 
 EIGHT = ("cxr8", "med_fmc_chest", "med_fmc_colon", "med_fmc_endo", "busi", "chaoyang", "cbis_ddsm",
@@ -68,8 +69,8 @@ def newest_state(folder):
     try:
         return newest_checkpoint(folder)
     except UserError:
-        raise UserError(f"{folder}: none of its {len(checkpoints(folder))} checkpoints is whole, see above; delete "
-                        f"{folder} and train again") from None
+        raise UserError(f"{folder}: none of its {len(checkpoints(folder))} checkpoints is whole, see above; "
+                        f"delete {folder} and train again") from None
 
 
 def require_same(folder, record, flags, inputs, defaults):
@@ -103,8 +104,17 @@ def open_run(run, locks, defaults):
         run.result = read_result(run.folder)  # another process may have ended just now
     if run.result is None:
         run.checkpoint = newest_state(run.folder)
+        sweep(run.folder, run.checkpoint)
     if record := run.result or run.checkpoint and read_manifest(run.checkpoint):
         require_same(run.folder, record, run.flags, run.inputs, defaults)
+
+
+def require_its_model(folder):
+    """Raise UserError where the model in a run's folder is not the one that its result is of."""
+    result = read_result(folder)
+    if result is None or result["model"] != read_manifest(folder / "model")["checksum"]:
+        raise UserError(f"{folder}: model/ is not the one that its result.json is of; run the same command "
+                        "without --predict first, or restore it")
 
 
 def write_csv(path, header, rows):
@@ -120,7 +130,7 @@ def print_run(entry):
     drawn = "images" if test["groups"] == test["images"] else f"{test['groups']:,} groups of them"
     interval = ("no interval: all images are of one group" if test["interval"] is None else
                 "{:.3f} to {:.3f}, {} drawn".format(*test["interval"], drawn))
-    blind = f"blind {test['blind_macro_f1']:.3f}, " if "blind_macro_f1" in test else ""  # not of an earlier version
+    blind = f"blind {test['blind_macro_f1']:.3f}, " if "blind_macro_f1" in test else ""  # an earlier version's
     print(f"\n{entry['dataset']}, {entry['name']}, seed {entry['seed']}: {test['images']:,} test "
           f"images, epoch {entry['best_epoch']}\n"
           f"  macro-F1 {test['macro_f1']:.3f} ({interval}), {blind}"
@@ -221,7 +231,7 @@ def blind_scores(results):
 
 
 def report(out):
-    """Print the runs made so far as a table, blind guesses and the paper's means beside it, and what differs reliably."""
+    """Print the table of all runs, blind guesses and the paper's means beside them, and what differs reliably."""
     results = read_results(out)
     if not results:
         raise UserError(f"{out}: no run yet; make one with --dataset and --encoder")
@@ -243,7 +253,7 @@ def report(out):
         print("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
     print("mean over seeds ± their standard deviation; a mean of the eight where all eight were run")
     if blind:
-        print("blind: the most frequent class of the training images for each; of several labels those that most have")
+        print("blind: the most frequent class in training, or of several labels those that most images have")
     for other in names[1:]:
         compare(results, names[0], other)
 

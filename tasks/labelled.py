@@ -17,7 +17,7 @@ from plumbing.draws import random_keys
 from plumbing.files import differences, hash_json, read_manifest
 from plumbing.flags import UserError
 from plumbing.leaks import read_leaks
-from plumbing.own import files_below, written
+from plumbing.own import files_below, find_prepared, prepare_own, written
 from plumbing.pixels import load_image, resize_image
 from plumbing.shards import Shard
 from tasks.encoders import EIGHT
@@ -139,6 +139,17 @@ def require_learnable(folder, splits, classes, images_per_class):
                   "them are used")
 
 
+def find_datasets(wanted, shards_dir, image_size):
+    """The names of the prepared datasets that --dataset names; a folder or csv of one's own is prepared."""
+    if wanted == "all":
+        return list(EIGHT)
+    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    if not names:
+        raise UserError("--dataset: name one, or a folder or csv of your own")
+    return list(dict.fromkeys(find_prepared(name, shards_dir) or prepare_own(name, shards_dir, image_size)
+                              for name in names))
+
+
 def open_dataset(folder, image_size, leaks="recorded", images_per_class=0):
     """
     {name: Split} of train, validation and test, without pixels, and what a run on them stands on, as nested
@@ -200,9 +211,10 @@ def read_images(files, size, resize):
 
 
 def require_same_dataset(name, shards_dir, facts):
-    """Raise UserError where a model's facts, its classes and image settings, are not its dataset's, if that is here."""
+    """Raise UserError where a model has other classes or image settings than its dataset, if that is here."""
     if manifest := read_manifest(Path(shards_dir) / name / "train"):
-        now = {"classes": manifest["classes"], "image": {key: manifest["image"][key] for key in ("size", "resize")}}
+        image = {key: manifest["image"][key] for key in ("size", "resize")}
+        now = {"classes": manifest["classes"], "image": image}
         if changed := differences({key: facts[key] for key in now}, now):
             raise UserError(f"--predict: of the model's dataset {name} {', '.join(changed)}; train again "
                             "under another --name")

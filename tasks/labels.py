@@ -14,12 +14,12 @@ from tasks.stats import resampled_sums
 
 
 def tally(predicted, actual):
-    """(n, 3m) columns of 0 and 1: is each class predicted and there, predicted, there. F1 is made of their sums."""
+    """(n, 3m) 0 or 1: is each class predicted and there, predicted, there. F1 is made of the sums of these."""
     return np.hstack([predicted & actual, predicted, actual]).astype(np.float64)
 
 
 def f1_of(sums):
-    """(..., m) F1 of each class, 0 for one that does not occur, and whether it occurs, of (..., 3m) sums of a tally."""
+    """(..., m) F1 of each class and whether it occurs, else F1 is 0, of (..., 3m) sums of a tally."""
     both, predicted, actual = np.split(sums, 3, axis=-1)
     either = predicted + actual  # 2 tp + fp + fn
     return 2 * both / np.maximum(either, 1), either > 0
@@ -37,7 +37,7 @@ def macro_f1(predicted, actual, multi_label):
 
 
 def tally_all(predicted, actual, multi_label):
-    """The tally that macro-F1 is made of, (n, 3m); with several labels behind it that of not having them, (n, 6m)."""
+    """The tally for macro-F1, (n, 3m); with several labels that of not having them stands behind it, (n, 6m)."""
     return np.hstack([tally(predicted, actual), *([tally(~predicted, ~actual)] if multi_label else [])])
 
 

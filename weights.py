@@ -12,7 +12,6 @@ shape stops loading with one line. What the tensors do not tell, plumbing/claims
 beside them.
 """
 
-import json
 import os
 import re
 from dataclasses import asdict, fields, replace
@@ -26,7 +25,7 @@ from data import BOS, EOS
 from lora import add_lora, lora_layers
 from model import CONFIGS, VLM, LLaMA, LlamaConfig, ViT, ViTConfig
 from plumbing.claims import lfs_pointer, llama_refusal, vit_facts, vit_problem
-from plumbing.files import find_damage, find_run, read_settings, sort_metadata
+from plumbing.files import find_damage, find_run, read_settings, sort_metadata, write_settings
 from plumbing.flags import UserError
 from plumbing.tensors import (find_weights, hash_weights, language_files, load_exactly, plain_names, read_metadata,
                               tensor_shapes, tensors_of)
@@ -118,7 +117,7 @@ def save_classifier(model, folder, facts):
     """Write encoder.safetensors, head.safetensors, and config.json with facts such as "classes"."""
     save_module(model.encoder, folder / "encoder.safetensors")
     save_module(model.head, folder / "head.safetensors")
-    (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_settings(folder / "config.json", facts)
 
 
 def load_classifier(folder, device="cpu"):
@@ -147,8 +146,7 @@ def read_llama_config(folder):
     config = LlamaConfig(**{item.name: hub[item.name] for item in fields(LlamaConfig)
                             if hub.get(item.name) is not None})
     config.num_key_value_heads = hub.get("num_key_value_heads") or config.num_attention_heads
-    config.rope_theta = next((rope["rope_theta"] for rope in ropes if rope.get("rope_theta")),
-                             config.rope_theta)
+    config.rope_theta = next((rope["rope_theta"] for rope in ropes if rope.get("rope_theta")), config.rope_theta)
     impossible = [f"{name} {value!r:.50}" for name, value in asdict(config).items()
                   if type(value) not in (int, type(getattr(LlamaConfig, name)))
                   or not (name == "head_dim" and value == 0)
@@ -192,7 +190,7 @@ def save_llama(module, folder, state=None):
     """Write a LLaMA as a hub folder, which transformers reads. state: as save_module takes it."""
     folder.mkdir(exist_ok=True)
     save_module(module, folder / "model.safetensors", state)
-    (folder / "config.json").write_text(json.dumps(hub_config(module.config), indent=2) + "\n")
+    write_settings(folder / "config.json", hub_config(module.config))
 
 
 def hub_config(config):
@@ -222,7 +220,7 @@ def save_adapter(model, folder, base_name, targets, r, alpha, dropout):
               "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "modules_to_save": None,
               "use_rslora": False, "use_dora": False, "init_lora_weights": True,
               "rank_pattern": {}, "alpha_pattern": {}}
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_settings(folder / "adapter_config.json", config)
 
 
 def load_adapter(model, folder):
@@ -326,9 +324,8 @@ def save_vlm(model, folder, language=None):
             save_module(module, folder / "vision.safetensors")
         else:
             save_llama(module, folder / "language", language)
-    config = {"weights": weights, "hashes": model.hashes, "lora": model.lora,
-              "merge": model.vision.config.merge}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_settings(folder / "config.json", {"weights": weights, "hashes": model.hashes, "lora": model.lora,
+                                            "merge": model.vision.config.merge})
 
 
 def read_vlm_config(folder, parts=("vision", "language")):

@@ -78,6 +78,11 @@ def read_settings(path):
     return settings
 
 
+def write_settings(path, settings):
+    """Write a JSON object as read_settings reads it."""
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 # ----------------------------------------------------------------------------- manifests
 
 def manifest_checksum(manifest):

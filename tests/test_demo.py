@@ -6,7 +6,6 @@ The server of the page may write 1,000 bytes to a file, which no image has, and 
 """
 
 import io
-import json
 import multiprocessing
 import os
 import re
@@ -36,7 +35,7 @@ from plumbing.shards import Shard
 from test_browse import chromium  # noqa: F401, the fixture
 from test_eval import TOKENIZER, write_questions
 from test_model import randomise
-from weights import load_classifier, save_module, save_vlm
+from weights import load_classifier, save_classifier, save_vlm
 from zoo.classifier import Classifier
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -270,10 +269,8 @@ def run(model, tokenizer, tmp_path_factory):
     classifier = Classifier(randomise(ViT(model.vision.config)), 3)
     (folder / "seed_0").mkdir()
     with sealed(folder / "seed_0" / "model") as partial:
-        save_module(classifier.encoder, partial / "encoder.safetensors")
-        save_module(classifier.head, partial / "head.safetensors")
-        (partial / "config.json").write_text(json.dumps({
-            "classes": CLASSES, "thresholds": None, "image": {"size": SIZE, "resize": "squash"}}))
+        save_classifier(classifier, partial, {
+            "classes": CLASSES, "thresholds": None, "image": {"size": SIZE, "resize": "squash"}})
     return folder
 
 

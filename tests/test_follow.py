@@ -58,7 +58,8 @@ def test_a_sample_is_followed_to_its_loss_and_its_answer(tmp_path, capsys):
     assert len(losses) == len(answer) + 1
     assert float(rows["VLM.loss"].split()[0]) == pytest.approx(sum(losses) / len(losses), abs=1e-3)
     T = 1 + 50 + len(prompt) + len(answer)
-    assert rows["Mixture.pack"].startswith(f"tokens ({T},), 50 of them of the image; supervised at [{T - 1 - len(answer)}, ")
+    first = T - 1 - len(answer)  # what predicts the answer
+    assert rows["Mixture.pack"].startswith(f"tokens ({T},), 50 of them of the image; supervised at [{first}, ")
     assert rows["VLM.projector"] == "(50, 128)" and rows["LLaMA.embed"] == f"({T}, 128)"
     assert list(rows)[-1] == "bleu1" and rows["generate"].startswith("[")
 

@@ -39,7 +39,8 @@ from run import make_optimizer, save_checkpoint
 from weights import build_vlm, save_vlm
 
 Positive = Annotated[float, Range(1e-9, 1e9)]
-RECIPE = SimpleNamespace(vision="full", projector="full", language="lora")  # what trains, by train_vlm.py's defaults
+# What trains, by train_vlm.py's defaults
+RECIPE = SimpleNamespace(vision="full", projector="full", language="lora")
 LORA = {"targets": "q_proj,v_proj", "r": 8, "alpha": 16.0, "dropout": 0.0}
 CHECKPOINTS = 4  # at most: the two newest, the best, and the one that is being written
 

@@ -89,7 +89,7 @@ def main(config):
     pixels = shard.read_image(entry["image"])
     print(f"format_prompt    {text!r}")
     print(f"Tokenizer.encode {prompt} | {answer}")
-    print(f"write_plain      {end} tokens, <bos>, the image, {len(prompt)} of the prompt, {len(answer)} of the answer, "
+    print(f"write_plain      {end} tokens: <bos>, the image, {len(prompt)} of prompt, {len(answer)} of answer, "
           f"<eos>; supervised: {begin} to {end - 1}")
     print(f"SplitWriter.add  samples.bin[{config.number}] = {({name: int(entry[name]) for name in SHOWN})}")
     print(f"encode_image     images.bin, {int(shard.image_index[entry['image']]['length']):,} bytes of "

@@ -113,8 +113,9 @@ def training_rows(public):
     for entry in public["flags"]["data"].split(","):
         name = entry.partition(":")[0]
         known, facts = DATASETS.get(name), public["inputs"]["data"][name]
-        cells = entry, known.licence if known else "not known", *(facts[key] for key in ("samples", "images", "leaked"))
-        yield f"| {' | '.join(map(str, cells))}, {'left out' if facts['leaks'] == 'drop' else 'kept'} |"
+        counts = (str(facts[key]) for key in ("samples", "images", "leaked"))
+        cells = entry, known.licence if known else "not known", *counts
+        yield f"| {' | '.join(cells)}, {'left out' if facts['leaks'] == 'drop' else 'kept'} |"
 
 
 def describe_results(run, checkpoint):

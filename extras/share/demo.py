@@ -161,7 +161,7 @@ class Conversation:
 
 
 def write_prompt(tokenizer, question):
-    """The tokens of a question about one image: those up to the image, which is -1 and the last, and the others."""
+    """The tokens of a question about one image: those up to the image, the last, which is -1, and the others."""
     tokens, [(end, _)] = write_plain(Record("", question, image=b""), tokenizer.encode)
     begin = tokens.index(-1) + 1
     return tokens[:begin], tokens[begin:end]
@@ -194,7 +194,7 @@ def read_upload(content, at_least):
 
 
 def patches_of(image, looked):
-    """(rows, columns) of the attention (N,) to an image's tokens: without that to a class token, which is nowhere."""
+    """(rows, columns) of the attention (N,) to an image's tokens, without that to a class token: it is nowhere."""
     for patches in (looked, looked[1:]):
         rows = round((len(patches) * image.shape[0] / image.shape[1]) ** 0.5)  # they are squares
         if rows and len(patches) % rows == 0 and rows * image.shape[1] == len(patches) // rows * image.shape[0]:
@@ -324,8 +324,8 @@ def show_details(tokens, words, image, tokenizer, key):
     left, right = st.columns(2)
     left.html(picture(heat_map(image, looked), "The image, coloured where the model looked"))
     patches = patches_of(image, looked)
-    right.html(f'<div class="ramp"></div><p class="note">{patches.min():.1%} to {patches.max():.1%} of its attention on '
-               f"a patch; {looked.sum():.0%} on the whole image, the rest on words</p>"
+    right.html(f'<div class="ramp"></div><p class="note">{patches.min():.1%} to {patches.max():.1%} of its '
+               f"attention on a patch; {looked.sum():.0%} on the whole image, the rest on words</p>"
                '<p class="note">Attention is not an explanation of the answer.</p><br>' + "".join(legend)
                + '<p class="note">How probable it found each word. It can be sure and wrong.</p>')
     rows = [[cell(token.id, token.probability), *(cell(*other) for other in token.runners_up)]

@@ -25,7 +25,6 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the repository, not this folder
 
-import json
 import shutil
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -37,7 +36,8 @@ from safetensors.torch import load_file, save_file
 
 from data import BOS, EOS
 from extras.share.card import make_public, write_card
-from plumbing.files import hash_file, lock, read_settings, require_writable, seal, sync, write_manifest
+from plumbing.files import (hash_file, lock, read_settings, require_writable, seal, sync, write_manifest,
+                            write_settings)
 from plumbing.flags import Range, UserError, parse_command_line, run
 from plumbing.tensors import language_files, plain_names, read_tensor, tensor_shapes
 from prepare.weights import WEIGHTS
@@ -135,10 +135,6 @@ def remove(path):
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def write_json(path, content):
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 # ----------------------------------------------------------------------------- vision
 
 def write_vision(checkpoint, image, folder):
@@ -152,7 +148,7 @@ def write_vision(checkpoint, image, folder):
     vit.pos_embed = nn.Parameter(vit.positions(*[size // config.patch_size] * 2).detach())
     save_module(vit, folder / "model.safetensors")
     crop_mode = {"squash": "squash", "crop": "center", "pad": "border"}[image["resize"]]  # ours pads with black
-    write_json(folder / "config.json", {
+    write_settings(folder / "config.json", {
         "architecture": "vit_base_patch32_clip_224" if config.clip else "vit_base_patch16_224",
         "num_classes": 0, "num_features": config.width, "global_pool": "token",
         "model_args": {"img_size": size, "patch_size": config.patch_size, "embed_dim": config.width,
@@ -198,11 +194,11 @@ def write_language(checkpoint, tokenizer, dtype, shard_bytes, folder):
         save_file({name: read(name) for name in names}, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     if len(parts) > 1:
-        write_json(folder / "model.safetensors.index.json",
+        write_settings(folder / "model.safetensors.index.json",
                    {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
     # Where none is said, LLaMA 1's, which is transformers' own default, too
     longest = read_settings(base / "config.json").get("max_position_embeddings") or 2048
-    write_json(folder / "config.json", hub_config(model.language.config) | {
+    write_settings(folder / "config.json", hub_config(model.language.config) | {
         "max_position_embeddings": longest, "torch_dtype": str(dtype).removeprefix("torch.")})
     write_tokenizer(tokenizer, longest, folder)
 
@@ -233,7 +229,7 @@ def write_tokenizer(tokenizer, longest, folder):
         return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
 
     shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
-    write_json(folder / "tokenizer.json", {
+    write_settings(folder / "tokenizer.json", {
         "version": "1.0",
         "added_tokens": [{"id": vocabulary[piece], "content": piece, "special": True, **dict.fromkeys(
             ("single_word", "lstrip", "rstrip", "normalized"), False)} for piece in special],
@@ -250,7 +246,7 @@ def write_tokenizer(tokenizer, longest, folder):
         "model": {"type": "BPE", "unk_token": unk, "fuse_unk": True, "byte_fallback": True,
                   "vocab": vocabulary,
                   "merges": [[model.id_to_piece(token) for token in pair] for _, *pair in pairs]}})
-    write_json(folder / "tokenizer_config.json", {
+    write_settings(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True, "unk_token": unk,
         "bos_token": bos, "eos_token": eos, "model_max_length": longest,
         "clean_up_tokenization_spaces": False})
@@ -264,7 +260,7 @@ def write_adapter(checkpoint, part, folder):
     settings = read_settings(folder / "adapter_config.json")
     base = Path(settings.get("base_model_name_or_path") or "").name
     hub = next((entry.hub for entry in WEIGHTS.values() if entry.target == base), base)
-    write_json(folder / "adapter_config.json", {**settings, "base_model_name_or_path": hub})
+    write_settings(folder / "adapter_config.json", {**settings, "base_model_name_or_path": hub})
 
 
 def write_vlm(checkpoint, told, folder):
@@ -286,20 +282,20 @@ def write_vlm(checkpoint, told, folder):
         for source in [*base.glob("*.safetensors"), *base.glob("model.safetensors.index.json")]:
             shutil.copyfile(source, step / "language" / source.name)
         settings = read_settings(base / "config.json")
-        write_json(step / "language/config.json", {key: value for key, value in settings.items()
+        write_settings(step / "language/config.json", {key: value for key, value in settings.items()
                                                    if key != "_name_or_path"})  # a place on a disk, often
         index = step / "language/model.safetensors.index.json"
         if index.is_file() and "config" in ((settings := read_settings(index)).get("metadata") or {}):
             settings["metadata"]["config"] = hash_file(step / "language/config.json")  # LLaMA compares it
-            write_json(index, settings)
-    write_json(step / "config.json", {**config, "weights": {"vision": "", "language": ""}})
+            write_settings(index, settings)
+    write_settings(step / "config.json", {**config, "weights": {"vision": "", "language": ""}})
     seal(step, folder / checkpoint.name, step=int(checkpoint.name[5:]), **told)
 
 
 def write_with_source(write, record, *arguments):
     """write(*arguments), whose last is a folder, and into it which checkpoint it is of."""
     write(*arguments)
-    write_json(arguments[-1] / SOURCE, {"checkpoint": record["name"], "manifest": record["checksum"]})
+    write_settings(arguments[-1] / SOURCE, {"checkpoint": record["name"], "manifest": record["checksum"]})
 
 
 def choose_parts(config, run, lora, image):
@@ -312,8 +308,8 @@ def choose_parts(config, run, lora, image):
         if config.only and part == "adapter" and not lora:
             raise UserError(f"--only={part}: {run} has no LoRA; leave it out")
         if part == "vision" and image["resize"] == "fit":
-            raise UserError(f"{run}: by --resize=fit its images have different shapes, and timm's config.json has one; "
-                            "leave out vision, as with --only=language,vlm,card")
+            raise UserError(f"{run}: by --resize=fit its images have different shapes, and timm's config.json has "
+                            "one; leave out vision, as with --only=language,vlm,card")
     return list(dict.fromkeys(only))
 
 

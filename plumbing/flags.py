@@ -185,9 +185,9 @@ def recorded_flags(Config, known):
     {flag: value} that a run wrote down, for a script with these flags: --config names its config.json, of
     which all but the run's place counts; --resume=true goes on with --run, or else with the newest in out/.
     """
-    path, without = Path(known.get("config") or ""), {"config", "resume", "run"}
+    path, without = Path(known.get("config", "")), {"config", "resume", "run"}
     if not known.get("config"):
-        if not known.get("resume"):
+        if "config" not in known or not known["resume"]:
             return {}
         runs = sorted(Path("out").glob("*/config.json"), key=lambda path: path.stat().st_mtime)
         path = Path(known["run"]) / "config.json" if known["run"] else runs[-1] if runs else path

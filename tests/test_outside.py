@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import model
+from plumbing.devices import describe_machine
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [path for pattern in ("*.py", "plumbing/*.py", "prepare/*.py", "tasks/*.py", "extras/[!f]*/*.py")
+SOURCES = [path for pattern in ("*.py", "plumbing/*.py", "prepare/*.py", "tasks/*.py", "zoo/*.py", "extras/[!f]*/*.py")
            for path in sorted(ROOT.glob(pattern))]
 RUNNING = {"eval", "exec", "os.system", "os.popen", "pickle.load", "pickle.loads", "yaml.load", "marshal.load"}
 NETWORK = {"requests", "urllib", "http", "httpx", "aiohttp", "ftplib", "smtplib", "huggingface_hub", "wandb"}
-MAY_CONNECT = {"prepare/download.py": {"urllib", "http", "huggingface_hub"}, "train_vlm.py": {"wandb"}}
+MAY_CONNECT = {"prepare/download.py": {"urllib", "http", "huggingface_hub"}, "plumbing/runs.py": {"wandb"}}
 
 
 def dotted(node):
@@ -78,5 +78,5 @@ def test_none_but_downloads_and_wandb_may_connect():
 
 def test_a_machine_without_git_is_described(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    facts = model.describe_machine(torch.device("cpu"))
+    facts = describe_machine(torch.device("cpu"))
     assert facts["commit"] == "" and facts["torch"] == torch.__version__

@@ -269,19 +269,13 @@ def make_run(run, encoder, device, dtype):
 
 # ----------------------------------------------------------------------------- new images
 
-def open_trained(dataset, config, device):
-    """(folder, Classifier, its facts) of a finished run. Raises UserError where they do not belong together."""
+def predict_new(dataset, config, device, dtype):
+    """Write a csv of a trained model's probabilities for the image that --predict names, or all below it."""
     folder = run_folder(config.out, dataset, config.name or config.encoder, config.seed)
     model, facts = load_classifier(folder, device)
     require_its_model(folder)
     require_same_dataset(dataset, config.shards_dir, facts)
-    return folder, model, facts
-
-
-def predict_new(dataset, config, device, dtype):
-    """Write a csv of a trained model's probabilities for the image that --predict names, or all below it."""
     source, autocast = Path(config.predict), autocast_to(device, dtype)
-    folder, model, facts = open_trained(dataset, config, device)
     files = image_files(source)
     try:
         require_writable(folder, "out")

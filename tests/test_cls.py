@@ -300,7 +300,8 @@ def test_a_damaged_state_or_model_is_refused_and_an_older_whole_state_is_used(to
     shutil.copytree(folder / "step_000004", partial)
     (partial / "manifest.json").unlink()
     facts = read_manifest(folder / "step_000004") | {"step": 3}
-    seal(partial, folder / "step_000003", **{name: facts[name] for name in facts.keys() - {"files", "checksum", "name"}})
+    seal(partial, folder / "step_000003",
+         **{name: facts[name] for name in facts.keys() - {"files", "checksum", "name"}})
     state.write_bytes(content[:-1])
     main(settings(toy, **flags))
     assert not checkpoints(folder) and (folder / "result.json").is_file()

@@ -17,8 +17,8 @@ from model import ViT, ViTConfig
 from run import learning_rate_at, make_optimizer
 from tasks.encoders import Run, print_run
 from tasks.labelled import Split, choose_few, hold_out
-from tasks.labels import (auroc, decide, f1_of, guess_blindly, macro_f1, macro_f1_of, positive_f1, score, sign_flip, tally,
-                          tally_all, tune_thresholds)
+from tasks.labels import (auroc, decide, f1_of, guess_blindly, macro_f1, macro_f1_of, positive_f1, score, sign_flip,
+                          tally, tally_all, tune_thresholds)
 from train_cls import Config
 from zoo.classifier import Classifier, augment
 from zoo.resnet import ResNet, ResNetConfig

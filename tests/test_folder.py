@@ -540,7 +540,8 @@ def test_a_process_of_its_own_prepares_says_the_same_and_ends_with_the_reason(tm
     assert hashed.startswith("my_scans_")
     (tmp_path / "empty").mkdir()
     capfd.readouterr()
-    for path, reason in ((tmp_path / "empty", "no image in it that has a class"), (tmp_path / "gone", "no folder and no csv")):
+    for path, reason in ((tmp_path / "empty", "no image in it that has a class"),
+                         (tmp_path / "gone", "no folder and no csv")):
         with pytest.raises(UserError, match=f"^{path}: {reason}") as error:
             prepare_own(path, tmp_path / "shards", 16)
         assert "\n" not in str(error.value) and capfd.readouterr().err == ""

@@ -8,7 +8,7 @@ What runs is train_vlm.train_step itself, on fake tensors: they have a shape, a 
 no content, so that LLaMA-7B takes no memory here and next to no time. A ledger adds the bytes of every
 storage that an operation makes and takes them off when it dies; the table holds the most there ever
 were. That is in a step's second micro-batch, beside AdamW's moments and the gradients of the first. A
-micro-batch is full of images with one or more questions; how it is cut into rows changes nothing.
+micro-batch is full of images with one or more questions.
 
 The CPU plays the GPU, since autograd wants a device that is there. Types under autocast are the same,
 and attention keeps what FlexAttention does: inputs, output, one number a query and head. Not counted
@@ -42,11 +42,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train_vlm
-from data import Mixture
+from data import BOS, EOS, Group, make_batch, shared_prefix
 from extras.bench.progress import Progress
-from model import CONFIGS, group_masks
-from plumbing.devices import autocast_to, describe_machine, pick_device
+from model import CONFIGS, ViT, group_masks
+from plumbing.devices import autocast_to, describe_machine, pick_device, to_device
 from plumbing.flags import UserError, parse_command_line, run
+from plumbing.shards import Sample
+from run import make_optimizer
 
 FLAGS = train_vlm.Config(vision_weights="none", language_weights="none", compile=False)
 DEVICE, DTYPE = pick_device("cuda" if torch.cuda.is_available() else "cpu", "auto")  # --check=true's
@@ -96,45 +98,56 @@ class Ledger(TorchDispatchMode):
 
 
 def pack(name, tokens, questions):
-    """A data.Batch of one row of black images, each with so many questions about it."""
-    vision, question = CONFIGS[name][0], ([0] * PROMPT, [0] * ANSWER, 0)
-    images = tokens // (1 + vision.tokens + questions * (PROMPT + ANSWER))
+    """A data.Batch of black images, each with so many questions about it."""
+    with torch.device("meta"):
+        vision = ViT(CONFIGS[name][0])
+    side = vision.config.image_size
+    count, black = vision.tokens(side, side), np.zeros((side, side, 3), np.uint8)
+    images = tokens // (1 + count + questions * (PROMPT + ANSWER))
     if not images:
-        raise UserError(f"--micro_batch_tokens={tokens}: too few for an image's {vision.tokens} and "
+        raise UserError(f"--micro_batch_tokens={tokens}: too few for an image's {count} and "
                         f"{PROMPT + ANSWER} for each of --questions={questions}")
-    black = np.zeros((vision.image_size, vision.image_size, 3), np.uint8)
-    shard = SimpleNamespace(read_image=lambda number: black)
-    loader = SimpleNamespace(row_length=tokens, image_tokens=vision.tokens)
-    return Mixture.fill(loader, [[(shard, 0, [question] * questions, 0)] * images], tokens)
+    begin = 2 + PROMPT
+    sample = Sample(np.array([BOS, -1, *[0] * (PROMPT + ANSWER), EOS]), np.array([[begin, begin + ANSWER + 1]]), 2)
+    samples = [sample] * questions
+    group = Group(samples, min(shared_prefix(samples), 2), 0, np.array([count]), lambda number: black)
+    return make_batch([group] * images)
 
 
 def make(flags, device, dtype):
     """train_vlm.py's model with random weights."""
-    tokenizer = SimpleNamespace(vocab_size=CONFIGS[flags.model][1].vocab_size)
+    tokenizer = SimpleNamespace(vocab_size=CONFIGS[flags.model][1].vocab_size, sha256="")
     with contextlib.redirect_stdout(None):
-        return train_vlm.make_model(flags, tokenizer, None, device, dtype).train()
+        model = train_vlm.load_parts(flags, tokenizer, None, device, dtype)
+        train_vlm.make_trainable(model, flags, None)
+    return model.train()
 
 
 def train(model, flags, batch, device, dtype):
     """A step that gives AdamW its moments, and one of two micro-batches."""
-    optimizer = train_vlm.make_optimizer(model, flags)
+    optimizer = make_optimizer(train_vlm.trained_parameters(model, flags), flags.weight_decay, flags.beta2)
     autocast = autocast_to(device, dtype)
     for batches in ([batch], [batch, batch]):
-        step = SimpleNamespace(number=0, batches=batches, supervised=len(batch.targets))
-        train_vlm.train_step(model, optimizer, step, flags, device, autocast)
+        step = SimpleNamespace(number=0, batches=batches, divisor=len(batch.targets))
+        train_vlm.train_step(model, optimizer, step, flags.learning_rate, flags, autocast)
+
+
+def attend_to_all(q, k, v, mask):
+    """model.attend as if the sequence were one sample's: it keeps what FlexAttention does."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, nh, T, hs)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return y[0].transpose(0, 1)
 
 
 def compute(flags, batch, dtype, gpu=True):
     """Bytes of the weights, and of all there is at the peak of training: on a GPU, or on this CPU."""
     cpu = torch.device("cpu")
-    model, real = make(flags, torch.device("meta"), dtype), train_vlm.to_device(batch, cpu)
-    weights, masks = model.state_dict(), None if gpu else group_masks(real.group, real.question)
-    stand_ins = {"model.packed_mask": lambda group, question, flex: masks,  # for what asks for values
+    model, real = make(flags, torch.device("meta"), dtype), to_device(batch, cpu)
+    weights, masks = model.state_dict(), None if gpu else group_masks(real.group, real.branch)
+    stand_ins = {"model.packed_mask": lambda group, branch, flex: masks,  # for what asks for values
                  "torch._subclasses.FakeTensor.tolist": lambda tensor: [0.0] * len(tensor)}
     if gpu:  # for ways that only a CPU has; a GPU's mask takes next to nothing
-        stand_ins |= {"model.Linear.forward": nn.Linear.forward,
-                      "model.attend": lambda q, k, v, mask: F.scaled_dot_product_attention(
-                          q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])}
+        stand_ins |= {"plumbing.kernels.Linear.forward": nn.Linear.forward, "model.attend": attend_to_all}
     with contextlib.ExitStack() as stack:
         for name, stand_in in stand_ins.items():
             stack.enter_context(patch(name, stand_in))
@@ -234,11 +247,11 @@ def main(config):
         print_heads("tokens", "images", "weights", *heads)
         peaks = []  # of each size, for each share
         for size in sizes:
-            batch, found = pack(config.model, size, questions), []
+            batch, computed = pack(config.model, size, questions), []
             for share in shares:
-                found.append(compute(replace(flags, recompute=share), batch, torch.bfloat16))
+                computed.append(compute(replace(flags, recompute=share), batch, torch.bfloat16))
                 progress.row(f"{size:,} tokens, recompute {share:g}")
-            weights, peaks_now = zip(*found)
+            weights, peaks_now = zip(*computed)
             peaks.append(peaks_now)
             print_row(f"{size:,}", len(batch.images),
                       *(f"{count / 1e9:.1f}" for count in (weights[0], *peaks_now)))

@@ -19,7 +19,7 @@ from PIL import Image
 import model as model_file
 from data import BOS, EOS, Batch, Group, Mixture, Record, View, make_batch, open_mixture, shared_prefix
 from lora import add_lora
-from model import LLaMA, VLM, ViT, ViTConfig, attend, block_mask, group_masks
+from model import LLaMA, VLM, ViT, attend, block_mask, group_masks
 from plumbing import kernels
 from plumbing.devices import to_device
 from plumbing.flags import UserError

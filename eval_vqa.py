@@ -46,7 +46,6 @@ if __name__ == "__main__":
 
 import itertools
 import time
-from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 
@@ -60,7 +59,8 @@ from generate import ask, finished_groups, generate
 from plumbing.devices import autocast_to, describe_machine, join_group, pick_device, together
 from plumbing.files import read_manifest
 from run import open_trained_run
-from tasks.evaluations import encode, place_of, require_room, write_evaluation
+from tasks.evaluations import (encode, lines_of, name_evaluation, place_of, require_room, unusual_flags,
+                               write_evaluation)
 from tasks.seen import find_seen, open_trained, training_answers
 from tasks.splits import group_questions, open_splits, read_groups
 from tasks.stats import draw_units
@@ -119,7 +119,7 @@ def answer(model, tokenizer, shard, count, shown, config):
     def answer_part():
         groups, given = group_questions(shard, count, shown)[rank::ranks], []
         passes = generate(model, read_groups(shard, groups), config.max_new_tokens, config.temperature,
-                          config.batch_size)
+                          config.batch_size, log_probabilities=False)
         with tqdm(total=sum(map(len, groups)), unit="question", leave=False, desc=shard.folder.parent.name,
                   disable=rank > 0) as progress:
             for group, answers in finished_groups(passes):
@@ -142,20 +142,6 @@ def answer(model, tokenizer, shard, count, shown, config):
 
 
 # ----------------------------------------------------------------------------- one evaluation
-
-def unusual_flags(config):
-    """The flags on which an evaluation's numbers depend and that are not as usual, {flag: value}."""
-    flags = ("limit", "blind", "max_new_tokens", "temperature", "seed", "dtype")
-    return {flag: getattr(config, flag) for flag in flags if getattr(config, flag) != getattr(Config, flag)}
-
-
-def name_evaluation(checkpoint, shard, config):
-    """The name of its folder: checkpoint, dataset, split, and each flag that is not as usual."""
-    words = {"limit": "first_{}", "blind": "blind_{}", "max_new_tokens": "{}_tokens",
-             "temperature": "temperature_{}", "seed": "seed_{}", "dtype": "{}"}
-    return "_".join([checkpoint.name, shard.folder.parent.name, shard.folder.name,
-                     *(words[flag].format(value) for flag, value in unusual_flags(config).items())])
-
 
 def list_facts(checkpoint, shard, splits, config, device, dtype):
     """What an evaluation's numbers stand on, as a dict: two of the same have the same results."""
@@ -189,7 +175,7 @@ def conclude(shard, answers, cut, splits, trained, config):
     {row: lines for its file of answers}.
     """
     name, count = f"{shard.folder.parent.name}/{shard.folder.name}", count_questions(shard, config)
-    records, images = list(map(as_asked, shard.read_records()[:count])), shard.samples["image"][:count].tolist()
+    records = [as_asked(record) for record in shard.read_records()[:count]]
     if not isinstance(splits, str):
         pairs = training_answers(splits, shard.folder.parent.name)
         answers["question only"] = question_only_answers(pairs, [record["question"] for record in records])
@@ -205,14 +191,7 @@ def conclude(shard, answers, cut, splits, trained, config):
     tables["answers"] = report_faults(answers, cut, config.max_new_tokens)
     if isinstance(splits, str):
         print(f"no row of question only: {splits}")
-    lines, first_name = defaultdict(list), {}
-    for number, (record, image) in enumerate(zip(records, images)):
-        first_name.setdefault(image, record["image"])  # one name for each image
-        about = {"image": first_name[image]} if image >= 0 else {}
-        about |= {} if isinstance(seen, str) else {"seen": seen[number]}
-        for row, texts in answers.items():
-            end = {"cut": True} if row in cut and cut[row][number] else {}
-            lines[row].append({"dataset": name, **record, **about, "prediction": texts[number], **end})
+    lines = lines_of(name, records, shard.samples["image"].tolist(), seen, answers, cut)
     return {name: tables | {"manifest": shard.manifest["checksum"]}}, lines
 
 

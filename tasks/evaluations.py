@@ -15,12 +15,15 @@ import hashlib
 import itertools
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 from plumbing.files import lock, manifest_checksum, read_manifest, require_writable, sync
 from plumbing.flags import UserError
 
 RESULTS, REPLACED, PARTIAL = "results.json", ".replaced_", ".partial_"
+IN_NAMES = {"limit": "first_{}", "blind": "blind_{}", "max_new_tokens": "{}_tokens",  # eval_vqa.py's flags, where
+            "temperature": "temperature_{}", "seed": "seed_{}", "dtype": "{}"}  # they are not as usual
 
 
 def file_of(row):
@@ -35,6 +38,39 @@ def encode(lines):
 
 
 # ----------------------------------------------------------------------------- writing
+
+def unusual_flags(config):
+    """Those of eval_vqa.py's flags that change the numbers and are not as usual, {flag: value}."""
+    usual = {item.name: item.default for item in fields(config)}
+    return {flag: getattr(config, flag) for flag in IN_NAMES if getattr(config, flag) != usual[flag]}
+
+
+def name_evaluation(checkpoint, shard, config):
+    """The name of its folder: checkpoint, dataset, split, and each flag that is not as usual."""
+    return "_".join([checkpoint.name, shard.folder.parent.name, shard.folder.name,
+                     *(IN_NAMES[flag].format(value) for flag, value in unusual_flags(config).items())])
+
+
+def lines_of(dataset, records, images, seen, answers, cut):
+    """
+    {row of the table: lines for its file}, dicts, one a question: its record, why it is not new to the run,
+    where that is known, the answer, and whether that was cut.
+
+    images: of each question the number of its first image, -1 for none; seen: as find_seen gives it; answers:
+    {row: n texts}; cut: {row: n booleans}, for the rows that the model gave.
+    """
+    lines, first_name = {row: [] for row in answers}, {}
+    for number, (record, image) in enumerate(zip(records, images)):
+        line = {"dataset": dataset, **record}
+        if image >= 0:
+            line["image"] = first_name.setdefault(image, record["image"])  # one name for each image
+        if not isinstance(seen, str):
+            line["seen"] = seen[number]
+        for row, texts in answers.items():
+            end = {"cut": True} if row in cut and cut[row][number] else {}
+            lines[row].append({**line, "prediction": texts[number], **end})
+    return lines
+
 
 def place_of(out, name, stands_on):
     """

@@ -103,7 +103,8 @@ def answer_by_peer(model, peer, shard, count, config):
 def answer(model, tokenizer, shard, count, shown, config):
     """{row: answers to the first `count` questions, as text}; shown: as group_questions takes it."""
     groups, answers = group_questions(shard, count, shown), {row: [""] * count for row in shown}
-    passes = generate(model, read_groups(shard, groups), config.new_tokens, rows=config.batch_size)
+    passes = generate(model, read_groups(shard, groups), config.new_tokens, rows=config.batch_size,
+                      log_probabilities=False)
     for number, finished in finished_groups(passes):
         for question, reply in zip(groups[number], finished, strict=True):
             answers[question.row][question.number] = tokenizer.decode(reply.tokens)

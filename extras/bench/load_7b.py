@@ -40,7 +40,7 @@ class Config:
 
 def write_checkpoints(folder, shards):
     """Random bf16 weights in the hub's layout with PMC-LLaMA's config.json, and BiomedCLIP's tower."""
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vision").mkdir(parents=True, exist_ok=True)  # where no config.json of a LLaMA lies beside it
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in LLaMA(LlamaConfig()).state_dict().items()}
         vision = {name: t.shape for name, t in ViT(ViTConfig()).state_dict().items()}
@@ -59,7 +59,7 @@ def write_checkpoints(folder, shards):
     (folder / "config.json").write_text(json.dumps(
         {**hub_config(LlamaConfig()), **wrong_ids}, indent=2))
     tower = {f"visual.trunk.{name}": 0.02 * torch.randn(shape) for name, shape in vision.items()}
-    save_file(tower, folder / "biomedclip.safetensors")
+    save_file(tower, folder / "vision/biomedclip.safetensors")
 
 
 def peak_gigabytes():
@@ -68,7 +68,7 @@ def peak_gigabytes():
 
 def main(config):
     folder, tokenizer = Path(config.folder), Tokenizer(config.tokenizer)
-    if not (folder / "biomedclip.safetensors").is_file():  # it is the last to be written
+    if not (folder / "vision/biomedclip.safetensors").is_file():  # it is the last to be written
         # In a process of its own: its memory must not count into the peak below.
         writer = multiprocessing.get_context("spawn").Process(
             target=write_checkpoints, args=(folder, config.shards))
@@ -77,7 +77,7 @@ def main(config):
         if writer.exitcode:
             raise UserError(f"{folder}: not written, see above; 14 GB have to be free there")
     begin = time.perf_counter()
-    model = build_vlm("paper", tokenizer.vocab_size, folder / "biomedclip.safetensors", folder,
+    model = build_vlm("paper", tokenizer.vocab_size, folder / "vision/biomedclip.safetensors", folder,
                       dtype=torch.bfloat16).eval()
     seconds = time.perf_counter() - begin
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9

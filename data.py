@@ -35,7 +35,7 @@ import sentencepiece
 from plumbing.draws import random_keys
 from plumbing.flags import UserError
 from plumbing.leaks import read_leaks
-from plumbing.shards import Sample, Shard
+from plumbing.shards import Shard
 
 BOS, EOS = 1, 2  # LLaMA's ids; PMC-LLaMA's config.json says 0 and 1, which its tokenizer contradicts
 
@@ -310,7 +310,7 @@ class Mixture:
         return excess, (excess <= 0) | (excess < text)
 
     def has_images(self):
-        return any((shard.samples["images"][train] > 0).any() for shard, train in zip(self.shards, self.train))
+        return any(shard.samples["images"][train].any() for shard, train in zip(self.shards, self.train))
 
     def epoch_order(self, epoch):
         """
@@ -384,12 +384,10 @@ class Mixture:
             group = Group(some, shared_prefix(some), some[0].key, self.image_tokens[index],
                           self.shards[index].read_image)
             pieces += group.cut(min(self.max_length, self.micro_batch_tokens))  # masks grow with the square
-        divisor = sum(int(end - begin) for piece in pieces for sample in piece.samples
-                      for begin, end in sample.spans)
+        divisor = int(sum(np.diff(sample.spans).sum() for piece in pieces for sample in piece.samples))
         batches = [make_batch(some, self.multiple) for some in self.divide(pieces)]
-        size = sum(batch.group.size for batch in batches)
-        padding = sum(int((batch.group < 0).sum()) for batch in batches)
-        return Step(number, batches, divisor, padding / max(size, 1), names)
+        padding = np.concatenate([batch.group for batch in batches] or [np.zeros(1)]) < 0
+        return Step(number, batches, divisor, float(padding.mean()), names)
 
     def divide(self, pieces):
         """This rank's Groups in lists for a Batch each: largest first, each to the rank with the fewest tokens."""

@@ -35,10 +35,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def normalise(images, mean=CLIP_MEAN, std=CLIP_STD):
-    """
-    (I, H, W, 3) uint8 -> (I, 3, H, W) float32 with CLIP's mean and standard deviation, which all of
-    BiomedCLIP, PubMedCLIP and PMC-CLIP were trained with.
-    """
+    """(I, H, W, 3) uint8 -> (I, 3, H, W) float32; BiomedCLIP, PubMedCLIP and PMC-CLIP have CLIP's mean and std."""
     mean, std = (torch.tensor(numbers, device=images.device) * 255 for numbers in (mean, std))
     return (images - mean).div_(std).permute(0, 3, 1, 2)
 
@@ -404,12 +401,11 @@ class LLaMA(nn.Module):
     def forward(self, tokens, positions=None, mask=None, wanted=None, image_tokens=None, image_at=None,
                 cache=None, keys=None):
         """
-        (T,) tokens -> (T, V) logits, float32; without a mask each token sees itself and those before it.
+        (T,) tokens -> (T, V) logits, float32, or (M, V) of the `wanted` tokens, (M,): it spares the others
+        the last block's larger half. image_tokens, image_at: as embed takes them.
 
-        positions: (T,), 0 to T - 1 where they are not given. mask: packed_mask's; with a Cache of
-        generate.py it knows who sees whom. wanted: (M,), which tokens' logits are, (M, V): it spares the others the
-        last block's larger half. image_tokens, image_at: as embed takes them. keys: (T,) int32, by which
-        LoRA drops.
+        positions: (T,), else 0 to T - 1. mask: packed_mask's, else each token sees itself and those before it;
+        a Cache of generate.py knows who sees whom. keys: (T,) int32, by which LoRA drops.
         """
         if self.dropout_keys:
             self.dropout_keys.set(keys, wanted)

@@ -38,7 +38,7 @@ class Config:
     limit: Whole = 0  # only the first so many questions of a dataset; 0: all
     seed: Whole = 0  # of the exchange, of sampling and of the intervals
     device: Device = "auto"  # cuda, mps or cpu
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: on a GPU bfloat16, or float16 if it has none
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: 16 bits on a GPU
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ def test_bleu1_by_hand(prediction, reference, expected):
 def test_a_question_about_nothing_that_can_be_seen_gets_the_reason(tmp_path):
     Image.new("L", (20, 20), 7).save(tmp_path / "even.png")
     drawing(1).save(tmp_path / "stack.tif", save_all=True, append_images=[drawing(2)])
-    for name, reason in (("even.png", "even: all pixels alike"), ("stack.tif", "several pages; save each as a file")):
+    for name, reason in (("even.png", "even: all pixels alike"),
+                         ("stack.tif", "several pages; save each as a file")):
         with pytest.raises(UserError, match=f"{name}: not an image that can be read .{reason}"):
             ask(None, None, "what is it?", str(tmp_path / name), size=16)
 
@@ -79,7 +80,8 @@ def test_the_best_reference_counts():
     assert score(record, "mri")["exact match"] == 100
     assert score(record, "ct w/contrast (iv)#mri")["exact match"] == 0
     half_closed = {"answer": "yes#left", "references": ["yes", "left"]}
-    assert math.isnan(score(half_closed, "yes")["closed accuracy"]) and score(half_closed, "yes")["open recall"] == 100
+    half = score(half_closed, "yes")
+    assert math.isnan(half["closed accuracy"]) and half["open recall"] == 100
 
 
 def test_bleu1_agrees_with_an_independent_statement():
@@ -322,7 +324,8 @@ def describe(shards, names, leaks="", tests=None):
     for name in names:
         train = Shard(shards / name / "train")
         file = read_manifest(train.folder, "leaks.json")
-        numbers = sorted({number for reasons in file["found"].values() for some in reasons.values() for number in some})
+        numbers = sorted({number for reasons in file["found"].values() for some in reasons.values()
+                          for number in some})
         data[name] = {"checksum": train.manifest["checksum"], "leaks": leaks or file["leaks"],
                       "leaked_sha256": hash_json(numbers)}
         told[name] = file["tests"] if tests is None else tests

@@ -49,7 +49,8 @@ def make_run(folder, shards, data="learn", step=1, seed=0, **facts):
     record["flags"]["max_length"] = 256
     record["inputs"]["tokenizer"] = train.manifest["tokenizer_sha256"]
     save_vlm(model, folder / "partial")
-    seal(folder / "partial", folder / f"step_{step:06d}", step=step, **record, image=train.manifest["image"], **facts)
+    seal(folder / "partial", folder / f"step_{step:06d}", step=step, **record, image=train.manifest["image"],
+         **facts)
     (folder / "tokenizer.model").write_bytes(TOKENIZER)
     return folder
 
@@ -413,13 +414,14 @@ def test_a_checkpoint_is_chosen_by_its_name_or_as_the_best(made, tmp_path):
     newest, best, third = evaluated(), evaluated(checkpoint="best"), evaluated(checkpoint="step_000003")
     assert [name for name, _, _ in (newest, best, third)] == [
         f"step_{step:06d}_other_test_2_tokens" for step in (12, 6, 3)]
-    assert [checkpoint for _, checkpoint, _ in (newest, best, third)] == ["step_000012", "step_000006", "step_000003"]
+    assert [checkpoint for _, checkpoint, _ in (newest, best, third)] == [
+        "step_000012", "step_000006", "step_000003"]
     assert evaluated(checkpoint="step_000012") == newest and len({newest[2], best[2], third[2]}) > 1
-    with pytest.raises(UserError, match="--checkpoint=step_4: .*run has step_000012, step_000009, step_000006, step_0"):
+    with pytest.raises(UserError, match="--checkpoint=step_4: .*run has step_000012, step_000009, step_000006"):
         evaluated(checkpoint="step_4")
     eval_vqa.main(Config(run=str(run), question="what is it?", checkpoint="best"))
     (run / "step_000006/projector.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="step_000006: projector.safetensors has 0 bytes .*; leave --checkpoint out"):
+    with pytest.raises(UserError, match="step_000006: projector.safetensors has 0 .*; leave --checkpoint out"):
         eval_vqa.main(Config(run=str(run), question="what is it?", checkpoint="step_000006"))
 
 
@@ -428,7 +430,7 @@ def test_a_run_that_another_version_saved_is_refused(made, tmp_path):
     (run / "step_000001").rename(run / "partial")
     (run / "partial/manifest.json").unlink()
     seal(run / "partial", run / "step_000001", step=1, flags={"data": "learn"})
-    with pytest.raises(UserError, match="step_000001: saved by another version of this code; run `python train_vlm"):
+    with pytest.raises(UserError, match="step_000001: saved by another version of this code; run `python"):
         eval_vqa.main(Config(run=str(run), shards_dir=str(made[0])))
     (run / "tokenizer.model").unlink()
     with pytest.raises(UserError, match="tokenizer.model: no tokenizer here"):
@@ -457,7 +459,8 @@ def test_studies_and_conversations_are_answered_and_scored(studies, capsys):
     ((folder, results),) = choose_evaluations(run).values()
     assert "8 questions about 9 images" in capsys.readouterr().out
     lines = [json.loads(line) for line in read_predictions(folder / "predictions.jsonl").splitlines()]
-    assert [(line["question"], line["answer"]) for line in lines[2:4]] == [("since when?", "2019"), ("is it?", "yes")]
+    assert [(line["question"], line["answer"]) for line in lines[2:4]] == [
+        ("since when?", "2019"), ("is it?", "yes")]
     assert lines[2]["earlier"] == [["where?", "right"], ["how large?", "3 cm"]] and "turns" not in lines[2]
     assert (lines[7]["question"], lines[7]["answer"]) == ("why?", "it tires")
     assert [line["image"] for line in lines] == ["1.png", "1.png", "3.png", "5.png", "8.png", "9.png", "", ""]

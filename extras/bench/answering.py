@@ -81,7 +81,8 @@ def answer_by_peer(model, peer, shard, count, config):
     device, answers = model.projector.weight.device, []
     for begin in range(0, count, config.peer_batch_size):
         numbers = range(begin, min(begin + config.peer_batch_size, count))
-        images = [torch.from_numpy(shard.read_image(shard.samples["image"][number])).to(device) for number in numbers]
+        images = [torch.from_numpy(shard.read_image(image)).to(device) for image in
+                  shard.samples["image"][begin:numbers.stop].tolist()]
         N = model.vision.tokens(*images[0].shape[:2])
         image_tokens = model.encode_images(images).split(N)
         rows = []
@@ -166,7 +167,7 @@ def count_work(model, passes):
 
 
 def open_questions(config, split):
-    """The shard of a split of --data, each of whose questions is about one image of one size, and its tokenizer."""
+    """The shard of a split of --data, whose questions are about one image each, all of a size; its tokenizer."""
     folder = Path(config.shards_dir) / config.data
     shard = Shard(folder / split)
     shard.require_questions()

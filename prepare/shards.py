@@ -210,21 +210,16 @@ class SplitWriter:
 
     def write_sample(self, waiting, images):
         """Write a sample that shows the stored images of these numbers."""
-        words, tokens = waiting.words, np.array(waiting.tokens, np.int64)
-        prompt = waiting.spans[0][0] if waiting.spans else 0
-        places = np.flatnonzero(tokens[:prompt] < 0)
-        stored = np.where(tokens < 0, np.iinfo(self.token_dtype).max, tokens).astype(self.token_dtype)
-        parts = np.array([*images, *itertools.chain(*waiting.spans)], "<i4")
+        words, tokens, spans = waiting.words, waiting.tokens, waiting.spans
+        prompt, place_of_image = spans[0][0] if spans else 0, np.iinfo(self.token_dtype).max
+        stored = np.array([place_of_image if token < 0 else token for token in tokens], self.token_dtype)
+        parts = np.array([*images, *itertools.chain(*spans)], "<i4")
         turns = [(words["question"], words["answer"]), *words.get("turns", ())]
-        row = np.zeros((), SAMPLE)
-        row["offset"], row["length"] = self.tokens, len(tokens)
-        row["parts"], row["images"], row["spans"] = self.parts, len(images), len(waiting.spans)
-        row["image"] = images[0] if images else -1
-        row["head"] = places[-1] + 1 if len(places) else min(1, prompt)  # behind <bos>
-        row["prompt"] = prompt
-        row["prefix"] = self.first_alike(images, waiting.texts)
-        row["group"] = self.groups.setdefault(words["group"], len(self.groups) + 1) if "group" in words else 0
-        row["words"] = hash_words(*("\n".join(texts) for texts in zip(*turns)))
+        head = max((place + 1 for place in range(prompt) if tokens[place] < 0), default=min(1, prompt))
+        group = self.groups.setdefault(words["group"], len(self.groups) + 1) if "group" in words else 0
+        row = np.array((self.tokens, len(tokens), self.parts, len(images), len(spans), images[0] if images else -1,
+                        head, prompt, self.first_alike(images, waiting.texts), group,
+                        hash_words(*("\n".join(texts) for texts in zip(*turns))), 0), SAMPLE)
         row["checksum"] = sample_checksum(row, stored, parts)
         line = json.dumps(words, ensure_ascii=False) + "\n"
         for name, content in (("samples.bin", row.tobytes()), ("tokens.bin", stored.tobytes()),

@@ -62,7 +62,7 @@ def may_import(module, other):
 @pytest.mark.parametrize("module, other, allowed", [
     ("plumbing.files", "plumbing.flags", True), ("prepare.all", "prepare.shards", True), ("data", "numpy", True),
     ("tasks.vqa", "plumbing.flags", True), ("plumbing.files", "tasks.vqa", False), ("tasks.vqa", "model", False),
-    ("model", "lora", False), ("data", "weights", False), ("weights", "zoo.clip", True), ("zoo.clip", "weights", False),
+    ("model", "lora", True), ("lora", "model", False), ("data", "weights", False), ("weights", "zoo.clip", True), ("zoo.clip", "weights", False),
     ("run", "generate", True), ("train_vlm", "run", True), ("run", "train_vlm", False), ("generate", "weights", False),
     ("train_cls", "train_vlm", False), ("train_cls", "prepare.all", False), ("prepare.all", "train_cls", False),
     ("extras.look.mix", "prepare.datasets", True), ("extras.look.mix", "train_vlm", False),

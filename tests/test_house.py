@@ -12,8 +12,9 @@ FLOORS = (  # from the ground up: files and folders, which import from lower flo
     ("plumbing",), ("tasks",), ("lora", "data"), ("model",), ("zoo",), ("generate", "weights"), ("run",),
     (*SCRIPTS, "prepare"), ("extras",))
 ROOMS = ("plumbing", "tasks", "zoo", "prepare")  # folders whose files may import one another
-EXTRAS = ("bench", "faults", "look", "share")  # folders, of which each may do so, and import PROGRESS
+EXTRAS = ("bench", "faults", "look", "share")  # folders, of which each may do so, and import SHARED
 PROGRESS = "extras.bench.progress"
+SHARED = (PROGRESS, "extras.scripts")
 FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 
 CORE = ("model.py", "lora.py", "data.py", *(f"{name}.py" for name in SCRIPTS))
@@ -53,7 +54,7 @@ def may_import(module, other):
     if above not in FLOOR_OF:
         return not other.startswith(".") and above != "tests"
     if room == above == "extras":
-        return module.split(".")[1:2] == other.split(".")[1:2] or other == PROGRESS
+        return module.split(".")[1:2] == other.split(".")[1:2] or other in SHARED
     if room == above:
         return room in ROOMS
     return FLOOR_OF[above] < FLOOR_OF[room] and above not in SCRIPTS

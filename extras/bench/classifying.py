@@ -20,7 +20,6 @@ from plumbing.flags import require_packages
 if __name__ == "__main__":
     require_packages("tests/requirements.txt", "transformers")
 
-import importlib
 import os
 import tempfile
 import time
@@ -38,6 +37,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
 from extras.bench.progress import Progress, tell
+from extras.scripts import load_script
 from model import CLIP_MEAN, CLIP_STD, CONFIGS, ViT, normalise
 from plumbing.devices import autocast_to, pick_device
 from plumbing.flags import Count, Device, Range, Threads, UserError, parse_command_line, run
@@ -49,7 +49,7 @@ from run import make_optimizer
 from tasks.labelled import read_split
 from zoo.classifier import Classifier
 
-train_cls = importlib.import_module("train_cls")  # the script, whose epoch is measured
+train_cls = load_script("train_cls.py")  # the script, whose epoch is measured
 RENAMED = {"attn.proj": "attention.output.dense", "mlp.fc1": "intermediate.dense",
            "mlp.fc2": "output.dense", "norm1": "layernorm_before", "norm2": "layernorm_after",
            "norm": "layernorm", "patch_embed.proj": "embeddings.patch_embeddings.projection",

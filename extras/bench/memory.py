@@ -41,7 +41,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import train_vlm
+from extras.scripts import load_script
 from data import BOS, EOS, Group, make_batch, shared_prefix
 from extras.bench.progress import Progress
 from model import CONFIGS, ViT, group_masks
@@ -50,6 +50,7 @@ from plumbing.flags import UserError, parse_command_line, run
 from plumbing.shards import Sample
 from run import make_optimizer
 
+train_vlm = load_script("train_vlm.py")  # whose step is measured
 FLAGS = train_vlm.Config(vision_weights="none", language_weights="none", compile=False)
 DEVICE, DTYPE = pick_device("cuda" if torch.cuda.is_available() else "cpu", "auto")  # --check=true's
 PROMPT, ANSWER = 17, 4  # tokens of a question; PathVQA's have 15.7 and 3.2 on average

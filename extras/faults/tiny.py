@@ -4,7 +4,6 @@ forked children, so that torch is imported once for thousands of runs.
 """
 
 import contextlib
-import importlib
 import io
 import json
 import os
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 import torch._dynamo  # noqa: F401, else each child imports it, with its first optimizer
 
+from extras.scripts import load_script
 from model import CONFIGS, LlamaConfig, ViTConfig
 from plumbing.files import best_checkpoint, checkpoints, find_damage, hash_file, newest_checkpoint, read_manifest
 from plumbing.flags import UserError
@@ -33,12 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SUCCESS, USER_ERROR, OS_ERROR, UNEXPECTED = 0, 2, 3, 4  # how a child ends
 
 
-def load_script(path):
-    """A script as a module, by its path in the repository: children that are forked have it imported already."""
-    return importlib.import_module(path.removesuffix(".py").replace("/", "."))
-
-
-train_vlm = load_script("train_vlm.py")
+train_vlm = load_script("train_vlm.py")  # children that are forked have it imported already
 
 
 class NotHere(UserError):

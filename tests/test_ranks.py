@@ -127,8 +127,8 @@ def test_a_split_language_model_learns_the_same(shards, tmp_path):  # noqa: F811
 
 def part_kept(told, whole=0):
     """The share of the language model that each process of a run has, as the run says, without `whole` parameters."""
-    numbers = re.search(r"language +([\d,]+) parameters, .* trained .*, ([\d,]+) of them in each process", told).groups()
-    total, here = (int(number.replace(",", "")) - whole for number in numbers)
+    line = re.search(r"language +([\d,]+) parameters, .* trained .*, ([\d,]+) of them in each process", told)
+    total, here = (int(number.replace(",", "")) - whole for number in line.groups())
     return here / total
 
 
@@ -145,7 +145,8 @@ def test_a_split_language_model_that_trains_in_full_learns_the_same(shards, tmp_
         shutil.rmtree(tmp_path / ranks / "step_000006")
     together(2, flags(shards, tmp_path / "b", resume=True, **split))
     together(3, flags(shards, tmp_path / "3", resume=True, **split))
-    one, *others = ([entry[key] for entry in read_log(tmp_path / run) for key in ("loss", "held_out_loss", "gradient_norm")
+    names = "loss", "held_out_loss", "gradient_norm"
+    one, *others = ([entry[key] for entry in read_log(tmp_path / run) for key in names
                      if key in entry] for run in "123")
     assert len(one) == 14 and one[0] > one[-3] + 0.1
     for other in others:

@@ -349,7 +349,8 @@ def differing(model, other):
             if not torch.equal(ours[name], theirs[name])}
 
 
-def test_three_stages_each_begin_with_what_the_one_before_has_trained(shards, fewer, tmp_path, begun, capsys):  # noqa: F811
+def test_three_stages_each_begin_with_what_the_one_before_has_trained(
+        shards, fewer, tmp_path, begun, capsys):  # noqa: F811
     one, two, three = (tmp_path / name for name in ("one", "two", "three"))
     write_llama(tmp_path / "base", 0)
     frozen, lora = dict(vision="frozen", language="frozen"), dict(vision="frozen", language="lora")
@@ -367,15 +368,17 @@ def test_three_stages_each_begin_with_what_the_one_before_has_trained(shards, fe
     train_vlm.main(flags(shards, two, start=str(one), max_steps=4, resume=True, **lora))
 
 
-def test_a_stage_begins_with_a_run_a_checkpoint_or_somebody_s_adapter(shards, tmp_path, begun, capsys):  # noqa: F811
+def test_a_stage_begins_with_a_run_a_checkpoint_or_somebody_s_adapter(
+        shards, tmp_path, begun, capsys):  # noqa: F811
     write_llama(tmp_path / "base", 0)
     base, lora = dict(language_weights=str(tmp_path / "base")), dict(language="lora", max_steps=1)
-    train_vlm.main(flags(shards, tmp_path / "one", language="lora", max_steps=4, save_every=2, keep=9, lora_r=3, **base))
+    train_vlm.main(flags(shards, tmp_path / "one", language="lora", max_steps=4, save_every=2, keep=9, lora_r=3,
+                         **base))
     for name in ("one", "one/step_000002"):
         train_vlm.main(flags(shards, tmp_path / f"from {name}".replace("/", " "), start=str(tmp_path / name), **lora))
         assert has_all(begun[-1], load_run(tmp_path / name))
     told = capsys.readouterr().out
-    assert "language  goes on with the LoRA of --start, not that of the flags: {'targets': 'q_proj,v_proj', 'r': 3," in told
+    assert "language  goes on with the LoRA of --start, not that of the flags" in told and "'r': 3," in told
     adapter = tmp_path / "one/step_000004/adapter"
     train_vlm.main(flags(shards, tmp_path / "adapter", start=str(adapter), vision="frozen", seed=1, **base, **lora))
     now, then = begun[-1], parts_of(load_run(tmp_path / "one"))
@@ -417,11 +420,13 @@ def test_the_best_checkpoint_by_held_out_loss_stays_beside_the_newest(shards, tm
     changes = dict(save_every=100, evaluate_every=1, keep=1)
     train_vlm.main(flags(shards, tmp_path, max_steps=4, **changes))
     assert [path.name for path in checkpoints(tmp_path)] == ["step_000004", "step_000002"]
-    assert find_run(tmp_path, "best") == (tmp_path, tmp_path / "step_000002") and find_run(tmp_path)[1].name == "step_000004"
+    assert find_run(tmp_path, "best") == (tmp_path, tmp_path / "step_000002")
+    assert find_run(tmp_path)[1].name == "step_000004"
     train_vlm.main(flags(shards, tmp_path, max_steps=5, resume=True, **changes))  # 1.5 is no better
     assert [path.name for path in checkpoints(tmp_path)] == ["step_000005", "step_000002"]
     train_vlm.main(flags(shards, tmp_path, max_steps=6, resume=True, **changes))
-    assert [path.name for path in checkpoints(tmp_path)] == ["step_000006"] and find_run(tmp_path, "best")[1].name == "step_000006"
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_000006"]
+    assert find_run(tmp_path, "best")[1].name == "step_000006"
     with pytest.raises(UserError, match="--checkpoint=step_000002: .* has step_000006"):
         find_run(tmp_path, "step_000002")
 
@@ -432,12 +437,14 @@ def test_no_best_checkpoint_without_held_out_losses(shards, tmp_path):  # noqa: 
         find_run(tmp_path, "best")
 
 
-def test_a_finished_run_goes_on_with_more_epochs_and_says_that_its_schedule_is_another(shards, tmp_path, capsys):  # noqa: F811
+def test_a_finished_run_goes_on_with_more_epochs_and_says_that_its_schedule_is_another(
+        shards, tmp_path, capsys):  # noqa: F811
     run, changes = tmp_path / "run", dict(max_steps=0, evaluate_every=100)
     train_vlm.main(flags(shards, run, epochs=0.5, **changes))  # of 56 samples, 8 a step
     capsys.readouterr()
     train_vlm.main(flags(shards, run, epochs=0.5, resume=True, **changes))
-    assert "finished already; now run `python eval_vqa.py" in (told := capsys.readouterr().out) and "more --epochs" in told
+    told = capsys.readouterr().out
+    assert "finished already; now run `python eval_vqa.py" in told and "more --epochs" in told
     train_vlm.main(flags(shards, run, epochs=1.0, resume=True, **changes))
     assert "--epochs was 0.5, is 1.0 from here on: the schedule is another one" in capsys.readouterr().out
     entries = [entry for entry in read_log(run) if "loss" in entry]
@@ -447,7 +454,8 @@ def test_a_finished_run_goes_on_with_more_epochs_and_says_that_its_schedule_is_a
     # The record has it: the run alone says how far it goes
     config = parse_flags(train_vlm.Config, ["--resume=true", f"--run={run}"])
     assert config.epochs == 1.0 and config.seed == 0 and config.shards_dir == str(shards)
-    assert read_manifest(run / "step_000007")["flags"]["epochs"] == read_manifest(run, "config.json")["flags"]["epochs"] == 1.0
+    for record in (read_manifest(run / "step_000007"), read_manifest(run, "config.json")):
+        assert record["flags"]["epochs"] == 1.0
 
 
 def test_a_run_s_config_repeats_it_bit_for_bit(shards, tmp_path):  # noqa: F811
@@ -461,7 +469,7 @@ def test_a_run_s_config_repeats_it_bit_for_bit(shards, tmp_path):  # noqa: F811
     config = parse_flags(train_vlm.Config, [f"--config={run}/config.json", "--seed=8", f"--run={tmp_path}/other"])
     assert config.seed == 8 and config.lora_dropout == 0.2 and not config.resume
     (tmp_path / "config.json").write_text('{"flags": {"row_length": 7}}')
-    with pytest.raises(UserError, match="config.json: --row_length there is none of this version's; give the flags anew"):
+    with pytest.raises(UserError, match="config.json: --row_length there is none of this version's; give"):
         parse_flags(train_vlm.Config, [f"--config={tmp_path}/config.json"])
 
 
@@ -522,7 +530,8 @@ def test_image_tokens_follow_the_encoder_that_is_loaded(shards, tmp_path):  # no
 
 
 @pytest.mark.parametrize("patch_size, merge, side", [(48, 1, 48), (32, 2, 64)])
-def test_an_encoder_that_does_not_fit_is_refused_by_what_differs(patch_size, merge, side, shards, tmp_path):  # noqa: F811
+def test_an_encoder_that_does_not_fit_is_refused_by_what_differs(
+        patch_size, merge, side, shards, tmp_path):  # noqa: F811
     encoder = write_encoder(tmp_path / "x.safetensors", patch_size=patch_size, image_size=240)
     with pytest.raises(UserError, match=f"sample/train: an image has 224 pixels along a side, no multiple of {side}"):
         train_vlm.main(flags(shards, tmp_path / "run", vision_weights=encoder, merge=merge))

@@ -171,7 +171,8 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_flags(shards, tmp_p
 
 
 @pytest.mark.parametrize("content, reason", [
-    (b"no image at all", "no image, or of a format that is not read"), (None, "No such file"), (b"\x89PNG\r\n\x1a\n", "no image, or of a format that is not read")])
+    (b"no image at all", "no image, or of a format that is not read"), (None, "No such file"),
+    (b"\x89PNG\r\n\x1a\n", "no image, or of a format that is not read")])
 def test_what_is_no_image_gets_no_answer(tmp_path, content, reason):
     if content is not None:
         (tmp_path / "x.png").write_bytes(content)

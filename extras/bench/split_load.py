@@ -100,8 +100,9 @@ def main(config):
         for processes in (1, config.processes):
             rows = measure(folder, processes, config.dtype)
             peaks[processes] = max(peak for peak, _ in rows)
-            print(f"{processes} process(es): at most {max(size for _, size in rows) / 1e9:.3f} GB of parameters in each, "
-                  f"peak {peaks[processes] / 1e9:.3f} GB", flush=True)
+            largest = max(size for _, size in rows)
+            print(f"{processes} process(es): at most {largest / 1e9:.3f} GB of parameters in each, peak "
+                  f"{peaks[processes] / 1e9:.3f} GB", flush=True)
     print(f"the peak of one of {config.processes} is {peaks[config.processes] / peaks[1]:.3f} of that of one alone")
 
 

@@ -163,7 +163,8 @@ class Peer(nn.Module):
         self.projector = nn.Linear(ours.projector.in_features, ours.projector.out_features)
         self.projector.load_state_dict(ours.projector.state_dict())
         language = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-            **asdict(sizes) | {"head_dim": sizes.head_size}, bos_token_id=BOS, eos_token_id=EOS, attn_implementation="sdpa"))
+            **asdict(sizes) | {"head_dim": sizes.head_size}, bos_token_id=BOS, eos_token_id=EOS,
+            attn_implementation="sdpa"))
         language.load_state_dict({name.replace(".base.", "."): tensor for name, tensor
                                   in ours.language.state_dict().items() if ".lora_" not in name})
         language.to(ours.language.lm_head.weight.dtype)

@@ -6,7 +6,7 @@ bug gives wrong results and no traceback, from pixels, labels and masks to metri
     python extras/faults/mutants.py --only=fsync   those whose description has this word
 
 Every mutant is a copy of the repository with a few words replaced; the one test or campaign named with
-it has to fail there, and passes without the bug. All 73 are found.
+it has to fail there, and passes without the bug.
 """
 
 import sys
@@ -50,7 +50,8 @@ MUTANTS = [  # what is wrong, in which file, [(its words, the words instead), ..
      [("[*paths, partial", "[*filter(Path.is_file, paths), partial")], LOST),
     ("no fsync after a checkpoint got its name", "plumbing/files.py",
      [("    partial.rename(folder)\n    sync(folder.parent)\n", "    partial.rename(folder)\n")], LOST),
-    ("no fsync of a new run's own name", "plumbing/runs.py", [("        sync(path.absolute().parent)  #", "        pass  #")], LOST),
+    ("no fsync of a new run's own name", "plumbing/runs.py",
+     [("        sync(path.absolute().parent)  #", "        pass  #")], LOST),
     ("no fsync of the log before a checkpoint", "train_vlm.py",
      [('sync(folder / "log.jsonl")', "pass")], LOST),
     ("no fsync before a rewritten file takes its place", "plumbing/files.py",
@@ -61,7 +62,8 @@ MUTANTS = [  # what is wrong, in which file, [(its words, the words instead), ..
        '    paths = sorted(partial.rglob("*"))\n    manifest = {**facts, "name"')],
      CALLS + "write,fsync"),
     ("an old checkpoint is removed file by file under its own name", "run.py",
-     [("        old.rename(removed)\n        shutil.rmtree(removed)", "        shutil.rmtree(old)")], CALLS + "unlinkat"),
+     [("        old.rename(removed)\n        shutil.rmtree(removed)", "        shutil.rmtree(old)")],
+     CALLS + "unlinkat"),
     ("the old checkpoints go before the new one is saved", "run.py",
      [("    with sealed(folder, step", "    for old in checkpoints(run):\n        shutil.rmtree(old)\n"
        "    with sealed(folder, step")], CALLS + "write"),

@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from plumbing.draws import random_keys
+from plumbing.order import count_before, random_keys
 from plumbing.flags import UserError
 from plumbing.leaks import read_leaks
 from plumbing.shards import Shard
@@ -253,9 +253,8 @@ class Mixture:
     """
     Samples of several shards in a training order that is a pure function of (seed, step).
 
-    Samples whose answers do not fit into max_length are left out and counted in `too_long`; those whose
-    prompt is cut are counted in `cut`. Of several processes each packs its own part of a step, by its rank;
-    which samples a step has does not depend on how many there are.
+    `too_long` counts samples whose answers do not fit into max_length, and which are left out, `cut` those
+    whose prompt is cut. Of several processes each packs its part of a step, the same step for any number.
     """
     shards: list  # of Shard
     count_tokens: Callable  # (heights, widths) of images, arrays of pixels -> tokens of each
@@ -416,16 +415,6 @@ class Mixture:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
-
-
-def count_before(values):
-    """How often each of (n,) int64 has come before it, (n,) int64."""
-    order = np.argsort(values, kind="stable")
-    number = np.arange(len(values))
-    first = np.diff(values[order], prepend=-1) != 0
-    count = np.empty_like(number)
-    count[order] = number - np.maximum.accumulate(np.where(first, number, 0))
-    return count
 
 
 def open_shards(names, shards_dir, split):

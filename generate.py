@@ -19,7 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import EOS, Record, count_before, write_plain
+from data import EOS, Record, write_plain
+from plumbing.order import count_before
 from plumbing.flags import UserError
 from plumbing.pixels import load_image, resize_image
 

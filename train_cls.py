@@ -76,7 +76,7 @@ from tqdm import tqdm
 from model import CONFIGS, ViT, normalise
 from plumbing.devices import (LossScale, agree, autocast_to, describe_machine, join_group, pick_device, to_device,
                               together)
-from plumbing.draws import random_keys
+from plumbing.order import random_keys
 from plumbing.files import (checkpoints, find_run, read_manifest, require_writable, sealed, write_manifest,
                             write_whole)
 from plumbing.tensors import hash_weights, tensors_of

@@ -55,7 +55,7 @@ class Config:
     clip: Scale = 1.0  # largest norm of the gradient; 0: no clipping
     seed: Whole = 0  # of initialisation, order and dropout
     device: Device = "auto"  # cuda, mps or cpu
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: on a GPU bfloat16, or float16 if it has none
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: on a GPU bfloat16, else float16
     run: str = ""  # folder of this run; none: out/<model>_<date>
     resume: bool = False  # go on from the newest checkpoint of the run, with its flags where none are given
     config: str = ""  # config.json of a run whose flags count where none are given
@@ -109,12 +109,12 @@ def open_data(config, vision, device, rank=0, ranks=1):
         questions_per_image=config.questions_per_image, max_length=config.max_length,
         micro_batch_tokens=config.micro_batch_tokens, seed=config.seed, held_out=config.held_out, rank=rank,
         ranks=ranks, multiple=128 if device.type == "cuda" else 1)  # the blocks of FlexAttention
-    for shard, train, validation, (leaks, numbers) in zip(mixture.shards, mixture.train, mixture.validation,
-                                                          mixture.leaks):
+    parts = zip(mixture.shards, mixture.train, mixture.validation, mixture.leaks)
+    for shard, train, validation, (leaks, numbers) in parts:
         vision.require_shapes(shard.folder, shard.image_index)
         guarded = f", {len(numbers):,} {'left out' if leaks == 'drop' else 'kept'} whose image a test split has"
         print(f"{shard.folder}: {len(train):,} samples to train on, {len(validation):,} held out"
-              f"{guarded if len(numbers) else ''}")
+              + guarded * bool(len(numbers)))
     if mixture.cut or mixture.too_long:
         print(f"samples of {config.max_length} tokens: {mixture.cut:,} prompts cut at the front, "
               f"{mixture.too_long:,} samples left out because their answer does not fit")

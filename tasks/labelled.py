@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from plumbing.devices import usable_cores
-from plumbing.draws import random_keys
+from plumbing.order import random_keys
 from plumbing.files import differences, hash_json, read_manifest
 from plumbing.flags import UserError
 from plumbing.leaks import read_leaks

@@ -114,7 +114,8 @@ def test_a_config_s_sizes_are_plausible(changes, tmp_path):
 
 
 @pytest.mark.parametrize("weight_map", [
-    {}, [], None, {"a": 7}, {"a": ["model-00001-of-00002.safetensors"]}, {"a": "../language/model-00001-of-00002.safetensors"},
+    {}, [], None, {"a": 7}, {"a": ["model-00001-of-00002.safetensors"]},
+    {"a": "../language/model-00001-of-00002.safetensors"},
     {"a": "/etc/passwd"}])
 def test_an_index_names_files_beside_it(weight_map, tmp_path):
     folder = corrupt.spoil_weights(tmp_path)[1].folder

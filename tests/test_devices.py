@@ -162,7 +162,8 @@ ANSWER = "out of memory: lower --micro_batch_tokens (it changes no result), or r
     RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported asynchronously"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     OSError(errno.ENOMEM, "Cannot allocate memory")])
-@pytest.mark.parametrize("config, answer", [(train_vlm.Config(), ANSWER), (Small(), "out of memory: lower --batch_size")])
+@pytest.mark.parametrize("config, answer", [
+    (train_vlm.Config(), ANSWER), (Small(), "out of memory: lower --batch_size")])
 def test_memory_that_is_short_gets_the_readme_s_line(error, config, answer, capsys):
     def main(config):
         raise error

@@ -31,7 +31,8 @@ class Config:
     (["--learning_rate=1"], {"learning_rate": 1.0}), (["--learning_rate=3."], {"learning_rate": 3}),
     (["--name=a=b"], {"name": "a=b"}), (["--name="], {"name": ""}), (["--name=3"], {"name": "3"}),
     (["--resume=true"], {"resume": True}), (["--resume=False"], {"resume": False}),
-    (["--how=lora"], {"how": "lora"}), (["--resume"], {"resume": True}), (["--resume", "--steps=2"], {"resume": True, "steps": 2}),
+    (["--how=lora"], {"how": "lora"}), (["--resume"], {"resume": True}),
+    (["--resume", "--steps=2"], {"resume": True, "steps": 2}),
     (["--name=a b", "--how=lora"], {"name": "a b", "how": "lora"})])
 def test_flags_take_the_type_of_their_field(arguments, changed):
     config = parse_flags(Config, arguments)
@@ -165,7 +166,8 @@ def test_a_reader_that_goes_away_is_no_fault_but_another_broken_pipe_is(argument
     os.close(reader)  # as head does once it has its lines
     try:
         done = subprocess.run([sys.executable, tmp_path / "script.py", argument], text=True,
-                              stdout=subprocess.PIPE if told else writer, stderr=subprocess.PIPE, env={"PYTHONPATH": str(ROOT)})
+                              stdout=subprocess.PIPE if told else writer, stderr=subprocess.PIPE,
+                              env={"PYTHONPATH": str(ROOT)})
     finally:
         os.close(writer)
     assert done.returncode == code and told in done.stderr and bool(done.stderr) == bool(told)

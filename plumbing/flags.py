@@ -197,8 +197,9 @@ def recorded_flags(Config, known):
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))["flags"]
         unknown = recorded.keys() - {item.name for item in fields(Config)}
-        wrong = [item.name for item in fields(Config) if item.name in recorded
-                 and type(recorded[item.name]) not in {type(item.default), int if type(item.default) is float else str}]
+        kinds = {item.name: (int, float) if type(item.default) is float else (type(item.default),)
+                 for item in fields(Config)}
+        wrong = [name for name, kind in kinds.items() if name in recorded and type(recorded[name]) not in kind]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: no flags of a run in it ({one_line(error):.80})") from None
     if unknown or wrong:

@@ -326,7 +326,8 @@ def test_images_with_labels_need_no_question(tokenizer, tmp_path):
     assert (shard.manifest["tokenizer_sha256"], shard.manifest["vocab_size"], len(shard.tokens)) == ("", 0, 0)
     assert os.listdir(tmp_path / "toy") == ["train"]
     assert [record["labels"] for record in shard.read_records()] == [["big"], [], ["big", "small"]]
-    assert shard.manifest["classes"] == ["big", "small"] and shard.manifest["skipped"] == {"image missing": 1, "unknown label": 1}
+    assert shard.manifest["classes"] == ["big", "small"]
+    assert shard.manifest["skipped"] == {"image missing": 1, "unknown label": 1}
     assert shard.samples["image"].tolist() == [0, 1, 2] and not shard.samples["prompt"].any()
     with pytest.raises(UserError, match="toy has labels but no questions"):
         shard.require_questions()

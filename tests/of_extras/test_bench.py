@@ -18,7 +18,7 @@ from plumbing.shards import Shard
 from test_packing import VOCABULARY, count_tokens, loss_alone, random_images, tensors, tiny_vlm, write_shard
 from test_train import shards  # noqa: F401, the fixture: a prepared part of the sample
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = 50
 
 

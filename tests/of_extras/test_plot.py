@@ -28,7 +28,7 @@ from prepare.datasets import DATASETS
 from test_cls import write_results
 from weights import build_vlm
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # matplotlib's, where labels do not fit
 drawing = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="no matplotlib here")
 

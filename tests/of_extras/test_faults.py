@@ -18,7 +18,7 @@ from plumbing.flags import UserError
 from run import save_checkpoint
 from test_checkpoints import make_checkpoint, write_folder
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 CAMPAIGNS = '''
 import contextlib, io, json, sys
 from extras.faults import calls, full_disk, fuzz_flags, kill, kill_cls, kill_outputs, lost_writes, ranks, tiny

@@ -23,7 +23,7 @@ from plumbing.flags import UserError, parse_flags
 from tasks.evaluations import write_evaluation
 from tasks.vqa import bleu1, is_closed, question_only_answers
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 RAW = Path(os.environ.get("NANOMEDQ_RAW", ROOT / "raw"))
 nltk_bleu = pytest.importorskip("nltk.translate.bleu_score", reason="needs nltk")
 sacrebleu = pytest.importorskip("sacrebleu", reason="needs sacrebleu")

@@ -40,7 +40,7 @@ from test_train import flags, shards  # noqa: F401, the fixture: a prepared part
 from weights import (build_vlm, load_adapter, load_encoder, load_llama, load_run, load_trained_encoder, load_vlm,
                      save_vlm)
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ from test_model import randomise
 from weights import load_classifier, save_classifier, save_vlm
 from zoo.classifier import Classifier
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 SIZE, N = 32, 17  # pixels; tokens of an image
 CLASSES = ["no *cyst*", "<b>cyst</b>", "a_cyst_"]
 HOSTILE = "is ![this](http://192.0.2.1/x.png) <img src=http://192.0.2.1/y.png> *it*, :red[or] $x^2$?"

@@ -26,7 +26,7 @@ import re
 from collections import defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -177,27 +177,28 @@ class Group:
     image_tokens: np.ndarray  # (images of the shard,) tokens of each
     read_image: Callable  # number -> (H, W, 3) uint8
 
-    def length(self, tokens):
-        """What (L,) tokens of a stream become before the model, as a number of tokens."""
-        images = -1 - tokens[tokens < 0]
-        return len(tokens) - len(images) + int(self.image_tokens[images].sum())
+    def __post_init__(self):
+        """Note how many tokens the model is given: of the prefix, and of each sample behind it but for its last."""
+        self.first = int(self.lengths(self.samples[0].tokens[:self.prefix]).sum()) if self.samples else 0
+        self.rest = [int(self.lengths(sample.tokens[self.prefix:-1]).sum()) for sample in self.samples]
 
-    def lengths(self):
-        """Tokens of the prefix, and of each sample behind it; what predicts nothing, the last, is left out."""
-        first = self.length(self.samples[0].tokens[:self.prefix])
-        return first, [self.length(sample.tokens[self.prefix:-1]) for sample in self.samples]
+    def lengths(self, tokens):
+        """(L,) tokens of a stream -> how many each becomes before the model, (L,) int64."""
+        lengths, is_image = np.ones(len(tokens), np.int64), tokens < 0
+        if is_image.any():
+            lengths[is_image] = self.image_tokens[-1 - tokens[is_image]]
+        return lengths
 
     def cut(self, longest):
         """The group in several of at most so many tokens, the prefix in each; one sample may be longer."""
-        first, lengths = self.lengths()
-        pieces, room = [], 0
-        for sample, length in zip(self.samples, lengths):
-            if not pieces or length > room:
-                pieces.append(Group([], self.prefix, self.key, self.image_tokens, self.read_image))
-                room = longest - first
-            pieces[-1].samples.append(sample)
+        parts, room = [], 0
+        for sample, length in zip(self.samples, self.rest):
+            if not parts or length > room:
+                parts.append([])
+                room = longest - self.first
+            parts[-1].append(sample)
             room -= length
-        return pieces
+        return [replace(self, samples=samples) for samples in parts] if len(parts) > 1 else [self]
 
 
 def shared_prefix(samples):
@@ -212,34 +213,37 @@ def shared_prefix(samples):
 
 def make_batch(groups, multiple=1):
     """Write groups out, end to end, as the arrays of a Batch, padded to a multiple of so many tokens."""
-    columns, images, T = defaultdict(list), [], 0
+    pieces, lengths, about, images = [], [], [], []  # about: (group, branch, key, first position) of each piece
+    L, answers, targets, weights = 0, [], [], []  # answers: places in the stream of all pieces
     for number, group in enumerate(groups):
-        start = 0  # position of a branch's first token
-        prefix = [(group.samples[0].tokens[:group.prefix], group.key, None)] if group.prefix else []
         own = [(sample.tokens[group.prefix:-1], sample.key, sample) for sample in group.samples]
-        for branch, (tokens, key, sample) in enumerate(prefix + own):
-            is_image = tokens < 0
-            lengths = np.ones(len(tokens), np.int64)  # (L,)
-            lengths[is_image] = group.image_tokens[-1 - tokens[is_image]]
-            ends = T + np.cumsum(lengths) - 1  # (L,) where the last token of each stands
-            length = int(lengths.sum())
-            columns["tokens"].append(np.repeat(np.maximum(tokens, 0), lengths))
-            columns["positions"].append(np.arange(start, start + length))
-            columns["group"].append(np.full(length, number, np.int32))
-            columns["branch"].append(np.full(length, branch, np.int32))
-            columns["key"].append(np.full(length, key, np.int32))
-            columns["image_at"].append(T + np.flatnonzero(np.repeat(is_image, lengths)))
-            images += [group.read_image(int(image)) for image in -1 - tokens[is_image]]
-            for begin, end in sample.spans if sample else ():
-                columns["answer_at"].append(ends[begin - 1 - group.prefix:end - 1 - group.prefix])
-                columns["targets"].append(sample.tokens[begin:end])
-                columns["weights"].append(np.full(end - begin, sample.weight, np.float32))
-            start = length if sample is None else start
-            T += length
-    padding = -T % multiple
-    for name, value in ("tokens", 0), ("positions", 0), ("group", -1), ("branch", 0), ("key", 0):
-        columns[name].append(np.full(padding, value, columns[name][0].dtype))
-    return Batch(images=images, **{name: np.concatenate(arrays) for name, arrays in columns.items()})
+        shared = [(group.samples[0].tokens[:group.prefix], group.key, None)] if group.prefix else []
+        sizes = [group.first] * len(shared) + group.rest
+        for branch, ((tokens, key, sample), size) in enumerate(zip(shared + own, sizes)):
+            pieces.append(tokens)
+            lengths.append(np.ones(size, np.int64) if size == len(tokens) else group.lengths(tokens))
+            about.append((number, branch, key, group.first if sample else 0))
+            if (tokens < 0).any():
+                images += [group.read_image(int(image)) for image in -1 - tokens[tokens < 0]]
+            for begin, end in sample.spans.tolist() if sample else ():
+                answers.append(np.arange(begin - 1, end - 1) + (L - group.prefix))
+                targets.append(sample.tokens[begin:end])
+                weights.append(np.full(end - begin, sample.weight, np.float32))
+            L += len(tokens)
+    stream, lengths = np.concatenate(pieces), np.concatenate(lengths)  # (L,)
+    ends = np.cumsum(lengths)  # (L,), behind the last token of each; the last of them is T
+    piece_ends = ends[np.cumsum([len(piece) for piece in pieces]) - 1]
+    piece_lengths = np.diff(piece_ends, prepend=0)
+    group, branch, key, first = (np.repeat(column, piece_lengths) for column in np.array(about, np.int64).T)
+    positions = np.arange(ends[-1]) - np.repeat(piece_ends - piece_lengths, piece_lengths) + first
+
+    def pad(array, dtype, value=0):
+        return np.pad(array.astype(dtype), (0, -len(array) % multiple), constant_values=value)
+
+    return Batch(pad(np.repeat(np.maximum(stream, 0), lengths), np.int64), pad(positions, np.int64),
+                 pad(group, np.int32, -1), pad(branch, np.int32), images,
+                 np.flatnonzero(np.repeat(stream < 0, lengths)), ends[np.concatenate(answers)] - 1,
+                 np.concatenate(targets), np.concatenate(weights), pad(key, np.int32))
 
 
 # ----------------------------------------------------------------------------- the loader
@@ -383,14 +387,15 @@ class Mixture:
             group = Group(some, shared_prefix(some), some[0].key, self.image_tokens[index],
                           self.shards[index].read_image)
             pieces += group.cut(min(self.max_length, self.micro_batch_tokens))  # masks grow with the square
-        divisor = int(sum(np.diff(sample.spans).sum() for piece in pieces for sample in piece.samples))
+        divisor = sum(end - begin for piece in pieces for sample in piece.samples
+                      for begin, end in sample.spans.tolist())
         batches = [make_batch(some, self.multiple) for some in self.divide(pieces)]
         padding = np.concatenate([batch.group for batch in batches] or [np.zeros(1)]) < 0
         return Step(number, batches, divisor, float(padding.mean()), names)
 
     def divide(self, pieces):
         """This rank's Groups in lists for a Batch each: largest first, each to the rank with the fewest tokens."""
-        sizes = [first + sum(lengths) for first, lengths in (piece.lengths() for piece in pieces)]
+        sizes = [piece.first + sum(piece.rest) for piece in pieces]
         loads, lists, room = [0] * self.ranks, [], 0
         for place in sorted(range(len(pieces)), key=lambda place: -sizes[place]):
             rank = loads.index(min(loads))

@@ -257,7 +257,7 @@ def attend(q, k, v, mask):
     y = [F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in part),  # (1, nh, length, hs)
                                         attn_mask=seen, is_causal=seen is None, enable_gqa=gqa)
          for part, (_, seen) in zip(parts, mask)]
-    return torch.cat(y, dim=2)[0].transpose(0, 1)
+    return torch.cat([group[0].transpose(0, 1) for group in y])
 
 
 def packed_mask(group, branch, flex=True):

@@ -24,7 +24,7 @@ from extras.bench.progress import tell
 from plumbing.files import newest_checkpoint
 from plumbing.flags import UserError, parse_command_line, run
 
-FLAGS = ("--model=sample --data=sample --language=full --questions_per_image=0 --row_length=256 "
+FLAGS = ("--model=sample --data=sample --language=full --questions_per_image=0 "
          "--micro_batch_tokens=512 --batch_size=12 --max_steps=60 --save_every=5 --log_every=1 --held_out=8 "
          "--workers=1 --learning_rate=1e-3 --resume=true").split()
 

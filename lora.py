@@ -86,8 +86,7 @@ class LoRALinear(nn.Module):
         keys = keys if keys.shape == x.shape[:-1] else self.keys.wanted  # (T,) or (I, N); behind the last: (M,)
         channel = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
         random = scramble(keys[..., None] ^ scramble(channel + self.salt))  # (..., in), -2^31 to 2^31 - 1
-        dropped = random < int(self.dropout * 2 ** 32) - 2 ** 31
-        return x.masked_fill(dropped, 0) / (1 - self.dropout)
+        return x.masked_fill(random < int(self.dropout * 2 ** 32) - 2 ** 31, 0) / (1 - self.dropout)
 
     @torch.no_grad()
     def merge(self):

@@ -8,7 +8,6 @@ The model: a vision transformer, one linear projection and a LLaMA, written out 
 Each part's parameters carry the names of the checkpoint that it is initialised from: timm's for the
 ViT (BiomedCLIP's visual.trunk.*), the Hugging Face hub's for LLaMA (PMC-LLaMA). Loading is therefore a
 plain copy, and what weights.py saves is read by those libraries. How answers are generated: generate.py.
-
 What a VLM wants of other parts than these: docs/building.md.
 
 Letters: T tokens of a sequence, C width, nh heads, nkv key-value heads, hs head size, I images, H, W
@@ -173,7 +172,7 @@ class ViT(nn.Module):
         side, sides = self.config.patch_size * self.config.merge, {*sizes["height"].tolist(), *sizes["width"].tolist()}
         if wrong := [pixels for pixels in sides if pixels % side]:
             raise UserError(f"{name}: an image has {min(wrong)} pixels along a side, no multiple of {side}, the "
-                            "model's patches; prepare with another --image_size")
+                            "model's patches; prepare with --resize=squash and an --image_size that is one")
 
     @property
     def output_width(self):
@@ -199,14 +198,18 @@ class ViT(nn.Module):
         (I, 3, H, W) normalised pixels -> (I, N, C) tokens after the final norm, class token first; with
         config.merge without it, (I, N, output_width). keys: (I, N) int32, by which LoRA drops.
         """
-        if self.dropout_keys:
-            self.dropout_keys.set(keys)
+        def run(x, block):
+            if self.dropout_keys:  # anew where a block is recomputed: images of other shapes have run by then
+                self.dropout_keys.set(keys)
+            return block(x)
+
         rows, columns = (side // self.config.patch_size for side in images.shape[2:])
-        x = self.patch_embed(images)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (I, N, C)
+        x = torch.cat([self.cls_token.expand(len(images), -1, -1), self.patch_embed(images)], dim=1)  # (I, N, C)
         x = self.norm_pre(x + self.positions(rows, columns))
+        if keys is not None:  # merged patches have one between them, so each gets its own by the image's first
+            keys = token_keys(keys[:, :1], torch.arange(x.shape[1], device=x.device))
         for number, block in enumerate(self.blocks):
-            x = run_block(block, number < self.recomputed, x)
+            x = run_block(run, number < self.recomputed, x, block)
         x = self.norm(x)  # CLIP norms its class token alone; here patches come to the same scale
         return x if self.config.merge == 1 else merge_patches(x[:, 1:], rows, columns, self.config.merge)
 
@@ -460,8 +463,7 @@ class VLM(nn.Module):
         same_shape, encoded = defaultdict(list), [None] * len(images)
         for number, image in enumerate(images):
             same_shape[image.shape].append(number)
-        if keys is not None:
-            keys = keys.split([self.vision.tokens(*image.shape[:2]) for image in images])
+        keys = None if keys is None else keys.split([self.vision.tokens(*image.shape[:2]) for image in images])
         for numbers in same_shape.values():
             pixels = normalise(torch.stack([images[n] for n in numbers]), self.vision.mean, self.vision.std)
             their_keys = None if keys is None else torch.stack([keys[n] for n in numbers])  # (I, N)

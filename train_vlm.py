@@ -263,10 +263,9 @@ def train(config, folder, rank, ranks, device, dtype):
     optimizer = make_optimizer(trained_parameters(model, config), config.weight_decay, config.beta2)
     scale = LossScale() if dtype == torch.float16 else None
     steps = config.max_steps or max(1, int(config.epochs * mixture.samples_per_epoch / config.batch_size))
-    first = 0
+    first = int(checkpoint.name[5:]) if checkpoint else 0
     if checkpoint:
         load_optimizer(optimizer, model, checkpoint)
-        first = int(checkpoint.name[5:])
         scale = scale and LossScale(**read_manifest(checkpoint).get("loss_scale", {}))
     print(f"{folder}: steps {first} to {steps} of {config.batch_size} samples on {device}, {dtype}, "
           f"{ranks} process(es)")

@@ -1,14 +1,15 @@
 """LoRA: exact at the start, exact when merged and unmerged, exchangeable with PEFT."""
 
 import re
+from dataclasses import replace
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora import add_lora, lora_layers
-from model import LLaMA, ViT
+from lora import add_lora, lora_layers, token_keys
+from model import VLM, LLaMA, ViT
 from plumbing.claims import read_adapter_config
 from plumbing.flags import UserError
 from test_model import (LLAMA, TOLERANCE, VIT, edit_json, hub_llama, logits_of, randomise, relative_error,
@@ -105,6 +106,35 @@ def test_dropout_only_in_training_and_only_on_the_update():
 
 
 # ----------------------------------------------------------------------------- PEFT
+
+@pytest.mark.parametrize("shapes, merge", [
+    ([(16, 16), (16, 16)], 1), ([(16, 8), (8, 16)], 1), ([(16, 16), (8, 16), (16, 16)], 1),
+    ([(16, 16), (32, 16)], 2)])
+def test_dropout_in_images_is_the_same_recomputed_and_one_at_a_time(shapes, merge):
+    """Images of different shapes run one after the other, and their blocks are run again behind them all."""
+    torch.manual_seed(0)
+    model = VLM(ViT(replace(VIT, merge=merge)), LLaMA(LLAMA))
+    add_lora(model.vision, "qkv", r=4, dropout=0.5)
+    randomise(model)
+    images = [torch.randint(256, (*shape, 3), dtype=torch.uint8) for shape in shapes]
+    counts = [model.vision.tokens(*shape) for shape in shapes]
+    keys = token_keys(torch.tensor(7, dtype=torch.int32), torch.arange(sum(counts)))
+
+    def run(images, keys, recomputed=0):
+        model.vision.recomputed = recomputed
+        model.zero_grad()
+        y = model.encode_images(images, keys)
+        y.square().sum().backward()
+        return y.detach(), [layer.lora_A.grad.clone() for layer in lora_layers(model).values()]
+
+    whole, again = run(images, keys), run(images, keys, recomputed=VIT.depth)
+    alone = [run([image], key) for image, key in zip(images, keys.split(counts))]
+    assert torch.equal(whole[0], again[0])
+    assert relative_error(torch.cat([y for y, _ in alone]), whole[0]) < TOLERANCE
+    for ours, recomputed, *each in zip(whole[1], again[1], *(gradients for _, gradients in alone)):
+        assert torch.equal(ours, recomputed) and relative_error(sum(each), ours) < TOLERANCE
+    assert relative_error(run(images, keys + 1)[0], whole[0]) > 0.01
+
 
 def peft_adapter(folder, targets):
     """A PEFT model with a non-zero adapter; its base and adapter are written into the folder."""

@@ -307,7 +307,7 @@ def take_steps(config, folder, model, mixture, optimizer, scale, record, first, 
             losses, since = [], time.perf_counter()
         pause, held_out = time.perf_counter(), None
         due, stopped = agree_on_stop(signals, 0 < 60 * config.save_minutes < pause - saved, device)
-        if config.held_out and (done % config.evaluate_every == 0 or done == steps):
+        if any(map(len, mixture.validation)) and (done % config.evaluate_every == 0 or done == steps):
             held_out = held_out_loss(model, mixture, config, autocast)
             log({"step": done, "held_out_loss": held_out})
             validation, due = f", held out {held_out:.3f}", due or held_out < best

@@ -174,7 +174,9 @@ def parse_flags(Config, arguments):
     known, given = {item.name: getattr(known, item.name) for item in fields(Config)}, getattr(known, "given", set())
     known |= {name: value for name, value in recorded_flags(Config, known).items() if name not in given}
     for item in fields(Config):
-        kind, _, limits = type_of(item)
+        kind, choices, limits = type_of(item)
+        if choices and known[item.name] not in choices:  # argparse sees those given, not those recorded
+            raise UserError(f"--{item.name}={one_line(known[item.name]):.60}: one of {', '.join(choices)}")
         if fault := find_fault(known[item.name], kind, limits):
             raise UserError(f"--{item.name}={one_line(known[item.name]):.60}: {fault}")
     return Config(**known)

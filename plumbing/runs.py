@@ -72,8 +72,23 @@ def describe_run(config, mixture, tokenizer, model, device):
                       "leaked_sha256": hash_json(numbers.tolist())}
         tests[name] = read_manifest(shard.folder, "leaks.json")["tests"]
     return {"flags": asdict(config), "tests": tests, "machine": describe_machine(device),
-            "image": mixture.shards[0].manifest["image"],
+            "image": image_settings(mixture.shards),
             "inputs": {"data": data, "tokenizer": tokenizer.sha256, "weights": model.hashes}}
+
+
+def image_settings(shards):
+    """
+    How the images of a run's shards were stored. UserError where that differs: nobody could say how a new image is
+    to be brought to size, or which test splits are like them. Shards without images count for nothing.
+    """
+    own = [shard for shard in shards if len(shard.image_index)] or shards[:1]
+    made = [f"--image_size={shard.manifest['image']['size']} --resize={shard.manifest['image']['resize']}"
+            for shard in own]
+    for shard, flags in zip(own, made):
+        if flags != made[0]:
+            raise UserError(f"--data: {shard.folder} has images made by {flags}, {own[0].folder} by {made[0]}; prepare "
+                            f"one as the other: `python prepare/all.py --only={shard.folder.parent.name} {made[0]}`")
+    return own[0].manifest["image"]
 
 
 def sweep(folder, newest):

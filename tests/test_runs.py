@@ -18,7 +18,7 @@ from plumbing.files import (checkpoints, differences, find_damage, find_run, loc
                             newest_checkpoint, read_manifest, require_writable, write_manifest)
 from plumbing.flags import UserError, parse_flags
 from plumbing.tensors import hash_weights, tensor_hashes, tensors_of
-from plumbing.runs import require_same_inputs
+from plumbing.runs import image_settings, require_same_inputs
 from run import learning_rate_at
 from weights import load_run, load_trained_encoder, load_vlm, save_module
 from test_train import flags, prepare_sample, read_log, shards  # noqa: F401, shards: a prepared part of the sample
@@ -471,6 +471,9 @@ def test_a_run_s_config_repeats_it_bit_for_bit(shards, tmp_path):  # noqa: F811
     (tmp_path / "config.json").write_text('{"flags": {"row_length": 7}}')
     with pytest.raises(UserError, match="config.json: --row_length there is none of this version's; give"):
         parse_flags(train_vlm.Config, [f"--config={tmp_path}/config.json"])
+    (tmp_path / "config.json").write_text('{"flags": {"language": "Lora"}}')
+    with pytest.raises(UserError, match="--language=Lora: one of lora, full, frozen"):
+        parse_flags(train_vlm.Config, [f"--config={tmp_path}/config.json"])
 
 
 def test_a_run_that_is_resumed_takes_its_flags_from_there(shards, tmp_path, monkeypatch):  # noqa: F811
@@ -507,6 +510,28 @@ def test_the_held_out_samples_do_not_move_with_the_seed(shards):  # noqa: F811
     held_out = [mixture.validation[0].tolist() for mixture in mixtures]
     assert held_out[0] == held_out[1] == held_out[2] and len(held_out[0]) >= 8
     assert len({tuple(mixture.epoch_order(0)[0].tolist()) for mixture in mixtures}) == 3
+
+
+def test_images_that_were_brought_to_size_in_two_ways_are_not_trained_on_together(tmp_path):
+    """A run records one way, by which a new image is brought to size, and test splits are held against it."""
+    shards, data = tmp_path / "shards", "sample_captions,sample"  # noqa: F811
+    prepare_sample(shards, "--limit=30")
+    prepare_sample(shards, "--limit=30", "--image_size=64", "--resize=fit", only="sample_captions")
+    usual = "--image_size=224 --resize=squash"
+    with pytest.raises(UserError, match=f"--data: .*sample/train has images made by {usual}, .*sample_captions/train "
+                                        "by --image_size=64 --resize=fit; prepare one as the other: `python"):
+        train_vlm.main(flags(shards, tmp_path / "run", data=data))
+    mixture = open_mixture(data, shards, "train", count_tokens=lambda height, width: 0 * height + 1)
+    captions, sample = mixture.shards
+    captions.image_index = captions.image_index[:0]  # as of texts alone, whose settings count for nothing
+    assert image_settings([captions, sample])["size"] == 224 and image_settings([captions])["size"] == 64
+
+
+def test_no_held_out_loss_where_too_few_are_asked_for_to_hold_any_out(tmp_path, capsys):
+    shards = prepare_sample(tmp_path / "shards", "--limit=30", only="sample,sample_captions")  # noqa: F811
+    train_vlm.main(flags(shards, tmp_path / "run", data="sample,sample_captions", held_out=1, max_steps=2))
+    assert "30 samples to train on, 0 held out" in capsys.readouterr().out
+    assert all("held_out_loss" not in entry for entry in read_log(tmp_path / "run"))
 
 
 # ----------------------------------------------------------------------------- encoders of other sizes

@@ -29,8 +29,8 @@ def command(*words):
     return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
 
 
-def prepare_sample(folder, *words):
-    all_py.main(parse_flags(all_py.Config, ["--only=sample", "--workers=1", f"--shards_dir={folder}", *words]))
+def prepare_sample(folder, *words, only="sample"):
+    all_py.main(parse_flags(all_py.Config, [f"--only={only}", "--workers=1", f"--shards_dir={folder}", *words]))
     return folder
 
 

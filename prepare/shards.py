@@ -180,6 +180,7 @@ class SplitWriter:
     def find_fault(self, record, spans):
         """Why a clean record cannot be used, in words; "" where it can."""
         assert not isinstance(record.references, str), record.id  # one text is no tuple of texts
+        assert not (record.parts and record.image), record.id  # the image would not be shown
         labels, views = set(record.labels or ()), record.views()
         questions = [record.question, *(question for question, _ in record.turns)]
         imageless = self.kind == "text questions" and not record.image_name

@@ -468,6 +468,12 @@ def test_a_hand_made_conversation_about_two_images(tmp_path):
 
 # ----------------------------------------------------------------------------- order
 
+def test_an_image_beside_parts_is_not_dropped_in_silence(tmp_path):
+    image = as_file(random_images(np.random.default_rng(0), 1)[0])
+    with pytest.raises(AssertionError, match="both"):
+        write_records(tmp_path / "x" / "train", [Record("both", "5", "6", image, parts=("7",))], kind="text questions")
+
+
 def assert_equal_steps(ours, theirs):
     for item in ("number", "divisor", "padded", "samples"):
         assert getattr(ours, item) == getattr(theirs, item), item

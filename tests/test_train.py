@@ -220,7 +220,7 @@ def test_a_mistake_that_is_seen_later_gets_one_line_and_code_2(script, words, ex
 def test_images_that_are_no_whole_patches_are_refused(shards, tmp_path):
     prepare_sample(tmp_path / "small", "--limit=40", "--image_size=72")
     with pytest.raises(UserError, match="small/sample/train: an image has 72 pixels along a side, no multiple of 32, "
-                                        "the model's patches; prepare with another --image_size"):
+                                        "the model's patches; prepare with --resize=squash and"):
         train_vlm.main(flags(tmp_path / "small", tmp_path / "other", max_steps=1))
 
 

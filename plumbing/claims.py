@@ -97,9 +97,9 @@ def llama_refusal(config, head_size):
     if family is None and not classes:
         return f"neither model_type nor architectures say what it is; {supported} supported"
     if not isinstance(family, str) or family not in LLAMAS or not {*classes} <= {*LLAMAS[family]}:
-        told = [f"model_type {config['model_type']!r:.60}"] if config.get("model_type") else []
-        told += [f"architectures {', '.join(classes):.80}"] if classes else []
-        return f"{' with '.join(told)} not supported here: {supported}"
+        fields = [f"model_type {config['model_type']!r:.60}"] if config.get("model_type") else []
+        fields += [f"architectures {', '.join(classes):.80}"] if classes else []
+        return f"{' with '.join(fields)} not supported here: {supported}"
     if family == "mistral" and (config.get("sliding_window", 4096) or not config.get("num_key_value_heads")):
         return ("a mistral whose sliding_window is not null, or without num_key_value_heads, not supported "
                 f"here: {supported}")
@@ -271,8 +271,8 @@ def vit_facts(file, metadata):
     metadata: the file's own, of safetensors; config.json is timm's or transformers', and
     open_clip_config.json open_clip's. A config.json of another kind, as a checkpoint's, tells nothing.
     """
-    told = [("its metadata", {name: int(metadata[name]) if metadata[name].isdecimal() else metadata[name]
-                              for name in ("heads", "activation") if name in metadata})]
+    sources = [("its metadata", {name: int(metadata[name]) if metadata[name].isdecimal() else metadata[name]
+                                 for name in ("heads", "activation") if name in metadata})]
     for name in ("config.json", "open_clip_config.json"):
         path = Path(file).parent / name
         if not path.is_file():
@@ -288,13 +288,13 @@ def vit_facts(file, metadata):
             return {}, f"{path}: damaged, or no config of a ViT ({error})"
         if problem:
             return {}, f"{path}: {problem}"
-        told.append((name, facts))
-    found = {}  # fact -> (value, who says so)
-    for who, facts in told:
+        sources.append((name, facts))
+    claims = {}  # fact -> (value, who says so)
+    for who, facts in sources:
         for fact, value in facts.items():
-            if value is not None and found.setdefault(fact, (value, who))[0] != value:
-                return {}, f"{fact} is {found[fact][0]!r:.40} by {found[fact][1]}, {value!r:.40} by {who}"
-    return {fact: value for fact, (value, _) in found.items()}, ""
+            if value is not None and claims.setdefault(fact, (value, who))[0] != value:
+                return {}, f"{fact} is {claims[fact][0]!r:.40} by {claims[fact][1]}, {value!r:.40} by {who}"
+    return {fact: value for fact, (value, _) in claims.items()}, ""
 
 
 def vit_problem(facts, width, depth, clip):

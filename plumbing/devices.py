@@ -148,10 +148,10 @@ def together(work):
         if error is not None:
             raise UserError(error) from None
         sys.exit(2)
-    told = [text for text in errors if text is not None]
-    if told and dist.get_rank() == 0:
-        raise UserError(told[0])
-    if told:
+    reasons = [text for text in errors if text is not None]
+    if reasons and dist.get_rank() == 0:
+        raise UserError(reasons[0])
+    if reasons:
         sys.exit(2)
     return result
 

@@ -212,10 +212,10 @@ def compare_counts(dataset, manifests):
     """Say where what was found is not what was published."""
     for split, published in dataset.counts.items():
         manifest = manifests.get(split)
-        found = manifest["samples"] + sum(manifest["skipped"].values()) if manifest else 0
-        if found != published:
+        samples = manifest["samples"] + sum(manifest["skipped"].values()) if manifest else 0
+        if samples != published:
             print(f"{dataset.name} {split}: {published:,} samples were expected, "
-                  f"{f'{found:,}' if found else 'none'} found")
+                  f"{f'{samples:,}' if samples else 'none'} found")
 
 
 def print_leaks(names, config):
@@ -229,7 +229,7 @@ def print_leaks(names, config):
         print()
         print_table([("samples of", "whose image is in", *REASONS), *rows])
     for split, leaks in report.items():
-        met = {test: set().union(*found.values()) for test, found in leaks["found"].items()}
+        met = {test: set().union(*reasons.values()) for test, reasons in leaks["found"].items()}
         if met:
             where = ", ".join(f"{test} has {len(numbers):,}" for test, numbers in met.items())
             print(f"{split}: {len(set().union(*met.values())):,} samples "
@@ -264,18 +264,18 @@ def main(config):
     names = select(config.only)
     rows = [("dataset", "split", "samples", "images", "MB", "skipped", "seconds", "images/s",
              "status")]
-    found = {}  # dataset -> its manifests
+    datasets = {}  # dataset -> its manifests
     for name in names:
         start = time.perf_counter()
         status, message = attempt(name, config)
         if message:
             print(f"{name}: {status}: {message}", flush=True)
         if status in ("ready", "up to date") and name in DATASETS:
-            found[name] = read_manifests(Path(config.shards_dir) / name)
-        rows += table_rows(name, status, found.get(name), time.perf_counter() - start)
+            datasets[name] = read_manifests(Path(config.shards_dir) / name)
+        rows += table_rows(name, status, datasets.get(name), time.perf_counter() - start)
     print()
     print_table(rows)
-    for name, manifests in found.items():
+    for name, manifests in datasets.items():
         for split, manifest in manifests.items():
             for reason, first in manifest["first_skipped"].items():
                 print(f"{name} {split}: {reason}: {first} is the first of {manifest['skipped'][reason]:,}")
@@ -285,7 +285,7 @@ def main(config):
     statuses = {}
     for name, *_, status in rows[1:]:
         statuses.setdefault(name, set()).add(status)
-    if any(found <= {"failed", "missing", "empty"} for found in statuses.values()):
+    if any(states <= {"failed", "missing", "empty"} for states in statuses.values()):
         sys.exit(1)  # of a whole dataset nothing can be used
 
 

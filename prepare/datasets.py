@@ -169,9 +169,9 @@ def find_folder(archive, *folders):
     The first of these folders ("name/") in which a zip archive has a member; UserError if there is none,
     or if a member is packed as read_member reads none.
     """
-    found = next((folder for folder in folders
-                  if any(member.filename.startswith(folder) for member in archive.infolist())), None)
-    if found is None:
+    prefix = next((folder for folder in folders
+                   if any(member.filename.startswith(folder) for member in archive.infolist())), None)
+    if prefix is None:
         first = next((member.filename for member in archive.infolist() if not member.is_dir()), "nothing")
         raise UserError(f"{archive.filename}: no folder {' or '.join(folders)} in it, the first name is "
                         f"{first!r:.120}; pack it anew so, or unpack it beside the zip")
@@ -182,7 +182,7 @@ def find_folder(archive, *folders):
         if why:
             raise UserError(f"{archive.filename}: {member.filename!r:.120} is {why}, which is not read here; "
                             "unpack it, and pack it anew with `zip -r` or leave it unpacked")
-    return found
+    return prefix
 
 
 def read_member(archive, name):

@@ -53,9 +53,9 @@ class Source:
         """{relative name: path} of the first layout that is all there; empty if none is."""
         raw = self.raw(raw_dir)
         for layout in self.layouts:
-            found = [sorted(raw.glob(pattern)) for pattern in layout]
-            if all(found):
-                return {path.relative_to(raw).as_posix(): path for path in sum(found, [])}
+            matches = [sorted(raw.glob(pattern)) for pattern in layout]
+            if all(matches):
+                return {path.relative_to(raw).as_posix(): path for path in sum(matches, [])}
         return {}
 
 
@@ -152,10 +152,10 @@ def fetch(url, path, sha256="", token=""):
         raise UserError(f"{url}: no space is left in {path.parent}; make space there and run it again: "
                         "it goes on where it stopped") from None
     if sha256:
-        found = hash_file(partial)
-        if found != sha256:
+        digest = hash_file(partial)
+        if digest != sha256:
             partial.unlink()
-            raise UserError(f"{url}: its sha256 is {found}, not {sha256}; run it again to start anew, "
+            raise UserError(f"{url}: its sha256 is {digest}, not {sha256}; run it again to start anew, "
                             f"or {by_hand}")
     partial.replace(path)
     version.unlink(missing_ok=True)
@@ -191,14 +191,14 @@ def receive(url, partial, version, token):
         length = response.headers.get("Content-Length")
         total = response.headers.get("Content-Range", "").rpartition("/")[2]  # a 206 may end before it
         total = int(total) if total.isdecimal() else start + int(length) if length else None
-        found = f"{response.headers.get('ETag') or response.headers.get('Last-Modified')} {total}"
-        if start and found != known:
+        stamp = f"{response.headers.get('ETag') or response.headers.get('Last-Modified')} {total}"
+        if start and stamp != known:
             partial.unlink()
             raise ConnectionError("the file on the server has changed")
         require_space(url, partial.parent, (total or 0) - there)
         with (open(partial, "ab" if start else "wb") as file,
               tqdm(desc=partial.name, initial=start, total=total, unit="B", unit_scale=True) as bar):
-            version.write_text(found)  # not before older content is gone from `partial`
+            version.write_text(stamp)  # not before older content is gone from `partial`
             while chunk := response.read(1 << 20):
                 file.write(chunk)
                 bar.update(len(chunk))

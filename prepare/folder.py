@@ -68,12 +68,12 @@ def require_classes(path, items, names):
             raise UserError(f"{path}: {item.name:.80} is of split {item.split[:80]!r}, none of train, "
                             "validation and test; give it one, or take it away")
     for split in ("train", "test") if given else ("",):
-        found = {item.labels for item in items if item.split == split}
-        if not found:
+        labels = {item.labels for item in items if item.split == split}
+        if not labels:
             raise UserError(f"{path}: no {split} images; bring some, or give no split and one is made")
-        if len(found) == 1:
+        if len(labels) == 1:
             raise UserError(f"{path}: all {split or 'its'} images are of class "
-                            f"{'|'.join(*found) or 'none'!r}; bring some of another")
+                            f"{'|'.join(*labels) or 'none'!r}; bring some of another")
     learnt = {label for item in items for label in item.labels if item.split in ("", "train")}
     for name in sorted(names):
         if printable(name) not in learnt:
@@ -94,9 +94,9 @@ def give_groups(items, grouped_by):
         alike[number].append(item)
         if item.patient:
             owners.setdefault(number, item.patient)
-    count = sum(len(found) for found in alike.values() if len(found) > 1)
+    count = sum(len(group) for group in alike.values() if len(group) > 1)
     print(f"  {count:,} images are like another one")
-    crossing = [found for found in alike.values() if len({item.labels for item in found}) > 1]
+    crossing = [group for group in alike.values() if len({item.labels for item in group}) > 1]
     if crossing:
         one = crossing[0][0]
         other = next(item for item in crossing[0] if item.labels != one.labels)
@@ -124,17 +124,17 @@ def make_split(path, items, names, groups, grouped_by):
     """The Items in train, validation and test, 70 : 10 : 20. Raises UserError where that cannot be."""
     how = f"by patient ({grouped_by})" if grouped_by else "alike images on one side"
     print(f"  a split is made, 70 : 10 : 20, {how}")
-    made = split_by_group(groups, [item.labels for item in items], SHARES)
-    items = [item._replace(split=split) for item, split in zip(items, made)]
+    splits = split_by_group(groups, [item.labels for item in items], SHARES)
+    items = [item._replace(split=split) for item, split in zip(items, splits)]
     try:
         require_classes(path, items, names)
     except UserError:
-        found = {label: {} for item in items for label in item.labels}  # class -> group -> its images
+        classes = {label: {} for item in items for label in item.labels}  # class -> group -> its images
         for item, group in zip(items, groups):
             for label in item.labels:
-                found[label][group] = found[label].get(group, 0) + 1
-        label = min(sorted(found), key=lambda label: len(found[label]))
-        count, images = len(found[label]), sum(found[label].values())
+                classes[label][group] = classes[label].get(group, 0) + 1
+        label = min(sorted(classes), key=lambda label: len(classes[label]))
+        count, images = len(classes[label]), sum(classes[label].values())
         if grouped_by:
             why = (f"the images of class {label!r} are of {count} patient{'s' * (count > 1)}, by {grouped_by}: "
                    "too few to divide; bring more")
@@ -153,11 +153,11 @@ def make_split(path, items, names, groups, grouped_by):
 
 def digest(items):
     """A text that changes with any label, split or file, by the files' sizes and times alone."""
-    found = hashlib.sha256()
+    checksum = hashlib.sha256()
     for item in items:
         state = os.stat(item.file) if os.path.isfile(item.file) else None
-        found.update(ascii((*item, state and (state.st_size, state.st_mtime_ns))).encode())
-    return f"{len(items):,} images, {found.hexdigest()[:16]}"
+        checksum.update(ascii((*item, state and (state.st_size, state.st_mtime_ns))).encode())
+    return f"{len(items):,} images, {checksum.hexdigest()[:16]}"
 
 
 def write(target, path, listing, facts, workers):
@@ -186,12 +186,12 @@ def write(target, path, listing, facts, workers):
     write_dataset(target, dataset, path, {}, b"", facts, workers, needed=("train", "test"))
     for split in filter(counts.get, ("train", "validation", "test")):
         shard = Shard(target / split)
-        found = Counter(label for record in shard.read_records() for label in record["labels"] or [""])
-        held = ", ".join(f"{count:,} {label or 'of none'}" for label, count in sorted(found.items()))
+        labels = Counter(label for record in shard.read_records() for label in record["labels"] or [""])
+        classes = ", ".join(f"{count:,} {label or 'of none'}" for label, count in sorted(labels.items()))
         first = {why: printable(name)[:80] for why, name in shard.manifest["first_skipped"].items()}
         skipped = "".join(f"; skipped: {n:,} {why} ({first[why]} the first)"
                           for why, n in shard.manifest["skipped"].items())
-        print(f"  {split}: {len(shard):,} images, {held}{skipped}")
+        print(f"  {split}: {len(shard):,} images, {classes}{skipped}")
 
 
 # ----------------------------------------------------------------------------- which dataset it is

@@ -78,23 +78,23 @@ def compare(train, test):
     near = np.zeros((0, 2), np.int64)
     if not (train.dataset and train.dataset.one_pattern):
         near = alike(these["look"], those["look"])
-    found = {"same pixels": train.samples_of(same),
-             "alike": train.samples_of(np.setdiff1d(near[:, 0], same))}
+    reasons = {"same pixels": train.samples_of(same),
+               "alike": train.samples_of(np.setdiff1d(near[:, 0], same))}
     images = [*np.flatnonzero(np.isin(those["pixels"], these["pixels"])), *near[:, 1]]
     if train.dataset and test.dataset and train.dataset.shared_ids == test.dataset.shared_ids != "":
         names = train.ids.keys() & test.ids.keys()
-        found["same id"] = sorted({sample for name in names for sample, _ in train.ids[name]})
+        reasons["same id"] = sorted({sample for name in names for sample, _ in train.ids[name]})
         images += [image for name in names for _, image in test.ids[name] if image >= 0]
     images = sorted(set(map(int, images)))
-    return {reason: numbers for reason, numbers in found.items() if numbers}, images
+    return {reason: numbers for reason, numbers in reasons.items() if numbers}, images
 
 
 def from_known_sources(train, known_leaks):
     """{test split: numbers of samples} by what is known of the training split's own sources."""
-    found = defaultdict(list)
+    samples = defaultdict(list)
     for part, dataset in known_leaks:
-        found[f"{dataset}/test"] += sorted({sample for name, sample in train.names if part in name})
-    return {test: numbers for test, numbers in found.items() if numbers}
+        samples[f"{dataset}/test"] += sorted({sample for name, sample in train.names if part in name})
+    return {test: numbers for test, numbers in samples.items() if numbers}
 
 
 # ----------------------------------------------------------------------------- all of them
@@ -134,19 +134,19 @@ def guard(shards_dir, leaks="", named=None):
 
 def find_leaks(split, facts, before, open_split):
     """The leaks.json of a split: these facts and what was found, as it was found before where that holds."""
-    found, images = {}, {}
+    overlaps, images = {}, {}
     holds = all(before.get(name) == facts[name] for name in ("train", "alike"))
     for test, checksum in facts["tests"].items():
         if holds and before["tests"].get(test) == checksum:
-            found[test] = dict(before["found"].get(test, {}))
-            found[test].pop("known source", None)
+            overlaps[test] = dict(before["found"].get(test, {}))
+            overlaps[test].pop("known source", None)
             images[test] = before["test_images"].get(test, [])
         else:
-            found[test], images[test] = compare(open_split(split), open_split(test))
+            overlaps[test], images[test] = compare(open_split(split), open_split(test))
     if facts["known_leaks"]:
         for test, numbers in from_known_sources(open_split(split), facts["known_leaks"]).items():
-            found.setdefault(test, {})["known source"] = numbers
-    leaks = facts | {"found": {test: reasons for test, reasons in found.items() if reasons},
+            overlaps.setdefault(test, {})["known source"] = numbers
+    leaks = facts | {"found": {test: reasons for test, reasons in overlaps.items() if reasons},
                      "test_images": {test: numbers for test, numbers in images.items() if numbers}}
     return leaks | {"checksum": manifest_checksum(leaks)}
 
@@ -155,7 +155,7 @@ def report_rows(report):
     """Rows of a table of what was found: a split with each that it was compared with, then both counts."""
     rows = []
     for split, leaks in report.items():
-        for test, found in leaks["found"].items():
-            counts = [len(found.get(reason, ())) for reason in REASONS]
+        for test, reasons in leaks["found"].items():
+            counts = [len(reasons.get(reason, ())) for reason in REASONS]
             rows.append((split, test, *(f"{count:,}" if count else "" for count in counts)))
     return rows

@@ -153,10 +153,10 @@ def read_labels(rows, place):
     """Each row's labels, None where they are not known; whether it may have several; what is to be said."""
     cells = [[printable(part) for part in re.split("[|;]", row[place])] for _, row in rows]
     labels = [tuple(sorted({part for part in parts if part.casefold() not in NOTHING})) for parts in cells]
-    counts = Counter(min(len(found), 2) for found in labels)
+    counts = Counter(min(len(classes), 2) for classes in labels)
     multi_label, notes = counts[2] > 0, []
     # Beside images with several labels an empty cell is one without a finding; a "?" is none even there.
-    unknown = [not found and not (multi_label and not any(parts)) for parts, found in zip(cells, labels)]
+    unknown = [not classes and not (multi_label and not any(parts)) for parts, classes in zip(cells, labels)]
     if multi_label:
         notes.append(f"an image may have several labels: {counts[2]:,} have several, {counts[1]:,} have one, "
                      f"{counts[0] - sum(unknown):,} have none, which counts as no finding")
@@ -165,7 +165,7 @@ def read_labels(rows, place):
         what = repr("|".join(cells[first])) if any(cells[first]) else "empty"
         notes.append(f"{sum(unknown):,} of {len(rows):,} rows have no label, row {rows[first][0]} ({what:.40}) "
                      "the first: skipped")
-    return [None if lost else found for found, lost in zip(labels, unknown)], multi_label, notes
+    return [None if lost else classes for classes, lost in zip(labels, unknown)], multi_label, notes
 
 
 def read_table(path):
@@ -181,9 +181,9 @@ def read_table(path):
     if unused:
         notes.append(f"columns that are not used: {', '.join(unused):.500}")
     items = []
-    for (_, cells), found, patient in zip(rows, labels, patients):
+    for (_, cells), classes, patient in zip(rows, labels, patients):
         name, split = (cells[places[kind]] if places[kind] is not None else "" for kind in ("path", "split"))
-        items.append(Item(SPLITS.get(split.lower(), split), name, path.parent / name, found, patient))
+        items.append(Item(SPLITS.get(split.lower(), split), name, path.parent / name, classes, patient))
     for place, count in Counter(os.path.normpath(item.file) for item in items).items():
         if count > 1:
             name = next(item.name for item in items if os.path.normpath(item.file) == place)

@@ -100,7 +100,7 @@ def propose(these, those, view):
     signs = np.concatenate(blocks).T  # (256, m)
     blank = ~those.any((1, 2))
     alternate = np.where(np.arange(16) % 2, np.float32(-1), np.float32(1))  # how a mirror changes cosines
-    rows, found = max(1, 2 ** 22 // max(len(those), 1)), []
+    rows, pairs = max(1, 2 ** 22 // max(len(those), 1)), []
     for first in range(0, len(these), rows):
         block = these[first:first + rows]
         ways = [turned(frequency_signs(view(block)), way, lambda signs: signs * alternate).reshape(-1, 256)
@@ -113,8 +113,8 @@ def propose(these, those, view):
         else:
             least = -255
         row, column = np.nonzero((equal >= least) & (equal >= 255 - 2 * BITS))
-        found.append(np.stack([row + first, column, way[row, column]]))
-    return np.concatenate(found, axis=1)
+        pairs.append(np.stack([row + first, column, way[row, column]]))
+    return np.concatenate(pairs, axis=1)
 
 
 # ----------------------------------------------------------------------------- deciding on them

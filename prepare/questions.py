@@ -232,14 +232,14 @@ def references(answer):
     >>> references("ct (iv)#mri")
     ('ct (iv)', 'ct iv', 'ct', 'mri')
     """
-    found = []
+    alternatives = []
     for text in answer.split("#"):
         short, nested = text, True
         while nested:  # the innermost first
             short, nested = re.subn(r"\([^()]*\)", "", short)
-        found += [text, re.sub(r"[()]", "", text), short]
-    found = [" ".join(text.split()) for text in found]
-    return tuple(dict.fromkeys(text for text in found if text))
+        alternatives += [text, re.sub(r"[()]", "", text), short]
+    alternatives = [" ".join(text.split()) for text in alternatives]
+    return tuple(dict.fromkeys(text for text in alternatives if text))
 
 
 def read_vqa_med_test(folder):

@@ -30,11 +30,11 @@ MARKS = re.compile(r"XXXX|_+")
 
 def join_sections(sections):
     """The answer that a report's sections make, and its type: their names; both "" without any."""
-    told = {name: text for name, text in sections.items() if re.search("[A-Za-z]", MARKS.sub("", text))}
-    if "last paragraph" in told:
-        return told["last paragraph"], "last paragraph"
-    names = [name for name in ("findings", "impression") if name in told]
-    return " ".join(f"{name.capitalize()}: {told[name]}" for name in names), " and ".join(names)
+    texts = {name: text for name, text in sections.items() if re.search("[A-Za-z]", MARKS.sub("", text))}
+    if "last paragraph" in texts:
+        return texts["last paragraph"], "last paragraph"
+    names = [name for name in ("findings", "impression") if name in texts]
+    return " ".join(f"{name.capitalize()}: {texts[name]}" for name in names), " and ".join(names)
 
 
 # ----------------------------------------------------------------------------- IU X-Ray

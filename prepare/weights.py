@@ -120,16 +120,16 @@ def encoder_facts(weights, source, tensors):
     """A ViT's heads and activation, as metadata: what a config beside the pickle says, or is known of it."""
     if not weights.activation:
         return {}
-    told, problem = vit_facts(source, {})
+    facts, problem = vit_facts(source, {})
     if problem:
         raise UserError(f"{source}: {problem}")
     width = max((tensor.shape[-1] for name, tensor in tensors.items() if name.endswith("cls_token")),
                 default=0)
     for fact, here in (("width", width), ("eps", 1e-5 if "norm_pre.weight" in tensors else 1e-6)):
-        if told.get(fact, here) != here:
-            raise UserError(f"{source}: {fact} is {told[fact]!r:.40} by the config beside it, here {here}")
-    return {"heads": str(told.get("heads", width // 64)),
-            "activation": told.get("activation", weights.activation)}
+        if facts.get(fact, here) != here:
+            raise UserError(f"{source}: {fact} is {facts[fact]!r:.40} by the config beside it, here {here}")
+    return {"heads": str(facts.get("heads", width // 64)),
+            "activation": facts.get("activation", weights.activation)}
 
 
 def llama_pickles(raw):

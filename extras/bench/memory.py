@@ -79,11 +79,11 @@ class Ledger(TorchDispatchMode):
         self.live, self.peak, self.known = 0, 0, set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        outputs = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
             if isinstance(tensor, torch.Tensor):
                 self.enter(tensor.untyped_storage())
-        return made
+        return outputs
 
     def enter(self, storage):
         key, size = storage._cdata, storage.nbytes()

@@ -211,17 +211,17 @@ def loss_of_peer(model, batch):
 
 def count_kept(model, optimizer, loss_of, batches, supervised, autocast):
     """Bytes that the first micro-batch keeps for its backward pass, beside the parameters."""
-    kept, own = {}, {parameter.data_ptr() for parameter in model.parameters()}
+    sizes, own = {}, {parameter.data_ptr() for parameter in model.parameters()}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
         loss_of(model, batches[0])
-    return sum(kept.values())
+    return sum(sizes.values())
 
 
 def choose_questions(shard, count):

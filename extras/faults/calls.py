@@ -66,11 +66,11 @@ def traced(log, options, function, *arguments):
     time.sleep(0.005)  # time for the prctl
     tracer = subprocess.Popen(["strace", "-p", str(child), "-o", str(log), *options],
                               stderr=subprocess.PIPE, text=True)
-    told = tracer.stderr.readline()
-    if "attached" not in told:
+    line = tracer.stderr.readline()
+    if "attached" not in line:
         os.kill(child, signal.SIGKILL)
         wait(child)
-        raise NotHere(f"strace cannot trace here: {told.strip()}")
+        raise NotHere(f"strace cannot trace here: {line.strip()}")
     os.kill(child, signal.SIGUSR1)
     code = wait(child)
     tracer.communicate()
@@ -110,14 +110,14 @@ def main(config):
             nonlocal tried
             tried += 1
             try:
-                found = violations(run, code)
+                problems = violations(run, code)
             except UserError as error:
-                found = [str(error)]
+                problems = [str(error)]
             ends[kind, ENDS.get(code, code)] += 1
-            if not found:
+            if not problems:
                 loaded[kind, newest_step(run)] += 1
-                found = one.violations_of_the_next(run)
-            wrong.extend(f"{what}: {line}" for line in found)
+                problems = one.violations_of_the_next(run)
+            wrong.extend(f"{what}: {line}" for line in problems)
             shutil.rmtree(run)
             progress.row(what)
 

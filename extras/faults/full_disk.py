@@ -154,15 +154,15 @@ def try_prepare(config, folder):
             raise UserError(f"{' '.join(command)}: {text}")
         right, size = hashes(target), used(disk)
     # What no training reads, since it was not compared with the test splits
-    not_compared = {name: found for name, found in right.items() if not name.endswith("leaks.json")}
+    not_compared = {name: digest for name, digest in right.items() if not name.endswith("leaks.json")}
     for room in rooms(config, size):
         with mounted(disk):
             leave_room(disk, room)
             code, text = prepare()
-            wrong, there = [], {name: found for name, found in hashes(target).items()
+            wrong, there = [], {name: digest for name, digest in hashes(target).items()
                                 if not name.endswith(".partial")}
-            told = [line for line in text.splitlines() if "o space left" in line]
-            if code not in (SUCCESS, 1, USER_ERROR) or "Traceback" in text or len(told) != bool(code):
+            lines = [line for line in text.splitlines() if "o space left" in line]
+            if code not in (SUCCESS, 1, USER_ERROR) or "Traceback" in text or len(lines) != bool(code):
                 wrong.append(f"exit code {code}: ...{text[-300:]}")
             if there not in ((right,) if code == SUCCESS else ({}, right, not_compared)):
                 wrong.append(f"exit code {code}, there is {sorted(there)}, or with other bytes")

@@ -102,14 +102,14 @@ def try_command(script, words, folder, patience):
     """(exit code or None, what it printed) of a command in a folder, which it may take `patience` seconds for."""
     log = folder / "said"
     child = start(script, words, folder, log)
-    deadline, told = time.monotonic() + patience, False
+    deadline, timeout = time.monotonic() + patience, False
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            return (None if told else os.waitstatus_to_exitcode(status)), log.read_text(errors="replace")
+            return (None if timeout else os.waitstatus_to_exitcode(status)), log.read_text(errors="replace")
         if time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)
-            told = True
+            timeout = True
         time.sleep(0.01)
 
 

@@ -237,18 +237,18 @@ def deep_pictures():
 
 def whole_chunks(content):
     """A PNG with the checksums that its chunks should have, so that a decoder goes on to read them."""
-    made, at = [content[:8]], 8
+    chunks, at = [content[:8]], 8
     while at + 12 <= len(content):
         length = int.from_bytes(content[at:at + 4], "big")
         body = content[at + 4:at + 8 + length]
-        made.append(content[at:at + 4] + body + zlib.crc32(body).to_bytes(4, "big"))
+        chunks.append(content[at:at + 4] + body + zlib.crc32(body).to_bytes(4, "big"))
         at += 12 + length
-    return b"".join(made)
+    return b"".join(chunks)
 
 
 def try_images(config, chunk, count, folder):
     warnings.simplefilter("ignore")
-    draw, found, begin = random.Random(f"{config.seed} {chunk}"), Counter(), 0
+    draw, outcomes, begin = random.Random(f"{config.seed} {chunk}"), Counter(), 0
     files = list(pictures())
     forms = sorted({form for form, _ in files})
     assert set(forms) == set(FORMATS)
@@ -267,15 +267,15 @@ def try_images(config, chunk, count, folder):
             assert (image.size, image.mode) == ((16, 16), "RGB")
 
         now = time.process_time()
-        found[tried(config, use, IMAGE_ERRORS, form)] += 1
-        found["slowest", ""] = max(found["slowest", ""], round(1e3 * (time.process_time() - now)))
+        outcomes[tried(config, use, IMAGE_ERRORS, form)] += 1
+        outcomes["slowest", ""] = max(outcomes["slowest", ""], round(1e3 * (time.process_time() - now)))
         if time.process_time() - now > 2:
-            found["slow", form] += 1
+            outcomes["slow", form] += 1
         if number == count // 2:
             begin = resident()
-    found["grown by", ""] = (resident() - begin) >> 20
-    found["most memory", ""] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    return found
+    outcomes["grown by", ""] = (resident() - begin) >> 20
+    outcomes["most memory", ""] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    return outcomes
 
 
 # ----------------------------------------------------------------------------- records
@@ -295,7 +295,7 @@ def now_future(content, settings):
 
 def try_records(config, chunk, count, folder):
     """Rows of SLAKE with odd values; what was written comes back, and no word became a control token."""
-    draw, found, begin = random.Random(f"{config.seed} {chunk}"), Counter(), 0
+    draw, outcomes, begin = random.Random(f"{config.seed} {chunk}"), Counter(), 0
     raw = folder / "raw"
     shutil.rmtree(raw, ignore_errors=True)
     (raw / "imgs").mkdir(parents=True)
@@ -335,8 +335,8 @@ def try_records(config, chunk, count, folder):
                 writer.close({"dataset": "slake", "shard_version": SHARD_VERSION,
                               "prompt_version": PROMPT_VERSION})
             shard = Shard(folder / "slake" / "train")
-            for kept, words in enumerate(shard.read_records()):
-                sample = shard.read_sample(kept)
+            for index, words in enumerate(shard.read_records()):
+                sample = shard.read_sample(index)
                 (begin, end), = sample.spans
                 words_alone = [*sample.tokens[2:end - 1]]  # behind <bos> and the image, before <eos>
                 assert sample.tokens[1] == -1 and min(words_alone) > EOS, "a control token was forged"
@@ -344,11 +344,11 @@ def try_records(config, chunk, count, folder):
                 assert tokenizer.decode(sample.tokens[begin:end - 1]) == written, "another answer"
             return "used" if len(shard) else "skipped"
 
-        found[tried(config, use)] += 1
+        outcomes[tried(config, use)] += 1
         if number == count // 2:
             begin = resident()
-    found["grown by", ""] = (resident() - begin) >> 20
-    return found
+    outcomes["grown by", ""] = (resident() - begin) >> 20
+    return outcomes
 
 
 # ----------------------------------------------------------------------------- tensors
@@ -397,7 +397,7 @@ def spoiled_safetensors(content, draw):
 
 def try_tensors(config, chunk, count, folder):
     torch.set_num_threads(1)
-    draw, found = random.Random(f"{config.seed} {chunk}"), Counter()
+    draw, outcomes = random.Random(f"{config.seed} {chunk}"), Counter()
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "adapter").mkdir(parents=True)
     targets = [*spoil_adapter(folder / "adapter"), *spoil_weights(folder)]
@@ -415,9 +415,9 @@ def try_tensors(config, chunk, count, folder):
             # Another number in a config may be meant; another tensor under the same name is not.
             return "BAD" if path.suffix == ".safetensors" else "used"
 
-        found[tried(config, use, name=path.name)] += 1
+        outcomes[tried(config, use, name=path.name)] += 1
         path.write_bytes(content)
-    return found
+    return outcomes
 
 
 # ----------------------------------------------------------------------------- tables
@@ -426,7 +426,7 @@ def try_tables(config, chunk, count, folder):
     import pyarrow
     import pyarrow.parquet
 
-    draw, found = random.Random(f"{config.seed} {chunk}"), Counter()
+    draw, outcomes = random.Random(f"{config.seed} {chunk}"), Counter()
     raw = folder / "tables"
     (raw / "data").mkdir(parents=True, exist_ok=True)
     rows = [{"image": {"bytes": next(pictures())[1][:300], "path": f"{n}.png"},
@@ -452,10 +452,10 @@ def try_tables(config, chunk, count, folder):
             name, path = "med_qa", raw / "phrases_no_exclude_train.jsonl"
             changed = spoiled_json(good, draw) + b"\n"
         path.write_bytes(changed)
-        found[tried(config, lambda: bool(list(DATASETS[name].read(raw))) and "used",
-                    name=path.suffix)] += 1
-    found["most memory", ""] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    return found
+        outcomes[tried(config, lambda: bool(list(DATASETS[name].read(raw))) and "used",
+                       name=path.suffix)] += 1
+    outcomes["most memory", ""] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    return outcomes
 
 
 # ----------------------------------------------------------------------------- pickles
@@ -514,11 +514,11 @@ def entries(folder):
             (raw.parent / "config.json").write_text("{}")
             yield at(raw, lambda weights=weights, raw=raw: weights.write(
                 weights, raw.parent, folder / f"{weights.name}.target") or "used")
-    adapter, found = folder / "adapter" / "now", folder / "now"
-    encoder = found / "vision" / "encoder.safetensors"
+    adapter, models = folder / "adapter" / "now", folder / "now"
+    encoder = models / "vision" / "encoder.safetensors"
     yield at(encoder, lambda: load_encoder(encoder))
     for name in ("config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors"):
-        yield at(found / "language" / name, lambda: load_llama(found / "language"))
+        yield at(models / "language" / name, lambda: load_llama(models / "language"))
     yield at(adapter / "adapter_config.json", lambda: read_adapter_config(adapter))
     yield at(folder / "tokenizer.model", lambda: Tokenizer(folder / "tokenizer.model"))
     yield "an image", lambda content: load_image(content)
@@ -527,7 +527,7 @@ def entries(folder):
 def try_pickles(config, chunk, count, folder):
     """Nothing in a pickle is called; a pickle that is spoiled is refused like one that is not whole."""
     torch.set_num_threads(1)
-    draw, found, marker = random.Random(f"{config.seed} {chunk}"), Counter(), folder / "marker"
+    draw, outcomes, marker = random.Random(f"{config.seed} {chunk}"), Counter(), folder / "marker"
     looked_up = []
     sys.addaudithook(lambda event, details: looked_up.append(details[1])
                      if event == "pickle.find_class" and armed else None)
@@ -541,7 +541,7 @@ def try_pickles(config, chunk, count, folder):
         for content in hostile:
             listed = IMAGE_ERRORS if name == "an image" else ()
             became, details = tried(config, lambda: load(content) and "used", listed, f"canary: {name}")
-            found["BAD" if marker.exists() or became == "used" else became, details] += 1
+            outcomes["BAD" if marker.exists() or became == "used" else became, details] += 1
             marker.unlink(missing_ok=True)
     stream = io.BytesIO()
     torch.save({"state_dict": {f"visual.{n}": torch.ones(3) for n in range(4)}, "epoch": 1}, stream)
@@ -550,18 +550,18 @@ def try_pickles(config, chunk, count, folder):
     path = folder / "pytorch_model.bin"
     for number in range(count):
         path.write_bytes(mutated((stream, old)[number % 2].getvalue(), draw, hostile))
-        found[tried(config, lambda: read_pickle(path) and "used", name="spoiled pickle")] += 1
+        outcomes[tried(config, lambda: read_pickle(path) and "used", name="spoiled pickle")] += 1
         if marker.exists():
-            found["BAD", "a spoiled pickle ran code"] += 1
-    found["BAD", f"looked up {looked_up[:3]}"] += len(looked_up)
-    return +found
+            outcomes["BAD", "a spoiled pickle ran code"] += 1
+    outcomes["BAD", f"looked up {looked_up[:3]}"] += len(looked_up)
+    return +outcomes
 
 
 # ----------------------------------------------------------------------------- archives
 
 def try_archives(config, chunk, count, folder):
     """Archives are read in place: whatever is in them, no file appears, and none beside them is read."""
-    draw, found = random.Random(f"{config.seed} {chunk}"), Counter()
+    draw, outcomes = random.Random(f"{config.seed} {chunk}"), Counter()
     shutil.rmtree(folder, ignore_errors=True)
     inside = folder / "inside"
     inside.mkdir(parents=True)
@@ -608,12 +608,12 @@ def try_archives(config, chunk, count, folder):
                     contents = [read_member(archive, name) for name in archive.namelist()[:50]]
             assert not any(text and (b"root:" in text or text == b"secret") for text in contents)
 
-        found[tried(config, use, name=path.suffix)] += 1
+        outcomes[tried(config, use, name=path.suffix)] += 1
         there = [*filter(os.path.lexists, wild), *(other for other in inside.iterdir() if other != path)]
         if there:
-            found["BAD", f"wrote {there}"] += 1
+            outcomes["BAD", f"wrote {there}"] += 1
         path.unlink()
-    return found
+    return outcomes
 
 
 # ----------------------------------------------------------------------------- all of it
@@ -625,7 +625,7 @@ def main(config):
         work = globals().get(f"try_{part}")
         if not work:
             raise UserError(f"--parts: {part} is none of {Config.parts}")
-        begin, found = time.perf_counter(), Counter()
+        begin, outcomes = time.perf_counter(), Counter()
         count = config.images if part == "images" else config.files
         progress = Progress(len(range(0, count, config.chunk)), f"chunks of {part}", pause=10)
         with tempfile.TemporaryDirectory() as folder:
@@ -633,21 +633,21 @@ def main(config):
                 result = guarded(work, config, chunk, min(config.chunk, count - first),
                                  Path(folder) / part)
                 for measure in units:
-                    found[measure, ""] = max(found[measure, ""], result.pop((measure, ""), 0))
-                found += result
+                    outcomes[measure, ""] = max(outcomes[measure, ""], result.pop((measure, ""), 0))
+                outcomes += result
                 progress.row()
-        worst = {measure: found.pop((measure, ""), 0) for measure in units}
+        worst = {measure: outcomes.pop((measure, ""), 0) for measure in units}
         kinds = Counter()
-        for (kind, name), times in found.items():
+        for (kind, name), times in outcomes.items():
             kinds[kind] += times
         kinds.pop("slow", None)  # images that took more than 2 s, counted elsewhere, too
         rows.append([part, f"{sum(kinds.values()):,}", f"{kinds['used']:,}", f"{kinds['refused']:,}",
                      f"{kinds['skipped'] + kinds['as before']:,}", f"{kinds['BAD']:,}",
                      f"{time.perf_counter() - begin:,.0f}"])
-        told = [f"{measure} {worst[measure]:,} {unit}" for measure, unit in units.items()
-                if worst[measure]]
-        print(f"{part}: {', '.join(told)}")
-        for (kind, name), times in sorted(found.items()):
+        measures = [f"{measure} {worst[measure]:,} {unit}" for measure, unit in units.items()
+                    if worst[measure]]
+        print(f"{part}: {', '.join(measures)}")
+        for (kind, name), times in sorted(outcomes.items()):
             print(f"    {kind:9}  {times:7,}  {name.strip()}")
         bad += kinds["BAD"]
         sys.stdout.flush()

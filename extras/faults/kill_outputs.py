@@ -120,7 +120,7 @@ def try_kill(config, trial):
             time.sleep(draw.uniform(0, trial.seconds[script]))
             os.kill(child, signal.SIGKILL)  # without effect on one that has ended
             code = wait(child)
-            there = {name: found for name, found in written(out).items() if not name.startswith(".")}
+            there = {name: digest for name, digest in written(out).items() if not name.startswith(".")}
             wrong = [] if there.items() <= trial.right[script].items() else [f"{script}: killed, with other files"]
             yield f"{script} {'killed' if code else 'finished'}", wrong + trial.again(script, out)
             shutil.rmtree(out)

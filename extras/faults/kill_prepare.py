@@ -58,20 +58,20 @@ def main(config):
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
-            found = hashes(killed / config.data)
+            digests = hashes(killed / config.data)
             # leaks.json is compared and written after the dataset itself.
-            whole = {**found, "train/leaks.json": ""} == {**right, "train/leaks.json": ""}
-            states["absent" if not found else "whole" if whole else "neither"] += 1
+            whole = {**digests, "train/leaks.json": ""} == {**right, "train/leaks.json": ""}
+            states["absent" if not digests else "whole" if whole else "neither"] += 1
             progress.row()
-            if found:  # so that the next one has something to do
+            if digests:  # so that the next one has something to do
                 shutil.rmtree(killed / config.data)
         start(config, killed).wait()
-        found, rest = hashes(killed / config.data), [path.name for path in killed.glob(".*")]
+        digests, rest = hashes(killed / config.data), [path.name for path in killed.glob(".*")]
         print(f"{config.times} kills within {seconds:.1f} s, after each the dataset was: "
               + ", ".join(f"{state} {count} times" for state, count in sorted(states.items())))
-        print(f"then finished: {'the same' if found == right else 'OTHER'} bytes in {len(right)} files, "
+        print(f"then finished: {'the same' if digests == right else 'OTHER'} bytes in {len(right)} files, "
               f"{'nothing' if not rest else ', '.join(rest)} left over")
-        if found != right or rest or states["neither"]:
+        if digests != right or rest or states["neither"]:
             sys.exit(1)
 
 

@@ -136,12 +136,12 @@ class Disk:
         return True
 
     def folders(self):
-        found = [self.top]
-        for folder in found:
+        folders = [self.top]
+        for folder in folders:
             for names in [folder.now, *folder.past]:
-                found += [node for node in names.values()
-                          if isinstance(node, Folder) and node not in found]
-        return found
+                folders += [node for node in names.values()
+                            if isinstance(node, Folder) and node not in folders]
+        return folders
 
     def name_states(self):
         """{folder: its names} for each way in which lists of names may lag behind."""
@@ -184,18 +184,18 @@ class Disk:
 
 def parse(line):
     """(name, words, result) of a line of strace -y -xx: paths of handles and strings, as they are."""
-    if not (found := re.fullmatch(r"(\w+)\((.*)\) += (-?\d+).*", line)):
+    if not (call := re.fullmatch(r"(\w+)\((.*)\) += (-?\d+).*", line)):
         return None
     words = []
-    for word in found[2].split(", "):
+    for word in call[2].split(", "):
         if handle := re.fullmatch(r"(?:\d+|AT_FDCWD)<(.*)>", word):
             words.append(re.sub(r"\\x(..)", lambda byte: chr(int(byte[1], 16)), handle[1]))
         elif word.startswith('"'):
             content = bytes.fromhex(word.strip('"').replace("\\x", ""))
-            words.append(content if found[1] == "write" else content.decode())
+            words.append(content if call[1] == "write" else content.decode())
         else:
             words.append(word)
-    return found[1], words, int(found[3])
+    return call[1], words, int(call[3])
 
 
 def train(config, last):
@@ -299,9 +299,9 @@ def main(config):
         progress = Progress(0, "states", pause=10)
         for number, state, returned, after in crash_states(lines, Disk(root), builder.digest, config):
             builder.build(state)
-            found, step = violations(flagged, root / "out/run", returned, right)
+            problems, step = violations(flagged, root / "out/run", returned, right)
             loaded["none" if step is None else step - returned] += 1
-            wrong += [f"after {returned} saves and {after}: {line}" for line in found]
+            wrong += [f"after {returned} saves and {after}: {line}" for line in problems]
             progress.row(f"after {returned} saves and {after}")
             if len(wrong) >= 20:  # enough to know
                 break

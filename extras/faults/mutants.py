@@ -330,9 +330,9 @@ def main(config):
             print(f"{number:2} of {len(chosen)}  {what}, by {test}: ", end="", flush=True)
             original = (copy / name).read_text()
             (copy / name).write_text(plant(what, original, changes))
-            found = passes(test, copy, None if "::" in test else shards) is False
-            missed += not found
-            print("found" if found else "MISSED", flush=True)
+            failure = passes(test, copy, None if "::" in test else shards) is False
+            missed += not failure
+            print("found" if failure else "MISSED", flush=True)
             (copy / name).write_text(original)
     print(f"{len(chosen) - missed} of {len(chosen)} bugs found, in {time.perf_counter() - begin:.0f} s")
     if missed:

@@ -237,14 +237,14 @@ def main(config):
                    for case in cases}
         progress = Progress(len(cases), "groups")
         for case, result in running.items():
-            seconds[case], found = result.result()
-            wrong += found
+            seconds[case], problems = result.result()
+            wrong += problems
             progress.row(" ".join(map(str, case[1:])))
     rows = [["started by", "processes", "place", "rank", *faults]]
     for case in dict.fromkeys(case[:4] for case in cases):
-        told = [seconds[(*case, fault)] for fault in faults]
+        durations = [seconds[(*case, fault)] for fault in faults]
         rows.append([{launch: "fork", launch_torchrun: "torchrun"}[case[0]], *map(str, case[1:]),
-                     *("" if number is None else f"{number:.1f}" for number in told)])
+                     *("" if number is None else f"{number:.1f}" for number in durations)])
     print("seconds from the fault until the last process of the group was gone")
     print_table(rows)
     print(f"\n{len(cases)} groups in {time.monotonic() - started:.0f} s; at most "

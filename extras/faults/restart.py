@@ -41,8 +41,8 @@ def train(folder, kills, config):
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={config.processes}",
                "--standalone", f"--max-restarts={2 * kills}", "--", "train_vlm.py", *FLAGS,
                f"--shards_dir={config.shards_dir}", f"--run={folder}"]
-    told = open(f"{folder}.txt", "w")
-    group = subprocess.Popen(command, cwd=ROOT, stdout=told, stderr=told, env={
+    output = open(f"{folder}.txt", "w")
+    group = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env={
         **os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
     log, killed = folder / "log.jsonl", 0
     while group.poll() is None:
@@ -55,7 +55,7 @@ def train(folder, kills, config):
             tell(f"{killed} of {kills} kills, at step {steps}")
             time.sleep(3)  # until torchrun has seen it
     if group.returncode:
-        words = Path(told.name).read_text()[-2000:]
+        words = Path(output.name).read_text()[-2000:]
         raise UserError(f"torchrun ended with code {group.returncode}: ...{words}")
     return killed
 

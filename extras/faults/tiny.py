@@ -176,17 +176,18 @@ def try_parts(ways, config, Trial):
         folder = Path(folder)
         trial = Trial(folder)
         for name in names:
-            told, begin = folder / f"{name}.json", time.perf_counter()
+            report, begin = folder / f"{name}.json", time.perf_counter()
             child = os.fork()
             if not child:
                 try:
-                    told.write_text(json.dumps(try_part(ways[name](config, trial))))
+                    report.write_text(json.dumps(try_part(ways[name](config, trial))))
                 except BaseException:
                     traceback.print_exc()
                 finally:
                     os._exit(0)
             wait(child)
-            counts, wrong = json.loads(told.read_text()) if told.exists() else ({}, [f"{name}: ended by an error"])
+            counts, wrong = (json.loads(report.read_text()) if report.exists() else
+                             ({}, [f"{name}: ended by an error"]))
             violations += wrong
             print(f"{name}: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
                   + f"; {time.perf_counter() - begin:.0f} s", flush=True)

@@ -101,13 +101,13 @@ def draw_classification(config):
     width, handles = 0.84 / len(names), []
     offsets = (np.arange(len(names)) - (len(names) - 1) / 2) * width
     for name, offset in zip(names, offsets):
-        at = np.array([group for group, found in enumerate(bars.values()) if name in found])
-        heights, deviations = zip(*(found[name] for found in bars.values() if name in found))
+        at = np.array([group for group, scores in enumerate(bars.values()) if name in scores])
+        heights, deviations = zip(*(scores[name] for scores in bars.values() if name in scores))
         colour, hatch = looks[name]
         handles.append(axes.bar(
             at + offset, heights, 0.9 * width, label=name, color=colour, hatch=hatch, edgecolor="white",
             linewidth=0, yerr=deviations, capsize=2.5, ecolor="#333333", error_kw={"elinewidth": 1.2}))
-    lowest = min(height for found in bars.values() for height, _ in found.values())
+    lowest = min(height for scores in bars.values() for height, _ in scores.values())
     paper = [PAPER[name] for name in names if name in PAPER]
     if MEAN in bars:
         axes.axvline(len(bars) - 1.5, color="#bbbbbb", linewidth=1)
@@ -164,22 +164,22 @@ def read_log(folder):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         raise UserError(f"{path}: no log here; --runs takes folders that train_vlm.py wrote") from None
-    found, last, left_out = {name: {} for name in LOGGED}, 0, 0
+    series, last, left_out = {name: {} for name in LOGGED}, 0, 0
     for line in lines:
         entry = read_entry(line)
         if entry is None:
             left_out += 1
             continue
         if entry["step"] < last:
-            found = {name: {step: value for step, value in values.items() if step < entry["step"]}
-                     for name, values in found.items()}
+            series = {name: {step: value for step, value in values.items() if step < entry["step"]}
+                      for name, values in series.items()}
         last = entry["step"]
-        for name in found.keys() & entry.keys():
-            found[name][last] = entry[name]
+        for name in series.keys() & entry.keys():
+            series[name][last] = entry[name]
     if left_out:
         print(f"{path}: {left_out:,} of {len(lines):,} lines left out: torn, altered or without finite numbers",
               file=sys.stderr)
-    return {name: (list(values), list(values.values())) for name, values in found.items()}
+    return {name: (list(values), list(values.values())) for name, values in series.items()}
 
 
 def smooth(values):

@@ -148,7 +148,7 @@ MUTANTS = [  # what is wrong, in which file, [(its words, the words instead), ..
      [("(group[at] == group[other]) & own", "own")],
      PACKED + "test_attention_of_packed_groups_is_the_dense_one_either_way"),
     ("positions do not restart behind the image", "data.py",
-     [("np.arange(start, start + length)", "np.arange(T, T + length)")],
+     [("np.repeat(piece_ends - piece_lengths, piece_lengths) + first", "0")],
      PACKED + "test_supervised_positions_of_a_hand_made_sequence"),
     ("a sample's weight counts for nothing", "model.py", [("(batch.weights * F.cross_entropy", "(F.cross_entropy")],
      PACKED + "test_weights_of_one_are_the_plain_loss_and_others_weigh"),

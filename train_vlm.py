@@ -282,7 +282,7 @@ def take_steps(config, folder, model, mixture, optimizer, scale, record, first, 
     device, rank = device_of(model), mixture.rank
     autocast, signals = autocast_to(device, dtype), catch_signals()
     bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=rank > 0)
-    losses, since, validation, best = [], time.perf_counter(), "", lowest_held_out_loss(folder)
+    losses, since, validation, best = [], time.perf_counter(), "", agree(lambda: lowest_held_out_loss(folder))
     saved = since
     model.train()
     for step in mixture.steps(first, steps, config.workers or usable_cores()):

@@ -191,7 +191,8 @@ def recorded_flags(Config, known):
     if not known.get("config"):
         if "config" not in known or not known["resume"]:
             return {}
-        runs = sorted(Path("out").glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+        runs = [path for path in Path("out").glob("*/config.json") if (path.parent / "log.jsonl").exists()]
+        runs.sort(key=lambda path: path.stat().st_mtime)
         path = Path(known["run"]) / "config.json" if known["run"] else runs[-1] if runs else path
         without = {"config", "resume"}
         if not path.is_file():  # as when a scheduler gives the same command every time

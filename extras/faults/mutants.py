@@ -105,7 +105,7 @@ MUTANTS = [  # what is wrong, in which file, [(its words, the words instead), ..
     ("the best checkpoint is removed like any other", "run.py", [(" - {best_checkpoint(run)}", "")],
      RUNS + "test_the_best_checkpoint_by_held_out_loss_stays_beside_the_newest"),
     ("a run that goes on forgets the lowest loss that it had", "train_vlm.py",
-     [('"", lowest_held_out_loss(folder)', '"", math.inf')],
+     [("agree(lambda: lowest_held_out_loss(folder))", "math.inf")],
      RUNS + "test_the_best_checkpoint_by_held_out_loss_stays_beside_the_newest"),
     ("damaged checkpoints are not set aside", "plumbing/runs.py",
      [('damaged.rename(folder / f"damaged_{time.time_ns()}_{damaged.name}")', "pass")],

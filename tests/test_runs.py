@@ -415,7 +415,7 @@ def losses_of(run):
 
 
 def test_the_best_checkpoint_by_held_out_loss_stays_beside_the_newest(shards, tmp_path, monkeypatch):  # noqa: F811
-    held_out = iter([3.0, 1.0, 2.0, 2.5, 1.5, 0.5])
+    held_out = iter([3.0, 1.0, 2.0, 2.5, 1.5, 1.7, 0.5])
     monkeypatch.setattr(train_vlm, "held_out_loss", lambda *model: next(held_out))
     changes = dict(save_every=100, evaluate_every=1, keep=1)
     train_vlm.main(flags(shards, tmp_path, max_steps=4, **changes))
@@ -424,10 +424,11 @@ def test_the_best_checkpoint_by_held_out_loss_stays_beside_the_newest(shards, tm
     assert find_run(tmp_path)[1].name == "step_000004"
     train_vlm.main(flags(shards, tmp_path, max_steps=5, resume=True, **changes))  # 1.5 is no better
     assert [path.name for path in checkpoints(tmp_path)] == ["step_000005", "step_000002"]
-    train_vlm.main(flags(shards, tmp_path, max_steps=6, resume=True, **changes))
-    assert [path.name for path in checkpoints(tmp_path)] == ["step_000006"]
-    assert find_run(tmp_path, "best")[1].name == "step_000006"
-    with pytest.raises(UserError, match="--checkpoint=step_000002: .* has step_000006"):
+    train_vlm.main(flags(shards, tmp_path, max_steps=7, resume=True, **changes | {"keep": 2}))
+    # Not step 6, whose 1.7 is no better than the 1.0 that the run had before it went on
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_000007", "step_000005"]
+    assert find_run(tmp_path, "best")[1].name == "step_000007"
+    with pytest.raises(UserError, match="--checkpoint=step_000002: .* has step_000007, step_000005"):
         find_run(tmp_path, "step_000002")
 
 

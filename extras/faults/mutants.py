@@ -68,7 +68,8 @@ MUTANTS = [  # what is wrong, in which file, [(its words, the words instead), ..
      [("    with sealed(folder, step", "    for old in checkpoints(run):\n        shutil.rmtree(old)\n"
        "    with sealed(folder, step")], CALLS + "write"),
     ("an error while saving is swallowed", "run.py",
-     [("    with sealed(folder, step", "    with contextlib.suppress(UserError), sealed(folder, step"),
+     [("import math\nimport shutil\n", "import contextlib\nimport math\nimport shutil\n"),
+      ("    with sealed(folder, step", "    with contextlib.suppress(UserError), sealed(folder, step"),
       ("if damage := find_damage(folder):", "if damage := folder.exists() and find_damage(folder):")], DISK),
     ("what a failed save wrote stays", "plumbing/files.py",
      [("        shutil.rmtree(partial, ignore_errors=True)\n        raise", "        raise")], DISK),

@@ -424,7 +424,7 @@ class Mixture:
 
 def open_shards(names, shards_dir, split):
     """
-    (Shards, their weights, what read_leaks says of each) of "path_vqa,vqa_rad:2": prepared datasets by name,
+    {"shards", "weights", "leaks"}, as a Mixture takes them, of "path_vqa,vqa_rad:2": prepared datasets by name,
     each with an optional weight. Raises UserError when one is not prepared or their tokenizers differ.
     """
     shards, weights, leaks = [], [], []
@@ -445,10 +445,9 @@ def open_shards(names, shards_dir, split):
     if len(tokenizers) > 1:
         raise UserError(f"--data: {names} were prepared with different tokenizers; prepare them "
                         "with one: `python prepare/all.py --tokenizer=...`")
-    return shards, weights, leaks
+    return {"shards": shards, "weights": weights, "leaks": leaks}
 
 
 def open_mixture(names, shards_dir, split, **settings):
     """The Mixture of prepared datasets, as open_shards takes them."""
-    shards, weights, leaks = open_shards(names, shards_dir, split)
-    return Mixture(shards, weights=weights, leaks=leaks, **settings)
+    return Mixture(**open_shards(names, shards_dir, split), **settings)

@@ -81,14 +81,15 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Tokenizer, open_mixture, open_shards
+from data import Mixture, Tokenizer, open_shards
 from lora import add_lora, lora_layers
 from plumbing.claims import read_adapter_config
 from plumbing.devices import (LossScale, agree, autocast_to, gather, is_split, join_group, pick_device,
                               split_among_ranks, sum_of_ranks, to_device, usable_cores)
 from plumbing.files import lock, lowest_held_out_loss, read_manifest, sync
 from plumbing.kernels import HAS_TRITON, compile_blocks
-from plumbing.runs import choose_folder, describe_run, open_log, open_run, require_same_inputs, write_run
+from plumbing.runs import (choose_folder, describe_run, image_settings, open_log, open_run, require_same_inputs,
+                           write_run)
 from plumbing.signals import agree_on_stop, catch_signals, end_stopped
 from plumbing.sources import find_start, weights_of
 from run import even_out, learning_rate_at, load_optimizer, make_optimizer, save_checkpoint, update
@@ -102,10 +103,10 @@ RESTATED = ("epochs", "max_steps")  # of a finished run that goes on
 
 # ----------------------------------------------------------------------------- data and model
 
-def open_data(config, vision, device, rank=0, ranks=1):
-    """The Mixture of the training splits for a model's vision part. UserError where it cannot read their images."""
-    mixture = open_mixture(
-        config.data, config.shards_dir, "train", count_tokens=vision.tokens, batch_size=config.batch_size,
+def open_data(config, opened, vision, device, rank=0, ranks=1):
+    """The Mixture of what open_shards has opened, for a vision part. UserError where it cannot read the images."""
+    mixture = Mixture(
+        **opened, count_tokens=vision.tokens, batch_size=config.batch_size,
         questions_per_image=config.questions_per_image, max_length=config.max_length,
         micro_batch_tokens=config.micro_batch_tokens, seed=config.seed, held_out=config.held_out, rank=rank,
         ranks=ranks, multiple=128 if device.type == "cuda" else 1)  # the blocks of FlexAttention
@@ -124,9 +125,8 @@ def open_data(config, vision, device, rank=0, ranks=1):
     return mixture
 
 
-def open_tokenizer(config):
-    """The tokenizer that the data were prepared with. Raises UserError where they are not there, or it is another."""
-    shard = open_shards(config.data, config.shards_dir, "train")[0][0]  # told before large weights are read
+def open_tokenizer(shard):
+    """The tokenizer that a shard was prepared with. Raises UserError where it is another one now."""
     tokenizer = Tokenizer(shard.folder.parent / "tokenizer.model")
     if tokenizer.sha256 != shard.manifest["tokenizer_sha256"]:
         raise UserError(f"{tokenizer.path}: not the one its shards were made with; {shard.again}")
@@ -252,11 +252,12 @@ def train(config, folder, rank, ranks, device, dtype):
     """All steps of a run, or those that are left of it."""
     torch.manual_seed(config.seed)
     checkpoint = agree(lambda: open_run(folder, config, FREE_ON_RESUME, RESTATED))
-    tokenizer = open_tokenizer(config)
+    opened = open_shards(config.data, config.shards_dir, "train")  # what is wrong with them is told
+    image, tokenizer = image_settings(opened["shards"]), open_tokenizer(opened["shards"][0])  # before weights are read
     model = load_parts(config, tokenizer, checkpoint, device, dtype)
-    mixture = open_data(config, model.vision, device, rank, ranks)
+    mixture = open_data(config, opened, model.vision, device, rank, ranks)
     make_trainable(model, config, checkpoint)
-    record = describe_run(config, mixture, tokenizer, model, device)
+    record = describe_run(config, mixture, image, tokenizer, model, device)
     if checkpoint:
         record = require_same_inputs(checkpoint, record["inputs"])
         record["flags"] |= {name: getattr(config, name) for name in RESTATED}

@@ -60,10 +60,11 @@ def open_run(folder, config, free=(), restated=()):
     return newest
 
 
-def describe_run(config, mixture, tokenizer, model, device):
+def describe_run(config, mixture, image, tokenizer, model, device):
     """
     What config.json and each checkpoint's manifest say of the run: its flags, its inputs, which are the
-    same whenever it goes on, the test splits that its data were compared with, and the machine.
+    same whenever it goes on, the test splits that its data were compared with, and the machine. image: what
+    image_settings says.
     """
     data, tests = {}, {}
     for shard, (leaks, numbers) in zip(mixture.shards, mixture.leaks):
@@ -72,8 +73,7 @@ def describe_run(config, mixture, tokenizer, model, device):
                       "leaked_sha256": hash_json(numbers.tolist())}
         tests[name] = read_manifest(shard.folder, "leaks.json")["tests"]
     return {"flags": asdict(config), "tests": tests, "machine": describe_machine(device),
-            "image": image_settings(mixture.shards),
-            "inputs": {"data": data, "tokenizer": tokenizer.sha256, "weights": model.hashes}}
+            "image": image, "inputs": {"data": data, "tokenizer": tokenizer.sha256, "weights": model.hashes}}
 
 
 def image_settings(shards):
@@ -82,12 +82,13 @@ def image_settings(shards):
     to be brought to size, or which test splits are like them. Shards without images count for nothing.
     """
     own = [shard for shard in shards if len(shard.image_index)] or shards[:1]
-    made = [f"--image_size={shard.manifest['image']['size']} --resize={shard.manifest['image']['resize']}"
-            for shard in own]
-    for shard, flags in zip(own, made):
-        if flags != made[0]:
-            raise UserError(f"--data: {shard.folder} has images made by {flags}, {own[0].folder} by {made[0]}; prepare "
-                            f"one as the other: `python prepare/all.py --only={shard.folder.parent.name} {made[0]}`")
+    settings = [f"--image_size={shard.manifest['image']['size']} --resize={shard.manifest['image']['resize']}"
+                for shard in own]
+    for shard, flags in zip(own, settings):
+        if flags != settings[0]:
+            raise UserError(f"--data: {shard.folder} has images made by {flags}, {own[0].folder} by {settings[0]}; "
+                            "prepare one as the other: "
+                            f"`python prepare/all.py --only={shard.folder.parent.name} {settings[0]}`")
     return own[0].manifest["image"]
 
 

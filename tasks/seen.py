@@ -20,7 +20,7 @@ def open_trained(trained, shards_dir):
     is not known)} of a run, or the reason, as a str, why nothing is known: a split is gone, or is another
     one now.
 
-    trained: what the checkpoint was sealed with, see train_vlm.py's describe_run. The samples that the run
+    trained: what the checkpoint was sealed with, see plumbing/runs.py's describe_run. The samples that the run
     held out count as trained on: its loss on them was watched.
     """
     splits = {}

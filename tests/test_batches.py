@@ -278,9 +278,9 @@ def test_the_order_of_what_comes_once_is_as_it_was(settings, order):
 
 def test_data_without_an_image_and_a_frozen_language_model_are_refused(monkeypatch):
     mixture = mixture_of(leaks=[("drop", np.arange(6))])
-    monkeypatch.setattr(train_vlm, "open_mixture", lambda *arguments, **settings: mixture)
+    monkeypatch.setattr(train_vlm, "Mixture", lambda **settings: mixture)
     with pytest.raises(UserError, match="--language=frozen: no sample of --data=words has an image"):
-        train_vlm.open_data(config_of(("full", "full", "frozen"), data="words"), ViT(ViTConfig(depth=0)), CPU)
+        train_vlm.open_data(config_of(("full", "full", "frozen"), data="words"), {}, ViT(ViTConfig(depth=0)), CPU)
 
 
 # ----------------------------------------------------------------------------- what is compiled, and the cache

@@ -4,9 +4,7 @@ prepare/weights.py makes. transformers is the reference of PubMedCLIP and a loop
 of PMC-CLIP; timm and open_clip are compared with as well where they are installed.
 """
 
-import sys
 from dataclasses import replace
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -55,18 +53,6 @@ def convert(name, file, published, folder):
     target = folder / WEIGHTS[name].target
     WEIGHTS[name].write(WEIGHTS[name], folder / "raw", target)
     return target
-
-
-@pytest.fixture(scope="module")
-def references():
-    """timm and open_clip, which import torchvision and use nothing of it for these models."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("", ".ops", ".ops.misc", ".transforms", ".transforms.functional", ".datasets"):
-            if f"torchvision{name}" not in sys.modules:
-                patch.setitem(sys.modules, f"torchvision{name}", MagicMock())
-        why = ("needs `pip install --no-deps timm open_clip_torch ftfy wcwidth`; without --no-deps they "
-               "bring a torchvision that a torch for CPUs cannot import")
-        yield pytest.importorskip("timm", reason=why), pytest.importorskip("open_clip", reason=why)
 
 
 # ----------------------------------------------------------------------------- BiomedCLIP

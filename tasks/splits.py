@@ -87,11 +87,10 @@ def group_questions(shard, count, shown):
     A shard's first `count` questions as groups for generate(), lists of Questions that begin with the same
     images or context, longest first. shown: {row: (I,) the image to show in place of each of the shard's}.
     """
-    alike = defaultdict(list)
+    alike, samples = defaultdict(list), [shard.read_sample(number) for number in range(count)]
     for row, images in shown.items():
-        for number in range(count):
-            sample = shard.read_sample(number)
-            prompt = sample.prompt()
+        for number, sample in enumerate(samples):
+            prompt = sample.prompt().copy()  # the next row has other images in it
             is_image = prompt < 0
             prompt[is_image] = -1 - images[-1 - prompt[is_image]]
             begin = prompt[:sample.head].tobytes() if is_image.any() else int(shard.samples["prefix"][number])

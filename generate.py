@@ -13,7 +13,6 @@ import itertools
 import os
 from collections import defaultdict
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from data import EOS, Record, write_plain
 from plumbing.order import count_before
 from plumbing.flags import UserError
-from plumbing.pixels import load_image, resize_image
+from plumbing.pixels import load_pixels
 
 
 class Cache:
@@ -212,7 +211,7 @@ def ask(model, tokenizer, question, image="", size=224, resize="squash", max_new
     images = []
     if image:
         try:
-            images = [np.array(resize_image(load_image(Path(image).read_bytes(), 2 * size), size, resize))]
+            images = [load_pixels(image, size, resize)]
         except Exception as error:  # each decoder has its own ways to fail on a broken file
             raise UserError(f"{image}: not an image that can be read ({error})") from None
     tokens, spans = write_plain(Record("", question, image=b"" if images else None), tokenizer.encode)

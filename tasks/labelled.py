@@ -13,12 +13,12 @@ import numpy as np
 from tqdm import tqdm
 
 from plumbing.devices import usable_cores
-from plumbing.order import random_keys
 from plumbing.files import differences, hash_json, read_manifest
 from plumbing.flags import UserError
 from plumbing.leaks import read_leaks
+from plumbing.order import random_keys
 from plumbing.own import files_below, find_prepared, prepare_own, written
-from plumbing.pixels import load_image, resize_image
+from plumbing.pixels import load_pixels
 from plumbing.shards import Shard
 from tasks.encoders import EIGHT
 
@@ -203,7 +203,7 @@ def read_images(files, size, resize):
         try:
             if not path.is_file():
                 raise ValueError("no file, or a link to none")
-            pixels, why = np.array(resize_image(load_image(path.read_bytes(), 2 * size), size, resize)), ""
+            pixels, why = load_pixels(path, size, resize), ""
         except Exception as error:  # each decoder has its own ways to fail on a broken file
             pixels, why = None, f"{written(path)}: not an image that can be read ({error})"
             print(why)

@@ -315,8 +315,8 @@ def main(config):
             for name, group in itertools.groupby(pairs[rank::ranks], key=lambda pair: pair[0])]
     with contextlib.ExitStack() as locks:
         for runs in together(lambda: plan(mine, encoder_facts, image_size, config, locks)):
-            for run in runs:
-                print_run(make_run(run, encoder, device, dtype))
+            for planned in runs:
+                print_run(make_run(planned, encoder, device, dtype))
             for split in runs[0].splits.values():
                 split.pixels = None  # the memory is the next dataset's
     together(lambda: None)  # until all have made their runs

@@ -212,14 +212,11 @@ def gather(tensors):
 
 
 def fill(parameter, tensor):
-    """Copy a whole tensor into a parameter; of one that is split, each process its own part."""
-    if is_split(parameter):
-        from torch.distributed.tensor import distribute_tensor
-        mine = distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements,
-                                 src_data_rank=None)  # each process has the whole tensor: nothing is sent
-        parameter.to_local().copy_(mine.to_local())
-    else:
-        parameter.copy_(tensor)
+    """Copy each process's part of a whole tensor into a parameter that is split."""
+    from torch.distributed.tensor import distribute_tensor
+    mine = distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements,
+                             src_data_rank=None)  # each process has the whole tensor: nothing is sent
+    parameter.to_local().copy_(mine.to_local())
 
 
 def split_among_ranks(language):

@@ -25,8 +25,10 @@ def weights_of(config, tokenizer):
 
 def find_start(config, tokenizer):
     """What --start names: (a checkpoint, None), or (None, an adapter folder); (None, None) without it."""
-    if not config.start or Path(config.start, "adapter_config.json").is_file():
-        return None, Path(config.start) if config.start else None
+    if not config.start:
+        return None, None
+    if Path(config.start, "adapter_config.json").is_file():
+        return None, Path(config.start)
     begun = find_run(config.start)[1]
     if (config.vision_weights, config.language_weights) != ("auto", "auto"):
         raise UserError(f"--start={config.start}: brings all parts; leave out --vision_weights and --language_weights")

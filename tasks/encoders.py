@@ -93,8 +93,7 @@ def open_run(run, locks, defaults):
     """
     Find what there is of a Run: its result, or else its newest checkpoint. One that is not finished is locked,
     until the ExitStack `locks` closes, and known to be writable. defaults: of all flags, by name. Raises
-    UserError where what there is stands on something else than is asked for now: nothing recorded is ever
-    rewritten.
+    UserError where its record has other flags or inputs than this Run: no record is ever rewritten.
     """
     run.result = read_result(run.folder)
     if run.result is None:

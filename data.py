@@ -86,29 +86,32 @@ def format_prompt(question, context=""):
 def write_plain(record, encode):
     """
     The template of plain language models such as LLaMA: the tokens of a record, its image number k as
-    -1 - k, and the (begin, end) of each answer with its <eos>.
+    -1 - k, the (begin, end) of each answer with its <eos>, and the (begin, end) of what may be cut from its
+    front where a sample is too long: the text behind the last image and before the first answer.
 
     This is the contract of a template, one function for a family of models: it alone knows <bos>, what
     ends an answer, and how roles, questions and turns are written. encode: Tokenizer.encode.
     """
-    tokens, spans, images = [BOS], [], 0
+    tokens, spans, images, head = [BOS], [], 0, 1
     for part in record.parts or record.views():
         text = part if isinstance(part, str) else part.role and f"{part.role}:"
         tokens += encode(text) if text else []
         if isinstance(part, View):
             tokens.append(-1 - images)
-            images += 1
+            images, head = images + 1, len(tokens)
     context = record.context
     for question, answer in ((record.question, record.answer), *record.turns):
         tokens += encode(format_prompt(question, context))
         begin, context = len(tokens), ""
         tokens += [*encode(answer), EOS]
         spans.append((begin, len(tokens)))
-    return tokens, spans
+    return tokens, spans, (head, spans[0][0])
 
 
 class Tokenizer:
-    """A SentencePiece model whose <bos> is 1 and <eos> is 2, as in every LLaMA."""
+    """A SentencePiece model whose <bos> is 1 and <eos> is 2, as in every LLaMA; zoo.chatml's has the same face."""
+
+    stops, system, word_start = (EOS,), "", "\u2581"  # what ends an answer; a system message; begins words' pieces
 
     def __init__(self, path):
         self.path = Path(path)
@@ -124,7 +127,10 @@ class Tokenizer:
         if (self.model.bos_id(), self.model.eos_id()) != (BOS, EOS):
             raise UserError(f"{path}: <bos> and <eos> are {self.model.bos_id()} and "
                             f"{self.model.eos_id()}; LLaMA's are {BOS} and {EOS}")
-        self.vocab_size = self.model.get_piece_size()
+        self.vocab_size, self.piece = self.model.get_piece_size(), self.model.id_to_piece
+
+    def write(self, record):
+        return write_plain(record, self.encode)
 
     def encode(self, text):
         """
@@ -441,10 +447,9 @@ def open_shards(names, shards_dir, split):
             raise UserError(f"--data: {name} is named twice; write {name}:2 to see it twice as often")
         shards[-1].require_questions()
         leaks.append(read_leaks(shards[-1]))
-    tokenizers = {shard.manifest["tokenizer_sha256"] for shard in shards}
-    if len(tokenizers) > 1:
-        raise UserError(f"--data: {names} were prepared with different tokenizers; prepare them "
-                        "with one: `python prepare/all.py --tokenizer=...`")
+    if len({(shard.manifest["tokenizer_sha256"], shard.manifest.get("system", "")) for shard in shards}) > 1:
+        raise UserError(f"--data: {names} were prepared with different tokenizers or system messages; prepare "
+                        "them with one: `python prepare/all.py --tokenizer=... --system=...`")
     return {"shards": shards, "weights": weights, "leaks": leaks}
 
 

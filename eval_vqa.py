@@ -54,7 +54,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import format_prompt
+from data import Record
 from generate import ask, finished_groups, generate
 from plumbing.devices import autocast_to, describe_machine, join_group, pick_device, together
 from plumbing.files import read_manifest
@@ -75,8 +75,8 @@ def answer_one(config):
     if not config.question.strip():
         raise UserError("--image: give a --question about it, too")
     _, checkpoint, record, tokenizer = open_trained_run(config.run, config.checkpoint)
-    length, room = len(tokenizer.encode(format_prompt(config.question))), record["flags"]["max_length"]
-    if length > room:
+    (*_, (begin, end)), room = tokenizer.write(Record("", config.question)), record["flags"]["max_length"]
+    if (length := end - begin) > room:
         raise UserError(f"--question: {length:,} tokens; this model was trained on samples of {room:,}, so ask "
                         "a shorter one")
     if config.image and not Path(config.image).is_file():
@@ -119,7 +119,7 @@ def answer(model, tokenizer, shard, count, shown, config):
     def answer_part():
         groups, given = group_questions(shard, count, shown)[rank::ranks], []
         passes = generate(model, read_groups(shard, groups), config.max_new_tokens, config.temperature,
-                          config.batch_size, log_probabilities=False)
+                          config.batch_size, stops=tokenizer.stops, log_probabilities=False)
         with tqdm(total=sum(map(len, groups)), unit="question", leave=False, desc=shard.folder.parent.name,
                   disable=rank > 0) as progress:
             for group, answers in finished_groups(passes):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import EOS, Record, write_plain
+from data import EOS, Record
 from plumbing.order import count_before
 from plumbing.flags import UserError
 from plumbing.pixels import load_pixels
@@ -214,7 +214,8 @@ def ask(model, tokenizer, question, image="", size=224, resize="squash", max_new
             images = [load_pixels(image, size, resize)]
         except Exception as error:  # each decoder has its own ways to fail on a broken file
             raise UserError(f"{image}: not an image that can be read ({error})") from None
-    tokens, spans = write_plain(Record("", question, image=b"" if images else None), tokenizer.encode)
-    passes = generate(model, [(images, [tokens[:spans[0][0]]])], max_new_tokens, temperature)
+    tokens, spans, _ = tokenizer.write(Record("", question, image=b"" if images else None))
+    prompt = tokens[:spans[0][0]]
+    passes = generate(model, [(images, [prompt])], max_new_tokens, temperature, stops=tokenizer.stops)
     ((_, (answer,)),) = finished_groups(passes)
     return tokenizer.decode(answer.tokens)

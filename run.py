@@ -15,10 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from data import Batch, Tokenizer
+from data import Batch
 from plumbing.devices import fill, gather, is_split, sum_over_ranks, whole_and_split
 from plumbing.files import best_checkpoint, checkpoints, find_damage, find_run, read_manifest, sealed
 from plumbing.flags import UserError
+from zoo.chatml import open_tokenizer
 
 # ----------------------------------------------------------------------------- one update
 
@@ -156,7 +157,8 @@ def open_trained_run(name="", checkpoint=""):
     is missing, damaged, or not the run's.
     """
     folder, chosen = find_run(name, checkpoint)
-    record, tokenizer = read_manifest(chosen), Tokenizer(folder / "tokenizer.model")
+    record = read_manifest(chosen)
+    tokenizer = open_tokenizer(folder, (record or {}).get("system", ""))
     if record is None:
         raise UserError(f"{chosen}: whole a moment ago, now not to be read; see to the disk")
     if "image" not in record:

@@ -81,7 +81,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Mixture, Tokenizer, open_shards
+from data import Mixture, open_shards
 from lora import add_lora, lora_layers
 from plumbing.claims import read_adapter_config
 from plumbing.devices import (LossScale, agree, autocast_to, gather, is_split, join_group, pick_device,
@@ -94,6 +94,7 @@ from plumbing.signals import agree_on_stop, catch_signals, end_stopped
 from plumbing.sources import find_start, weights_of
 from run import even_out, learning_rate_at, load_optimizer, make_optimizer, save_checkpoint, update
 from weights import build_vlm, is_trained, load_adapter, load_vlm, save_vlm
+from zoo.chatml import tokenizer_of
 
 FREE_ON_RESUME = {"workers", "recompute", "compile", "device", "resume", "run", "config", "log_every",
                   "evaluate_every", "save_every", "save_minutes", "keep", "shard", "rank_timeout", "wandb",
@@ -123,14 +124,6 @@ def open_data(config, opened, vision, device, rank=0, ranks=1):
         raise UserError(f"--language=frozen: no sample of --data={config.data} has an image, so that nothing "
                         "would train; choose --language=lora, or data with images")
     return mixture
-
-
-def open_tokenizer(shard):
-    """The tokenizer that a shard was prepared with. Raises UserError where it is another one now."""
-    tokenizer = Tokenizer(shard.folder.parent / "tokenizer.model")
-    if tokenizer.sha256 != shard.manifest["tokenizer_sha256"]:
-        raise UserError(f"{tokenizer.path}: not the one its shards were made with; {shard.again}")
-    return tokenizer
 
 
 def load_parts(config, tokenizer, checkpoint, device, dtype):
@@ -253,7 +246,7 @@ def train(config, folder, rank, ranks, device, dtype):
     torch.manual_seed(config.seed)
     checkpoint = agree(lambda: open_run(folder, config, FREE_ON_RESUME, RESTATED))
     opened = open_shards(config.data, config.shards_dir, "train")  # what is wrong with them is told
-    image, tokenizer = image_settings(opened["shards"]), open_tokenizer(opened["shards"][0])  # before weights are read
+    image, tokenizer = image_settings(opened["shards"]), tokenizer_of(opened["shards"][0])  # before weights are read
     model = load_parts(config, tokenizer, checkpoint, device, dtype)
     mixture = open_data(config, opened, model.vision, device, rank, ranks)
     make_trainable(model, config, checkpoint)

@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 
 from plumbing.flags import UserError
 
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # SentencePiece's, as LLaMA's; the tokenizers library's
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -273,6 +275,13 @@ def find_run(name="", checkpoint=""):
     if damage := find_damage(chosen):
         raise UserError(f"{chosen}: {damage}; leave --checkpoint out for the newest that is whole")
     return folder, chosen
+
+
+def find_tokenizer(path):
+    """The tokenizer's file that a path names: itself, or, of a folder's, LLaMA's before a chat model's."""
+    path = Path(path)
+    files = [path / name for name in TOKENIZERS] if path.is_dir() else [path]
+    return next((file for file in files if file.is_file()), files[0])
 
 
 def nearest_run(folder):

@@ -8,6 +8,7 @@ beyond 2^31, and which of black and white is zero.
 """
 
 import io
+import math
 import re
 import struct
 import sys
@@ -26,6 +27,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".gif", "
 TAIL = 0.5
 DEEP_PIXELS = f"percentiles {TAIL:g} and {100 - TAIL:g} of the finite pixels become 0 and 255"  # in manifests
 FIT_STEP = 32  # pixels: patches of 8, 16 and 32 fill such sides, and so do 2 x 2 of 16
+SMART_LEAST, SMART_MOST = 1 << 16, 1 << 24  # pixels of an image: Qwen3-VL's own limits
 SAMPLED = 1 << 22  # of a larger image, rows and columns at even distances give the percentiles
 
 # Reasons, each without names and numbers, so that few kinds are counted.
@@ -34,6 +36,7 @@ DAMAGED = "damaged, cut short, or packed in a way that is not read"
 TOO_LARGE = "too many pixels"
 UNKNOWN = "no image, or of a format that is not read"
 UNKNOWN_TIFF = "a damaged TIFF, or one of a kind that is not read; save it as PNG"
+TOO_LONG = "more than 200 times as long as wide, or as wide as long"
 SEVERAL = "several pages; save each as a file of its own"
 NOT_FINITE = "no pixel has a finite value"
 DEEP_COLOUR = "more than 8 bits a channel in a way that is not read; save it as PNG"
@@ -43,7 +46,6 @@ SUBSAMPLED = "a TIFF of uncompressed YCbCr; save it as RGB"
 
 BITS, WHICH_IS_ZERO, PLANES, COLOUR_MAP = 258, 262, 284, 320  # numbers of TIFF's tags
 EXTRA, SIGN, SUBSAMPLING = 338, 339, 530
-
 
 
 class Unreadable(ValueError):
@@ -291,7 +293,6 @@ def load_pixels(path, size, how):
     return np.array(resize_image(load_image(Path(path).read_bytes(), 2 * size), size, how))
 
 
-
 def open_stored(content, height, width):
     """
     Pixels of an image that prepare/ stored, (height, width, 3) uint8. Raises ValueError where the bytes
@@ -305,12 +306,13 @@ def open_stored(content, height, width):
 
 def resize_image(image, size, how="squash"):
     """
-    Bring an RGB image to size x size pixels, bicubic and antialiased; fit alone keeps its shape.
+    Bring an RGB image to size x size pixels, bicubic and antialiased; fit and smart alone keep its shape.
 
     squash: the whole image, its aspect changed (the paper's "resized to 224x224");
     crop: shortest side to size, then the centre (BiomedCLIP's own); pad: black borders;
     fit: longest side to the largest multiple of FIT_STEP in size, the other to the multiple next to its
-    aspect; both are FIT_STEP at least.
+    aspect; both are FIT_STEP at least;
+    smart: see smart_shape, size being the most pixels of the whole image. Raises Unreadable as that does.
     """
     bicubic = Image.Resampling.BICUBIC
     if how == "crop":
@@ -320,5 +322,33 @@ def resize_image(image, size, how="squash"):
     if how == "fit":
         scale = max(size // FIT_STEP, 1) / max(image.size)
         return image.resize([FIT_STEP * max(round(side * scale), 1) for side in image.size], bicubic)
+    if how == "smart":
+        height, width = smart_shape(image.height, image.width, size)
+        return image.resize((width, height), bicubic)
     assert how == "squash", how
     return image.resize((size, size), bicubic)
+
+
+def smart_shape(height, width, most):
+    """
+    Qwen's (height, width) for an image: the multiples of FIT_STEP next to its own, unless they make more
+    than `most` pixels or fewer than SMART_LEAST; then those within, at its aspect. Raises Unreadable where
+    one side is more than 200 times the other.
+    """
+    if max(height, width) > 200 * min(height, width):
+        raise Unreadable(TOO_LONG)
+    sides = [FIT_STEP * round(side / FIT_STEP) for side in (height, width)]  # half to even, as Qwen's
+    if math.prod(sides) > most:
+        shrink = math.sqrt(height * width / most)
+        sides = [max(FIT_STEP, FIT_STEP * math.floor(side / shrink / FIT_STEP)) for side in (height, width)]
+    elif math.prod(sides) < SMART_LEAST:
+        grow = math.sqrt(SMART_LEAST / (height * width))
+        sides = [FIT_STEP * math.ceil(side * grow / FIT_STEP) for side in (height, width)]
+    return tuple(sides)
+
+
+def resize_flags(image):
+    """The flags of prepare/all.py that bring images to size as these settings say, {"size", "resize", ...}."""
+    if image["resize"] == "smart":
+        return f"--resize=fit --max_pixels={image['size']}"
+    return f"--image_size={image['size']} --resize={image['resize']}"

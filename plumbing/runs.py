@@ -1,5 +1,5 @@
 """
-The folder of a training run: config.json (flags, what it stands on, versions), tokenizer.model, log.jsonl, and
+The folder of a training run: config.json (flags, what it stands on, versions), its tokenizer, log.jsonl, and
 step_<n>/, its checkpoints. Each is sealed with the run's record, so that going on from it can be refused
 where flags or inputs are others by then.
 """
@@ -12,9 +12,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from plumbing.devices import describe_machine
-from plumbing.files import (checkpoints, differences, hash_json, nearest_run, newest_checkpoint, read_manifest,
-                            require_writable, sync, write_manifest, write_whole)
+from plumbing.files import (TOKENIZERS, checkpoints, differences, hash_json, nearest_run, newest_checkpoint,
+                            read_manifest, require_writable, sync, write_manifest, write_whole)
 from plumbing.flags import UserError
+from plumbing.pixels import resize_flags
 
 
 def choose_folder(run, name, resume):
@@ -73,7 +74,8 @@ def describe_run(config, mixture, image, tokenizer, model, device):
                       "leaked_sha256": hash_json(numbers.tolist())}
         tests[name] = read_manifest(shard.folder, "leaks.json")["tests"]
     return {"flags": asdict(config), "tests": tests, "machine": describe_machine(device),
-            "image": image, "inputs": {"data": data, "tokenizer": tokenizer.sha256, "weights": model.hashes}}
+            "image": image, "inputs": {"data": data, "tokenizer": tokenizer.sha256, "weights": model.hashes},
+            **({"system": tokenizer.system} if tokenizer.system else {})}
 
 
 def image_settings(shards):
@@ -82,8 +84,7 @@ def image_settings(shards):
     to be brought to size, or which test splits are like them. Shards without images count for nothing.
     """
     own = [shard for shard in shards if len(shard.image_index)] or shards[:1]
-    settings = [f"--image_size={shard.manifest['image']['size']} --resize={shard.manifest['image']['resize']}"
-                for shard in own]
+    settings = [resize_flags(shard.manifest["image"]) for shard in own]
     for shard, flags in zip(own, settings):
         if flags != settings[0]:
             raise UserError(f"--data: {shard.folder} has images made by {flags}, {own[0].folder} by {settings[0]}; "
@@ -116,7 +117,10 @@ def require_same_inputs(checkpoint, inputs):
 
 def write_run(folder, record, tokenizer, checkpoint):
     """What a run's folder holds beside its checkpoints and its log: as at the start, but for restated flags."""
-    write_whole(folder / "tokenizer.model", tokenizer.path.read_bytes())
+    for name in TOKENIZERS:  # one of the other kind is of a run that was stopped before its first checkpoint
+        if name != tokenizer.path.name:
+            (folder / name).unlink(missing_ok=True)
+    write_whole(folder / tokenizer.path.name, tokenizer.path.read_bytes())
     if checkpoint is None or (read_manifest(folder, "config.json") or {}).get("flags") != record["flags"]:
         write_manifest(folder, "config.json", record)
 

@@ -37,8 +37,8 @@ SAMPLE = np.dtype([
     ("offset", "<u8"), ("length", "<u4"),  # of its tokens in tokens.bin, an image being one
     ("parts", "<u8"), ("images", "<u2"), ("spans", "<u2"),  # in parts.bin: its first number there, and counts
     ("image", "<i4"),  # the number of its first image; -1: none
-    ("head", "<u4"), ("prompt", "<u4"),  # tokens[head:prompt] is the text behind the last image and before
-    # the first answer: where a long prompt is cut, from its front
+    ("head", "<u4"), ("prompt", "<u4"),  # tokens[head:prompt] is the text behind the last image that a person
+    # has written before the first answer: where a long prompt is cut, from its front
     ("prefix", "<u4"),  # the first sample of the shard with the same images and texts before the question
     ("group", "<u4"),  # the number of its group, such as a patient, from 1; 0: none
     ("words", "<u8"),  # hash_words of its question and answer
@@ -64,7 +64,7 @@ class Sample:
     """The tokens of a sample and what is supervised of them."""
     tokens: np.ndarray  # (L,) int64, <bos> first; the image of number n in its shard is -1 - n
     spans: np.ndarray  # (turns, 2) int64, begin and end of each answer, its <eos> included
-    head: int  # tokens[head:spans[0, 0]] may be cut
+    head: int  # where a prompt that is too long is cut: count tokens from there on, see SAMPLE
     key: int = 0  # random, by which dropout tells samples apart
     weight: float = 1.0  # of its cross-entropy in the loss
 

@@ -1,10 +1,13 @@
 """What a run begins with: weights files, the parts of another run, or an adapter."""
 
+import json
 from pathlib import Path
 
 from plumbing.claims import tokenizer_mismatch
-from plumbing.files import find_run, read_manifest
+from plumbing.files import find_run, find_tokenizer, read_manifest
 from plumbing.flags import UserError
+
+SUFFIXES = {"llama": ".model", "qwen3_vl": ".json"}  # of the tokenizer's file, by a config.json's model_type
 
 
 def weights_of(config, tokenizer):
@@ -14,13 +17,27 @@ def weights_of(config, tokenizer):
     for part, name in chosen.items():
         chosen[part] = {"auto": paper[part] if config.model == "paper" else "", "none": ""}.get(name, name)
     if Path(chosen["language"], "config.json").is_file():
-        pieces = [tokenizer.model.id_to_piece(token) for token in range(tokenizer.vocab_size)]
-        problem, unknown = tokenizer_mismatch(chosen["language"], pieces)
-        if problem:
-            raise UserError(problem)
-        if unknown:
-            print(f"{chosen['language']}: not known whether its tokenizer is the shards': {unknown}")
+        require_own_tokenizer(chosen["language"], tokenizer)
     return chosen["vision"], chosen["language"]
+
+
+def require_own_tokenizer(folder, tokenizer):
+    """
+    Raise UserError where a model's hub folder is of another family than the tokenizer of the shards, or has
+    another tokenizer beside it. Where it has none, that is printed.
+    """
+    try:
+        family = json.loads(Path(folder, "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        family = None  # whoever loads it says what is wrong
+    if SUFFIXES.get(family, tokenizer.path.suffix) != tokenizer.path.suffix:
+        raise UserError(f"{folder}: of another family ({family}) than the shards' {tokenizer.path}; prepare the data "
+                        f"anew with `python prepare/all.py --only=... --tokenizer={find_tokenizer(folder)}`")
+    problem, unknown = tokenizer_mismatch(folder, [tokenizer.piece(token) for token in range(tokenizer.vocab_size)])
+    if problem:
+        raise UserError(problem)
+    if unknown:
+        print(f"{folder}: not known whether its tokenizer is the shards': {unknown}")
 
 
 def find_start(config, tokenizer):
@@ -34,5 +51,5 @@ def find_start(config, tokenizer):
         raise UserError(f"--start={config.start}: brings all parts; leave out --vision_weights and --language_weights")
     if read_manifest(begun).get("inputs", {}).get("tokenizer") != tokenizer.sha256:
         raise UserError(f"--start={config.start}: has another tokenizer than the data; prepare them with "
-                        f"`python prepare/all.py --tokenizer={begun.parent}/tokenizer.model`")
+                        f"`python prepare/all.py --tokenizer={find_tokenizer(begun.parent)}`")
     return begun, None

@@ -18,7 +18,8 @@ from typing import Annotated, Literal
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: `data` lies above it
 
-from plumbing.flags import Range, Threads, UserError, Whole, parse_command_line, run
+from plumbing.flags import Range, Text, Threads, UserError, Whole, parse_command_line, run
+from plumbing.pixels import SMART_LEAST, SMART_MOST
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,13 @@ class Config:
     raw_dir: str = "raw"  # downloads, a folder a dataset or set of weights
     shards_dir: str = "shards"  # where prepared datasets go
     weights_dir: str = "weights"  # where prepared weights go
-    tokenizer: str = "weights/llama_tokenizer/tokenizer.model"  # SentencePiece model; LLaMA's by default
+    tokenizer: str = "weights/llama_tokenizer/tokenizer.model"  # LLaMA's; or a chat model's tokenizer.json
+    system: Text = ""  # message before each sample, with a chat model's tokenizer; none: there is none
     workers: Threads = 0  # processes that decode images; 0: one a core
     limit: Whole = 0  # take only the first so many samples of each split; 0: all
     image_size: Annotated[int, Range(1, 1 << 12)] = 224  # pixels, height and width of a stored image
     resize: Literal["squash", "crop", "pad", "fit"] = "squash"  # how an image becomes square; fit: keeps its shape
+    max_pixels: Annotated[int, Range(0, SMART_MOST)] = 0  # of an image, with --resize=fit, instead of --image_size
     codec: Literal["jpeg", "png"] = "jpeg"  # of stored images; png is lossless and twice as large
     quality: Annotated[int, Range(1, 100)] = 97  # of jpeg; 97 alters a pixel by 1.1 of 255 levels on average
     leaks: Literal["", "drop", "keep"] = ""  # test images in --only to train on; none: as it was, or drop
@@ -51,8 +54,7 @@ import traceback
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 
-from data import Tokenizer
-from plumbing.files import hash_file
+from plumbing.files import find_tokenizer, hash_file
 from plumbing.shards import PROMPT_VERSION, SHARD_VERSION
 from prepare.datasets import DATASETS
 from prepare.download import fetch, fetch_hub
@@ -61,6 +63,7 @@ from prepare.leaks import REASONS, guard, report_rows
 from prepare.shards import (ImageSettings, leftovers, locked, read_manifests, recover, why_stale,
                             write_dataset)
 from prepare.weights import WEIGHTS, convert_llama
+from zoo.chatml import open_tokenizer
 
 TOKENIZER = "huggyllama/llama-7b"  # hub repository; its tokenizer.model is Meta's, unchanged
 TOKENIZER_SHA256 = "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"
@@ -84,7 +87,7 @@ def select(only):
 
 def prepare_tokenizer(path):
     """Download LLaMA's tokenizer, unless a file is there. Returns status and message."""
-    path = Path(path)
+    path = find_tokenizer(path)
     if path.is_file():
         return "up to date", "" if hash_file(path) == TOKENIZER_SHA256 else f"{path} is not LLaMA's"
     if path != Path(Config.tokenizer):
@@ -130,16 +133,37 @@ def prepare_weights(weights, config):
     return "ready", str(target)
 
 
+def names_chat_model(config):
+    """Whether --tokenizer is a chat model's tokenizer.json."""
+    return find_tokenizer(config.tokenizer).suffix == ".json"
+
+
+def require_flags_that_fit(config):
+    """Raise UserError where flags do not go together."""
+    if config.system.strip() and not names_chat_model(config):
+        raise UserError("--system: only a chat model's template has a place for it; name its tokenizer.json, as "
+                        "--tokenizer=weights/medmo_4b/tokenizer.json")
+    if config.max_pixels and (config.resize, config.image_size) != ("fit", Config.image_size):
+        raise UserError("--max_pixels: with --resize=fit and in place of --image_size; give "
+                        f"--resize=fit --max_pixels={config.max_pixels} alone")
+    if 0 < config.max_pixels < SMART_LEAST:
+        raise UserError(f"--max_pixels={config.max_pixels}: from {SMART_LEAST} to {SMART_MOST}, pixels of a whole "
+                        "image")
+
+
 def prepare_dataset(dataset, config):
     """Prepare one dataset unless it is up to date. Returns its status and a message."""
     target = Path(config.shards_dir) / dataset.name
-    image = ImageSettings(config.image_size, config.resize, config.codec,
-                          config.quality if config.codec == "jpeg" else 0)
+    image = ImageSettings(config.max_pixels or config.image_size, "smart" if config.max_pixels else config.resize,
+                          config.codec, config.quality if config.codec == "jpeg" else 0)
     facts = {"dataset": dataset.name, "shard_version": SHARD_VERSION,
              "prompt_version": PROMPT_VERSION, "limit": config.limit, "image": asdict(image),
              "licence": dataset.licence}
-    if dataset.asks and not dataset.train_tokenizer:
-        facts["tokenizer_sha256"] = Tokenizer(config.tokenizer).sha256
+    own_words = dataset.train_tokenizer and not names_chat_model(config)  # which has to be asked in its words
+    if dataset.asks and not own_words:
+        tokenizer = open_tokenizer(config.tokenizer, config.system)
+        facts["tokenizer_sha256"] = tokenizer.sha256
+        facts |= {"system": tokenizer.system} if tokenizer.system else {}
     if any(path.exists() for path in leftovers(target)):  # a killed run's, or a living one's
         with locked(target, f"preparing {dataset.name}"):
             recover(target)
@@ -150,8 +174,7 @@ def prepare_dataset(dataset, config):
     sources, status, message = find_or_download(dataset, config.raw_dir)
     if not sources:
         return status, message
-    model = (dataset.train_tokenizer() if dataset.train_tokenizer else
-             Path(config.tokenizer).read_bytes() if dataset.asks else b"")
+    model = dataset.train_tokenizer() if own_words else tokenizer.path.read_bytes() if dataset.asks else b""
     with locked(target, f"preparing {dataset.name}"):
         if not why_stale(target, facts, sources):  # since another process has let go of the lock
             return "up to date", ""
@@ -253,6 +276,7 @@ def print_list(names, config):
 
 
 def main(config):
+    require_flags_that_fit(config)
     if config.list:
         return print_list(select(config.only) if config.only else [*DATASETS, *WEIGHTS], config)
     if config.folder:

@@ -13,6 +13,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -26,14 +27,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tqdm import tqdm
 
-from data import Tokenizer, View, write_plain
-from plumbing.files import hash_file, lock, manifest_checksum, read_manifest
+from data import View
+from plumbing.files import TOKENIZERS, hash_file, lock, manifest_checksum, read_manifest
 from plumbing.flags import UserError
 from plumbing.own import clean
-from plumbing.pixels import DEEP_PIXELS, Unreadable, load_image, open_stored, resize_image
+from plumbing.pixels import DEEP_PIXELS, SMART_LEAST, Unreadable, load_image, open_stored, resize_image
 from plumbing.shards import IMAGE, SAMPLE, hash_words, sample_checksum
 from prepare.download import hub_revision
 from prepare.looks import fingerprint
+from zoo.chatml import open_tokenizer
 
 FILES = ("tokens.bin", "samples.bin", "parts.bin", "images.bin", "images.idx", "fingerprints.bin", "records.jsonl")
 RECORDS_AHEAD = 4096  # read but not written yet; bounds memory where many share an image
@@ -42,7 +44,7 @@ IMAGES_AHEAD = 4  # images under way, per worker
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How images are stored: size pixels along each side, or the longest, see resize_image for resize."""
+    """How images are stored; what size says depends on resize, see resize_image."""
     size: int
     resize: str
     codec: str
@@ -59,7 +61,8 @@ def encode_image(content, settings):
     be used, the reason alone, in words.
     """
     try:
-        # Decoding at no less than twice the size alters a pixel less than the codec does.
+        # Decoding at no less than twice the size alters a pixel less than the codec does. Where the size is the
+        # pixels of a whole image (smart), no JPEG has so many along a side, and all of it is decoded
         source = load_image(content, at_least=2 * settings.size)
         image = resize_image(source, settings.size, settings.resize)
         mark = fingerprint(source)
@@ -132,6 +135,7 @@ class Waiting:
     words: dict  # its line in records.jsonl
     tokens: list
     spans: list
+    cut: tuple  # begin and end of the text that may be cut
     texts: list  # its context, and what stands before and between its images
     images: list  # sha256 of each
     futures: dict  # sha256 -> future of encode_image, of those that no earlier record has
@@ -161,7 +165,7 @@ class SplitWriter:
     def add(self, record):
         """Check and tokenize a record and send its images to be encoded, those that are new."""
         record = clean_record(record)
-        tokens, spans = write_plain(record, self.tokenizer.encode) if self.asks else ([], [])
+        tokens, spans, cut = self.tokenizer.write(record) if self.asks else ([], [], (0, 0))
         if reason := self.find_fault(record, spans):
             return self.skip(reason, words_of(record))
         assert max(tokens, default=-1) < self.vocab_size, record.id
@@ -172,7 +176,7 @@ class SplitWriter:
             if images[-1] not in self.image_numbers:
                 self.image_numbers[images[-1]] = None
                 futures[images[-1]] = self.encode(view.image)
-        self.waiting.append(Waiting(words_of(record), tokens, spans, texts, images, futures))
+        self.waiting.append(Waiting(words_of(record), tokens, spans, cut, texts, images, futures))
         self.images_waiting += len(futures)
         while len(self.waiting) > RECORDS_AHEAD or self.images_waiting > self.images_ahead:
             self.write_next()
@@ -182,10 +186,11 @@ class SplitWriter:
         assert not isinstance(record.references, str), record.id  # one text is no tuple of texts
         assert not (record.parts and record.image), record.id  # the image would not be shown
         labels, views = set(record.labels or ()), record.views()
-        questions = [record.question, *(question for question, _ in record.turns)]
+        questions, answers = zip((record.question, record.answer), *record.turns)
         imageless = self.kind == "text questions" and not record.image_name
         return ("empty question" if self.asks and not all(questions) else
-                "empty answer" if any(end - begin == 1 for begin, end in spans) else  # <eos> alone
+                "empty answer" if self.asks and (
+                    not all(answers) or any(end - begin == 1 for begin, end in spans)) else  # <eos> alone
                 "no label" if record.labels is None and not self.asks else
                 "no label" if record.labels == () and not self.multi_label else
                 "several labels" if len(labels) > 1 and not self.multi_label else
@@ -212,11 +217,10 @@ class SplitWriter:
     def write_sample(self, waiting, images):
         """Write a sample that shows the stored images of these numbers."""
         words, tokens, spans = waiting.words, waiting.tokens, waiting.spans
-        prompt, place_of_image = spans[0][0] if spans else 0, np.iinfo(self.token_dtype).max
+        (head, prompt), place_of_image = waiting.cut, np.iinfo(self.token_dtype).max
         stored = np.array([place_of_image if token < 0 else token for token in tokens], self.token_dtype)
         parts = np.array([*images, *itertools.chain(*spans)], "<i4")
         turns = [(words["question"], words["answer"]), *words.get("turns", ())]
-        head = max((place + 1 for place in range(prompt) if tokens[place] < 0), default=min(1, prompt))
         group = self.groups.setdefault(words["group"], len(self.groups) + 1) if "group" in words else 0
         row = np.array((self.tokens, len(tokens), self.parts, len(images), len(spans), images[0] if images else -1,
                         head, prompt, self.first_alike(images, waiting.texts), group,
@@ -326,20 +330,22 @@ def why_stale(target, facts, sources):
     manifests = read_manifests(target)
     if not manifests:
         return "not prepared yet" if not target.exists() else "a manifest is missing or damaged"
+    if "tokenizer_sha256" not in facts and (target / TOKENIZERS[1]).exists():
+        return "it was prepared with a chat model's tokenizer"
     for split, manifest in manifests.items():
-        for name, value in facts.items():
-            if manifest.get(name) != value:
-                return f"{name} was {manifest.get(name)}, now {value}"
+        for name, value in {"system": "", **facts}.items():
+            before = manifest.get(name, "")
+            if before != value:
+                return f"{name} was {before or 'none'}, now {value or 'none'}"
         if sizes and sizes != {name: file["bytes"] for name, file in manifest["sources"].items()}:
             return "its raw files have changed"
         for name, expected in manifest["files"].items():
             path = target / split / name
             if not path.is_file() or path.stat().st_size != expected["bytes"]:
                 return f"{split}/{name} is missing or cut short"
-        tokenizer = target / "tokenizer.model"
-        wanted = manifest["tokenizer_sha256"]
-        if wanted and (not tokenizer.is_file() or Tokenizer(tokenizer).sha256 != wanted):
-            return "tokenizer.model is missing or altered"
+        wanted, tokenizers = manifest["tokenizer_sha256"], [target / name for name in TOKENIZERS]
+        if wanted and wanted not in [hash_file(path) for path in tokenizers if path.is_file()]:
+            return "its tokenizer is missing or altered"
     return ""
 
 
@@ -376,7 +382,7 @@ def write_dataset(target, dataset, raw, sources, tokenizer, facts, workers, need
     """
     Prepare a dataset into the folder `target`, in place of what is there; with its lock, see `locked`.
 
-    tokenizer: content of a SentencePiece model, of which a dataset that asks nothing has no need;
+    tokenizer: content of a SentencePiece model or a tokenizer.json; a dataset that asks nothing needs none.
     facts: what every manifest is to say; needed: splits without which the others are of no use. On any
     error, such as that no sample could be used, the folder keeps what it held. Raises UserError,
     OSError, and BrokenProcessPool if a worker died.
@@ -386,10 +392,10 @@ def write_dataset(target, dataset, raw, sources, tokenizer, facts, workers, need
     limit, image = facts["limit"], ImageSettings(**facts["image"])
     try:
         if dataset.asks:
-            model = HashedFile(partial / "tokenizer.model")
+            model = HashedFile(partial / TOKENIZERS[tokenizer[:1] == b"{"])
             model.write(tokenizer)
             model.close()
-        tokenizer = Tokenizer(partial / "tokenizer.model") if dataset.asks else None
+        tokenizer = open_tokenizer(partial, facts.get("system", "")) if dataset.asks else None
         hashes = {name: {"bytes": path.stat().st_size, "sha256": hash_file(path)}
                   for name, path in sources.items()}
         facts = facts | {"tokenizer_sha256": tokenizer.sha256 if tokenizer else "",
@@ -398,7 +404,8 @@ def write_dataset(target, dataset, raw, sources, tokenizer, facts, workers, need
         spawn = multiprocessing.get_context("spawn")  # a fork would copy the parent's threads' locks
         with ProcessPoolExecutor(workers, spawn, end_with_parent) as pool:
             encode = functools.partial(pool.submit, encode_image, settings=image)
-            read = dataset.read(raw, image.size) if dataset.drawn else dataset.read(raw)
+            side = math.isqrt(SMART_LEAST) if image.resize == "smart" else image.size  # of a drawn image
+            read = dataset.read(raw, side) if dataset.drawn else dataset.read(raw)
             records = limited(read, limit, dataset.counts)
             total = sum(min(limit or count, count) for count in dataset.counts.values())
             for split, record in tqdm(records, dataset.name, total, unit=" samples"):

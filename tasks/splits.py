@@ -3,11 +3,13 @@ Which prepared splits a run can be asked, those in its tokenizer's tokens whose 
 their questions in groups that share what they begin with.
 """
 
+import shlex
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 from plumbing.flags import UserError
+from plumbing.pixels import resize_flags
 from plumbing.shards import Shard
 
 QUESTIONS_PER_ROW = 32  # that share the keys and values of what they begin with; more of them start another row
@@ -34,12 +36,12 @@ def find_misfit(shard, tokenizer, image):
     if shard.manifest["tokenizer_sha256"] != tokenizer.sha256:
         return f"made with another tokenizer than the run; {mend} --tokenizer={tokenizer.path}`"
 
-    def flags(settings):
-        return f"--image_size={settings['size']} --resize={settings['resize']}"
-
-    here = shard.manifest["image"]
-    if image and len(shard.image_index) and flags(here) != flags(image):
-        return f"images made by {flags(here)}, the run's by {flags(image)}; {mend} {flags(image)}`"
+    if (system := shard.manifest.get("system", "")) != tokenizer.system:
+        return (f"made with the system message {system!r}, the run with {tokenizer.system!r}; {mend} "
+                f"--tokenizer={tokenizer.path} --system={shlex.quote(tokenizer.system)}`")
+    here, runs = resize_flags(shard.manifest["image"]), resize_flags(image or shard.manifest["image"])
+    if len(shard.image_index) and here != runs:
+        return f"images made by {here}, the run's by {runs}; {mend} {runs}`"
     return ""
 
 

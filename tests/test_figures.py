@@ -11,7 +11,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
-from data import Record
+from data import Record, write_plain
 from plumbing.flags import UserError
 from prepare.datasets import DATASETS
 from prepare.figures import CAPTION_QUESTION
@@ -382,7 +382,7 @@ def test_what_is_wrong_with_a_sample_is_counted_as_such(tmp_path):
     """The empty texts and images that the readers give are those that the writer of shards knows."""
     class Words:
         vocab_size = 1000
-        encode = staticmethod(lambda text: [1] * len(text.split()))
+        write = staticmethod(lambda record: write_plain(record, lambda text: [1] * len(text.split())))
 
     raw, good = tmp_path / "omni_med_vqa", picture(0)
     rows = [omni_row(n, "a.png", ["No", "Yes"], "No", **changes) for n, changes in enumerate(

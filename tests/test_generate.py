@@ -14,7 +14,7 @@ import transformers
 from PIL import Image
 
 import generate as generate_file
-from data import BOS, EOS
+from data import BOS, EOS, write_plain
 from generate import Cache, ask, extend, finished_groups, generate, run_pieces
 from model import normalise
 from plumbing.flags import UserError
@@ -260,7 +260,10 @@ def test_the_cache_grows_one_tensor_at_a_time(monkeypatch):
 # ----------------------------------------------------------------------------- ask
 
 def test_ask_gives_the_answer_to_one_question_as_text(vlm, tmp_path):
-    words = SimpleNamespace(encode=lambda text: [50 + len(word) for word in text.split()],
+    def encode(text):
+        return [50 + len(word) for word in text.split()]
+
+    words = SimpleNamespace(write=lambda record: write_plain(record, encode), stops=(EOS,),
                             decode=lambda tokens: " ".join(map(str, tokens)))
     image, stream = some_images()[0], io.BytesIO()
     Image.fromarray(image).save(stream, "PNG")

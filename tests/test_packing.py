@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 import model as model_file
-from data import BOS, EOS, Batch, Group, Mixture, Record, View, make_batch, open_mixture, shared_prefix
+from data import (BOS, EOS, Batch, Group, Mixture, Record, View, make_batch, open_mixture, shared_prefix,
+                  write_plain)
 from lora import add_lora
 from model import LLaMA, VLM, ViT, attend, block_mask, group_masks
 from plumbing import kernels
@@ -46,6 +47,10 @@ class Numbers:
     @staticmethod
     def encode(text):
         return [int(number) for number in re.findall(r"\d+", text)]
+
+    @staticmethod
+    def write(record):
+        return write_plain(record, Numbers.encode)
 
 
 def words(tokens):

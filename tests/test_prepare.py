@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 
 import prepare.all as all_py
-from data import BOS, EOS, Mixture, Record, Tokenizer, View, format_prompt
+from data import BOS, EOS, Mixture, Record, Tokenizer, View, format_prompt, write_plain
 from plumbing.files import lock, manifest_checksum
 from plumbing.flags import UserError, parse_flags, run
 from plumbing.leaks import read_leaks
@@ -212,7 +212,7 @@ def test_a_sample_of_which_one_image_or_turn_cannot_be_used_is_skipped(tokenizer
 
 @pytest.mark.parametrize("pieces, dtype", [(65535, "uint16"), (65536, "uint32")])
 def test_the_largest_number_of_the_token_type_is_no_token(pieces, dtype, tmp_path):
-    last = SimpleNamespace(vocab_size=pieces, encode=lambda text: [pieces - 1])
+    last = SimpleNamespace(vocab_size=pieces, write=lambda record: write_plain(record, lambda text: [pieces - 1]))
     encoded = Future()
     encoded.set_result((b"", (32, 32), 0.0, b""))
     writer = SplitWriter(tmp_path / "train", DATASETS["sample"], last, lambda content: encoded, 4)
@@ -231,7 +231,8 @@ def test_what_samples_cannot_share_takes_no_memory(tmp_path):
         return encoded
 
     writer = SplitWriter(tmp_path / "train", DATASETS["pubmed_qa"],
-                         SimpleNamespace(vocab_size=9, encode=lambda text: [3]), encode, 4)
+                         SimpleNamespace(vocab_size=9, write=lambda record: write_plain(record, lambda text: [3])),
+                         encode, 4)
     for number in range(200):
         writer.add(Record(str(number), "what?", "a lung", b"%d" % (number // 2), "a.png"))
         writer.add(Record(str(number), "what?", "a lung"))
@@ -526,7 +527,7 @@ def test_a_dataset_without_questions_wants_no_tokenizer(tokenizer, tmp_path):
     words[0] = "--only=busi"
     assert "up to date" in prepare(*words).stdout
     (target / "tokenizer.model").unlink()
-    assert "tokenizer.model is missing or altered" in prepare(*words).stdout  # so prepared anew, without
+    assert "its tokenizer is missing or altered" in prepare(*words).stdout  # so prepared anew, without
     assert "up to date" in prepare(*words).stdout and "tokenizer.model" not in os.listdir(target)
 
 

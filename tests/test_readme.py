@@ -17,7 +17,7 @@ import pytest
 import prepare.classify
 import prepare.questions
 import train_vlm
-from data import Record
+from data import Record, write_plain
 from plumbing.flags import parse_flags
 from prepare.datasets import DATASETS
 from prepare.leaks import FINGERPRINT
@@ -134,8 +134,8 @@ def test_own_data_goes_in_by_the_blocks_of_docs(tmp_path, monkeypatch):
     assert (split, first) == ("test", Record("7", "is it broken?", "yes", b"image 3", "3.png"))
     encoded = Future()
     encoded.set_result((b"jpeg", (224, 224), 0.0, bytes(FINGERPRINT.itemsize)))
-    writer = SplitWriter(tmp_path / "test", scans, SimpleNamespace(vocab_size=9, encode=lambda text: [3]),
-                         lambda content: encoded, 4)
+    writer = SplitWriter(tmp_path / "test", scans, SimpleNamespace(
+        vocab_size=9, write=lambda record: write_plain(record, lambda text: [3])), lambda content: encoded, 4)
     for _, record in (("test", first), *others):
         writer.add(record)
     writer.write_next()  # a question whose row names no image, or none that is there, is not asked without one

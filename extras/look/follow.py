@@ -14,11 +14,12 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the reposito
 import io
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import Mixture, format_prompt
+from data import Mixture, Tokenizer
 from generate import finished_groups, generate
 from model import normalise
 from plumbing.devices import to_device
@@ -26,6 +27,7 @@ from plumbing.flags import UserError, Whole, parse_command_line, run
 from plumbing.pixels import FORMATS
 from plumbing.shards import Shard
 from prepare.datasets import DATASETS
+from prepare.shards import clean_record
 from run import open_trained_run
 from tasks.vqa import bleu1
 from weights import load_vlm
@@ -80,17 +82,21 @@ def main(config):
     print(f"{config.data + '(raw)':16} Record {record.id!r}: {record.question!r} -> {record.answer!r}, "
           f"{image.format} {image.mode} {image.size}, {len(view.image):,} bytes")
 
-    sample, text = shard.read_sample(config.number), format_prompt(words["question"], words.get("context", ""))
-    [(begin, end)] = sample.spans.tolist()
-    prompt, answer = sample.tokens[sample.head:begin].tolist(), sample.tokens[begin:end - 1].tolist()
-    if (tokenizer.encode(text), tokenizer.encode(words["answer"])) != (prompt, answer):
+    tokens, [(begin, end)], (head, cut) = tokenizer.write(clean_record(record))
+    if tokens != np.maximum(shard.read_sample(config.number).tokens, -1).tolist():  # its one image is -1
         raise UserError(f"{shard.folder}: the tokens of sample {config.number} are not those of its words; "
                         f"{shard.again}")
     pixels = shard.read_image(entry["image"])
-    print(f"format_prompt    {text!r}")
+    prompt, answer = tokens[head:cut], tokenizer.encode(words["answer"])
+    if isinstance(tokenizer, Tokenizer):
+        template, before, between, behind = "write_plain", "<bos>, the image", "", "<eos>"
+        print(f"format_prompt    {tokenizer.decode(prompt)!r}")
+    else:
+        template, before, between = "write", f"{head} up to the image's end", f"{begin - cut} up to the answer, "
+        behind = f"{end - begin - len(answer)} that end it"
     print(f"Tokenizer.encode {prompt} | {answer}")
-    print(f"write_plain      {end} tokens: <bos>, the image, {len(prompt)} of prompt, {len(answer)} of answer, "
-          f"<eos>; supervised: {begin} to {end - 1}")
+    print(f"{template:16} {end} tokens: {before}, {len(prompt)} of prompt, {between}{len(answer)} of answer, "
+          f"{behind}; supervised: {begin} to {end - 1}")
     print(f"SplitWriter.add  samples.bin[{config.number}] = {({name: int(entry[name]) for name in SHOWN})}")
     print(f"encode_image     images.bin, {int(shard.image_index[entry['image']]['length']):,} bytes of "
           f"{shard.manifest['image']['codec']}")
@@ -109,17 +115,19 @@ def follow_model(config, shard, model, tokenizer, reference):
           f"supervised at {batch.answer_at.tolist()}: {batch.targets.tolist()}")
     images = normalise(torch.stack(batch.images))
     print(f"normalise        {tuple(images.shape)}, mean {images.mean():.3f}, std {images.std():.3f}")
-    print(f"ViT              {tuple(model.vision(images).shape)}")
+    print(f"{type(model.vision).__name__:16} {tuple(model.vision(images).shape)}")
     image_tokens = model.encode_images(batch.images)
     print(f"VLM.projector    {tuple(image_tokens.shape)}")
-    print(f"LLaMA.embed      {tuple(model.language.embed(batch.tokens, image_tokens, batch.image_at).shape)}")
+    embedded = model.language.embed(batch.tokens, image_tokens, batch.image_at)
+    print(f"{type(model.language).__name__ + '.embed':16} {tuple(embedded.shape)}")
     logits = model(batch)
     print(f"VLM.forward      logits {tuple(logits.shape)}")
     for token, loss in zip(batch.targets, F.cross_entropy(logits, batch.targets, reduction="none")):
-        print(f"  loss of {tokenizer.model.id_to_piece(int(token))!r:12} {loss:.3f} nats")
+        print(f"  loss of {tokenizer.piece(int(token))!r:12} {loss:.3f} nats")
     print(f"VLM.loss         {model.loss(batch) / step.divisor:.3f} nats a token")
     prompt = [max(token, -1) for token in shard.read_sample(config.number).prompt().tolist()]  # one image: -1
-    [(_, [reply])] = finished_groups(generate(model, [([batch.images[0].numpy()], [prompt])]))
+    [(_, [reply])] = finished_groups(generate(model, [([batch.images[0].numpy()], [prompt])],
+                                           stops=tokenizer.stops))
     print(f"generate         {reply.tokens}")
     print(f"Tokenizer.decode {tokenizer.decode(reply.tokens)!r}")
     print(f"bleu1            {bleu1(tokenizer.decode(reply.tokens), reference):.2f}")

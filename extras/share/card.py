@@ -48,7 +48,7 @@ def make_public(record):
              for name, value in record["flags"].items()}
     flags["data"] = ",".join(alias.get(name, name) + colon + weight
                              for name, (_, colon, weight) in zip(trained, entries))
-    public = {name: record[name] for name in ("image", "held_out_loss") if name in record}
+    public = {name: record[name] for name in ("image", "system", "held_out_loss") if name in record}
     return public | {
         "flags": flags, "tests": {name: compared(tests) for name, tests in renamed(record["tests"]).items()},
         "machine": {name: fact for name, fact in record["machine"].items() if name != "command"},
@@ -72,7 +72,7 @@ datasets: {datasets}
 # {name}
 
 A vision-language model for questions about medical images, made by nanoMedQ at commit {commit}: a ViT
-of {vision:,} parameters ({tokens} tokens for an image of {size} x {size} pixels), one linear
+of {vision:,} parameters ({per_image}), one linear
 projection of {projector:,}, a LLaMA of {language:,} with {pieces:,} pieces.
 
 **Not for clinical use.** It is meant for research on visual question answering. It answers questions
@@ -185,8 +185,11 @@ def write_card(checkpoint, public, path):
     known = [DATASETS.get(entry.partition(":")[0]) for entry in flags["data"].split(",")]
     hub = [dataset.hub for dataset in known if dataset and dataset.hub]
     tests, size = {test for tests in public["tests"].values() for test in tests}, public["image"]["size"]
+    per_image = f"{model.vision.tokens(size, size)} tokens for an image of {size} x {size} pixels"
+    if public["image"]["resize"] == "smart":
+        per_image = f"images in their own shapes, of {size:,} pixels at most"
     path.write_text(CARD.format(
-        **sizes, **last_losses(checkpoint.parent, step), size=size, tokens=model.vision.tokens(size, size),
+        **sizes, **last_losses(checkpoint.parent, step), per_image=per_image,
         pieces=model.language.config.vocab_size, steps=step, name=checkpoint.parent.resolve().name,
         **{key: str(value).strip() or "not known" for key, value in public["machine"].items()},
         flags="\n    ".join(f"--{key}={value}" for key, value in flags.items()

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import EOS, Record, write_plain
+from data import Record
 from generate import Answer, Cache, Piece, count_tokens, extend, run_pieces
 from plumbing.devices import autocast_to, pick_device
 from plumbing.flags import Device, Range, UserError, parse_command_line, run
@@ -140,7 +140,7 @@ class Conversation:
     @torch.no_grad()
     def ask(self, question):
         """
-        Yield the Tokens of the answer, <eos> the last unless it is cut: generate()'s greedy ones.
+        Yield the Tokens of the answer, what stops it the last unless it is cut: generate()'s greedy ones.
         It may be left at any time: what it put into the cache is in no other question's sight.
         """
         prefix, own = write_prompt(self.tokenizer, question)
@@ -152,7 +152,8 @@ class Conversation:
         answer = Answer(0, 0, 1, Piece(0, self.asked, position, own, []))
         while not answer.done:
             with self.autocast:
-                [logits] = extend(self.model, self.cache, [answer], MAX_NEW_TOKENS)  # (V,)
+                [logits] = extend(self.model, self.cache, [answer], MAX_NEW_TOKENS,
+                                  stops=self.tokenizer.stops)  # (V,)
             [token], probabilities = answer.next.tokens, logits.softmax(0)
             best, ids = probabilities.topk(RUNNERS_UP + 1)
             others = [pair for pair in zip(ids.tolist(), best.tolist()) if pair[0] != token]
@@ -162,7 +163,7 @@ class Conversation:
 
 def write_prompt(tokenizer, question):
     """The tokens of a question about one image: those up to the image, the last, which is -1, and the others."""
-    tokens, [(end, _)] = write_plain(Record("", question, image=b""), tokenizer.encode)
+    tokens, [(end, _)], _ = tokenizer.write(Record("", question, image=b""))
     begin = tokens.index(-1) + 1
     return tokens[:begin], tokens[begin:end]
 
@@ -171,10 +172,10 @@ def words_of(tokens, tokenizer):
     """The Words of an answer's Tokens; their texts, joined by spaces, are the answer."""
     groups = []
     for token in tokens:
-        if token.id == EOS:
+        if token.id in tokenizer.stops:
             break
         known = token.id < tokenizer.vocab_size
-        if not groups or known and tokenizer.model.id_to_piece(token.id).startswith("\u2581"):
+        if not groups or known and (tokenizer.piece(token.id) or "").startswith(tokenizer.word_start):
             groups.append([])
         groups[-1].append(token)
     return [Word(tokenizer.decode([token.id for token in group]),
@@ -312,7 +313,7 @@ def show_image(pixels, classes, loaded):
 def show_details(tokens, words, image, tokenizer, key):
     """Where the model looked for an answer, and what else it might have said."""
     def cell(token, probability):
-        text = "(end)" if token == EOS else tokenizer.decode([token]) or "(space)"
+        text = "(end)" if token in tokenizer.stops else tokenizer.decode([token]) or "(space)"
         return f"{html.escape(text)} {probability:.1%}"
 
     legend = [f'<span class="word key" style="background:{colour}">'
@@ -357,10 +358,10 @@ def converse(conversation, tokenizer, questions):
         for token in conversation.ask(question):
             tokens.append(token)
             words = words_of(tokens, tokenizer)
-            newest.html(coloured(question, words if token.id == EOS else words[:-1]))  # it may go on
+            newest.html(coloured(question, words if token.id in tokenizer.stops else words[:-1]))  # it may go on
         state.turns.insert(0, (question, tokens, words))
     for number, (question, tokens, words) in enumerate(state.turns):
-        cut = tokens[-1].id != EOS
+        cut = tokens[-1].id not in tokenizer.stops
         shown = coloured(question, words, " …" if cut else "" if words else "(no answer)")
         if recorded := questions.get(question):
             shown += f'<p class="note">Recorded answer: {html.escape(recorded)}</p>'
@@ -392,7 +393,10 @@ def show_page(config):
         name, read, questions = chosen
         if state.get("name") != name:
             image = read()
-            pixels = np.asarray(resize_image(image, loaded.size, loaded.resize))
+            try:
+                pixels = np.asarray(resize_image(image, loaded.size, loaded.resize))
+            except Unreadable as error:
+                raise UserError(f"This image cannot be used: {error}.") from None
             classes = classify(loaded, image) if loaded.classifier else {}
             state.conversation = Conversation(loaded.model, loaded.tokenizer, pixels, loaded.dtype)
             state.name, state.classes, state.turns = name, classes, []

@@ -36,8 +36,8 @@ from safetensors.torch import load_file, save_file
 
 from data import BOS, EOS
 from extras.share.card import make_public, write_card
-from plumbing.files import (hash_file, lock, read_settings, require_writable, seal, sync, write_manifest,
-                            write_settings)
+from plumbing.files import (find_tokenizer, hash_file, lock, read_settings, require_writable, seal, sync,
+                            write_manifest, write_settings)
 from plumbing.flags import Range, UserError, parse_command_line, run
 from plumbing.tensors import language_files, plain_names, read_tensor, tensor_shapes
 from prepare.weights import WEIGHTS
@@ -207,8 +207,12 @@ def write_tokenizer(tokenizer, longest, folder):
     """
     tokenizer.model, and a tokenizer.json that gives any text the ids of data.Tokenizer.encode. What
     transformers makes of tokenizer.model does not: it keeps runs of spaces, and reads "</s>" as <eos>.
-    Raises UserError where the model is not BPE with bytes, as all of LLaMA's are.
+    Raises UserError where the model is not BPE with bytes, as all of LLaMA's are. A chat model's tokenizer.json
+    stays as it is.
     """
+    if tokenizer.path.suffix == ".json":
+        shutil.copyfile(tokenizer.path, folder / "tokenizer.json")
+        return
     model = tokenizer.model
     vocabulary = {model.id_to_piece(token): token for token in range(tokenizer.vocab_size)}
     special = unk, bos, eos = [model.id_to_piece(token) for token in (model.unk_id(), BOS, EOS)]
@@ -266,7 +270,8 @@ def write_adapter(checkpoint, part, folder):
 def write_vlm(checkpoint, told, folder):
     """A run of this checkpoint alone, with the weights files that it takes from elsewhere in it."""
     folder.mkdir()
-    shutil.copyfile(checkpoint.parent / "tokenizer.model", folder / "tokenizer.model")
+    tokenizer = find_tokenizer(checkpoint.parent)
+    shutil.copyfile(tokenizer, folder / tokenizer.name)
     write_manifest(folder, "config.json", told)
     step, config = folder / "partial", read_settings(checkpoint / "config.json")
     weights = read_vlm_config(checkpoint)["weights"]  # where they are, and are what they were
@@ -307,7 +312,7 @@ def choose_parts(config, run, lora, image):
             raise UserError(f"--only={part}: no such part; there are {', '.join(parts)}")
         if config.only and part == "adapter" and not lora:
             raise UserError(f"--only={part}: {run} has no LoRA; leave it out")
-        if part == "vision" and image["resize"] == "fit":
+        if part == "vision" and image["resize"] in ("fit", "smart"):
             raise UserError(f"{run}: by --resize=fit its images have different shapes, and timm's config.json has "
                             "one; leave out vision, as with --only=language,vlm,card")
     return list(dict.fromkeys(only))

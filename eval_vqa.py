@@ -59,12 +59,12 @@ from generate import ask, finished_groups, generate
 from plumbing.devices import autocast_to, describe_machine, join_group, pick_device, together
 from plumbing.files import read_manifest
 from run import open_trained_run
-from tasks.evaluations import (encode, lines_of, name_evaluation, place_of, require_room, unusual_flags,
+from tasks.evaluations import (lines_of, name_evaluation, place_of, require_answerable, unusual_flags,
                                write_evaluation)
 from tasks.seen import find_seen, open_trained, training_answers
-from tasks.splits import group_questions, open_splits, read_groups
+from tasks.splits import count_questions, group_questions, open_splits, read_groups, show_images
 from tasks.stats import draw_units
-from tasks.vqa import METRICS, as_asked, exchange_images, question_only_answers, report, report_faults, score
+from tasks.vqa import METRICS, as_asked, question_only_answers, report, report_faults, score
 from weights import load_vlm
 
 
@@ -88,21 +88,6 @@ def answer_one(config):
     with autocast_to(device, dtype):
         return ask(model, tokenizer, config.question, config.image, record["image"]["size"],
                    record["image"]["resize"], config.max_new_tokens, config.temperature)
-
-
-def show_images(shard, count, config):
-    """{row of the table: (I,) the image that is shown in place of each of the shard's}."""
-    own = np.arange(len(shard.image_index))
-    sample, image = shard.image_pairs()
-    asked = sample < count
-    related = shard.connect()[sample[asked]]
-    shown = {} if config.blind == "shuffle" else {"model": own}
-    if config.blind != "none" and len(np.unique(related)) > 1:
-        shown["image shuffled"] = exchange_images(len(own), image[asked], related, config.seed)
-    if not shown:
-        raise UserError(f"--blind=shuffle: {shard.folder} has no two images to exchange; leave --blind "
-                        "out, or name other --data")
-    return shown
 
 
 def answer(model, tokenizer, shard, count, shown, config):
@@ -152,21 +137,6 @@ def list_facts(checkpoint, shard, splits, config, device, dtype):
                 name: train.manifest["checksum"] for name, (train, _) in splits.items()},
             "flags": {flag: getattr(config, flag) for flag in flags},
             "device": device.type, "dtype": str(dtype)}
-
-
-def count_questions(shard, config):
-    return min(config.limit or len(shard), len(shard))
-
-
-def require_answerable(shards, out, config):
-    """Raise UserError where the lines of all answers do not fit into their place, were all answers empty."""
-    needed = 0
-    for shard in shards:
-        count = count_questions(shard, config)
-        rows = len(show_images(shard, count, config)) + 1
-        needed += rows * len(encode({"dataset": shard.folder.parent.name, **as_asked(record), "prediction": ""}
-                                    for record in shard.read_records()[:count]))
-    require_room(out, needed)
 
 
 def conclude(shard, answers, cut, splits, trained, config):

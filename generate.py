@@ -91,29 +91,33 @@ class Piece:
     images: list  # of the group, each (H, W, 3) uint8
 
 
-def count_tokens(model, tokens, images):
-    """How many tokens a list of them becomes in the model, where images have several."""
-    return sum(1 if token >= 0 else model.vision.tokens(*images[-1 - token].shape[:2]) for token in tokens)
+def count_positions(model, tokens, images):
+    """How many positions a list of tokens takes, where images have several."""
+    return sum(1 if token >= 0 else model.vision.extent(*images[-1 - token].shape[:2]) for token in tokens)
 
 
 def run_pieces(model, cache, pieces, wanted=True):
     """Run P Pieces into the cache. Returns the logits behind each, (P, V), where they are wanted."""
-    columns, shown, image_at, last = [], [], [], []  # columns: (token, position, row, branch)
-    for piece in pieces:
+    columns, shown, image_at, last = [], [], [], []  # columns: (token, position, piece, row, branch)
+    for number, piece in enumerate(pieces):
         position = piece.position
         for token in piece.tokens:
-            count = 1 if token >= 0 else count_tokens(model, [token], piece.images)
+            count = 1
             if token < 0:
-                image_at += range(len(columns), len(columns) + count)
                 shown.append(piece.images[-1 - token])
-            columns += [(max(token, 0), position + place, piece.row, piece.branch) for place in range(count)]
+                count = model.vision.tokens(*shown[-1].shape[:2])
+                image_at += range(len(columns), len(columns) + count)
+            columns += [(max(token, 0), position + place, number, piece.row, piece.branch) for place in range(count)]
             position += count
         last.append(len(columns) - 1)
-    tokens, positions, row, branch = np.array(columns, np.int64).T.copy()
+    tokens, positions, of_piece, row, branch = np.array(columns, np.int64).T.copy()
     cache.place(row, branch)
-    device = model.projector.weight.device
-    tokens, positions, image_at, last = (torch.as_tensor(numbers, dtype=torch.long, device=device) for numbers in
-                                         (tokens, positions, image_at, last if wanted else []))
+    device = next(model.projector.parameters()).device
+    tokens, positions, of_piece, image_at, last = (
+        torch.as_tensor(numbers, dtype=torch.long, device=device)
+        for numbers in (tokens, positions, of_piece, image_at, last if wanted else []))
+    # What a piece's position says counts the images before it, so that each is placed as a group of its own
+    positions = model.vision.place(positions, of_piece, 0 * of_piece, image_at, shown)
     images = model.encode_images([torch.from_numpy(image).to(device) for image in shown]) if shown else None
     return model.language(tokens, positions, None, last, images, image_at, cache)
 
@@ -134,7 +138,7 @@ def begin_group(model, cache, row, number, images, prompts):
     """Where a group begins in a row of the cache: the Piece of its prefix, and its Answers."""
     cache.used[row] = 0
     prefix = os.path.commonprefix(prompts)[:min(map(len, prompts)) - 1]
-    position = count_tokens(model, prefix, images)
+    position = count_positions(model, prefix, images)
     answers = [Answer(number, place, len(prompts), Piece(row, place + 1, position, prompt[len(prefix):], images))
                for place, prompt in enumerate(prompts)]
     return Piece(row, 0, 0, prefix, images), answers
@@ -153,7 +157,7 @@ def extend(model, cache, answers, max_new_tokens, temperature=0.0, stops=(EOS,),
             answer.log_probabilities.append(value)
     for answer, token in zip(answers, chosen[:, 0].tolist()):
         piece = answer.next
-        position = piece.position + count_tokens(model, piece.tokens, piece.images)
+        position = piece.position + count_positions(model, piece.tokens, piece.images)
         answer.next = Piece(piece.row, piece.branch, position, [token], [])
         answer.tokens += [token] * (token not in stops)
         answer.done = token in stops or len(answer.tokens) == max_new_tokens
@@ -173,8 +177,8 @@ def generate(model, groups, max_new_tokens=32, temperature=0.0, rows=64, stops=(
     """
     groups = iter(groups)
     first = list(itertools.islice(groups, rows))
-    waiting, embedding = enumerate(itertools.chain(first, groups)), next(model.language.parameters())
-    cache = Cache(model.language.config, len(first), embedding.dtype, embedding.device)
+    waiting, weight = enumerate(itertools.chain(first, groups)), next(model.language.blocks.parameters())
+    cache = Cache(model.language.config, len(first), weight.dtype, weight.device)
     live = []
     while True:
         free = sorted(set(range(len(first))) - {answer.next.row for answer in live})

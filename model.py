@@ -167,6 +167,12 @@ class ViT(nn.Module):
         side = self.config.patch_size * self.config.merge
         return (height // side) * (width // side) + (self.config.merge == 1)
 
+    extent = tokens  # how many positions an image takes
+
+    def place(self, positions, *_):
+        """Positions of tokens, images' among them, from those that count one a token: the same here."""
+        return positions
+
     def require_shapes(self, name, sizes):
         """Raise UserError where images of these sizes, (I,) with height and width, are not whole patches."""
         side, sides = self.config.patch_size * self.config.merge, {*sizes["height"].tolist(), *sizes["width"].tolist()}
@@ -444,21 +450,20 @@ class VLM(nn.Module):
 
     flex = True  # attention over packed sequences by FlexAttention, on a GPU
 
-    def __init__(self, vision, language):
+    def __init__(self, vision, language, projector=None):
         super().__init__()
         self.vision = vision
-        self.projector = Linear(vision.output_width, language.config.hidden_size)
+        self.projector = projector or Linear(vision.output_width, language.config.hidden_size).apply(init_weights)
         self.language = language
         self.lora = {}  # part -> settings of its LoRA: r, alpha, dropout, targets
-        self.weights = {"vision": "", "language": ""}  # part -> weights file or folder that it equals,
-        # LoRA aside; none: made from scratch or trained in full, so that weights.py saves it
+        self.weights = {"vision": "", "projector": "", "language": ""}  # part -> weights file or folder that it
+        # equals, LoRA aside; none: made from scratch or trained in full, so that weights.py saves it
         self.hashes = {"vision": "", "language": ""}  # part -> hash_weights of what it began with
-        self.projector.apply(init_weights)
 
     def encode_images(self, images, keys=None):
         """
         A list of I images, (H, W, 3) uint8, of any shapes -> (N, C) their tokens, image after image, in the
-        language part's width. keys: (N,) int32, by which LoRA drops.
+        language part's width, or what else a projector makes of them. keys: (N,) int32, by which LoRA drops.
         """
         same_shape, encoded = defaultdict(list), [None] * len(images)
         for number, image in enumerate(images):
@@ -479,8 +484,8 @@ class VLM(nn.Module):
         if batch.images:
             images = self.encode_images(batch.images, None if keys is None else keys[batch.image_at])
         mask = packed_mask(batch.group, batch.branch, self.flex)
-        return self.language(batch.tokens, batch.positions, mask, batch.answer_at, images, batch.image_at,
-                             keys=keys)
+        positions = self.vision.place(batch.positions, batch.group, batch.branch, batch.image_at, batch.images)
+        return self.language(batch.tokens, positions, mask, batch.answer_at, images, batch.image_at, keys=keys)
 
     def loss(self, batch):
         """The cross-entropies of a data.Batch, times their weights, summed: a scalar."""

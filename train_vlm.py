@@ -31,14 +31,14 @@ class Config:
     held_out: Whole = 512  # samples kept from training for the validation loss
     workers: Threads = 0  # that read and decode ahead of the trainer; 0: one a core, of a process's share
     start: str = ""  # run, checkpoint or adapter folder whose parts this run begins with
-    model: Literal["paper", "small", "sample"] = "paper"  # sizes of parts that have no weights file
+    model: str = "paper"  # paper, small, sample, qwen_small or qwen_sample; or a Qwen3-VL's folder, also in weights/
     vision_weights: str = "auto"  # safetensors file; auto: BiomedCLIP for the paper's; none: random
     language_weights: str = "auto"  # hub folder; auto: PMC-LLaMA for the paper's; none: random
     merge: Annotated[int, Range(1, 4)] = 1  # this times this patches of an image become one token; 1: each is one
-    vision: Literal["full", "lora", "frozen"] = "full"  # what trains of the vision transformer
+    vision: Literal["auto", "full", "lora", "frozen"] = "auto"  # what trains of the vision part; auto: all, of a loaded Qwen3-VL nothing
     projector: Literal["full", "frozen"] = "full"  # what trains of the projection
     language: Literal["lora", "full", "frozen"] = "lora"  # what trains of the language model
-    lora_targets: str = "q_proj,v_proj"  # matrices of the language model with LoRA
+    lora_targets: str = "auto"  # matrices of the language model with LoRA; auto: q_proj,v_proj, of a loaded Qwen3-VL all
     lora_vision_targets: str = "qkv"  # matrices of the vision transformer with --vision=lora
     lora_r: Annotated[int, Range(1, 1 << 16)] = 8  # rank
     lora_alpha: Scale = 16.0  # the update is scaled by alpha / r
@@ -76,6 +76,7 @@ import contextlib
 import math
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -91,7 +92,7 @@ from plumbing.kernels import HAS_TRITON, compile_blocks
 from plumbing.runs import (choose_folder, describe_run, image_settings, open_log, open_run, require_same_inputs,
                            write_run)
 from plumbing.signals import agree_on_stop, catch_signals, end_stopped
-from plumbing.sources import find_start, weights_of
+from plumbing.sources import find_start, settle, weights_of
 from run import even_out, learning_rate_at, load_optimizer, make_optimizer, save_checkpoint, update
 from weights import build_vlm, is_trained, load_adapter, load_vlm, save_vlm
 from zoo.chatml import tokenizer_of
@@ -131,14 +132,15 @@ def load_parts(config, tokenizer, checkpoint, device, dtype):
     begun, adapter = (checkpoint, None) if checkpoint else find_start(config, tokenizer)
     split = split_among_ranks if config.shard else None
     # Trained weights stay in float32; autocast rounds them in use, never where they are summed up
+    trained = [part for part in ("vision", "projector", "language") if getattr(config, part) == "full"]
     dtype = torch.float32 if config.language == "full" else dtype
     if begun:
-        model = load_vlm(begun, dtype, device, split)
+        model = load_vlm(begun, dtype, device, split, trained)
     else:
         lora = lora_settings(config, config.lora_targets) if config.language == "lora" else None
         vision, language = weights_of(config, tokenizer)
         model = build_vlm(config.model, tokenizer.vocab_size, vision, language, dtype, device, config.merge,
-                          read_adapter_config(adapter) if adapter else lora, split)
+                          read_adapter_config(adapter) if adapter else lora, split, trained)
     if adapter:
         load_adapter(model.language, adapter)
     if config.merge != model.vision.config.merge:
@@ -175,7 +177,7 @@ def make_trainable(model, config, checkpoint):
               + f", {here:,} of them in each process" * (here < total))
         if how == "lora" and model.lora[part] != lora_settings(config, targets):
             print(f"{part:9} goes on with the LoRA of --start, not that of the flags: {model.lora[part]}")
-        if not (checkpoint or config.start) and part in model.weights and not model.weights[part] and how != "full":
+        if not (checkpoint or config.start or model.weights[part]) and how != "full" and part != "projector":
             print(f"{part:9} is random and stays so under --{part}={how}: did you mean "
                   f"--{part}=full, or --{part}_weights=...?")
     if not is_trained(model):
@@ -188,7 +190,7 @@ def make_trainable(model, config, checkpoint):
 
 
 def device_of(model):
-    return model.projector.weight.device
+    return next(model.projector.parameters()).device
 
 
 def trained_parameters(model, config):
@@ -236,7 +238,8 @@ def main(config):
     rank, ranks, device = join_group(device, config.rank_timeout)
     if config.shard and (ranks == 1 or config.language == "frozen"):
         raise UserError("--shard=true: for torchrun's processes, with --language=full or --language=lora")
-    folder = agree(lambda: choose_folder(config.run, config.model, config.resume))
+    config = settle(config)
+    folder = agree(lambda: choose_folder(config.run, Path(config.model).name, config.resume))
     with lock(folder / ".lock", "training") if rank == 0 else contextlib.nullcontext():
         train(config, folder, rank, ranks, device, dtype)
 

@@ -12,6 +12,7 @@ shape stops loading with one line. What the tensors do not tell, plumbing/claims
 beside them.
 """
 
+import difflib
 import os
 import re
 from dataclasses import asdict, fields, replace
@@ -29,7 +30,9 @@ from plumbing.files import find_damage, find_run, read_settings, sort_metadata, 
 from plumbing.flags import UserError
 from plumbing.tensors import (find_weights, hash_weights, language_files, load_exactly, plain_names, read_metadata,
                               tensor_shapes, tensors_of)
+from zoo import qwen3_vl
 from zoo.classifier import Classifier
+from zoo.qwen3_files import build_qwen, is_qwen, load_qwen, write_config
 from zoo.resnet import ResNet, ResNetConfig
 
 ADAPTERS = {"vision": "vision_adapter", "language": "adapter"}  # part -> its folder in a VLM's
@@ -204,7 +207,8 @@ def hub_config(config):
 
 def adapter_parameters(model):
     """{PEFT's name: parameter} of a model's LoRA."""
-    return {f"base_model.model.{name}.lora_{side}.weight": getattr(layer, f"lora_{side}")
+    prefix = "base_model.model." + getattr(model, "prefix", "")
+    return {f"{prefix}{name}.lora_{side}.weight": getattr(layer, f"lora_{side}")
             for name, layer in lora_layers(model).items() for side in "AB"}
 
 
@@ -214,7 +218,7 @@ def save_adapter(model, folder, base_name, targets, r, alpha, dropout):
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: parameter.detach().contiguous() for key, parameter in adapter_parameters(model).items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM" if isinstance(model, LLaMA) else None,
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM" if hasattr(model, "embed") else None,
               "base_model_name_or_path": base_name, "r": r, "lora_alpha": alpha,
               "lora_dropout": dropout, "target_modules": [name.strip() for name in targets.split(",")],
               "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "modules_to_save": None,
@@ -272,11 +276,19 @@ def drop_base(path, tensors, model):
 # ----------------------------------------------------------------------------- the whole
 
 def build_vlm(name, vocab_size, vision_weights="", language_weights="", dtype=torch.float32, device="cpu",
-              merge=1, lora=None, split=None):
+              merge=1, lora=None, split=None, trained=()):
     """
-    A VLM of CONFIGS[name]; a part with a weights file is loaded from it, sizes and all. merge: ViTConfig's;
-    lora, split: of the language part, as load_llama takes them.
+    A VLM of CONFIGS[name], or of zoo.qwen3_vl's; a part with a weights file is loaded from it, sizes and all: of a
+    Qwen3-VL all from one folder. merge: ViTConfig's; lora, split: of the language part, as load_llama takes them;
+    trained: names of the parts that are to be trained in full, in float32.
     """
+    if name in qwen3_vl.CONFIGS or is_qwen(language_weights):
+        model = build_qwen(name, vocab_size, language_weights, dtype, device, lora, split, trained)
+        return note_weights(model, dict.fromkeys(model.weights, language_weights))
+    if name not in CONFIGS:
+        near = difflib.get_close_matches(name, [*CONFIGS, *qwen3_vl.CONFIGS], n=1, cutoff=0)[0]
+        raise UserError(f"--model={name}: no such sizes, and no folder with a config.json, here or in weights/; did "
+                        f"you mean {near}? `python prepare/all.py --only=medmo_4b` brings MedMO's")
     vision_config, language_config = CONFIGS[name]
     with torch.device(device):
         vision = (load_vit(vision_weights, device=device, merge=merge) if vision_weights
@@ -294,9 +306,15 @@ def build_vlm(name, vocab_size, vision_weights="", language_weights="", dtype=to
                             f"than the tokenizer's {vocab_size}; prepare with its own tokenizer")
         model = VLM(vision, language)
     model.lora |= {"language": lora} if lora else {}
-    for part, path in (("vision", vision_weights), ("language", language_weights)):
+    return note_weights(model, {"vision": vision_weights, "language": language_weights})
+
+
+def note_weights(model, sources):
+    """Note from which files, {part: path}, the parts of a new model come; "" for those made from scratch."""
+    hashes = {path: hash_weights(path) for path in {*sources.values()} if path}
+    for part, path in sources.items():
         if path:  # absolute: a run is also read from other folders than the one it was started in
-            model.weights[part], model.hashes[part] = os.path.abspath(path), hash_weights(path)
+            model.weights[part], model.hashes[part] = os.path.abspath(path), hashes[path]
     return model
 
 
@@ -310,7 +328,6 @@ def save_vlm(model, folder, language=None):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors_of(model.projector), folder / "projector.safetensors")
     weights = dict(model.weights)
     for part in weights:
         module = getattr(model, part)
@@ -320,22 +337,27 @@ def save_vlm(model, folder, language=None):
             weights[part] = ""
         if weights[part]:
             continue
-        if part == "vision":
-            save_module(module, folder / "vision.safetensors")
-        else:
+        if part != "language":
+            save_module(module, folder / f"{part}.safetensors")
+        elif isinstance(module, LLaMA):
             save_llama(module, folder / "language", language)
+        else:
+            (folder / "language").mkdir()
+            save_module(module, folder / "language" / "model.safetensors")
+            write_config(folder / "language", model.vision.config, module.config)
     write_settings(folder / "config.json", {"weights": weights, "hashes": model.hashes, "lora": model.lora,
                                             "merge": model.vision.config.merge})
 
 
-def read_vlm_config(folder, parts=("vision", "language")):
+def read_vlm_config(folder, parts=("vision", "projector", "language")):
     """What save_vlm wrote, the weights of these parts where they are now. Raises UserError if it is no VLM's."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no model here; run `python train_vlm.py`")
     config = read_settings(folder / "config.json")
     hashes = config.get("hashes", {})
-    weights = {part: config["weights"][part] and find_weights(config["weights"][part], hashes.get(part))
-               for part in parts}
+    paths = {part: config["weights"].get(part, "") for part in parts}
+    places = {path: find_weights(path, hashes.get(part)) for part, path in paths.items() if path}
+    weights = {part: places.get(path, "") for part, path in paths.items()}
     return {"merge": 1, **config, "weights": weights, "hashes": hashes}
 
 
@@ -349,11 +371,23 @@ def load_vision(folder, config, device):
     return model
 
 
-def load_vlm(folder, dtype=torch.float32, device="cpu", split=None):
-    """The VLM that save_vlm wrote. Raises UserError when a file is missing or does not fit."""
+def load_vlm(folder, dtype=torch.float32, device="cpu", split=None, trained=()):
+    """
+    The VLM that save_vlm wrote; split, trained: see build_vlm. Raises UserError when a file is missing or does
+    not fit.
+    """
     folder = Path(folder)
     config = read_vlm_config(folder)
     weights, lora = config["weights"], config["lora"]
+    if is_qwen(weights["language"] or folder / "language"):
+        own = {part: folder / f"{part}.safetensors" for part in ("vision", "projector")}
+        sources = {part: path or own.get(part, folder / part) for part, path in weights.items()}
+        model = load_qwen(sources, dtype, device, {*trained, *(part for part in own if not weights[part])})
+        for part in lora:
+            add_lora(getattr(model, part), **lora[part])
+            load_adapter(getattr(model, part), folder / ADAPTERS[part])
+        model.weights, model.hashes, model.lora = weights, model.hashes | config["hashes"], lora
+        return model
     language = load_llama(weights["language"] or folder / "language", dtype, device, lora.get("language"), split)
     if "language" in lora:
         load_adapter(language, folder / ADAPTERS["language"])

@@ -1,6 +1,7 @@
 """What a run begins with: weights files, the parts of another run, or an adapter."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from plumbing.claims import tokenizer_mismatch
@@ -10,12 +11,34 @@ from plumbing.flags import UserError
 SUFFIXES = {"llama": ".model", "qwen3_vl": ".json"}  # of the tokenizer's file, by a config.json's model_type
 
 
+def hub_folder(name):
+    """The hub folder of a whole model that --model names, as it is or in weights/; "" where it names sizes."""
+    return next((str(path) for path in (Path(name), Path("weights", name)) if (path / "config.json").is_file()), "")
+
+
+def settle(config):
+    """
+    train_vlm.py's flags with "auto" replaced in --vision and --lora_targets: of a pretrained Qwen3-VL the tower is
+    frozen, and LoRA is on all seven matrices of a block.
+    """
+    name = config.model
+    if config.start and not Path(config.start, "adapter_config.json").is_file():
+        name = read_manifest(find_run(config.start)[1]).get("flags", {}).get("model", name)
+    whole = bool(hub_folder(name))
+    targets = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj" if whole else "q_proj,v_proj"
+    return replace(config, vision={"auto": "frozen" if whole else "full"}.get(config.vision, config.vision),
+                   lora_targets={"auto": targets}.get(config.lora_targets, config.lora_targets))
+
+
 def weights_of(config, tokenizer):
     """The weights files of vision and language part, "" for none. UserError where the tokenizer is another's."""
     paper = {"vision": "weights/biomedclip.safetensors", "language": "weights/pmc_llama_7b"}
     chosen = {"vision": config.vision_weights, "language": config.language_weights}
+    whole = hub_folder(config.model)
+    if whole and {*chosen.values()} != {"auto"}:
+        raise UserError(f"--model={config.model}: brings all parts; leave out --vision_weights and --language_weights")
     for part, name in chosen.items():
-        chosen[part] = {"auto": paper[part] if config.model == "paper" else "", "none": ""}.get(name, name)
+        chosen[part] = {"auto": paper[part] if config.model == "paper" else whole, "none": ""}.get(name, name)
     if Path(chosen["language"], "config.json").is_file():
         require_own_tokenizer(chosen["language"], tokenizer)
     return chosen["vision"], chosen["language"]

@@ -79,8 +79,9 @@ def load_exactly(model, files, dtype, device, prefix="", dropped=r"(?!)"):
     tensor: the peak of memory is the weights themselves. Of a model that processes have split, each fills its
     part. On the meta device again nothing is read but names and shapes.
 
-    prefix is taken off the files' keys; keys that fully match `dropped` are left out. Raises
-    UserError with the first offenders when a key is unknown, missing, repeated or misshapen.
+    dtype: of its floating tensors; None: as the empty model has them. prefix is taken off the files' keys; keys
+    that fully match `dropped` are left out. Raises UserError with the first offenders when a key is unknown,
+    missing, repeated or misshapen.
     """
     state, names = model.state_dict(), plain_names(model.state_dict())
     sources, problems = {}, []
@@ -105,7 +106,7 @@ def load_exactly(model, files, dtype, device, prefix="", dropped=r"(?!)"):
         state = model.to_empty(device=device).state_dict()
     for name, (file, key) in sources.items():
         target = state[names[name]]
-        kind = dtype if target.is_floating_point() else target.dtype  # counts stay whole
+        kind = dtype if dtype and target.is_floating_point() else target.dtype  # counts stay whole
         if str(device) == "meta":
             loaded[names[name]] = target.to(kind)
             continue

@@ -20,6 +20,8 @@ from pathlib import Path
 
 from plumbing.files import lock, manifest_checksum, read_manifest, require_writable, sync
 from plumbing.flags import UserError
+from tasks.splits import count_questions, show_images
+from tasks.vqa import as_asked
 
 RESULTS, REPLACED, PARTIAL = "results.json", ".replaced_", ".partial_"
 IN_NAMES = {"limit": "first_{}", "blind": "blind_{}", "max_new_tokens": "{}_tokens",  # eval_vqa.py's flags, where
@@ -90,6 +92,17 @@ def require_room(out, needed):
     if (free := shutil.disk_usage(out).free) < needed:
         raise UserError(f"{out}: room for {free:,} bytes, while the answers take {needed:,} and more; make "
                         "space, or name another place with --out=")
+
+
+def require_answerable(shards, out, config):
+    """Raise UserError where the lines of all answers do not fit into their place, were all answers empty."""
+    needed = 0
+    for shard in shards:
+        count = count_questions(shard, config)
+        rows = len(show_images(shard, count, config)) + 1
+        needed += rows * len(encode({"dataset": shard.folder.parent.name, **as_asked(record), "prediction": ""}
+                                    for record in shard.read_records()[:count]))
+    require_room(out, needed)
 
 
 def write_evaluation(folder, facts, lines):

@@ -8,9 +8,12 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from plumbing.flags import UserError
 from plumbing.pixels import resize_flags
 from plumbing.shards import Shard
+from tasks.vqa import exchange_images
 
 QUESTIONS_PER_ROW = 32  # that share the keys and values of what they begin with; more of them start another row
 
@@ -75,6 +78,29 @@ def open_splits(data, split, shards_dir, tokenizer, image=None):
 
 
 # ----------------------------------------------------------------------------- the questions of a shard
+
+def count_questions(shard, config):
+    """How many of a shard's questions eval_vqa.py's flags ask."""
+    return min(config.limit or len(shard), len(shard))
+
+
+def show_images(shard, count, config):
+    """
+    {row of the table: (I,) the image that is shown in place of each of the shard's}. UserError where --blind=shuffle
+    has no two to exchange.
+    """
+    own = np.arange(len(shard.image_index))
+    sample, image = shard.image_pairs()
+    asked = sample < count
+    related = shard.connect()[sample[asked]]
+    shown = {} if config.blind == "shuffle" else {"model": own}
+    if config.blind != "none" and len(np.unique(related)) > 1:
+        shown["image shuffled"] = exchange_images(len(own), image[asked], related, config.seed)
+    if not shown:
+        raise UserError(f"--blind=shuffle: {shard.folder} has no two images to exchange; leave --blind "
+                        "out, or name other --data")
+    return shown
+
 
 @dataclass
 class Question:

@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 
 from data import Record
-from generate import Answer, Cache, Piece, count_tokens, extend, run_pieces
+from generate import Answer, Cache, Piece, count_positions, extend, run_pieces
 from plumbing.devices import autocast_to, pick_device
 from plumbing.flags import Device, Range, UserError, parse_command_line, run
 from plumbing.pixels import TOO_LARGE, Unreadable, load_image, resize_image
@@ -148,7 +148,7 @@ class Conversation:
         if self.asked == QUESTIONS_PER_ROW or self.cached + longest > MAX_CACHED:
             self.start(prefix)
         self.asked, self.cached = self.asked + 1, self.cached + longest
-        position = count_tokens(self.model, prefix, [self.image])
+        position = count_positions(self.model, prefix, [self.image])
         answer = Answer(0, 0, 1, Piece(0, self.asked, position, own, []))
         while not answer.done:
             with self.autocast:

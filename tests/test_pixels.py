@@ -16,8 +16,8 @@ from PIL import Image
 import plumbing.pixels
 from data import Record
 from plumbing.flags import UserError
-from plumbing.pixels import (DEEP_PIXELS, FIT_STEP, FORMATS, SUFFIXES, Unreadable, load_image, open_stored,
-                             resize_image)
+from plumbing.pixels import (DEEP_PIXELS, FIT_STEP, FORMATS, SMART_LEAST, SMART_MOST, SUFFIXES, Unreadable,
+                             load_image, load_pixels, open_stored, resize_flags, resize_image, smart_shape)
 from prepare.folder import read_folder
 from prepare.shards import ImageSettings, encode_image
 from test_prepare import write_toy
@@ -477,3 +477,92 @@ def test_images_keep_their_shapes_in_a_shard_and_squares_are_asked_for_by_name(t
 def test_the_rule_for_deep_pixels_stands_in_the_image_settings():
     assert ImageSettings(224, "squash", "jpeg", 97).deep == DEEP_PIXELS
     assert "0.5" in DEEP_PIXELS and "99.5" in DEEP_PIXELS
+
+
+# ----------------------------------------------------------------------------- Qwen's own sizes
+
+@pytest.fixture(scope="module")
+def theirs():
+    """transformers' image processor that works with Pillow, as Qwen3-VL's checkpoints set it up."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    return Qwen2VLImageProcessorPil(patch_size=16, temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3,
+                                    image_std=[0.5] * 3)
+
+
+def patches_of(pixels):
+    """What Qwen3-VL reads of pixels (H, W, 3) uint8: (patches, 1536), four that are merged side by side."""
+    values = ((pixels * (1 / 255)).astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
+    rows, columns = pixels.shape[0] // 32, pixels.shape[1] // 32
+    values = values.reshape(rows, 2, 16, columns, 2, 16, 3).transpose(0, 3, 1, 4, 6, 2, 5)  # R C i j channel y x
+    return np.stack([values] * 2, 5).reshape(-1, 1536)  # each twice: a still image is two moments of time
+
+
+def noise(height, width, channels=3):
+    pixels = np.random.default_rng(height * width).integers(0, 256, (height // 3 + 2, width // 3 + 2, 3), np.uint8)
+    image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(image if channels == 3 else image.convert("L"))
+
+
+def kinds_of_images():
+    """30 files: of all depths and formats, tiny ones, long ones, and such as each cap makes smaller."""
+    grey, colour = noise(300, 421, 1), noise(336, 500)
+    deep = grey.astype(np.uint16) * 16 + 7
+    alpha = np.dstack([colour, np.tile(np.linspace(0, 255, 500).astype(np.uint8), (336, 1))])
+    files = [saved(grey, "PNG"), saved(grey, "JPEG"), saved(grey, "PNG", "1"), saved(deep, "PNG"),
+             tiff((deep, {}), order=">"), tiff((deep.astype(np.float32), {262: 0})), png(np.dstack([deep] * 3)),
+             saved(alpha, "PNG"), saved(alpha, "WEBP", lossless=True), saved(np.dstack([grey, grey]), "PNG"),
+             saved(Image.fromarray(colour).quantize(64), "GIF"), saved(colour, "JPEG", "CMYK"),
+             saved(colour, "BMP"), saved(colour, "JPEG2000"), turned("JPEG", colour), turned("PNG", colour),
+             turned("TIFF", colour)]
+    shapes = [(1, 3), (5, 5), (28, 28), (31, 17), (80, 2000), (3000, 48), (16, 3200), (448, 448), (1008, 80),
+              (1280, 720), (1500, 2000), (255, 257), (768, 768)]
+    return files + [saved(noise(*shape), "PNG" if min(shape) < 300 else "JPEG") for shape in shapes]
+
+
+@pytest.mark.parametrize("most", [SMART_LEAST, 1280 * 784, SMART_MOST])
+def test_pixels_of_all_kinds_are_those_that_qwen_reads(theirs, most, tmp_path):
+    files, shapes = kinds_of_images(), set()
+    assert len(files) == 30
+    theirs.size = {"shortest_edge": SMART_LEAST, "longest_edge": most}
+    for content in files:
+        (tmp_path / "image").write_bytes(content)
+        ours = load_pixels(tmp_path / "image", most, "smart")
+        shapes.add(ours.shape)
+        read = theirs(load_image(content), return_tensors="np")
+        assert read["image_grid_thw"].tolist() == [[1, ours.shape[0] // 16, ours.shape[1] // 16]]
+        assert np.abs(read["pixel_values"] - patches_of(ours)).max() == 0.0
+    assert len(shapes) >= 10
+
+
+def test_smart_sizes_are_the_published_examples():
+    for height, width, wanted in [
+            (224, 224, (256, 256)), (100, 100, (256, 256)), (28, 28, (256, 256)), (448, 448, (448, 448)),
+            (512, 512, (512, 512)), (768, 768, (768, 768)), (1280, 1280, (1280, 1280)), (336, 500, (320, 512)),
+            (2000, 3000, (1984, 3008)), (5000, 5000, (4096, 4096)), (80, 3200, (64, 3200))]:  # 2.5 steps: to even
+        assert smart_shape(height, width, SMART_MOST) == wanted
+    assert smart_shape(2000, 3000, 1 << 20) == (832, 1248)
+
+
+def test_an_image_of_200_to_1_is_read_and_a_longer_one_is_not():
+    assert resize_image(Image.new("RGB", (2000, 10)), SMART_MOST, "smart").size == (3648, 32)
+    for size in ((2001, 10), (10, 2001), (201, 1)):
+        with pytest.raises(Unreadable, match="more than 200 times"):
+            resize_image(Image.new("RGB", size), SMART_MOST, "smart")
+    content = saved(noise(4, 801), "PNG")
+    settings = ImageSettings(SMART_MOST, "smart", "png", 0)
+    assert encode_image(content, settings) == plumbing.pixels.TOO_LONG  # so it is skipped, and counted
+
+
+def test_a_large_jpeg_is_decoded_whole_for_a_size_in_pixels(tmp_path):
+    pixels = noise(1500, 2000)
+    (tmp_path / "a.jpg").write_bytes(content := saved(pixels, "JPEG", quality=90))
+    height, width = smart_shape(1500, 2000, SMART_LEAST)
+    whole = Image.open(io.BytesIO(content)).resize((width, height), Image.Resampling.BICUBIC)
+    assert np.array_equal(load_pixels(tmp_path / "a.jpg", SMART_LEAST, "smart"), np.asarray(whole))
+    stored = encode_image(content, ImageSettings(SMART_LEAST, "smart", "png", 0))
+    assert np.array_equal(open_stored(stored[0], *stored[1]), np.asarray(whole))
+
+
+def test_flags_are_told_back_as_they_were_given():
+    assert resize_flags({"size": 100352, "resize": "smart", "codec": "jpeg"}) == "--resize=fit --max_pixels=100352"
+    assert resize_flags({"size": 224, "resize": "fit"}) == "--image_size=224 --resize=fit"

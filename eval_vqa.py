@@ -18,7 +18,7 @@ look at) find them. The metrics are in tasks/vqa.py, what a run has seen in task
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from plumbing.flags import BatchSize, Device, Range, Text, UserError, Whole, parse_command_line, run
+from plumbing.flags import BatchSize, Device, Range, Share, Text, UserError, Whole, parse_command_line, run
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Config:
     batch_size: BatchSize = 32  # images, or studies, answered together, with all their questions
     max_new_tokens: Annotated[int, Range(1, 1 << 16)] = 32  # longest answer; reports are longer
     temperature: Annotated[float, Range(0, 1e3)] = 0.0  # 0: greedy; else the batch counts, too
+    top_k: Whole = 0  # with a temperature: among the so many likeliest tokens; 0: all
+    top_p: Share = 1.0  # with a temperature: among the fewest likeliest tokens with this much of the probability
     limit: Whole = 0  # only the first so many questions of a dataset; 0: all
     seed: Whole = 0  # of the exchange, of sampling and of the intervals
     device: Device = "auto"  # cuda, mps or cpu
@@ -55,7 +57,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import Record
-from generate import ask, finished_groups, generate
+from generate import Sampling, ask, finished_groups, generate
 from plumbing.devices import autocast_to, describe_machine, join_group, pick_device, together
 from plumbing.files import read_manifest
 from run import open_trained_run
@@ -87,7 +89,8 @@ def answer_one(config):
     torch.manual_seed(config.seed)
     with autocast_to(device, dtype):
         return ask(model, tokenizer, config.question, config.image, record["image"]["size"],
-                   record["image"]["resize"], config.max_new_tokens, config.temperature)
+                   record["image"]["resize"], config.max_new_tokens, temperature=config.temperature,
+                   top_k=config.top_k, top_p=config.top_p)
 
 
 def answer(model, tokenizer, shard, count, shown, config):
@@ -103,8 +106,9 @@ def answer(model, tokenizer, shard, count, shown, config):
 
     def answer_part():
         groups, given = group_questions(shard, count, shown)[rank::ranks], []
-        passes = generate(model, read_groups(shard, groups), config.max_new_tokens, config.temperature,
-                          config.batch_size, stops=tokenizer.stops, log_probabilities=False)
+        sampling = Sampling(config.temperature, config.top_k, config.top_p, tokenizer.stops, tokenizer.vocab_size)
+        passes = generate(model, read_groups(shard, groups), config.max_new_tokens, sampling, config.batch_size,
+                          log_probabilities=False)
         with tqdm(total=sum(map(len, groups)), unit="question", leave=False, desc=shard.folder.parent.name,
                   disable=rank > 0) as progress:
             for group, answers in finished_groups(passes):
@@ -131,7 +135,7 @@ def answer(model, tokenizer, shard, count, shown, config):
 def list_facts(checkpoint, shard, splits, config, device, dtype):
     """What an evaluation's numbers stand on, as a dict: two of the same have the same results."""
     flags = ["limit", "blind", "max_new_tokens", "temperature", "seed"]
-    flags += ["batch_size"] * (config.temperature > 0)
+    flags += ["batch_size", "top_k", "top_p"] * (config.temperature > 0)
     return {"checkpoint": read_manifest(checkpoint)["checksum"], "data": shard.manifest["checksum"],
             "trained": splits if isinstance(splits, str) else {
                 name: train.manifest["checksum"] for name, (train, _) in splits.items()},
@@ -183,6 +187,8 @@ def load(checkpoint, shards, device, dtype):
 
 
 def main(config):
+    if (config.top_k or config.top_p < 1) and not config.temperature:
+        raise UserError("--top_k and --top_p: for sampled answers; give a --temperature, too, such as 0.7")
     if config.question or config.image:
         return print(answer_one(config))
     device, dtype = pick_device(config.device, config.dtype)

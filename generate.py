@@ -144,14 +144,32 @@ def begin_group(model, cache, row, number, images, prompts):
     return Piece(row, 0, 0, prefix, images), answers
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen from logits, and which end an answer."""
+    temperature: float = 0.0  # 0: the likeliest; else by torch's generator
+    top_k: int = 0  # among the so many likeliest; 0: all
+    top_p: float = 1.0  # among the fewest likeliest that have this much of the probability
+    stops: tuple = (EOS,)
+    vocab_size: int | None = None  # ids from here on are no tokens, and are never chosen
+
+    def choose(self, logits):
+        """(n, V) logits -> (n, 1) token ids."""
+        if not self.temperature:
+            return logits.argmax(dim=-1, keepdim=True)
+        scores, tokens = (logits / self.temperature).sort(dim=-1, descending=True)
+        scores[:, self.top_k or scores.shape[1]:] = -torch.inf
+        probabilities = F.softmax(scores, dim=-1)
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities[:, 1:][before[:, 1:] >= self.top_p] = 0
+        return tokens.gather(1, torch.multinomial(probabilities, 1))
+
+
 @torch.no_grad()
-def extend(model, cache, answers, max_new_tokens, temperature=0.0, stops=(EOS,), log_probabilities=True):
+def extend(model, cache, answers, max_new_tokens, sampling=Sampling(), log_probabilities=True):
     """Give each of n Answers its next token, in one pass. Returns the logits that they were chosen from, (n, V)."""
-    logits = run_pieces(model, cache, [answer.next for answer in answers])
-    if temperature > 0:
-        chosen = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
-    else:
-        chosen = logits.argmax(dim=-1, keepdim=True)
+    logits = run_pieces(model, cache, [answer.next for answer in answers])[:, :sampling.vocab_size]
+    chosen = sampling.choose(logits)
     if log_probabilities:
         for answer, value in zip(answers, logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()):
             answer.log_probabilities.append(value)
@@ -159,21 +177,20 @@ def extend(model, cache, answers, max_new_tokens, temperature=0.0, stops=(EOS,),
         piece = answer.next
         position = piece.position + count_positions(model, piece.tokens, piece.images)
         answer.next = Piece(piece.row, piece.branch, position, [token], [])
-        answer.tokens += [token] * (token not in stops)
-        answer.done = token in stops or len(answer.tokens) == max_new_tokens
+        answer.tokens += [token] * (token not in sampling.stops)
+        answer.done = token in sampling.stops or len(answer.tokens) == max_new_tokens
     return logits
 
 
 @torch.no_grad()
-def generate(model, groups, max_new_tokens=32, temperature=0.0, rows=64, stops=(EOS,), log_probabilities=True):
+def generate(model, groups, max_new_tokens=32, sampling=Sampling(), rows=64, log_probabilities=True):
     """
-    Answer prompts; greedy at temperature 0, else sampled with torch's generator. Yields, pass after pass,
-    the Answers that got a token.
+    Answer prompts. Yields, pass after pass, the Answers that got a token.
 
     groups: an iterable of (images, prompts): images (H, W, 3) uint8, and prompts as lists of token ids, <bos>
     first, in which image number k is -1 - k. `rows` groups are under way at a time; whenever a quarter of
-    the rows is free, as many new groups are taken in. An answer ends with one of `stops`. log_probabilities:
-    whether those of its tokens are wanted, too; for a small model they take a tenth of the time.
+    the rows is free, as many new groups are taken in. log_probabilities: whether those of the tokens are
+    wanted, too; for a small model they take a tenth of the time.
     """
     groups = iter(groups)
     first = list(itertools.islice(groups, rows))
@@ -191,7 +208,7 @@ def generate(model, groups, max_new_tokens=32, temperature=0.0, rows=64, stops=(
         asked = [answer for _, answers in begun for answer in answers] or live
         if not asked:
             return
-        extend(model, cache, asked, max_new_tokens, temperature, stops, log_probabilities)
+        extend(model, cache, asked, max_new_tokens, sampling, log_probabilities)
         yield asked
         live = [answer for answer in (live + asked if new else asked) if not answer.done]
 
@@ -207,10 +224,11 @@ def finished_groups(passes):
                     yield answer.group, [ended for _, ended in sorted(done.pop(answer.group).items())]
 
 
-def ask(model, tokenizer, question, image="", size=224, resize="squash", max_new_tokens=32, temperature=0.0):
+def ask(model, tokenizer, question, image="", size=224, resize="squash", max_new_tokens=32, **sampling):
     """
     The answer to one question, as text. image: path of an image file, "" for none; size, resize: how the
-    training images were brought to size (plumbing.pixels.resize_image). Raises UserError when it is no image.
+    training images were brought to size (plumbing.pixels.resize_image); sampling: temperature, top_k, top_p.
+    Raises UserError when it is no image.
     """
     images = []
     if image:
@@ -220,6 +238,7 @@ def ask(model, tokenizer, question, image="", size=224, resize="squash", max_new
             raise UserError(f"{image}: not an image that can be read ({error})") from None
     tokens, spans, _ = tokenizer.write(Record("", question, image=b"" if images else None))
     prompt = tokens[:spans[0][0]]
-    passes = generate(model, [(images, [prompt])], max_new_tokens, temperature, stops=tokenizer.stops)
+    choice = Sampling(stops=tokenizer.stops, vocab_size=tokenizer.vocab_size, **sampling)
+    passes = generate(model, [(images, [prompt])], max_new_tokens, choice)
     ((_, (answer,)),) = finished_groups(passes)
     return tokenizer.decode(answer.tokens)

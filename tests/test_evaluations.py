@@ -552,7 +552,7 @@ def test_a_mistake_of_one_process_ends_all_with_one_line(rank, monkeypatch):
 # ----------------------------------------------------------------------------- how answers end
 
 def test_answers_that_are_cut_are_counted(evaluate, monkeypatch, capsys):
-    def generate(model, groups, max_new_tokens, temperature, rows, stops, log_probabilities):
+    def generate(model, groups, max_new_tokens, sampling, rows, log_probabilities):
         for number, (_, prompts) in enumerate(groups):
             yield [Answer(number, place, len(prompts), None, [5] * max_new_tokens if number < 3 else [], done=True)
                    for place, _ in enumerate(prompts)]

@@ -15,7 +15,7 @@ from PIL import Image
 
 import generate as generate_file
 from data import BOS, EOS, write_plain
-from generate import Cache, ask, extend, finished_groups, generate, run_pieces
+from generate import Cache, Sampling, ask, extend, finished_groups, generate, run_pieces
 from model import normalise
 from plumbing.flags import UserError
 from test_model import LLAMA, TOLERANCE, V, relative_error, tiny_vlm
@@ -140,7 +140,7 @@ def test_tokens_come_as_they_are_made(vlm):
 def test_what_stops_an_answer_is_one_s_own(vlm):
     plain = tokens_of(answer_all(vlm, GROUPS, 12))
     stop = plain[1][0][2]
-    for before, after in zip(sum(plain, []), sum(tokens_of(answer_all(vlm, GROUPS, 12, stops=(EOS, stop))), [])):
+    for before, after in zip(sum(plain, []), sum(tokens_of(answer_all(vlm, GROUPS, 12, Sampling(stops=(EOS, stop)))), [])):
         assert after == (before[:before.index(stop)] if stop in before else before)
 
 
@@ -179,7 +179,7 @@ def test_a_prefix_is_run_once_and_what_is_shared_is_all_but_the_last_token(vlm, 
 
     monkeypatch.setattr(generate_file, "run_pieces", watched)
     monkeypatch.setattr(vlm, "encode_images", lambda images: images_shown.append(len(images)) or whole(images))
-    list(generate(vlm, given([([0], [[BOS, IMAGE, 80, 81, 82]] * 5)]), 3, stops=()))
+    list(generate(vlm, given([([0], [[BOS, IMAGE, 80, 81, 82]] * 5)]), 3, Sampling(stops=())))
     assert passes == [[4], [1] * 5, [1] * 5, [1] * 5] and images_shown == [1]
 
 
@@ -198,7 +198,7 @@ def test_greedy_generation_equals_that_of_transformers(vlm, tmp_path):
 def test_sampling_follows_torch_s_seed_and_the_temperature(vlm):
     def sample(seed, temperature):
         torch.manual_seed(seed)
-        return tokens_of(answer_all(vlm, GROUPS, 12, temperature))
+        return tokens_of(answer_all(vlm, GROUPS, 12, Sampling(temperature)))
 
     assert sample(0, 0.5) == sample(0, 0.5) != sample(1, 0.5)
     assert sample(0, 1e-5) == sample(0, 0.0) != sample(0, 0.5)
@@ -207,13 +207,36 @@ def test_sampling_follows_torch_s_seed_and_the_temperature(vlm):
 def test_sampled_frequencies_follow_the_softmax():
     model, rows = tiny_vlm(), 20_000
     torch.manual_seed(0)
-    answers = answer_all(model, [([], [[BOS, 5, 6]] * 50)] * (rows // 50), 1, 1.5)
+    answers = answer_all(model, [([], [[BOS, 5, 6]] * 50)] * (rows // 50), 1, Sampling(1.5))
     counts = torch.bincount(torch.tensor([(row or [EOS])[0] for row in sum(tokens_of(answers), [])]), minlength=V)
     expected = F.softmax(logits_alone(model, [BOS, 5, 6], []) / 1.5, -1) * rows
     chi_square = ((counts - expected)[expected > 5] ** 2 / expected[expected > 5]).sum().item()
     freedom = (expected > 5).sum().item()
     assert freedom > 100
     assert abs(chi_square - freedom) < 5 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (20, 0.8), (5, 1.0), (0, 0.3), (1, 0.5), (0, 0.0), (3, 0.9)])
+def test_tokens_are_sampled_from_those_that_transformers_leaves(top_k, top_p):
+    torch.manual_seed(0)
+    logits, temperature = 3 * torch.randn(4, V), 0.7
+    scores = logits / temperature
+    if top_k:
+        scores = transformers.TopKLogitsWarper(top_k)(None, scores)
+    if top_p < 1:
+        scores = transformers.TopPLogitsWarper(top_p)(None, scores)
+    wanted, rows = scores.softmax(-1), 4000
+    chosen = Sampling(temperature, top_k, top_p).choose(logits.repeat_interleave(rows, 0)).view(4, rows)
+    for row in range(4):
+        share = torch.bincount(chosen[row], minlength=V) / rows
+        assert (share[wanted[row] == 0] == 0).all()
+        assert (share - wanted[row]).abs().max() < 5 * (0.25 / rows) ** 0.5
+
+
+def test_ids_that_no_tokenizer_has_are_never_chosen(vlm):
+    for temperature in (0.0, 50.0):
+        tokens = tokens_of(answer_all(vlm, GROUPS, 12, Sampling(temperature, stops=(), vocab_size=7)))
+        assert max(sum(sum(tokens, []), [])) < 7
 
 
 # ----------------------------------------------------------------------------- the cache
@@ -230,7 +253,7 @@ def test_logits_out_of_the_cache_are_those_without_it(vlm):
     for _ in range(5):
         wanted = [logits_alone(vlm, prompt + answer.tokens, images)
                   for (prompt, images), answer in zip(prompts, answers)]
-        logits = extend(vlm, cache, answers, 12, stops=())
+        logits = extend(vlm, cache, answers, 12, Sampling(stops=()))
         assert relative_error(logits, torch.stack(wanted)) < TOLERANCE
 
 
@@ -263,7 +286,7 @@ def test_ask_gives_the_answer_to_one_question_as_text(vlm, tmp_path):
     def encode(text):
         return [50 + len(word) for word in text.split()]
 
-    words = SimpleNamespace(write=lambda record: write_plain(record, encode), stops=(EOS,),
+    words = SimpleNamespace(write=lambda record: write_plain(record, encode), stops=(EOS,), vocab_size=V,
                             decode=lambda tokens: " ".join(map(str, tokens)))
     image, stream = some_images()[0], io.BytesIO()
     Image.fromarray(image).save(stream, "PNG")

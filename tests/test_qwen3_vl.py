@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import zoo.qwen3_vl as qwen3_vl
 from data import Mixture
-from generate import finished_groups, generate
+from generate import Sampling, finished_groups, generate
 from lora import add_lora
 from model import VLM
 from plumbing.flags import UserError
@@ -270,7 +270,7 @@ def test_logits_and_greedy_answers_are_those_of_transformers(number, peers):
     model = build_vlm(str(folder), 512, str(folder), str(folder)).eval()
     images = random_images(SIZES, number)
     arrays = [image.numpy() for image in images]
-    passes = generate(model, [(arrays, [tokens]) for tokens in SEQUENCES], 6, stops=())
+    passes = generate(model, [(arrays, [tokens]) for tokens in SEQUENCES], 6, Sampling(stops=()))
     answers = {group: answer.tokens for group, (answer,) in finished_groups(passes)}
     for place, tokens in enumerate(SEQUENCES):
         inputs = shown_to_peer(tokens, images, model.vision)
@@ -289,7 +289,7 @@ def test_prompts_that_share_images_answer_as_alone(peers):
     begin = [START, -1, END, 7, START, -2, END]
     prompts = [[*begin, 8, 9], [*begin, 10], [*begin, START, -3, END, 11], [*begin[:2], 20], [*begin[:2], 21, 22]]
     groups = [(images, prompts[:3]), (images, prompts[3:])]  # the second's prefix ends with its image
-    together = dict(finished_groups(generate(model, [([i.numpy() for i in images], some) for _, some in groups], 5, stops=())))
+    together = dict(finished_groups(generate(model, [([i.numpy() for i in images], some) for _, some in groups], 5, Sampling(stops=()))))
     for number, (_, some) in enumerate(groups):
         for place, prompt in enumerate(some):
             tokens = list(prompt)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data import Mixture, Tokenizer
-from generate import finished_groups, generate
+from generate import Sampling, finished_groups, generate
 from model import normalise
 from plumbing.devices import to_device
 from plumbing.flags import UserError, Whole, parse_command_line, run
@@ -127,7 +127,7 @@ def follow_model(config, shard, model, tokenizer, reference):
     print(f"VLM.loss         {model.loss(batch) / step.divisor:.3f} nats a token")
     prompt = [max(token, -1) for token in shard.read_sample(config.number).prompt().tolist()]  # one image: -1
     [(_, [reply])] = finished_groups(generate(model, [([batch.images[0].numpy()], [prompt])],
-                                           stops=tokenizer.stops))
+                                           sampling=Sampling(stops=tokenizer.stops, vocab_size=tokenizer.vocab_size)))
     print(f"generate         {reply.tokens}")
     print(f"Tokenizer.decode {tokenizer.decode(reply.tokens)!r}")
     print(f"bleu1            {bleu1(tokenizer.decode(reply.tokens), reference):.2f}")

@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 
 from data import Record
-from generate import Answer, Cache, Piece, count_positions, extend, run_pieces
+from generate import Answer, Cache, Piece, Sampling, count_positions, extend, run_pieces
 from plumbing.devices import autocast_to, pick_device
 from plumbing.flags import Device, Range, UserError, parse_command_line, run
 from plumbing.pixels import TOO_LARGE, Unreadable, load_image, resize_image
@@ -127,12 +127,13 @@ class Conversation:
     def __init__(self, model, tokenizer, image, dtype):
         self.model, self.tokenizer, self.image = model, tokenizer, image
         self.asked, self.cached = QUESTIONS_PER_ROW, 0  # so many, and another cache starts
-        self.autocast = autocast_to(model.projector.weight.device, dtype)
+        self.sampling = Sampling(stops=tokenizer.stops, vocab_size=tokenizer.vocab_size)
+        self.autocast = autocast_to(next(model.projector.parameters()).device, dtype)
 
     def start(self, prefix):
         """Run what every question sees: the prompt's tokens up to the image."""
-        embedding = next(self.model.language.parameters())
-        cache = WatchedCache(self.model.language.config, 1, embedding.dtype, embedding.device)
+        weight = next(self.model.language.blocks.parameters())
+        cache = WatchedCache(self.model.language.config, 1, weight.dtype, weight.device)
         with self.autocast:
             run_pieces(self.model, cache, [Piece(0, 0, 0, prefix, [self.image])], wanted=False)
         self.cache, self.asked, self.cached = cache, 0, 0
@@ -152,8 +153,7 @@ class Conversation:
         answer = Answer(0, 0, 1, Piece(0, self.asked, position, own, []))
         while not answer.done:
             with self.autocast:
-                [logits] = extend(self.model, self.cache, [answer], MAX_NEW_TOKENS,
-                                  stops=self.tokenizer.stops)  # (V,)
+                [logits] = extend(self.model, self.cache, [answer], MAX_NEW_TOKENS, self.sampling)  # (V,)
             [token], probabilities = answer.next.tokens, logits.softmax(0)
             best, ids = probabilities.topk(RUNNERS_UP + 1)
             others = [pair for pair in zip(ids.tolist(), best.tolist()) if pair[0] != token]

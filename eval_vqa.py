@@ -41,6 +41,7 @@ class Config:
     seed: Whole = 0  # of the exchange, of sampling and of the intervals
     device: Device = "auto"  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: 16 bits on a GPU
+    base_bits: Literal["auto", "0", "16", "8", "4"] = "auto"  # of the frozen base; auto: as trained; 0: as --dtype
 
 
 if __name__ == "__main__":
@@ -85,7 +86,7 @@ def answer_one(config):
         what = "a folder" if Path(config.image).is_dir() else "no such file"
         raise UserError(f"--image={config.image}: {what}; name one image file")
     device, dtype = pick_device(config.device, config.dtype)
-    model = load_vlm(checkpoint, dtype, device).eval()
+    model = load_vlm(checkpoint, dtype, device, bits=config.base_bits).eval()
     torch.manual_seed(config.seed)
     with autocast_to(device, dtype):
         return ask(model, tokenizer, config.question, config.image, record["image"]["size"],
@@ -132,7 +133,7 @@ def answer(model, tokenizer, shard, count, shown, config):
 
 # ----------------------------------------------------------------------------- one evaluation
 
-def list_facts(checkpoint, shard, splits, config, device, dtype):
+def list_facts(checkpoint, shard, splits, config, device, dtype, bits):
     """What an evaluation's numbers stand on, as a dict: two of the same have the same results."""
     flags = ["limit", "blind", "max_new_tokens", "temperature", "seed"]
     flags += ["batch_size", "top_k", "top_p"] * (config.temperature > 0)
@@ -140,7 +141,7 @@ def list_facts(checkpoint, shard, splits, config, device, dtype):
             "trained": splits if isinstance(splits, str) else {
                 name: train.manifest["checksum"] for name, (train, _) in splits.items()},
             "flags": {flag: getattr(config, flag) for flag in flags},
-            "device": device.type, "dtype": str(dtype)}
+            "device": device.type, "dtype": str(dtype), "base_bits": bits}
 
 
 def conclude(shard, answers, cut, splits, trained, config):
@@ -178,9 +179,9 @@ def open_all(config):
     return checkpoint, trained, tokenizer, shards, open_trained(trained, config.shards_dir), out
 
 
-def load(checkpoint, shards, device, dtype):
+def load(checkpoint, shards, device, dtype, bits):
     """The model of a checkpoint. Raises UserError where it cannot read the shards' images."""
-    model = load_vlm(checkpoint, dtype, device).eval()
+    model = load_vlm(checkpoint, dtype, device, bits=bits).eval()
     for shard in shards:
         model.vision.require_shapes(shard.folder, shard.image_index)
     return model
@@ -194,14 +195,14 @@ def main(config):
     device, dtype = pick_device(config.device, config.dtype)
     rank, _, device = join_group(device)
     checkpoint, trained, tokenizer, shards, splits, out = together(lambda: open_all(config))
-    model = together(lambda: load(checkpoint, shards, device, dtype))
+    model = together(lambda: load(checkpoint, shards, device, dtype, config.base_bits))
     print(f"{checkpoint} on {device}, {dtype}")
 
     def finish(shard, answers, cut, seconds):
         asked = sum(map(len, answers.values()))
         results, lines = conclude(shard, answers, cut, splits, trained, config)
         print(f"{asked:,} answers in {seconds:.1f} s, {asked / seconds:.0f} a second")
-        facts = list_facts(checkpoint, shard, splits, config, device, dtype)
+        facts = list_facts(checkpoint, shard, splits, config, device, dtype, model.base_bits)
         folder = place_of(out, name_evaluation(checkpoint, shard, config), facts)
         write_evaluation(folder, {
             "checkpoint": checkpoint.name, "stands_on": facts, "flags": asdict(config),

@@ -51,10 +51,9 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base, r, alpha, dropout=0.0, name="", keys=None):
         super().__init__()
-        self.base = base.requires_grad_(False)
-        self.scale = alpha / r
+        self.base, self.scale = base.requires_grad_(False), alpha / r
         self.dropout, self.keys = dropout, keys or DropoutKeys()
-        device, self.name = base.weight.device, name
+        device, self.name = next(iter([*base.buffers(), base.weight])).device, name
         # A tensor, since torch.compile takes another number for another program
         self.register_buffer("salt", torch.zeros((), dtype=torch.int32, device=device), persistent=False)
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device))  # float32 even
@@ -92,6 +91,8 @@ class LoRALinear(nn.Module):
     def merge(self):
         """Add the update to the base's weight; a second call changes nothing."""
         if self.unmerged is None:
+            if self.base.weight.is_meta:
+                raise UserError("LoRA is not merged into a base of few bits; load that with --base_bits=0")
             self.unmerged = self.base.weight.data
             update = self.scale * (self.lora_B @ self.lora_A)  # (out, in)
             self.base.weight.data = (self.unmerged.float() + update).to(self.unmerged.dtype)

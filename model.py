@@ -459,6 +459,7 @@ class VLM(nn.Module):
         self.weights = {"vision": "", "projector": "", "language": ""}  # part -> weights file or folder that it
         # equals, LoRA aside; none: made from scratch or trained in full, so that weights.py saves it
         self.hashes = {"vision": "", "language": ""}  # part -> hash_weights of what it began with
+        self.base_bits = 0  # of frozen matrices in memory, see quantize.py; 0: of their dtype
 
     def encode_images(self, images, keys=None):
         """

@@ -38,6 +38,7 @@ class Config:
     vision: Literal["auto", "full", "lora", "frozen"] = "auto"  # what trains of the vision part; auto: all, of a loaded Qwen3-VL nothing
     projector: Literal["full", "frozen"] = "full"  # what trains of the projection
     language: Literal["lora", "full", "frozen"] = "lora"  # what trains of the language model
+    base_bits: Literal[0, 16, 8, 4] = 0  # of the frozen base's matrices in memory; 0: as --dtype
     lora_targets: str = "auto"  # matrices of the language model with LoRA; auto: q_proj,v_proj, of a loaded Qwen3-VL all
     lora_vision_targets: str = "qkv"  # matrices of the vision transformer with --vision=lora
     lora_r: Annotated[int, Range(1, 1 << 16)] = 8  # rank
@@ -135,12 +136,12 @@ def load_parts(config, tokenizer, checkpoint, device, dtype):
     trained = [part for part in ("vision", "projector", "language") if getattr(config, part) == "full"]
     dtype = torch.float32 if config.language == "full" else dtype
     if begun:
-        model = load_vlm(begun, dtype, device, split, trained)
+        model = load_vlm(begun, dtype, device, split, trained, config.base_bits)
     else:
         lora = lora_settings(config, config.lora_targets) if config.language == "lora" else None
         vision, language = weights_of(config, tokenizer)
         model = build_vlm(config.model, tokenizer.vocab_size, vision, language, dtype, device, config.merge,
-                          read_adapter_config(adapter) if adapter else lora, split, trained)
+                          read_adapter_config(adapter) if adapter else lora, split, trained, config.base_bits)
     if adapter:
         load_adapter(model.language, adapter)
     if config.merge != model.vision.config.merge:

@@ -30,6 +30,7 @@ from plumbing.files import find_damage, find_run, read_settings, sort_metadata, 
 from plumbing.flags import UserError
 from plumbing.tensors import (find_weights, hash_weights, language_files, load_exactly, plain_names, read_metadata,
                               tensor_shapes, tensors_of)
+from quantize import store_low
 from zoo import qwen3_vl
 from zoo.classifier import Classifier
 from zoo.qwen3_files import build_qwen, is_qwen, load_qwen, write_config
@@ -47,9 +48,11 @@ def is_trained(module):
 def save_module(module, file, state=None):
     """
     Write a module's tensors and what they do not tell: without LoRA, and as before it was merged. state: its
-    state_dict, where processes have split its tensors.
+    state_dict, where processes have split its tensors. Raises UserError where a base of few bits is in it.
     """
     state = state or tensors_of(module)
+    if any(tensor.is_meta for tensor in state.values()):
+        raise UserError("a base of few bits is not saved: load it with --base_bits=0, to export or to merge it")
     tensors = {name: state[inside] for name, inside in plain_names(state).items()}
     tensors |= {f"{name}.weight": layer.unmerged for name, layer in lora_layers(module).items()
                 if layer.unmerged is not None}
@@ -162,10 +165,11 @@ def read_llama_config(folder):
     return config
 
 
-def load_llama(folder, dtype=torch.float32, device="cpu", lora=None, split=None):
+def load_llama(folder, dtype=torch.float32, device="cpu", lora=None, split=None, bits=0):
     """
     A LLaMA from a hub folder. lora: the settings of its LoRA, newly made, if it is to have one; split: a
-    function that divides the empty model among processes before it is filled.
+    function that divides the empty model among processes before it is filled; bits: of its blocks' matrices in
+    memory, frozen, as quantize.py has them; 0: as dtype.
 
     Raises UserError when the folder is incomplete or a tensor does not fit.
     """
@@ -176,6 +180,7 @@ def load_llama(folder, dtype=torch.float32, device="cpu", lora=None, split=None)
                         "tensors beside it")  # and would take for ever to build
     with torch.device("meta"):
         model = LLaMA(config).to(dtype)
+        store_low(model.blocks, bits)
         if split and lora:
             add_lora(model, **lora)
     if split:
@@ -276,15 +281,15 @@ def drop_base(path, tensors, model):
 # ----------------------------------------------------------------------------- the whole
 
 def build_vlm(name, vocab_size, vision_weights="", language_weights="", dtype=torch.float32, device="cpu",
-              merge=1, lora=None, split=None, trained=()):
+              merge=1, lora=None, split=None, trained=(), bits=0):
     """
     A VLM of CONFIGS[name], or of zoo.qwen3_vl's; a part with a weights file is loaded from it, sizes and all: of a
-    Qwen3-VL all from one folder. merge: ViTConfig's; lora, split: of the language part, as load_llama takes them;
-    trained: names of the parts that are to be trained in full, in float32.
+    Qwen3-VL all from one folder. merge: ViTConfig's; lora, split, bits: of the language part, as load_llama takes
+    them; trained: names of the parts that are to be trained in full, in float32.
     """
     if name in qwen3_vl.CONFIGS or is_qwen(language_weights):
-        model = build_qwen(name, vocab_size, language_weights, dtype, device, lora, split, trained)
-        return note_weights(model, dict.fromkeys(model.weights, language_weights))
+        model = build_qwen(name, vocab_size, language_weights, dtype, device, lora, split, trained, bits)
+        return note_weights(model, dict.fromkeys(model.weights, language_weights), bits)
     if name not in CONFIGS:
         near = difflib.get_close_matches(name, [*CONFIGS, *qwen3_vl.CONFIGS], n=1, cutoff=0)[0]
         raise UserError(f"--model={name}: no such sizes, and no folder with a config.json, here or in weights/; did "
@@ -294,7 +299,9 @@ def build_vlm(name, vocab_size, vision_weights="", language_weights="", dtype=to
         vision = (load_vit(vision_weights, device=device, merge=merge) if vision_weights
                   else ViT(replace(vision_config, merge=merge)))
         if language_weights:
-            language = load_llama(language_weights, dtype, device, lora, split)
+            language = load_llama(language_weights, dtype, device, lora, split, bits)
+        elif bits:
+            raise UserError(f"--base_bits={bits}: no base; name one with --language_weights or --start")
         else:
             language = LLaMA(replace(language_config, vocab_size=vocab_size)).to(dtype)
             if lora:
@@ -306,11 +313,12 @@ def build_vlm(name, vocab_size, vision_weights="", language_weights="", dtype=to
                             f"than the tokenizer's {vocab_size}; prepare with its own tokenizer")
         model = VLM(vision, language)
     model.lora |= {"language": lora} if lora else {}
-    return note_weights(model, {"vision": vision_weights, "language": language_weights})
+    return note_weights(model, {"vision": vision_weights, "language": language_weights}, bits)
 
 
-def note_weights(model, sources):
-    """Note from which files, {part: path}, the parts of a new model come; "" for those made from scratch."""
+def note_weights(model, sources, bits):
+    """Note from which files, {part: path}, the parts of a new model come, "" for those made from scratch; its bits."""
+    model.base_bits = bits
     hashes = {path: hash_weights(path) for path in {*sources.values()} if path}
     for part, path in sources.items():
         if path:  # absolute: a run is also read from other folders than the one it was started in
@@ -346,7 +354,7 @@ def save_vlm(model, folder, language=None):
             save_module(module, folder / "language" / "model.safetensors")
             write_config(folder / "language", model.vision.config, module.config)
     write_settings(folder / "config.json", {"weights": weights, "hashes": model.hashes, "lora": model.lora,
-                                            "merge": model.vision.config.merge})
+                                            "merge": model.vision.config.merge, "base_bits": model.base_bits})
 
 
 def read_vlm_config(folder, parts=("vision", "projector", "language")):
@@ -358,7 +366,7 @@ def read_vlm_config(folder, parts=("vision", "projector", "language")):
     paths = {part: config["weights"].get(part, "") for part in parts}
     places = {path: find_weights(path, hashes.get(part)) for part, path in paths.items() if path}
     weights = {part: places.get(path, "") for part, path in paths.items()}
-    return {"merge": 1, **config, "weights": weights, "hashes": hashes}
+    return {"merge": 1, "base_bits": 0, **config, "weights": weights, "hashes": hashes}
 
 
 def load_vision(folder, config, device):
@@ -371,30 +379,35 @@ def load_vision(folder, config, device):
     return model
 
 
-def load_vlm(folder, dtype=torch.float32, device="cpu", split=None, trained=()):
+def load_vlm(folder, dtype=torch.float32, device="cpu", split=None, trained=(), bits="auto"):
     """
-    The VLM that save_vlm wrote; split, trained: see build_vlm. Raises UserError when a file is missing or does
-    not fit.
+    The VLM that save_vlm wrote; split, trained, bits: see build_vlm; auto: as it was trained. Raises UserError when
+    a file is missing or does not fit.
     """
     folder = Path(folder)
     config = read_vlm_config(folder)
     weights, lora = config["weights"], config["lora"]
-    if is_qwen(weights["language"] or folder / "language"):
+    bits, source = config["base_bits"] if bits == "auto" else int(bits), weights["language"] or folder / "language"
+    if bits and not weights["language"]:  # what another run has trained is the base, then, and stays where it is
+        weights["language"], config["hashes"]["language"] = os.path.abspath(source), hash_weights(source)
+    if is_qwen(source):
         own = {part: folder / f"{part}.safetensors" for part in ("vision", "projector")}
         sources = {part: path or own.get(part, folder / part) for part, path in weights.items()}
-        model = load_qwen(sources, dtype, device, {*trained, *(part for part in own if not weights[part])})
+        model = load_qwen(sources, dtype, device, {*trained, *(part for part in own if not weights[part])}, bits)
         for part in lora:
             add_lora(getattr(model, part), **lora[part])
             load_adapter(getattr(model, part), folder / ADAPTERS[part])
         model.weights, model.hashes, model.lora = weights, model.hashes | config["hashes"], lora
+        model.base_bits = bits
         return model
-    language = load_llama(weights["language"] or folder / "language", dtype, device, lora.get("language"), split)
+    language = load_llama(source, dtype, device, lora.get("language"), split, bits)
     if "language" in lora:
         load_adapter(language, folder / ADAPTERS["language"])
     with torch.device("meta"):
         model = VLM(load_vision(folder, config, device), language)
     load_exactly(model.projector, [folder / "projector.safetensors"], torch.float32, device)
     model.weights, model.hashes, model.lora = weights, model.hashes | config["hashes"], lora
+    model.base_bits = bits
     return model
 
 

@@ -131,7 +131,7 @@ def type_of(item):
         kind, *limits = typing.get_args(item.type)
         return kind, None, limits
     choices = typing.get_args(item.type)
-    return (str, choices, []) if choices else (item.type, None, [])
+    return (type(choices[0]), choices, []) if choices else (item.type, None, [])
 
 
 def make_parser(Config):
@@ -141,7 +141,7 @@ def make_parser(Config):
     for item in fields(Config):
         assert item.default is not MISSING, f"{item.name} needs a default"
         kind, choices, limits = type_of(item)
-        values = "|".join(choices) if choices else kind.__name__
+        values = "|".join(map(str, choices)) if choices else kind.__name__
         limit = f"; {limits[0]}" if limits else ""
         parser.add_argument(
             "--" + item.name, action=Once, type=boolean if kind is bool else kind, choices=choices,
@@ -176,7 +176,7 @@ def parse_flags(Config, arguments):
     for item in fields(Config):
         kind, choices, limits = type_of(item)
         if choices and known[item.name] not in choices:  # argparse sees those given, not those recorded
-            raise UserError(f"--{item.name}={one_line(known[item.name]):.60}: one of {', '.join(choices)}")
+            raise UserError(f"--{item.name}={one_line(known[item.name]):.60}: one of {', '.join(map(str, choices))}")
         if fault := find_fault(known[item.name], kind, limits):
             raise UserError(f"--{item.name}={one_line(known[item.name]):.60}: {fault}")
     return Config(**known)

@@ -17,21 +17,26 @@ compiled_flex_attention, compiled_create_block_mask = (
     for function in (flex_attention, create_block_mask))
 
 
-class Linear(nn.Linear):
+def linear(x, weight, bias=None):
     """
-    nn.Linear, on a CPU with AVX-512 by way of a convolution of one pixel. oneDNN computes that with
+    F.linear, on a CPU with AVX-512 by way of a convolution of one pixel. oneDNN computes that with
     these instructions; F.linear leaves its product to MKL, which on AMD's CPUs does without them and
     takes twice as long.
     """
+    T = x.numel() // x.shape[-1]
+    if (x.device.type != "cpu" or T < 128 or torch.get_num_threads() == 1
+            or torch.backends.cpu.get_cpu_capability() != "AVX512"):
+        return F.linear(x, weight, bias)
+    pixels = x.reshape(1, T, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, C, T, 1), channels last
+    y = F.conv2d(pixels, weight[:, :, None, None], bias)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    """nn.Linear by the function above."""
 
     def forward(self, x):
-        T = x.numel() // x.shape[-1]
-        if (x.device.type != "cpu" or T < 128 or torch.get_num_threads() == 1
-                or torch.backends.cpu.get_cpu_capability() != "AVX512"):
-            return super().forward(x)
-        pixels = x.reshape(1, T, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, C, T, 1), channels last
-        y = F.conv2d(pixels, self.weight[:, :, None, None], self.bias)
-        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+        return linear(x, self.weight, self.bias)
 
 
 def compile_blocks(blocks, **settings):

@@ -65,6 +65,9 @@ def require_own_tokenizer(folder, tokenizer):
 
 def find_start(config, tokenizer):
     """What --start names: (a checkpoint, None), or (None, an adapter folder); (None, None) without it."""
+    if config.base_bits and (config.shard or config.language == "full"):
+        raise UserError(f"--base_bits={config.base_bits}: for a frozen language model in one piece; leave it out, or "
+                        "--language=full and --shard")
     if not config.start:
         return None, None
     if Path(config.start, "adapter_config.json").is_file():

@@ -77,7 +77,8 @@ def load_exactly(model, files, dtype, device, prefix="", dropped=r"(?!)"):
     """
     Fill a model built on the meta device from safetensors files, in both directions completely, tensor by
     tensor: the peak of memory is the weights themselves. Of a model that processes have split, each fills its
-    part. On the meta device again nothing is read but names and shapes.
+    part; a LowLinear of quantize.py stores what it gets. On the meta device again nothing is read but names and
+    shapes.
 
     dtype: of its floating tensors; None: as the empty model has them. prefix is taken off the files' keys; keys
     that fully match `dropped` are left out. Raises UserError with the first offenders when a key is unknown,
@@ -102,6 +103,7 @@ def load_exactly(model, files, dtype, device, prefix="", dropped=r"(?!)"):
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{files[0]}: does not fit this model: {'; '.join(problems[:3])}{more}")
     split, loaded = any(map(is_split, state.values())), {}
+    low = {f"{name}.weight": module for name, module in model.named_modules() if hasattr(module, "store")}
     if split:
         state = model.to_empty(device=device).state_dict()
     for name, (file, key) in sources.items():
@@ -113,7 +115,9 @@ def load_exactly(model, files, dtype, device, prefix="", dropped=r"(?!)"):
         tensor = read_tensor(file, key)
         if tensor.is_floating_point() != target.is_floating_point():
             raise UserError(f"{file}: {key} is {tensor.dtype}, which holds no weights")
-        if split:
+        if names[name] in low:
+            low[names[name]].store(tensor.to(device))
+        elif split:
             with torch.no_grad():
                 fill(target, tensor.to(kind))
         else:

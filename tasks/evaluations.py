@@ -25,7 +25,8 @@ from tasks.vqa import as_asked
 
 RESULTS, REPLACED, PARTIAL = "results.json", ".replaced_", ".partial_"
 IN_NAMES = {"limit": "first_{}", "blind": "blind_{}", "max_new_tokens": "{}_tokens",  # eval_vqa.py's flags, where
-            "temperature": "temperature_{}", "top_k": "top_{}", "top_p": "p_{}", "seed": "seed_{}", "dtype": "{}"}  # they are not as usual
+            "temperature": "temperature_{}", "top_k": "top_{}", "top_p": "p_{}", "seed": "seed_{}",  # they are not
+            "dtype": "{}", "base_bits": "base_{}_bits"}  # as usual
 
 
 def file_of(row):

@@ -20,6 +20,7 @@ from plumbing.claims import odd_fields, refusal
 from plumbing.files import read_settings, write_settings
 from plumbing.flags import UserError
 from plumbing.tensors import language_files, load_exactly, read_tensor, tensor_shapes
+from quantize import store_low
 from zoo.qwen3_vl import CONFIGS, Mergers, Text, TextConfig, Vision, VisionConfig
 
 FAMILY = "qwen3_vl"
@@ -160,6 +161,10 @@ def load_part(part, config, source, dtype, device, bits=0):
     files = [source] if own else language_files(Path(source))
     with torch.device("meta"):
         module = kind(config).to(dtype)
+        if bits and part == "language":
+            module.model.language_model.embed_tokens.to(torch.bfloat16)
+            store_low(module, 16)  # the head, of what stays so
+        store_low(module if part == "projector" else module.blocks, bits)
     if part == "language" and config.tie_word_embeddings:
         for file in files:
             if "lm_head.weight" in tensor_shapes(file):
@@ -190,7 +195,7 @@ def load_qwen(sources, dtype, device, trained=(), bits=0):
     return VLM(**parts)
 
 
-def build_qwen(name, vocab_size, folder, dtype, device, lora=None, split=None, trained=()):
+def build_qwen(name, vocab_size, folder, dtype, device, lora=None, split=None, trained=(), bits=0):
     """
     The VLM of a hub folder, or, without one, a random one of qwen3_vl.CONFIGS[name], for a tokenizer of so many
     tokens; the rest as weights.build_vlm takes it.
@@ -198,7 +203,9 @@ def build_qwen(name, vocab_size, folder, dtype, device, lora=None, split=None, t
     if split:
         raise UserError("--shard=true: processes do not split a Qwen3-VL; leave it out")
     if folder:
-        model = load_qwen(dict.fromkeys(PARTS, folder), dtype, device, trained)
+        model = load_qwen(dict.fromkeys(PARTS, folder), dtype, device, trained, bits)
+    elif bits:
+        raise UserError(f"--base_bits={bits}: no base; name the folder of one with --model or --start")
     else:
         vision, text = CONFIGS[name]
         with torch.device(device):

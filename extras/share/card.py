@@ -179,7 +179,7 @@ def last_losses(run, step):
 
 def write_card(checkpoint, public, path):
     """The card, with the hub's front matter. public: make_public of the checkpoint's record."""
-    model, flags, step = load_vlm(checkpoint, device="meta"), public["flags"], int(checkpoint.name[5:])
+    model, flags, step = load_vlm(checkpoint, device="meta", bits=0), public["flags"], int(checkpoint.name[5:])
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     starts, bases = describe_starts(flags)
     known = [DATASETS.get(entry.partition(":")[0]) for entry in flags["data"].split(",")]

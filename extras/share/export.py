@@ -164,7 +164,7 @@ def write_vision(checkpoint, image, folder):
 def write_language(checkpoint, tokenizer, dtype, shard_bytes, folder):
     """The language model, LoRA merged, in the hub's layout; no more than a file of it is in memory."""
     folder.mkdir()
-    model = load_vlm(checkpoint, device="meta")  # no values, but a check that all are there and fit
+    model = load_vlm(checkpoint, device="meta", bits=0)  # no values, but a check that all are there and fit
     base, adapter = Path(model.weights["language"] or checkpoint / "language"), {}
     files = {name: file for file in language_files(base) for name in tensor_shapes(file)}
     if settings := model.lora.get("language"):
@@ -336,7 +336,7 @@ def main(config):
     if "card" in parts:
         jobs[folder / "README.md"] = write_card, checkpoint, public
     require_free(folder, jobs, record)
-    model = load_vlm(checkpoint, device="meta")  # no values, but its base weights are those of the training
+    model = load_vlm(checkpoint, device="meta", bits=0)  # no values, but its base weights are those of the training
     require_writable(folder, "folder")
     require_room(folder, checkpoint, model, parts, dtype)
     with lock(folder / ".lock", "exporting"):

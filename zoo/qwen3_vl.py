@@ -370,6 +370,6 @@ CONFIGS = {  # name -> sizes of models that are made here, for any tokenizer
                                  deepstack_visual_indexes=(0, 1, 2), min_pixels=1024),
                     TextConfig(512, 128, 344, 4, 2, 2, head_dim=64, rope_theta=1e4, mrope_section=(12, 10, 10))),
     "qwen_small": (VisionConfig(4, 192, 768, 3, num_position_embeddings=196, out_hidden_size=256,
-                                deepstack_visual_indexes=(0, 1, 2), min_pixels=1024),
-                   TextConfig(32000, 256, 688, 5, 4, 2, head_dim=64, rope_theta=1e4, mrope_section=(12, 10, 10))),
+                                deepstack_visual_indexes=(1, 2), min_pixels=1024),
+                   TextConfig(32000, 256, 616, 5, 4, 2, head_dim=64, rope_theta=1e4, mrope_section=(12, 10, 10))),
 }

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from plumbing.flags import UserError
 
+TENSOR_HASHES = "tensors.json"  # in a hub folder that is used as it is: what plumbing.tensors.write_hashes wrote
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # SentencePiece's, as LLaMA's; the tokenizers library's
 
 try:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from plumbing.claims import lfs_pointer
 from plumbing.devices import fill, is_split
-from plumbing.files import hash_file, hash_json, read_settings
+from plumbing.files import TENSOR_HASHES, hash_file, hash_json, read_manifest, read_settings, write_manifest
 from plumbing.flags import UserError
 
 
@@ -39,9 +39,10 @@ def read_metadata(file):
 
 def read_tensor(file, key):
     """
-    A tensor of a safetensors file, in memory of its own. Raises UserError where it is not the one whose
-    hash the file's metadata has, as those of prepare/ do; others have none.
+    A tensor of a safetensors file, in memory of its own. Raises UserError where it is not the one whose hash
+    the file's metadata has, or write_hashes has put beside it; prepare/ sees to one of the two.
     """
+    file = Path(file)
     # Opened anew for each: pages of an open map would count as memory until its end
     with safe_open(file, "pt") as tensors:
         tensor = tensors.get_tensor(key).clone()
@@ -51,6 +52,10 @@ def read_tensor(file, key):
             wanted = "damaged"
     if wanted and wanted != tensor_hash(tensor):
         raise UserError(f"{file}: {key} was altered since it was written; fetch or make the file anew")
+    beside = read_hashes(file.parent)
+    if beside and beside["files"].get(file.name, {}).get("tensors", {}).get(key) != tensor_hash(tensor):
+        raise UserError(f"{file}: {key} was altered since {TENSOR_HASHES} beside it was written; fetch the file "
+                        f"anew or, if it is meant to be another, delete {TENSOR_HASHES}")
     return tensor
 
 
@@ -61,6 +66,34 @@ def tensor_hashes(tensors):
 
 def tensor_hash(tensor):
     return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+def read_header(file):
+    """The JSON text, in bytes, at the head of a safetensors file: names, shapes, places and metadata."""
+    with open(file, "rb") as opened:
+        return opened.read(int.from_bytes(opened.read(8), "little"))
+
+
+def write_hashes(folder):
+    """
+    Write the hashes of a hub folder's files, of their tensors and of config.json beside them: files that are
+    used as they came have none in themselves. From then on read_tensor checks each tensor, and hash_tensors
+    knows a file without reading it. Reads every file twice.
+    """
+    files = {file.name: {"sha256": hash_file(file), "header": hashlib.sha256(read_header(file)).hexdigest(),
+                         "tensors": {key: tensor_hash(read_tensor(file, key)) for key in tensor_shapes(file)}}
+             for file in language_files(folder)}
+    write_manifest(folder, TENSOR_HASHES, {"config": hash_file(folder / "config.json"), "files": files})
+
+
+def read_hashes(folder):
+    """What write_hashes has written into a folder, {} where it has not. Raises UserError where it was altered."""
+    if not (folder / TENSOR_HASHES).is_file():
+        return {}
+    hashes = read_manifest(folder, TENSOR_HASHES)
+    if hashes is None:
+        raise UserError(f"{folder / TENSOR_HASHES}: damaged; delete it, and prepare/all.py writes it anew")
+    return hashes
 
 
 def tensors_of(module):
@@ -129,6 +162,10 @@ def load_exactly(model, files, dtype, device, prefix="", dropped=r"(?!)"):
 
 def language_files(folder):
     """The safetensors files of a hub folder, as its index names them; UserError where some are missing."""
+    known = read_hashes(folder).get("config")
+    if known and known != hash_file(folder / "config.json"):
+        raise UserError(f"{folder}/config.json: was altered since {TENSOR_HASHES} beside it was written; fetch it "
+                        f"anew or, if it is meant to be another, delete {TENSOR_HASHES}")
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index.is_file():
         if not whole.is_file() and (pickles := sorted(folder.glob("pytorch_model*.bin"))):
@@ -151,6 +188,9 @@ def language_files(folder):
     if count and len(names) != int(count[1]):
         raise UserError(f"{folder}: {len(names)} of {int(count[1])} files of the weights are in its index; "
                         "fetch the others, then delete what prepare/all.py made of these and run it again")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise UserError(f"{folder}: {missing[0]} is missing, {len(missing)} of {len(names)} files that "
+                        f"{index.name} names; fetch them into it")
     return [folder / name for name in names]
 
 
@@ -159,8 +199,8 @@ def language_files(folder):
 def hash_weights(path):
     """
     SHA-256 that tells a weights file, or a hub folder of them, from others, by the configs beside it, too. Of
-    a file that holds the hash of each of its tensors, which read_tensor checks, the header says all; of
-    others every byte is read.
+    a file that holds the hash of each of its tensors, which read_tensor checks, the header says all; where
+    write_hashes has put them beside it, these do; else every byte is read.
     """
     path = Path(path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
@@ -172,13 +212,15 @@ def hash_weights(path):
 def hash_tensors(path):
     """hash_weights of one file, whatever lies beside it."""
     if path.suffix == ".safetensors":
-        with open(path, "rb") as file:
-            header = file.read(int.from_bytes(file.read(8), "little"))
+        header = read_header(path)
         with contextlib.suppress(ValueError, AttributeError):
             tensors = json.loads(header)
             facts = tensors.pop("__metadata__", {})
             if json.loads(facts.get("tensors", "{}")).keys() == tensors.keys():
                 return hash_json([facts, tensors])  # safetensors writes the facts in any order
+        beside = read_hashes(path.parent).get("files", {}).get(path.name, {})
+        if beside.get("header") == hashlib.sha256(header).hexdigest():
+            return beside["sha256"]  # what hash_file gives, with these tensors
     return hash_file(path)
 
 

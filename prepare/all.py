@@ -118,18 +118,24 @@ def find_or_download(source, raw_dir):
     return source.find(raw_dir), "missing", f"{looked}, even after the download; {by_hand}"
 
 
+def home_of(source, config):
+    """The folder in which the downloads of a dataset or of weights lie, each in a folder of its own."""
+    return config.weights_dir if source.in_place else config.raw_dir
+
+
 def prepare_weights(weights, config):
-    """Convert one set of weights unless it is there. Returns its status and a message."""
+    """Convert or check one set of weights unless it is there. Returns its status and a message."""
     target = Path(config.weights_dir) / weights.target
-    if target.exists():
+    if weights.is_prepared(config.weights_dir):
         return "up to date", ""
-    files, status, message = find_or_download(weights, config.raw_dir)
+    home = home_of(weights, config)
+    files, status, message = find_or_download(weights, home)
     if not files:
         return status, message
-    with locked(target, f"converting {weights.name}"):
-        if target.exists():  # since another process has let go of the lock
+    with locked(target, f"preparing {weights.name}"):
+        if weights.is_prepared(config.weights_dir):  # since another process has let go of the lock
             return "up to date", ""
-        weights.write(weights, weights.raw(config.raw_dir), target)
+        weights.write(weights, weights.raw(home), target)
     return "ready", str(target)
 
 
@@ -267,8 +273,8 @@ def print_list(names, config):
             kind, prepared = source.kind, read_manifests(Path(config.shards_dir) / source.name)
             counts = ", ".join(f"{split} {count:,}" for split, count in source.counts.items())
         else:
-            kind, prepared, counts = "weights", (Path(config.weights_dir) / source.target).exists(), ""
-        status = ("prepared" if prepared else "downloaded" if source.find(config.raw_dir) else
+            kind, prepared, counts = "weights", source.is_prepared(config.weights_dir), ""
+        status = ("prepared" if prepared else "downloaded" if source.find(home_of(source, config)) else
                   "to download" if source.urls or source.hub else "manual")
         rows.append((source.name, kind, source.access,
                      f"{source.megabytes:,}" if source.megabytes else "", counts, status, source.licence))

@@ -45,6 +45,7 @@ class Source:
     hub_files: tuple = ()
     revision: str = ""  # of the hub repository; the newest where none is named
     folder: Path | str = ""  # its raw folder, if that is not <raw_dir>/<name>
+    in_place: bool = False  # a hub folder that is used as it is: downloaded into weights/ itself
 
     def raw(self, raw_dir):
         return Path(raw_dir) / (self.folder or self.name)

@@ -1,5 +1,6 @@
 """
-Pretrained weights: published as pickles, kept here as safetensors, which hold numbers and no code.
+Pretrained weights: published as pickles, kept here as safetensors, which hold numbers and no code. What is
+published as safetensors, Qwen3-VL and MedMO, is downloaded into weights/ and used as it is, once it is checked.
 
 A pickle is read with weights_only=True, which can build tensors and numbers and nothing else, and
 through a memory map. Values are kept (float16 of an image encoder as float32, which is exact), names
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Callable
 
 from plumbing.claims import lfs_pointer, vit_facts
-from plumbing.files import hash_file, sort_metadata, sync
+from plumbing.files import TENSOR_HASHES, hash_file, sort_metadata, sync
 from plumbing.flags import UserError
 from prepare.download import Source, hub_revision
 
@@ -28,6 +29,9 @@ class Weights(Source):
     hub_type: str = "model"
     activation: str = ""  # of a ViT, which no tensor tells: gelu or quick_gelu
     only_by_name: bool = False  # not of the paper's model, and large: left out unless --only names it
+
+    def is_prepared(self, weights_dir):
+        return (Path(weights_dir) / self.target / (TENSOR_HASHES if self.in_place else "")).exists()
 
 
 # CLIP's ViT: names on the hub and in OpenAI's layout -> timm's. The hub's keys may lack vision_model.
@@ -179,6 +183,30 @@ def write_llama(weights, raw, target):
     partial.rename(target)
 
 
+def check_qwen(weights, raw, target):
+    """
+    Load a Qwen3-VL's hub folder without its values, which names what does not fit, and write the hashes of its
+    tensors into it. Nothing else in it changes, so that it may be a link to where the files have always been.
+    """
+    import torch
+    from plumbing.tensors import write_hashes
+    from zoo.chatml import open_tokenizer
+    from zoo.qwen3_files import PARTS, load_qwen
+
+    model = load_qwen(dict.fromkeys(PARTS, target), torch.bfloat16, "meta")
+    words, rows = open_tokenizer(target).vocab_size, model.language.config.vocab_size
+    if words > rows:
+        raise UserError(f"{target}: tokenizer.json has {words:,} tokens and config.json {rows:,}; is one of "
+                        "the two another model's?")
+    print(f"{weights.name}: {sum(p.numel() for p in model.parameters()):,} parameters in place; reading them for "
+          "their hashes", flush=True)
+    try:
+        write_hashes(target)
+    except OSError as error:
+        raise UserError(f"{target}: fits, but {TENSOR_HASHES} cannot be written into it ({error.strerror}), so "
+                        f"that each run will read it once more; --model={target} works all the same") from None
+
+
 def convert_llama(folder, weights_dir):
     """A hub folder of one's own whose weights are pickles -> the folder that is made of it in weights_dir."""
     folder = Path(folder).resolve()
@@ -191,6 +219,21 @@ def convert_llama(folder, weights_dir):
     write_llama(Weights(name=folder.name, licence="unknown", access="", megabytes=0, page=str(folder),
                         layouts=(), target=folder.name, write=write_llama), folder, target)
     return target
+
+
+QWEN_FILES = (
+    "config.json", "model*.safetensors", "model.safetensors.index.json", "preprocessor_config.json",
+    "video_preprocessor_config.json", "processor_config.json", "generation_config.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.json", "chat_template.jinja")
+
+
+def qwen(name, hub, parameters):
+    """A Qwen3-VL on the hub. Its size is that of bfloat16, in which Qwen's are; MedMO's are taken to be, too."""
+    return Weights(name=name, licence="Apache-2.0", access="open", megabytes=round(2 * parameters / 1e6) + 12,
+                   page=f"https://huggingface.co/{hub}", hub=hub, hub_files=QWEN_FILES, only_by_name=True,
+                   layouts=(("config.json", "model*.safetensors", "tokenizer.json"),), in_place=True,
+                   target=name, write=check_qwen)
 
 
 WEIGHTS = {weights.name: weights for weights in (
@@ -220,4 +263,11 @@ WEIGHTS = {weights.name: weights for weights in (
             page="https://huggingface.co/axiong/PMC_LLaMA_13B", hub="axiong/PMC_LLaMA_13B",
             hub_files=("config.json", "pytorch_model*.bin", "tokenizer.model"),
             layouts=(("config.json", "pytorch_model*.bin"),), only_by_name=True,
-            target="pmc_llama_13b", write=write_llama))}
+            target="pmc_llama_13b", write=write_llama),
+    qwen("qwen3_vl_2b", "Qwen/Qwen3-VL-2B-Instruct", 2_127_532_032),
+    qwen("qwen3_vl_4b", "Qwen/Qwen3-VL-4B-Instruct", 4_437_815_808),
+    qwen("qwen3_vl_8b", "Qwen/Qwen3-VL-8B-Instruct", 8_767_123_696),
+    qwen("medmo_4b", "MBZUAI/MedMO-4B", 4_437_815_808),
+    qwen("medmo_8b", "MBZUAI/MedMO-8B", 8_767_123_696),
+    qwen("medmo_4b_next", "MBZUAI/MedMO-4B-Next", 4_437_815_808),
+    qwen("medmo_8b_next", "MBZUAI/MedMO-8B-Next", 8_767_123_696))}

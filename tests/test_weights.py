@@ -196,7 +196,8 @@ def test_hub_s_patterns_fetch_what_the_layouts_look_for_and_no_more(tmp_path):
             (weights.raw(tmp_path) / name).parent.mkdir(exist_ok=True)
             (weights.raw(tmp_path) / name).touch()
         assert sorted(weights.find(tmp_path)) == sorted(wanted)
-    assert [name for name in WEIGHTS if WEIGHTS[name].only_by_name] == ["pmc_llama_13b"]
+    assert [name for name in WEIGHTS if not WEIGHTS[name].only_by_name] == [
+        "biomedclip", "pmc_llama_7b", "pubmedclip", "pmc_clip"]
     assert [name for name in WEIGHTS if WEIGHTS[name].hub_type == "dataset"] == ["pmc_clip"]
 
 

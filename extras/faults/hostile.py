@@ -507,7 +507,7 @@ def entries(folder):
     for name in [*ENCODERS, "pytorch_model-00001-of-00002.bin"]:
         path = folder / "pickles" / name
         yield at(path, lambda path=path: read_pickle(path) and "used")
-    for weights in WEIGHTS.values():
+    for weights in (entry for entry in WEIGHTS.values() if not entry.in_place):  # those are no pickles
         for layout in weights.layouts:
             raw = folder / weights.name / layout[-1].replace("*", "-1")
             (raw.parent).mkdir(exist_ok=True)

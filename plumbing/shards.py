@@ -31,7 +31,7 @@ from plumbing.flags import UserError
 from plumbing.leaks import how_to_prepare
 from plumbing.pixels import open_stored
 
-PROMPT_VERSION = 2  # raised when a template of data.py changes, so that older shards are refused
+PROMPT_VERSION = 2  # raised when a template (data.py, zoo/chatml.py) changes: older shards are refused
 SHARD_VERSION = 6
 SAMPLE = np.dtype([
     ("offset", "<u8"), ("length", "<u4"),  # of its tokens in tokens.bin, an image being one

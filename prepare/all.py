@@ -34,7 +34,7 @@ class Config:
     limit: Whole = 0  # take only the first so many samples of each split; 0: all
     image_size: Annotated[int, Range(1, 1 << 12)] = 224  # pixels, height and width of a stored image
     resize: Literal["squash", "crop", "pad", "fit"] = "squash"  # how an image becomes square; fit: keeps its shape
-    max_pixels: Annotated[int, Range(0, SMART_MOST)] = 0  # of an image, with --resize=fit, instead of --image_size
+    max_pixels: Annotated[int, Range(0, SMART_MOST)] = 0  # at most, with --resize=fit; 0: by --image_size
     codec: Literal["jpeg", "png"] = "jpeg"  # of stored images; png is lossless and twice as large
     quality: Annotated[int, Range(1, 100)] = 97  # of jpeg; 97 alters a pixel by 1.1 of 255 levels on average
     leaks: Literal["", "drop", "keep"] = ""  # test images in --only to train on; none: as it was, or drop

@@ -33,15 +33,21 @@ def name_datasets(data, split, shards_dir):
     return list(dict.fromkeys(names))
 
 
+def tokenizer_flags(tokenizer):
+    """The flags of prepare/all.py that write data in a run's words."""
+    system = f" --system={shlex.quote(tokenizer.system)}" if tokenizer.system else ""
+    return f"--tokenizer={tokenizer.path}{system}"
+
+
 def find_misfit(shard, tokenizer, image):
     """Why a run with this tokenizer and these settings of images cannot be asked a shard's questions; or ""."""
     mend = f"run `python prepare/all.py --only={shard.folder.parent.name}"
     if shard.manifest["tokenizer_sha256"] != tokenizer.sha256:
-        return f"made with another tokenizer than the run; {mend} --tokenizer={tokenizer.path}`"
+        return f"made with another tokenizer than the run; {mend} {tokenizer_flags(tokenizer)}`"
 
     if (system := shard.manifest.get("system", "")) != tokenizer.system:
         return (f"made with the system message {system!r}, the run with {tokenizer.system!r}; {mend} "
-                f"--tokenizer={tokenizer.path} --system={shlex.quote(tokenizer.system)}`")
+                f"{tokenizer_flags(tokenizer)}`")
     here, runs = resize_flags(shard.manifest["image"]), resize_flags(image or shard.manifest["image"])
     if len(shard.image_index) and here != runs:
         return f"images made by {here}, the run's by {runs}; {mend} {runs}`"
@@ -70,7 +76,7 @@ def open_splits(data, split, shards_dir, tokenizer, image=None):
         shards.append(shard)
     if not shards:
         but = f", but {left_out[0]}" if left_out else "; run `python prepare/all.py --only=path_vqa " \
-            f"--tokenizer={tokenizer.path}`"
+            f"{tokenizer_flags(tokenizer)}`"
         raise UserError(f"{shards_dir}: no {split} split of questions about images{but}")
     for why in left_out:
         print(f"not answered: {why}")

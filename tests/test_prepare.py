@@ -27,13 +27,15 @@ from data import BOS, EOS, Mixture, Record, Tokenizer, View, format_prompt, writ
 from plumbing.files import lock, manifest_checksum
 from plumbing.flags import UserError, parse_flags, run
 from plumbing.leaks import read_leaks
-from plumbing.pixels import resize_image
+from plumbing.pixels import TOO_LONG, resize_image, smart_shape
+from plumbing.runs import image_settings
 from plumbing.shards import PROMPT_VERSION, SAMPLE, SHARD_VERSION, Shard, hash_words
 from prepare.datasets import DATASETS, Dataset, read_tar
 from prepare.questions import train_sample_tokenizer
 from prepare.shards import SplitWriter, read_manifests, write_dataset
 from prepare.weights import Weights
 from tasks.evaluations import choose_evaluations
+from tasks.splits import find_misfit
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = {"dataset": "toy", "shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION,
@@ -529,6 +531,45 @@ def test_a_dataset_without_questions_wants_no_tokenizer(tokenizer, tmp_path):
     (target / "tokenizer.model").unlink()
     assert "its tokenizer is missing or altered" in prepare(*words).stdout  # so prepared anew, without
     assert "up to date" in prepare(*words).stdout and "tokenizer.model" not in os.listdir(target)
+
+
+# ----------------------------------------------------------------------------- images in Qwen's own sizes
+
+def test_images_keep_their_shapes_up_to_a_number_of_pixels(tokenizer, tmp_path):
+    sizes = (300, 200), (64, 64), (30, 5000), (1000, 900), (20, 4001)  # width, height
+    records = []
+    for number, size in enumerate(sizes):
+        stream = io.BytesIO()
+        Image.effect_noise(size, 50).convert("RGB").save(stream, "PNG")
+        records.append(("train", Record(str(number), "what?", "a lung", stream.getvalue(), f"{number}.png")))
+    shard = write_toy(tmp_path, records, tokenizer, resize="smart", size=100000)
+    stored = shard.image_index[["height", "width"]].tolist()
+    assert stored == [(224, 320), (256, 256), (4064, 32), (288, 320)] and stored == [
+        smart_shape(height, width, 100000) for width, height in sizes[:4]]
+    assert shard.manifest["skipped"] == {f"image unreadable: {TOO_LONG}": 1}
+    pixels = Image.open(io.BytesIO(records[0][1].image)).resize((320, 224), Image.Resampling.BICUBIC)
+    assert np.array_equal(shard.read_image(0), np.asarray(pixels))
+
+
+def test_a_run_names_the_flags_that_its_images_were_made_by(tmp_path):
+    words = ["--only=sample", f"--shards_dir={tmp_path}", "--limit=4", "--workers=1", "--resize=fit"]
+    assert prepare(*words, "--max_pixels=65536").returncode == 0
+    assert "up to date" in prepare(*words, "--max_pixels=65536").stdout
+    shard = Shard(tmp_path / "sample/train")
+    image = image_settings([shard])
+    assert (image["size"], image["resize"]) == (65536, "smart")
+    assert {*shard.image_index["height"].tolist(), *shard.image_index["width"].tolist()} == {256}  # as it was drawn
+    words_of_run = SimpleNamespace(sha256=shard.manifest["tokenizer_sha256"], system="", path="x")
+    assert find_misfit(shard, words_of_run, image) == find_misfit(shard, words_of_run, None) == ""
+    assert find_misfit(shard, words_of_run, image | {"size": 70000}) == (
+        "images made by --resize=fit --max_pixels=65536, the run's by --resize=fit --max_pixels=70000; run "
+        "`python prepare/all.py --only=sample --resize=fit --max_pixels=70000`")
+    assert "image was " in prepare(*words, "--max_pixels=70000").stdout
+    assert prepare("--only=sample_captions", *words[1:]).returncode == 0
+    with pytest.raises(UserError, match="has images made by --image_size=224 --resize=fit, .*sample/train by "
+                                        "--resize=fit --max_pixels=70000; prepare one as the other: `python "
+                                        "prepare/all.py --only=sample_captions --resize=fit --max_pixels=70000`"):
+        image_settings([Shard(tmp_path / "sample/train"), Shard(tmp_path / "sample_captions/train")])
 
 
 # ----------------------------------------------------------------------------- several at once

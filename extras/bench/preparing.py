@@ -24,13 +24,13 @@ from typing import Annotated
 import numpy as np
 from PIL import Image
 
-from data import Tokenizer
 from extras.bench.progress import Progress
 from plumbing.flags import Count, Range, UserError, parse_command_line, run
 from plumbing.pixels import FORMATS, load_image, resize_image
 from prepare.datasets import DATASETS
 from prepare.looks import fingerprint
 from prepare.shards import ImageSettings, SplitWriter, encode_image
+from zoo.chatml import open_tokenizer
 
 SETTINGS = ImageSettings(224, "squash", "jpeg", 97)  # prepare/all.py's defaults
 CORES = 16
@@ -120,7 +120,7 @@ def time_writer(name, records, tokenizer):
 
 
 def main(config):
-    tokenizer = Tokenizer(config.tokenizer)
+    tokenizer = open_tokenizer(config.tokenizer)
     totals, writers = [], []
     for name in config.data.split(","):
         records = read_records(name, config)

@@ -29,6 +29,7 @@ from plumbing.shards import Shard
 from prepare.datasets import DATASETS
 from prepare.shards import clean_record
 from run import open_trained_run
+from tasks.splits import find_misfit
 from tasks.vqa import bleu1
 from weights import load_vlm
 
@@ -53,9 +54,8 @@ def require_sample(shard, tokenizer, config):
     if (shard.samples[config.number]["images"], shard.samples[config.number]["spans"]) != (1, 1):
         raise UserError(f"--number={config.number}: not one question about one image in {shard.folder}; choose "
                         "another one")
-    if shard.manifest["tokenizer_sha256"] != tokenizer.sha256:
-        raise UserError(f"{shard.folder}: made with another tokenizer than the run's {tokenizer.path}; "
-                        f"{shard.again[:-1]} --tokenizer={tokenizer.path}`")
+    if misfit := find_misfit(shard, tokenizer, None):
+        raise UserError(f"{shard.folder}: {misfit}")
 
 
 def find_record(name, config):

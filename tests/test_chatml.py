@@ -369,10 +369,10 @@ def test_questions_are_asked_behind_the_system_message_and_answers_end_as_the_te
     asked = []
     generate = eval_vqa.ask.__globals__["generate"]
 
-    def watched(model, groups, *rest, **more):
+    def watched(model, groups, max_new_tokens, sampling):
         asked.extend(groups := list(groups))
-        assert more["stops"] == tokenizer.stops
-        return generate(model, groups, *rest, **more)
+        assert (sampling.stops, sampling.vocab_size) == (tokenizer.stops, tokenizer.vocab_size)
+        return generate(model, groups, max_new_tokens, sampling)
 
     monkeypatch.setitem(eval_vqa.ask.__globals__, "generate", watched)
     tokenizer = open_trained_run(str(run))[3]

@@ -149,6 +149,7 @@ class Conversation:
         if self.asked == QUESTIONS_PER_ROW or self.cached + longest > MAX_CACHED:
             self.start(prefix)
         self.asked, self.cached = self.asked + 1, self.cached + longest
+        begin, end = len(prefix) - 1, len(prefix) - 1 + self.model.vision.tokens(*self.image.shape[:2])
         position = count_positions(self.model, prefix, [self.image])
         answer = Answer(0, 0, 1, Piece(0, self.asked, position, own, []))
         while not answer.done:
@@ -157,7 +158,7 @@ class Conversation:
             [token], probabilities = answer.next.tokens, logits.softmax(0)
             best, ids = probabilities.topk(RUNNERS_UP + 1)
             others = [pair for pair in zip(ids.tolist(), best.tolist()) if pair[0] != token]
-            looked = torch.stack(self.cache.weights).mean(0)[len(prefix) - 1:position].cpu().numpy()
+            looked = torch.stack(self.cache.weights).mean(0)[begin:end].cpu().numpy()
             yield Token(token, float(probabilities[token]), others[:RUNNERS_UP], looked)
 
 

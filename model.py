@@ -41,7 +41,7 @@ def normalise(images, mean=CLIP_MEAN, std=CLIP_STD):
 
 def init_weights(module):
     """Normal with standard deviation 0.02, biases zero: what both parts are made with from scratch."""
-    if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):
+    if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d, nn.Conv3d)):
         nn.init.normal_(module.weight, std=0.02)
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
@@ -368,10 +368,10 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, attention=LlamaAttention):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = LlamaAttention(config)
+        self.self_attn = attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 

@@ -35,11 +35,11 @@ class Config:
     vision_weights: str = "auto"  # safetensors file; auto: BiomedCLIP for the paper's; none: random
     language_weights: str = "auto"  # hub folder; auto: PMC-LLaMA for the paper's; none: random
     merge: Annotated[int, Range(1, 4)] = 1  # this times this patches of an image become one token; 1: each is one
-    vision: Literal["auto", "full", "lora", "frozen"] = "auto"  # what trains of the vision part; auto: all, of a loaded Qwen3-VL nothing
+    vision: Literal["auto", "full", "lora", "frozen"] = "auto"  # what trains of the tower; auto: all, but none of a loaded Qwen
     projector: Literal["full", "frozen"] = "full"  # what trains of the projection
     language: Literal["lora", "full", "frozen"] = "lora"  # what trains of the language model
     base_bits: Literal[0, 16, 8, 4] = 0  # of the frozen base's matrices in memory; 0: as --dtype
-    lora_targets: str = "auto"  # matrices of the language model with LoRA; auto: q_proj,v_proj, of a loaded Qwen3-VL all
+    lora_targets: str = "auto"  # matrices of the language model with LoRA; auto: q_proj,v_proj, all of a loaded Qwen
     lora_vision_targets: str = "qkv"  # matrices of the vision transformer with --vision=lora
     lora_r: Annotated[int, Range(1, 1 << 16)] = 8  # rank
     lora_alpha: Scale = 16.0  # the update is scaled by alpha / r

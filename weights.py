@@ -31,10 +31,10 @@ from plumbing.flags import UserError
 from plumbing.tensors import (find_weights, hash_weights, language_files, load_exactly, plain_names, read_metadata,
                               tensor_shapes, tensors_of)
 from quantize import store_low
-from zoo import qwen3_vl
+from zoo import qwen3_files
 from zoo.classifier import Classifier
 from zoo.qwen3_files import build_qwen, is_qwen, load_qwen, write_config
-from zoo.resnet import ResNet, ResNetConfig
+from zoo.resnet import load_resnet
 
 ADAPTERS = {"vision": "vision_adapter", "language": "adapter"}  # part -> its folder in a VLM's
 
@@ -92,25 +92,6 @@ def load_vit(file, dtype=torch.float32, device="cpu", merge=1):
         model = ViT(config)
     return load_exactly(model, [file], dtype, device, prefix="visual.trunk.",
                         dropped=r"visual\.head\.proj\.weight|text\..*|logit_scale")
-
-
-def load_resnet(file, dtype=torch.float32, device="cpu"):
-    """
-    A ResNet from a safetensors file under CLIP's keys, in eval mode, where batch norms use the statistics
-    of the file. Raises UserError as load_exactly does.
-    """
-    shapes = tensor_shapes(file)
-    try:
-        stem, width = shapes["conv3.weight"][0], shapes["attnpool.c_proj.weight"][0]
-        grid = shapes["attnpool.positional_embedding"][0] - 1
-    except (KeyError, IndexError):
-        raise UserError(f"{file}: no ResNet in CLIP's layout (conv3.weight, attnpool.*); "
-                        "docs/interchange.md says which files fit") from None
-    layers = [len([key for key in shapes if re.fullmatch(rf"layer{n}\.\d+\.bn1\.weight", key)])
-              for n in (1, 2, 3, 4)]
-    with torch.device("meta"):
-        model = ResNet(ResNetConfig(round(grid ** 0.5) * 32, stem, tuple(layers), width))
-    return load_exactly(model, [file], dtype, device).eval()
 
 
 def load_encoder(file, dtype=torch.float32, device="cpu"):
@@ -283,15 +264,15 @@ def drop_base(path, tensors, model):
 def build_vlm(name, vocab_size, vision_weights="", language_weights="", dtype=torch.float32, device="cpu",
               merge=1, lora=None, split=None, trained=(), bits=0):
     """
-    A VLM of CONFIGS[name], or of zoo.qwen3_vl's; a part with a weights file is loaded from it, sizes and all: of a
+    A VLM of CONFIGS[name], or of zoo.qwen3_files'; a part with a weights file is loaded from it, sizes and all: of a
     Qwen3-VL all from one folder. merge: ViTConfig's; lora, split, bits: of the language part, as load_llama takes
     them; trained: names of the parts that are to be trained in full, in float32.
     """
-    if name in qwen3_vl.CONFIGS or is_qwen(language_weights):
+    if name in qwen3_files.CONFIGS or is_qwen(language_weights):
         model = build_qwen(name, vocab_size, language_weights, dtype, device, lora, split, trained, bits)
         return note_weights(model, dict.fromkeys(model.weights, language_weights), bits)
     if name not in CONFIGS:
-        near = difflib.get_close_matches(name, [*CONFIGS, *qwen3_vl.CONFIGS], n=1, cutoff=0)[0]
+        near = difflib.get_close_matches(name, [*CONFIGS, *qwen3_files.CONFIGS], n=1, cutoff=0)[0]
         raise UserError(f"--model={name}: no such sizes, and no folder with a config.json, here or in weights/; did "
                         f"you mean {near}? `python prepare/all.py --only=medmo_4b` brings MedMO's")
     vision_config, language_config = CONFIGS[name]
@@ -393,19 +374,18 @@ def load_vlm(folder, dtype=torch.float32, device="cpu", split=None, trained=(), 
     if is_qwen(source):
         own = {part: folder / f"{part}.safetensors" for part in ("vision", "projector")}
         sources = {part: path or own.get(part, folder / part) for part, path in weights.items()}
-        model = load_qwen(sources, dtype, device, {*trained, *(part for part in own if not weights[part])}, bits)
+        trained = {*trained, *(part for part in own if not weights[part])}
+        model = load_qwen(sources, dtype, device, trained, bits, split)
         for part in lora:
             add_lora(getattr(model, part), **lora[part])
             load_adapter(getattr(model, part), folder / ADAPTERS[part])
-        model.weights, model.hashes, model.lora = weights, model.hashes | config["hashes"], lora
-        model.base_bits = bits
-        return model
-    language = load_llama(source, dtype, device, lora.get("language"), split, bits)
-    if "language" in lora:
-        load_adapter(language, folder / ADAPTERS["language"])
-    with torch.device("meta"):
-        model = VLM(load_vision(folder, config, device), language)
-    load_exactly(model.projector, [folder / "projector.safetensors"], torch.float32, device)
+    else:
+        language = load_llama(source, dtype, device, lora.get("language"), split, bits)
+        if "language" in lora:
+            load_adapter(language, folder / ADAPTERS["language"])
+        with torch.device("meta"):
+            model = VLM(load_vision(folder, config, device), language)
+        load_exactly(model.projector, [folder / "projector.safetensors"], torch.float32, device)
     model.weights, model.hashes, model.lora = weights, model.hashes | config["hashes"], lora
     model.base_bits = bits
     return model

@@ -21,7 +21,7 @@ from plumbing.files import read_settings, write_settings
 from plumbing.flags import UserError
 from plumbing.tensors import language_files, load_exactly, read_tensor, tensor_shapes
 from quantize import store_low
-from zoo.qwen3_vl import CONFIGS, Mergers, Text, TextConfig, Vision, VisionConfig
+from zoo.qwen3_vl import Mergers, Text, TextConfig, Vision, VisionConfig
 
 FAMILY = "qwen3_vl"
 MERGERS = r"model\.visual\.(merger|deepstack_merger_list)\."
@@ -29,6 +29,15 @@ MERGERS = r"model\.visual\.(merger|deepstack_merger_list)\."
 PARTS = {"vision": (Vision, "model.visual.", rf"(?!model\.visual\.).*|{MERGERS}.*"),
          "projector": (Mergers, "model.visual.", rf"(?!{MERGERS}).*"),
          "language": (Text, "", r"model\.visual\..*")}
+
+CONFIGS = {  # name -> sizes of models that are made here, for any tokenizer
+    "qwen_sample": (VisionConfig(4, 128, 344, 2, num_position_embeddings=196, out_hidden_size=128,
+                                 deepstack_visual_indexes=(0, 1, 2), min_pixels=1024),
+                    TextConfig(512, 128, 344, 4, 2, 2, head_dim=64, rope_theta=1e4, mrope_section=(12, 10, 10))),
+    "qwen_small": (VisionConfig(4, 192, 768, 3, num_position_embeddings=196, out_hidden_size=256,
+                                deepstack_visual_indexes=(1, 2), min_pixels=1024),
+                   TextConfig(32000, 256, 616, 5, 4, 2, head_dim=64, rope_theta=1e4, mrope_section=(12, 10, 10))),
+}
 
 HARMLESS = set("""
     architectures model_type transformers_version dtype torch_dtype _name_or_path name_or_path use_cache
@@ -83,7 +92,8 @@ def read_config(folder):
     sections = {name: hub.pop(f"{name}_config", None) for name in ("vision", "text")}
     if hub.get("model_type") != FAMILY or not all(isinstance(section, dict) for section in sections.values()):
         raise UserError(f"{path}: not of a Qwen3-VL")
-    tied = {bool(where["tie_word_embeddings"]) for where in (hub, sections["text"]) if where.get("tie_word_embeddings") is not None}
+    tied = {bool(said) for where in (hub, sections["text"])
+            if (said := where.get("tie_word_embeddings")) is not None}
     unsupported, unknown = odd_fields(hub, HARMLESS, {})
     problems = ["tie_word_embeddings is not one value" if len(tied) != 1 else "", *unsupported, *unknown]
     vision = read_section(VisionConfig, sections["vision"], VISION_NEUTRAL, {"model_type"}, path)
@@ -93,8 +103,10 @@ def read_config(folder):
     problems += [message for wrong, message in [
         (vision.out_hidden_size != text.hidden_size, "out_hidden_size is not the text's hidden_size"),
         (vision.hidden_size % (4 * vision.num_heads or 1), "hidden_size / num_heads of the tower is no multiple of 4"),
-        (round(vision.num_position_embeddings ** 0.5) ** 2 != vision.num_position_embeddings, "its table of positions is no square"),
-        (sorted({*taps}) != [*taps] or max(taps, default=0) >= vision.depth, "deepstack_visual_indexes are no blocks in order"),
+        (round(vision.num_position_embeddings ** 0.5) ** 2 != vision.num_position_embeddings,
+         "num_position_embeddings is no square"),
+        (sorted({*taps}) != [*taps] or max(taps, default=0) >= vision.depth,
+         "deepstack_visual_indexes are no blocks in order"),
         (len(taps) > text.num_hidden_layers, "DeepStack has more layers than the text"),
         (text.num_attention_heads % text.num_key_value_heads, "key-value heads do not divide the heads"),
         (len(text.mrope_section) != 3 or 2 * sum(text.mrope_section) != text.head_dim,
@@ -105,7 +117,7 @@ def read_config(folder):
 
 
 def read_limits(folder, vision):
-    """{"min_pixels", "max_pixels"} of an image by what lies beside config.json; UserError where it is read otherwise."""
+    """{"min_pixels", "max_pixels"} by what lies beside config.json. UserError where that reads images otherwise."""
     path = next((path for name in ("preprocessor_config.json", "processor_config.json")
                  if (path := folder / name).is_file()), None)
     if path is None:
@@ -114,7 +126,8 @@ def read_limits(folder, vision):
     settings = read_settings(path)
     settings = settings.get("image_processor", settings)
     size = settings.get("size") or {}
-    limits = [size.get("shortest_edge", settings.get("min_pixels")), size.get("longest_edge", settings.get("max_pixels"))]
+    limits = [size.get("shortest_edge", settings.get("min_pixels")),
+              size.get("longest_edge", settings.get("max_pixels"))]
     wrong = [f"{name} {settings[name]!r:.60}" for name, good in PIXELS_NEUTRAL.items()
              if settings.get(name) is not None and not any(
                  torch.allclose(torch.tensor(settings[name], dtype=torch.float64),
@@ -182,11 +195,18 @@ def require_tied(files, file):
         raise UserError(f"{file}: lm_head.weight is not the embeddings, though config.json says tie_word_embeddings")
 
 
-def load_qwen(sources, dtype, device, trained=(), bits=0):
+def refuse_split(split):
+    """Raise UserError for weights.build_vlm's split."""
+    if split:
+        raise UserError("--shard=true: processes do not split a Qwen3-VL; leave it out")
+
+
+def load_qwen(sources, dtype, device, trained=(), bits=0, split=None):
     """
     A VLM whose parts come from `sources`, {part: the hub folder of all, or a file of its own}; the config from
     the language part's folder. Parts in `trained` are to be trained in full: in float32, whatever dtype and bits.
     """
+    refuse_split(split)
     vision_config, text_config = read_config(sources["language"])
     configs = {"vision": vision_config, "projector": vision_config, "language": text_config}
     parts = {part: load_part(part, config, sources[part], device=device, **(
@@ -197,11 +217,10 @@ def load_qwen(sources, dtype, device, trained=(), bits=0):
 
 def build_qwen(name, vocab_size, folder, dtype, device, lora=None, split=None, trained=(), bits=0):
     """
-    The VLM of a hub folder, or, without one, a random one of qwen3_vl.CONFIGS[name], for a tokenizer of so many
+    The VLM of a hub folder, or, without one, a random one of CONFIGS[name], for a tokenizer of so many
     tokens; the rest as weights.build_vlm takes it.
     """
-    if split:
-        raise UserError("--shard=true: processes do not split a Qwen3-VL; leave it out")
+    refuse_split(split)
     if folder:
         model = load_qwen(dict.fromkeys(PARTS, folder), dtype, device, trained, bits)
     elif bits:

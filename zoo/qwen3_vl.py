@@ -7,16 +7,15 @@ decoder that is a LLaMA with three changes. It takes the place of model.py's par
                                          |  '----> DeepStack merger 1 -> added behind layer 1
                                          '-------> DeepStack merger 0 -> added behind layer 0
 
-The formulas are those of transformers' modeling_qwen3_vl.py, which tests/test_qwen3_vl.py holds this file to;
-names of parameters are the checkpoint's, which qwen3_files.py reads. A still image has two equal frames there,
-so that the two halves of a patch's weight are added here, and a patch is embedded once.
+The formulas are those of transformers' modeling_qwen3_vl.py, to which tests/test_qwen3_vl.py holds this file;
+names of parameters are the checkpoint's, which qwen3_files.py reads.
 
 In 32 bits, whatever the weights are: angles, cosines and sines (a position of 1,000 has no exact bf16), the
 rotation of the vision tower, the statistics of norms, and the interpolation of positions.
 
 Letters: T tokens of a sequence, I images, H, W their height and width, P patch size, m patches along a side of
-a token, N tokens of an image or of all images, so that an image has N m^2 patches, D width of the vision
-tower, C width of the text, nh heads, hs head size, K taps: what leaves the tower, and each DeepStack layer.
+a token, N tokens of an image or of all images, so that an image has N m^2 patches, D width of the tower, C
+width of the text, nh heads, hs head size, K: what leaves the tower, and what each DeepStack layer adds.
 The 8B's sizes: D=1152 nh=16 hs=72, C=4096 nh=32 nkv=8 hs=128, K=4.
 """
 
@@ -31,8 +30,7 @@ from model import LlamaAttention, LlamaBlock, LlamaConfig, RMSNorm, attend, init
 from plumbing.flags import UserError
 from plumbing.kernels import Linear
 
-VISION_EPS = 1e-6  # of the tower's layer norms; neither this nor the base of its angles stands in a config.json
-VISION_THETA = 10000.0
+EPS, THETA = 1e-6, 10000.0  # of the tower's layer norms and angles: they stand in no config.json
 
 
 # ----------------------------------------------------------------------------- vision tower
@@ -76,15 +74,15 @@ def half_split(angles):
 
 
 class PatchEmbed(nn.Module):
-    """A product of matrices. As a convolution it is the same, and slow on many GPUs, so that proj only holds weights."""
+    """
+    As a product of matrices: a convolution is slow on many GPUs. A still image is two equal frames to the
+    checkpoint, so that the two halves of its weight are added, and each patch is embedded once.
+    """
 
     def __init__(self, config):
         super().__init__()
-        P = config.patch_size
-        self.m, self.P = config.spatial_merge_size, P
-        self.proj = nn.Conv3d(3, config.hidden_size, (2, P, P))
-        nn.init.normal_(self.proj.weight, std=0.02)
-        nn.init.zeros_(self.proj.bias)
+        self.m, self.P = config.spatial_merge_size, config.patch_size
+        self.proj = nn.Conv3d(3, config.hidden_size, (2, self.P, self.P))
 
     def forward(self, images):
         x = images.unfold(2, self.P, self.P).unfold(3, self.P, self.P)  # (I, 3, rows, columns, P, P)
@@ -104,8 +102,8 @@ class VisionAttention(nn.Module):
 
     def forward(self, x, cos, sin):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # each (I, N m^2, nh, hs)
-        q, k = (rotate(x.float(), cos, sin).to(v.dtype) for x in (q, k))
-        y = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))  # (I, nh, N m^2, hs)
+        q, k, v = (x.transpose(1, 2) for x in (*(rotate(x.float(), cos, sin).to(v.dtype) for x in (q, k)), v))
+        y = F.scaled_dot_product_attention(q, k, v)  # (I, nh, N m^2, hs)
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
@@ -122,9 +120,9 @@ class VisionMLP(nn.Module):
 class VisionBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden_size, VISION_EPS)
+        self.norm1 = nn.LayerNorm(config.hidden_size, EPS)
         self.attn = VisionAttention(config)
-        self.norm2 = nn.LayerNorm(config.hidden_size, VISION_EPS)
+        self.norm2 = nn.LayerNorm(config.hidden_size, EPS)
         self.mlp = VisionMLP(config)
 
     def forward(self, x, cos, sin):
@@ -184,14 +182,12 @@ class Vision(nn.Module):
 
     def require_shapes(self, name, sizes):
         """Raise UserError where images of these sizes, (I,) with height and width, are none that it reads."""
-        heights, widths = (sizes[side].astype(int) for side in ("height", "width"))
         side, least, most = self.config.side, self.config.min_pixels, self.config.max_pixels
-        wrong = ((heights % side > 0) | (widths % side > 0) | (heights * widths < least) | (heights * widths > most))
-        if wrong.any():
-            first = int(wrong.argmax())
-            raise UserError(f"{name}: an image has {heights[first]} x {widths[first]} pixels; this model reads "
-                            f"multiples of {side}, {least:,} to {most:,} pixels in all: prepare with --resize=fit "
-                            f"--max_pixels={min(most, 1 << 20)}")
+        for height, width in sorted({*zip(sizes["height"].tolist(), sizes["width"].tolist())}):
+            if height % side or width % side or not least <= height * width <= most:
+                raise UserError(f"{name}: an image has {height} x {width} pixels; this model reads multiples of "
+                                f"{side}, {least:,} to {most:,} pixels in all: prepare with --resize=fit "
+                                f"--max_pixels={min(most, 1 << 20)}")
 
     def positions(self, rows, columns):
         """
@@ -205,7 +201,7 @@ class Vision(nn.Module):
         place = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"))
         place = in_blocks(place, m).T.to(table.device)  # (rows * columns, 2)
         quarter = self.config.hidden_size // self.config.num_heads // 4
-        speed = VISION_THETA ** -(torch.arange(quarter, device=table.device) / quarter)
+        speed = THETA ** -(torch.arange(quarter, device=table.device) / quarter)
         return in_blocks(table, m).T, *half_split((place[..., None] * speed).flatten(1))
 
     def forward(self, images, keys=None):
@@ -232,14 +228,11 @@ class Vision(nn.Module):
 
 
 class Merger(nn.Module):
-    """
-    (N, m^2 D) patches of tokens -> (N, C): fc2(gelu(fc1(norm(x)))). The main one normalises each patch,
-    those of DeepStack all patches of a token together.
-    """
+    """(N, m^2 D) -> (N, C). The main one normalises each patch, those of DeepStack a token's patches together."""
 
     def __init__(self, config, normed_width):
         super().__init__()
-        self.norm = nn.LayerNorm(normed_width, VISION_EPS)
+        self.norm = nn.LayerNorm(normed_width, EPS)
         self.linear_fc1 = Linear(config.merged_width, config.merged_width)
         self.linear_fc2 = Linear(config.merged_width, config.out_hidden_size)
 
@@ -287,12 +280,6 @@ class TextAttention(LlamaAttention):
         return self.o_proj(y.flatten(1))
 
 
-class TextBlock(LlamaBlock):
-    def __init__(self, config):
-        super().__init__(config)
-        self.self_attn = TextAttention(config)
-
-
 def interleaved_angles(positions, config):
     """
     (T, 3) positions, or (T,) where all three are the same -> cos and sin, each (T, 1, hs) float32.
@@ -318,7 +305,7 @@ class Text(nn.Module):
         self.config = config
         self.model = nn.ModuleDict(dict(language_model=nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
-            layers=nn.ModuleList(TextBlock(config) for _ in range(config.num_hidden_layers)),
+            layers=nn.ModuleList(LlamaBlock(config, TextAttention) for _ in range(config.num_hidden_layers)),
             norm=RMSNorm(config.hidden_size, config.rms_norm_eps)))))
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -329,15 +316,15 @@ class Text(nn.Module):
         return self.model.language_model.layers
 
     def embed(self, tokens, image_tokens=None, image_at=None):
-        """(T,) token ids -> (T, C) embeddings, with the first of (N, K, C) image tokens over those at image_at, (N,)."""
+        """(T,) token ids -> (T, C) embeddings, the first of (N, K, C) image tokens over those at image_at, (N,)."""
         x = self.model.language_model.embed_tokens(tokens).to(self.model.language_model.norm.weight.dtype)
         return x if image_tokens is None else x.index_copy(0, image_at, image_tokens[:, 0].to(x.dtype))
 
     def forward(self, tokens, positions=None, mask=None, wanted=None, image_tokens=None, image_at=None,
                 cache=None, keys=None):
         """
-        As model.LLaMA's, but that positions may be (T, 3), and image_tokens are (N, K, C): behind layer j
-        stands j + 1 of them added to what it gives at image_at.
+        As model.LLaMA's, but that positions may be (T, 3), and image_tokens are (N, K, C): number j + 1 of the K
+        is added to what layer j gives at image_at.
         """
         if self.dropout_keys:
             self.dropout_keys.set(keys, wanted)
@@ -361,15 +348,3 @@ class Text(nn.Module):
         if self.config.tie_word_embeddings:
             return F.linear(x, self.model.language_model.embed_tokens.weight.to(x.dtype)).float()
         return self.lm_head(x).float()
-
-
-# ----------------------------------------------------------------------------- from scratch
-
-CONFIGS = {  # name -> sizes of models that are made here, for any tokenizer
-    "qwen_sample": (VisionConfig(4, 128, 344, 2, num_position_embeddings=196, out_hidden_size=128,
-                                 deepstack_visual_indexes=(0, 1, 2), min_pixels=1024),
-                    TextConfig(512, 128, 344, 4, 2, 2, head_dim=64, rope_theta=1e4, mrope_section=(12, 10, 10))),
-    "qwen_small": (VisionConfig(4, 192, 768, 3, num_position_embeddings=196, out_hidden_size=256,
-                                deepstack_visual_indexes=(1, 2), min_pixels=1024),
-                   TextConfig(32000, 256, 616, 5, 4, 2, head_dim=64, rope_theta=1e4, mrope_section=(12, 10, 10))),
-}

@@ -5,13 +5,16 @@ Its parameters carry the names of OpenAI CLIP's checkpoints. Letters as in model
 nh=32 N=50, its outputs of width 768.
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from plumbing.flags import UserError
 from plumbing.kernels import Linear
+from plumbing.tensors import load_exactly, tensor_shapes
 
 
 @dataclass
@@ -109,3 +112,22 @@ class ResNet(nn.Module):
         x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)  # (I, stem, H/4, W/4)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (I, C, H/32, W/32)
         return self.attnpool(x)
+
+
+def load_resnet(file, dtype=torch.float32, device="cpu"):
+    """
+    A ResNet from a safetensors file under CLIP's keys, in eval mode, where batch norms use the statistics
+    of the file. Raises UserError as load_exactly does.
+    """
+    shapes = tensor_shapes(file)
+    try:
+        stem, width = shapes["conv3.weight"][0], shapes["attnpool.c_proj.weight"][0]
+        grid = shapes["attnpool.positional_embedding"][0] - 1
+    except (KeyError, IndexError):
+        raise UserError(f"{file}: no ResNet in CLIP's layout (conv3.weight, attnpool.*); "
+                        "docs/interchange.md says which files fit") from None
+    layers = [len([key for key in shapes if re.fullmatch(rf"layer{n}\.\d+\.bn1\.weight", key)])
+              for n in (1, 2, 3, 4)]
+    with torch.device("meta"):
+        model = ResNet(ResNetConfig(round(grid ** 0.5) * 32, stem, tuple(layers), width))
+    return load_exactly(model, [file], dtype, device).eval()

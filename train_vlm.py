@@ -35,7 +35,7 @@ class Config:
     vision_weights: str = "auto"  # safetensors file; auto: BiomedCLIP for the paper's; none: random
     language_weights: str = "auto"  # hub folder; auto: PMC-LLaMA for the paper's; none: random
     merge: Annotated[int, Range(1, 4)] = 1  # this times this patches of an image become one token; 1: each is one
-    vision: Literal["auto", "full", "lora", "frozen"] = "auto"  # what trains of the tower; auto: all, but none of a loaded Qwen
+    vision: Literal["auto", "full", "lora", "frozen"] = "auto"  # what trains of the ViT; auto: full, a Qwen's frozen
     projector: Literal["full", "frozen"] = "full"  # what trains of the projection
     language: Literal["lora", "full", "frozen"] = "lora"  # what trains of the language model
     base_bits: Literal[0, 16, 8, 4] = 0  # of the frozen base's matrices in memory; 0: as --dtype

@@ -7,9 +7,8 @@ Loading and saving: how the parts of a model lie in files, and what of a file be
     a VLM        a folder of those, with projector.safetensors and a config.json that names its parts
     a classifier encoder.safetensors, head.safetensors and a config.json with its classes
 
-Every file is read in both directions completely: a tensor that is unknown, missing, repeated or of another
-shape stops loading with one line. What the tensors do not tell, plumbing/claims.py holds against the configs
-beside them.
+Every file is read in both directions completely: a tensor that is unknown, missing, repeated or of another shape stops
+loading with one line. plumbing/claims.py holds what tensors do not tell against configs. A Qwen3-VL: zoo/qwen3_files.py.
 """
 
 import difflib

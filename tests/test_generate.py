@@ -140,7 +140,8 @@ def test_tokens_come_as_they_are_made(vlm):
 def test_what_stops_an_answer_is_one_s_own(vlm):
     plain = tokens_of(answer_all(vlm, GROUPS, 12))
     stop = plain[1][0][2]
-    for before, after in zip(sum(plain, []), sum(tokens_of(answer_all(vlm, GROUPS, 12, Sampling(stops=(EOS, stop)))), [])):
+    stopped = tokens_of(answer_all(vlm, GROUPS, 12, Sampling(stops=(EOS, stop))))
+    for before, after in zip(sum(plain, []), sum(stopped, [])):
         assert after == (before[:before.index(stop)] if stop in before else before)
 
 

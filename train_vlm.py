@@ -85,7 +85,6 @@ from tqdm import tqdm
 
 from data import Mixture, open_shards
 from lora import add_lora, lora_layers
-from plumbing.claims import read_adapter_config
 from plumbing.devices import (LossScale, agree, autocast_to, gather, is_split, join_group, pick_device,
                               split_among_ranks, sum_of_ranks, to_device, usable_cores)
 from plumbing.files import lock, lowest_held_out_loss, read_manifest, sync
@@ -95,7 +94,8 @@ from plumbing.runs import (choose_folder, describe_run, image_settings, open_log
 from plumbing.signals import agree_on_stop, catch_signals, end_stopped
 from plumbing.sources import find_start, settle, weights_of
 from run import even_out, learning_rate_at, load_optimizer, make_optimizer, save_checkpoint, update
-from weights import build_vlm, is_trained, load_adapter, load_vlm, save_vlm
+from weights import build_vlm, is_trained, load_vlm, save_vlm
+from zoo.adapters import load_adapters, read_adapter
 from zoo.chatml import tokenizer_of
 
 FREE_ON_RESUME = {"workers", "recompute", "compile", "device", "resume", "run", "config", "log_every",
@@ -141,14 +141,14 @@ def load_parts(config, tokenizer, checkpoint, device, dtype):
         lora = lora_settings(config, config.lora_targets) if config.language == "lora" else None
         vision, language = weights_of(config, tokenizer)
         model = build_vlm(config.model, tokenizer.vocab_size, vision, language, dtype, device, config.merge,
-                          read_adapter_config(adapter) if adapter else lora, split, trained, config.base_bits)
+                          read_adapter(adapter).get("language") if adapter else lora, split, trained, config.base_bits)
     if adapter:
-        load_adapter(model.language, adapter)
+        load_adapters(model, adapter)
     if config.merge != model.vision.config.merge:
         raise UserError(f"--merge={config.merge}: {begun} has {model.vision.config.merge}; give that")
     for part in ("vision", "projector", "language"):
         source = begun or model.weights.get(part) or "random"
-        print(f"{part:9} from {source}{f' and {adapter}' if adapter and part == 'language' else ''}")
+        print(f"{part:9} from {source}{f' and {adapter}' if adapter and part in model.lora else ''}")
     return model
 
 

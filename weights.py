@@ -3,7 +3,7 @@ Loading and saving: how the parts of a model lie in files, and what of a file be
 
     encoders     safetensors in timm's layout (BiomedCLIP, PubMedCLIP) or OpenAI CLIP's (PMC-CLIP's ResNet)
     LLaMA        a hub folder: config.json and model.safetensors, whole or in several files
-    LoRA         PEFT's folder: adapter_config.json and adapter_model.safetensors
+    LoRA         PEFT's folder, see zoo/adapters.py
     a VLM        a folder of those, with projector.safetensors and a config.json that names its parts
     a classifier encoder.safetensors, head.safetensors and a config.json with its classes
 
@@ -18,24 +18,22 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from data import BOS, EOS
 from lora import add_lora, lora_layers
 from model import CONFIGS, VLM, LLaMA, LlamaConfig, ViT, ViTConfig
-from plumbing.claims import lfs_pointer, llama_refusal, vit_facts, vit_problem
+from plumbing.claims import llama_refusal, vit_facts, vit_problem
 from plumbing.files import find_damage, find_run, read_settings, sort_metadata, write_settings
 from plumbing.flags import UserError
 from plumbing.tensors import (find_weights, hash_weights, language_files, load_exactly, plain_names, read_metadata,
                               tensor_shapes, tensors_of)
 from quantize import store_low
 from zoo import qwen3_files
+from zoo.adapters import ADAPTERS, load_adapter, save_adapter
 from zoo.classifier import Classifier
 from zoo.qwen3_files import build_qwen, is_qwen, load_qwen, write_config
 from zoo.resnet import load_resnet
-
-ADAPTERS = {"vision": "vision_adapter", "language": "adapter"}  # part -> its folder in a VLM's
 
 
 # ----------------------------------------------------------------------------- one module
@@ -186,76 +184,6 @@ def hub_config(config):
     sizes = {name: value for name, value in asdict(config).items() if value or name != "head_dim"}
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes, "hidden_act": "silu",
             "bos_token_id": BOS, "eos_token_id": EOS, "tie_word_embeddings": False}
-
-
-# ----------------------------------------------------------------------------- LoRA
-
-def adapter_parameters(model):
-    """{PEFT's name: parameter} of a model's LoRA."""
-    prefix = "base_model.model." + getattr(model, "prefix", "")
-    return {f"{prefix}{name}.lora_{side}.weight": getattr(layer, f"lora_{side}")
-            for name, layer in lora_layers(model).items() for side in "AB"}
-
-
-def save_adapter(model, folder, base_name, targets, r, alpha, dropout):
-    """Write adapter_config.json and adapter_model.safetensors as PEFT does."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: parameter.detach().contiguous() for key, parameter in adapter_parameters(model).items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM" if hasattr(model, "embed") else None,
-              "base_model_name_or_path": base_name, "r": r, "lora_alpha": alpha,
-              "lora_dropout": dropout, "target_modules": [name.strip() for name in targets.split(",")],
-              "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "modules_to_save": None,
-              "use_rslora": False, "use_dora": False, "init_lora_weights": True,
-              "rank_pattern": {}, "alpha_pattern": {}}
-    write_settings(folder / "adapter_config.json", config)
-
-
-def load_adapter(model, folder):
-    """
-    Copy an adapter's tensors into a model that add_lora has prepared.
-
-    Raises UserError unless its tensors and the model's LoRA layers match one to one. Tensors of the base
-    that PEFT has saved beside them have to equal the model's.
-    """
-    path = Path(folder) / "adapter_model.safetensors"
-    if not path.is_file():
-        pickled = path.with_suffix(".bin").is_file()
-        raise UserError(f"{path}: not there" + "; its .bin is a pickle, which PEFT's save_pretrained writes "
-                        "as safetensors" * pickled)
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: {lfs_pointer(path) or f'not a whole safetensors file ({error})'}") from None
-    drop_base(path, tensors, model)
-    wanted = adapter_parameters(model)
-    wrong = sorted(wanted.keys() ^ tensors.keys()) or sorted(
-        key for key in wanted if wanted[key].shape != tensors[key].shape
-        or not tensors[key].is_floating_point())
-    if wrong:
-        tensor = tensors.get(wrong[0])
-        here = "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-        raise UserError(f"{path}: {len(wrong)} tensors do not fit, the first {wrong[0]} (here {here})")
-    with torch.no_grad():
-        for key, parameter in wanted.items():
-            parameter.copy_(tensors[key])
-
-
-def drop_base(path, tensors, model):
-    """
-    Take out of an adapter's tensors those of the base, which PEFT saves whole where it adapts or may have
-    resized an embedding. Raises UserError where one is not the model's own.
-    """
-    state = model.state_dict()
-    names = plain_names(state)
-    for key in list(tensors):
-        name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        if name not in names:
-            continue
-        theirs, ours = tensors.pop(key), state[names[name]]
-        if theirs.shape != ours.shape or not ours.is_meta and not torch.equal(theirs.to(ours), ours):
-            raise UserError(f"{path}: {key} is not the base's {name}: trained with it, or on another base")
 
 
 # ----------------------------------------------------------------------------- the whole

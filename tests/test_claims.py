@@ -21,7 +21,8 @@ from plumbing.claims import (LORA_HARMLESS, LORA_NEUTRAL, lfs_pointer, llama_ref
 from plumbing.flags import UserError
 from test_encoders import fill, some_pixels
 from test_model import LLAMA, TOLERANCE, V, edit_json, hub_llama, logits_of, randomise, relative_error, some_tokens
-from weights import load_adapter, load_encoder, load_llama, load_vit, load_vlm, save_vlm
+from weights import load_encoder, load_llama, load_vit, load_vlm, save_vlm
+from zoo.adapters import load_adapter
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 

@@ -33,7 +33,8 @@ from tasks.encoders import EIGHT, read_results
 from test_bad_input import WRITERS
 from test_model import TOLERANCE, randomise, relative_error
 from train_cls import Config, copy_of, main
-from weights import load_trained_encoder, save_adapter, save_module
+from weights import load_trained_encoder, save_module
+from zoo.adapters import save_adapter
 from zoo.classifier import Classifier
 from zoo.resnet import ResNet, ResNetConfig
 

@@ -14,7 +14,8 @@ from plumbing.claims import read_adapter_config
 from plumbing.flags import UserError
 from test_model import (LLAMA, TOLERANCE, VIT, edit_json, hub_llama, logits_of, randomise, relative_error,
                         some_tokens)
-from weights import load_adapter, load_llama, save_adapter
+from weights import load_llama
+from zoo.adapters import load_adapter, save_adapter
 
 SETTINGS = {"targets": "q_proj,v_proj", "r": 4, "alpha": 6.0, "dropout": 0.0}
 

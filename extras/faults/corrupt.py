@@ -59,7 +59,8 @@ from prepare.leaks import Split, guard
 from prepare.questions import train_sample_tokenizer
 from prepare.shards import write_dataset
 from prepare.weights import Weights, write_llama, write_tensors
-from weights import load_adapter, load_encoder, load_llama, save_adapter, save_vlm
+from weights import load_encoder, load_llama, save_vlm
+from zoo.adapters import load_adapter, save_adapter
 
 OUTCOMES = ("found", "harmless", "not told", "MISSED")  # what may be said of a damage
 VIT = ViTConfig(image_size=16, patch_size=8, width=64, depth=1)

@@ -241,7 +241,7 @@ MUTANTS = [  # what is wrong, in which file, [(its words, the words instead), ..
      [('read_manifest(begun).get("inputs", {}).get("tokenizer") != tokenizer.sha256', "False")],
      RUNS + "test_a_start_with_another_tokenizer_is_refused"),
     ("a stage leaves out the adapter that it begins with", "train_vlm.py",
-     [("        load_adapter(model.language, adapter)\n", "        pass\n")],
+     [("        load_adapters(model, adapter)\n", "        pass\n")],
      RUNS + "test_a_stage_begins_with_a_run_a_checkpoint_or_somebody_s_adapter"),
     ("the projector trains at the vision part's rate", "train_vlm.py",
      [('"projector": config.projector_rate', '"projector": config.vision_rate')],

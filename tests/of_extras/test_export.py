@@ -37,8 +37,8 @@ from tasks.vqa import METRICS
 from test_encoders import CLIP_VIT, fill
 from test_model import LLAMA, TOLERANCE, VIT, logits_of, randomise, relative_error
 from test_train import flags, shards  # noqa: F401, the fixture: a prepared part of the sample
-from weights import (build_vlm, load_adapter, load_encoder, load_llama, load_run, load_trained_encoder, load_vlm,
-                     save_vlm)
+from weights import build_vlm, load_encoder, load_llama, load_run, load_trained_encoder, load_vlm, save_vlm
+from zoo.adapters import load_adapter
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

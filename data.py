@@ -153,7 +153,7 @@ class Tokenizer:
 class Batch:
     """A micro-batch: one sequence of T tokens. The arrays are numpy here, tensors in model.py."""
     tokens: np.ndarray  # (T,) int64; 0 where a token of an image or padding stands
-    positions: np.ndarray  # (T,) int64, rotary
+    positions: np.ndarray  # (T,) int64, how many tokens its sample has before it
     group: np.ndarray  # (T,) int32, number of the group; -1 in padding
     branch: np.ndarray  # (T,) int32; 0 in the prefix that a group's samples share, then 1, 2, ...
     images: list  # of (H, W, 3) uint8, in the order in which they occur

@@ -8,7 +8,7 @@ Loading and saving: how the parts of a model lie in files, and what of a file be
     a classifier encoder.safetensors, head.safetensors and a config.json with its classes
 
 Every file is read in both directions completely: a tensor that is unknown, missing, repeated or of another shape stops
-loading with one line. plumbing/claims.py holds what tensors do not tell against configs. A Qwen3-VL: zoo/qwen3_files.py.
+loading with one line. plumbing/claims.py holds what tensors do not tell against configs. Qwen3-VL: zoo/qwen3_files.py.
 """
 
 import difflib

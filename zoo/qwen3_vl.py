@@ -37,7 +37,7 @@ EPS, THETA = 1e-6, 10000.0  # of the tower's layer norms and angles: they stand 
 
 @dataclass
 class VisionConfig:
-    """The fields of the hub's config.json, and the pixels of an image that preprocessor_config.json allows."""
+    """The fields of the hub's config.json, and how many pixels preprocessor_config.json lets an image have."""
     depth: int = 27
     hidden_size: int = 1152
     intermediate_size: int = 4304
@@ -205,17 +205,14 @@ class Vision(nn.Module):
         return in_blocks(table, m).T, *half_split((place[..., None] * speed).flatten(1))
 
     def forward(self, images, keys=None):
-        """
-        (I, 3, H, W) normalised pixels -> (I, N, K m^2 D). keys: (I, N) int32, by which LoRA drops.
-        """
+        """(I, 3, H, W) normalised pixels -> (I, N, K m^2 D). keys: (I, N) int32, by which LoRA drops."""
         def run(x, block):
             if self.dropout_keys:  # anew where a block is recomputed: images of other shapes have run by then
                 self.dropout_keys.set(keys)
             return block(x, cos, sin)
 
         embedded, cos, sin = self.positions(*(side // self.config.patch_size for side in images.shape[2:]))
-        x = self.patch_embed(images)
-        x = x + embedded.to(x.dtype)  # (I, N m^2, D)
+        x = self.patch_embed(images) + embedded.to(self.pos_embed.weight.dtype)  # (I, N m^2, D)
         if keys is not None:  # the patches of a token have one between them, so each gets its own by the image's first
             keys = token_keys(keys[:, :1], torch.arange(x.shape[1], device=x.device))
         taps = []
@@ -334,16 +331,16 @@ class Text(nn.Module):
         x = self.embed(tokens, image_tokens, image_at)
         cos, sin = interleaved_angles(positions, self.config)
         deepstack = () if image_tokens is None else image_tokens.unbind(1)[1:]
-        # What DeepStack adds behind the last block would miss a row that has gone by then
-        early = len(self.blocks) - 1 if len(deepstack) < len(self.blocks) else None
+        # The last block may leave out what is not wanted, unless DeepStack adds to all of it
+        last = len(self.blocks) - 1 if len(deepstack) < len(self.blocks) else None
         for layer, block in enumerate(self.blocks):
             # With a cache never compiled: that would be anew for each length. Else all have the number 0
             run, number = (block.forward, layer) if cache else (block, 0)
             x = run_block(run, layer < self.recomputed, x, cos, sin, mask, cache, number,
-                          wanted if layer == early else None)
+                          wanted if layer == last else None)
             if layer < len(deepstack):
                 x = x.index_add(0, image_at, deepstack[layer].to(x.dtype))
-        x = x if wanted is None or early is not None else x[wanted]
+        x = x if wanted is None or last is not None else x[wanted]
         x = self.model.language_model.norm(x)
         if self.config.tie_word_embeddings:
             return F.linear(x, self.model.language_model.embed_tokens.weight.to(x.dtype)).float()

@@ -31,6 +31,7 @@ WHOLE, RESUMED = "test_checkpoints.py::", "test_train.py::test_resumed_run_equal
 RANKS, RUNS = "test_ranks.py::", "test_runs.py::"
 PACKED, MODEL, FOLDER = "test_packing.py::", "test_model.py::", "test_folder.py::"
 TOGETHER = "test_generate.py::test_generation_together_equals_uncached_generation_one_at_a_time"
+QWEN, GOLDEN = "test_qwen3_vl.py::", "test_qwen3_vl.py::test_golden_numbers_of_a_tiny_model"
 SCORES, BLEU = "test_cls_metrics.py::", "test_eval.py::test_bleu1_agrees_with_an_independent_statement"
 RANGES = "test_flags.py::test_a_value_out_of_its_range_is_named_in_one_line"
 KINDS = "test_pixels.py::test_each_kind_of_file_becomes_what_the_table_says"
@@ -164,6 +165,34 @@ MUTANTS = [  # what is wrong, in which file, [(its words, the words instead), ..
      [("slot = self.used[row] + lane", "slot = self.used[row] + lane - 1")], TOGETHER),
     ("a row of the cache keeps what was in it", "generate.py", [("cache.used[row] = 0", "pass")],
      "test_generate.py::test_groups_are_taken_in_as_others_are_finished"),
+    # What others who wrote Qwen3-VL by hand got wrong
+    ("Qwen: no DeepStack", "zoo/qwen3_vl.py", [("if layer < len(deepstack):", "if False:")], GOLDEN),
+    ("Qwen: another base of the text's angles", "zoo/qwen3_vl.py", [("config.rope_theta **", "1e4 **")], GOLDEN),
+    ("Qwen: positions of one axis", "zoo/qwen3_vl.py",
+     [("placed[image_at] = placed[first[image]] + grid", "placed[image_at] = positions[image_at, None]")], GOLDEN),
+    ("Qwen: what follows an image begins where its tokens end", "zoo/qwen3_vl.py",
+     [("placed -= (behind", "placed -= 0 * (behind")], GOLDEN),
+    ("Qwen: an image of another branch moves positions", "zoo/qwen3_vl.py",
+     [("        behind &= (branch[first] == 0) | (branch[:, None] == branch[first])\n", "")],
+     QWEN + "test_packed_loss_and_gradients_equal_samples_run_alone"),
+    ("Qwen: angles in chunks, not interleaved", "zoo/qwen3_vl.py",
+     [("torch.where(pair < 3 * last, pair % 3, 0)",
+       "(pair >= config.mrope_section[0]).long() + (pair >= sum(config.mrope_section[:2]))")], GOLDEN),
+    ("Qwen: patches row by row", "zoo/qwen3_vl.py",
+     [("return grid.transpose(-3, -2).flatten(-4)", "return grid.flatten(-4)")], GOLDEN),
+    ("Qwen: the exact GELU in the tower", "zoo/qwen3_vl.py", [(', approximate="tanh"', "")], GOLDEN),
+    ("Qwen: the tanh GELU in the mergers", "zoo/qwen3_vl.py",
+     [("F.gelu(self.linear_fc1(x)))\n", 'F.gelu(self.linear_fc1(x), approximate="tanh"))\n')], GOLDEN),
+    ("Qwen: positions between the patches' middles", "zoo/qwen3_vl.py",
+     [("align_corners=True", "align_corners=False")], GOLDEN),
+    ("Qwen: keys that are not normalised", "zoo/qwen3_vl.py", [("rotate(self.k_norm(k)", "rotate((k)")], GOLDEN),
+    ("Qwen: rows and columns exchanged in the tower", "zoo/qwen3_vl.py",
+     [("place = in_blocks(place, m).T", "place = in_blocks(place, m).T.flip(1)")], GOLDEN),
+    ("Qwen: one frame's weight alone", "zoo/qwen3_vl.py", [(".float().sum(2)", ".float()[:, :, 0]")],
+     QWEN + "test_logits_and_greedy_answers_are_those_of_transformers"),
+    ("Qwen: a head of its own is taken for the embeddings", "zoo/qwen3_files.py",
+     [("                require_tied(files, file)\n", "")],
+     QWEN + "test_a_head_beside_tied_embeddings_has_to_equal_them"),
     # Metrics
     ("the brevity penalty is turned round", "tasks/vqa.py",
      [("math.exp(1 - len(wanted) / len(predicted))", "math.exp(1 - len(predicted) / len(wanted))")], BLEU),

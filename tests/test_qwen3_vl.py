@@ -1,22 +1,27 @@
 """Qwen3-VL by hand: transformers' numbers, packed as alone, and the published models' counts."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import train_vlm
 import zoo.qwen3_vl as qwen3_vl
-from data import Mixture
-from generate import Sampling, finished_groups, generate
+from data import Mixture, Tokenizer
+from generate import Sampling, ask, finished_groups, generate
 from lora import add_lora
 from model import VLM
+from plumbing import sources
 from plumbing.flags import UserError
 from test_model import randomise, relative_error
 from test_packing import MAX_LENGTH, VOCABULARY, Raw, gradients_of, learn, record_of, tensors, write_records
+from test_train import flags, shards  # noqa: F401, the fixture
 from weights import build_vlm, load_vlm, save_vlm
 from zoo.qwen3_files import read_config, write_config
 from zoo.qwen3_vl import Mergers, Text, TextConfig, Vision, VisionConfig, in_blocks
@@ -537,6 +542,45 @@ def test_images_that_the_checkpoint_does_not_read_are_refused():
     for height, width in ((48, 64), (64, 96)):
         with pytest.raises(UserError, match="--resize=fit --max_pixels=4096"):
             vision.require_shapes("shard", sizes(height, width))
+
+
+def test_a_folder_is_trained_goes_on_bit_for_bit_begins_a_stage_and_answers(
+        shards, tmp_path, monkeypatch):  # noqa: F811
+    """train_vlm.py --model=<folder>: by default the tower is frozen, and LoRA is on all seven matrices."""
+    monkeypatch.setattr(sources, "require_own_tokenizer", lambda folder, tokenizer: None)  # the sample's is LLaMA's
+    folder, (vision, text) = tmp_path / "tiny_qwen", TINY
+    folder.mkdir()
+    model = make_vlm(vision, text)
+    fill(names_on_disk(model))
+    tensors = {name: parameter.detach() for name, parameter in names_on_disk(model).items()}
+    save_file(tensors, folder / "model.safetensors")
+    write_config(folder, vision, text)
+
+    def start(name, **changes):
+        settings = dict(model=str(folder), language="lora", max_steps=4, save_every=2, evaluate_every=4)
+        train_vlm.main(flags(shards, tmp_path / name, **settings | changes))
+        return tmp_path / name / "step_000004"
+
+    whole = start("whole")
+    assert sorted(path.name for path in whole.iterdir() if path.is_dir() or path.suffix == ".safetensors") == [
+        "adapter", "optimizer.safetensors", "projector.safetensors"]
+    adapter = load_file(whole / "adapter" / "adapter_model.safetensors")
+    assert len(adapter) == 2 * 7 * text.num_hidden_layers
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "step_000004")
+    again = start("cut", resume=True)
+    for name in ("adapter/adapter_model.safetensors", "projector.safetensors", "optimizer.safetensors"):
+        assert (again / name).read_bytes() == (whole / name).read_bytes()
+    stage = start("stage", start=str(tmp_path / "whole"), model="paper", projector="frozen", learning_rate=0.0)
+    assert (stage / "projector.safetensors").read_bytes() == (whole / "projector.safetensors").read_bytes()
+    assert torch.equal(load_file(stage / "adapter" / "adapter_model.safetensors")[min(adapter)], adapter[min(adapter)])
+    tower = start("tower", start=str(tmp_path / "whole"), vision="full")
+    assert (tower / "vision.safetensors").is_file()
+    image = tmp_path / "image.png"
+    Image.fromarray(random_images([(40, 90)])[0].numpy()).save(image)
+    tokenizer = Tokenizer(tmp_path / "whole" / "tokenizer.model")
+    answers = [ask(load_vlm(step).eval(), tokenizer, "what is shown?", str(image)) for step in (whole, again)]
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("trained", ["lora", "vision", "projector", "language", "nothing loaded"])

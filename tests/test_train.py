@@ -66,7 +66,7 @@ def stop_after_saving(monkeypatch, times):
 
 @pytest.mark.parametrize("changes", [
     dict(), dict(language="lora", lora_dropout=0.3, vision="lora", projector="frozen"),
-    dict(language="lora", dtype="float16", batch_size=4)])
+    dict(language="lora", dtype="float16", batch_size=4), dict(model="qwen_sample", lora_dropout=0.3, language="lora")])
 def test_resumed_run_equals_undisturbed(shards, tmp_path, monkeypatch, changes):
     train_vlm.main(flags(shards, tmp_path / "whole", **changes))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -45,11 +45,9 @@ def is_trained(module):
 def save_module(module, file, state=None):
     """
     Write a module's tensors and what they do not tell: without LoRA, and as before it was merged. state: its
-    state_dict, where processes have split its tensors. Raises UserError where a base of few bits is in it.
+    state_dict, where processes have split its tensors.
     """
     state = state or tensors_of(module)
-    if any(tensor.is_meta for tensor in state.values()):
-        raise UserError("a base of few bits is not saved: load it with --base_bits=0, to export or to merge it")
     tensors = {name: state[inside] for name, inside in plain_names(state).items()}
     tensors |= {f"{name}.weight": layer.unmerged for name, layer in lora_layers(module).items()
                 if layer.unmerged is not None}
@@ -146,8 +144,7 @@ def read_llama_config(folder):
 def load_llama(folder, dtype=torch.float32, device="cpu", lora=None, split=None, bits=0):
     """
     A LLaMA from a hub folder. lora: the settings of its LoRA, newly made, if it is to have one; split: a
-    function that divides the empty model among processes before it is filled; bits: of its blocks' matrices in
-    memory, frozen, as quantize.py has them; 0: as dtype.
+    function that divides the empty model among processes before it is filled; bits: of its blocks, see quantize.py.
 
     Raises UserError when the folder is incomplete or a tensor does not fit.
     """

@@ -97,8 +97,11 @@ def read_hashes(folder):
 
 
 def tensors_of(module):
-    """{name: tensor} of a module, as save_file takes them."""
-    return {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}
+    """{name: tensor} of a module, as save_file takes them. Raises UserError where quantize.py has made it small."""
+    state = module.state_dict()
+    if any(tensor.is_meta for tensor in state.values()):
+        raise UserError("a base of few bits is not saved: load it with --base_bits=0, to export or to merge it")
+    return {name: tensor.detach().contiguous() for name, tensor in state.items()}
 
 
 def plain_names(names):

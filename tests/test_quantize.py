@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,8 +22,10 @@ from quantize import LowLinear, code_books, from_nf4, nearest, store_low, to_int
 from tasks.evaluations import choose_evaluations, find_evaluations, read_evaluation
 from test_lora import SETTINGS
 from test_model import LLAMA, TOLERANCE, hub_llama, randomise, relative_error, some_tokens, tiny_vlm
+from test_qwen3_vl import TINY, fill, logits_of, make_vlm, names_on_disk, random_images
 from test_train import flags, shards, stop_after_saving  # noqa: F401, the fixture: a part of the sample
 from weights import build_vlm, load_llama, load_vlm, save_llama, save_module, save_vlm
+from zoo.qwen3_files import write_config
 
 BITS = (16, 8, 4)
 SIZES = [(4304, 100), (1, 1), (3, 101), (64, 64), (7, 33), (40, 48)]  # some end within a block, and within a byte
@@ -298,6 +300,35 @@ def test_a_file_that_does_not_fit_is_refused_as_ever(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=f"{re.escape(name)} is missing"):
         load_llama(tmp_path, bits=8)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_qwen_in_4_bits_is_the_plain_one_with_its_numbers(tied, tmp_path):
+    """Vision, mergers and blocks are small, embeddings and head bfloat16; what trains in full is neither."""
+    vision, text = TINY[0], replace(TINY[1], tie_word_embeddings=tied)
+    model = make_vlm(vision, text)
+    fill(names_on_disk(model))
+    save_file({name: tensor.detach().contiguous() for name, tensor in names_on_disk(model).items()},
+              tmp_path / "model.safetensors")
+    write_config(tmp_path, vision, text)
+    low = build_vlm("", 512, "", str(tmp_path), bits=4)
+    full = build_vlm("", 512, "", str(tmp_path), trained=["vision", "projector"], bits=4)
+    small = {name for name, module in low.named_modules() if isinstance(module, LowLinear)}
+    assert {name.split(".")[0] for name in small} == {"vision", "projector", "language"}
+    low_parts = {name.split(".")[0] for name, module in full.named_modules() if isinstance(module, LowLinear)}
+    assert low_parts == {"language"}
+    assert low.language.model.language_model.embed_tokens.weight.dtype == torch.bfloat16
+    assert tied or low.language.lm_head.bits == 16
+    with torch.no_grad():
+        embeddings = model.language.model.language_model.embed_tokens.weight
+        embeddings.copy_(embeddings.bfloat16())
+        for name in small:
+            model.get_submodule(name).weight.copy_(low.get_submodule(name).dequantise())
+    tokens, images = [5, -1, 6, 7, -2, 8], random_images([(32, 64), (64, 64)])
+    assert relative_error(logits_of(low, tokens, images), logits_of(model, tokens, images)) < TOLERANCE
+    add_lora(low.language, "q_proj,down_proj")
+    logits_of(low, tokens, images).sum().backward()
+    assert all(layer.lora_B.grad.abs().sum() > 0 for layer in lora_layers(low.language).values())
 
 
 # ----------------------------------------------------------------------------- runs

@@ -40,9 +40,9 @@ class Config:
     shards_dir: str = "shards"  # where prepare/all.py put it
     out: str = "out/bits"  # where the runs go
     steps: Count = 300  # of 64 samples
-    seeds: Count = 3
-    learning_rate: Scale = 3e-3
-    lora_r: Count = 16
+    seeds: Count = 3  # runs of each kind
+    learning_rate: Scale = 3e-3  # peak
+    lora_r: Count = 16  # rank; alpha is twice that
 
 
 @torch.no_grad()

@@ -5,8 +5,8 @@ LoRA in files, as PEFT writes it: a folder with adapter_config.json and adapter_
     base_model.model.model.language_model.layers.0. ...           of the text part of a Qwen3-VL
     base_model.model.model.visual.blocks.0.attn.qkv. ...          of its tower
 
-A run keeps a folder of each part. One that PEFT has written for a Qwen3-VL may have both parts in it: the names tell
-which tensor is whose. Every tensor has to find its place.
+A run keeps a folder of each part. One that PEFT has written for a Qwen3-VL may have both parts in it: the names
+tell which tensor is whose. Every tensor has to find its place.
 """
 
 import re
@@ -23,7 +23,8 @@ from plumbing.flags import UserError
 from plumbing.tensors import plain_names
 
 ADAPTERS = {"vision": "vision_adapter", "language": "adapter"}  # part -> its folder in a VLM's
-TOWER, MERGERS = "base_model.model.model.visual.", r"base_model\.model\.model\.visual\.(merger|deepstack_merger_list)\."
+TOWER = "base_model.model.model.visual."
+MERGERS = re.escape(TOWER) + r"(merger|deepstack_merger_list)\."
 
 
 def adapter_parameters(model):
@@ -63,8 +64,8 @@ def read_tensors(folder):
 
 def read_adapter(folder):
     """
-    {part: add_lora's settings} of an adapter's folder, ours or PEFT's. Raises UserError where it cannot be read, or
-    holds what has no LoRA here.
+    {part: add_lora's settings} of an adapter's folder, ours or PEFT's. Raises UserError where it cannot be read,
+    or holds what has no LoRA here.
     """
     settings, (path, tensors) = read_adapter_config(folder), read_tensors(folder)
     if merger := next((key for key in sorted(tensors) if re.match(MERGERS, key)), None):

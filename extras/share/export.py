@@ -6,7 +6,9 @@ Write what a train_vlm.py run has learnt as folders that other libraries load as
 
     vision/     timm.create_model("local-dir:<folder>", pretrained=True); open_clip's TimmModel
     language/   transformers: AutoModelForCausalLM and AutoTokenizer; LoRA is merged
-    adapter/    PEFT: PeftModel.from_pretrained(base, <folder>); vision_adapter/, that of the encoder
+    model/      of a Qwen3-VL, in place of both: transformers' Qwen3VLForConditionalGeneration, and vLLM
+    adapter/    PEFT: PeftModel.from_pretrained(base, <folder>), of a Qwen3-VL of both parts; else vision_adapter/
+                is that of the encoder
     vlm/        a run that needs nothing beside it: python eval_vqa.py --run=<folder>
     README.md   a model card, of what the run's own files say
 
@@ -17,7 +19,7 @@ datasets nor places on this machine. The tokenizer and the base weights have to 
 Two things are not there, since they would not be this model. transformers' LLaVA has two layers where
 we have one projection, and its ViT leaves out the last norm. open_clip's whole models have a text
 tower, which nobody trained here: its TimmModel is the image tower alone. What comes back from those
-libraries is read by --vision_weights and --language_weights of train_vlm.py and by weights.load_adapter.
+libraries is read by --vision_weights, --language_weights, --model and --start of train_vlm.py.
 """
 
 import sys
@@ -32,18 +34,19 @@ from typing import Annotated, Literal
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from data import BOS, EOS
 from extras.share.card import make_public, write_card
+from extras.share.hub import (base_name, lora_updates, read_merged, write_adapters, write_base, write_model,
+                              write_tensors)
 from plumbing.files import (find_tokenizer, hash_file, lock, read_settings, require_writable, seal, sync,
                             write_manifest, write_settings)
 from plumbing.flags import Range, UserError, parse_command_line, run
-from plumbing.tensors import language_files, plain_names, read_tensor, tensor_shapes
-from prepare.weights import WEIGHTS
+from plumbing.tensors import language_files, plain_names, tensor_shapes
 from run import open_trained_run
-from weights import (ADAPTERS, hub_config, load_trained_encoder, load_vit, load_vlm, read_vlm_config,
-                     save_module)
+from weights import hub_config, load_trained_encoder, load_vit, load_vlm, read_vlm_config, save_module
+from zoo.adapters import ADAPTERS
+from zoo.qwen3_vl import Text
 
 SOURCE = "exported_from.json"  # in each folder: which checkpoint it is of
 
@@ -53,9 +56,9 @@ class Config:
     run: str = ""  # folder of a train_vlm.py run; none: the newest in out/
     checkpoint: str = ""  # of the run: best, by held-out loss, or a name such as step_000500; none: the newest
     folder: str = ""  # where the parts go; none: export/ in the run's folder
-    only: str = ""  # parts, of vision, language, adapter, vlm, card; none: all
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of language/; others are as trained
-    shard_gigabytes: Annotated[float, Range(1e-6, 1e6)] = 5.0  # largest file of language/; its memory, too
+    only: str = ""  # of vision, language, adapter, vlm, card, a Qwen3-VL's of model, adapter, vlm, card; none: all
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of language/ and model/; auto: see write_*
+    shard_gigabytes: Annotated[float, Range(1e-6, 1e6)] = 5.0  # largest of their files; so much memory, too
 
 
 # ----------------------------------------------------------------------------- one checkpoint
@@ -94,11 +97,12 @@ def require_free(folder, targets, record):
 def require_room(folder, checkpoint, model, parts, dtype):
     """Raise UserError where a disk has less room than these parts take, about: others write there, too."""
     count = {part: sum(p.numel() for name, p in getattr(model, part).named_parameters()
-                       if ".lora_" not in name) for part in ("vision", "language")}
+                       if ".lora_" not in name) for part in ("vision", "projector", "language")}
     own = sum(path.stat().st_size for path in checkpoint.rglob("*") if "optimizer" not in path.name)
-    bases = [Path(path) for path in model.weights.values() if path]
+    bases = [Path(path) for path in {*model.weights.values()} if path]
     files = [file for base in bases for file in ([base] if base.is_file() else base.glob("*.safetensors"))]
     sizes = {"vision": 4 * count["vision"], "language": dtype.itemsize * count["language"], "adapter": 0,
+             "model": dtype.itemsize * sum(count.values()),
              "vlm": own + sum(file.stat().st_size for file in files), "card": 0}
     wanted, free = sum(sizes[part] for part in parts), shutil.disk_usage(folder).free
     if wanted > free:
@@ -165,37 +169,13 @@ def write_language(checkpoint, tokenizer, dtype, shard_bytes, folder):
     """The language model, LoRA merged, in the hub's layout; no more than a file of it is in memory."""
     folder.mkdir()
     model = load_vlm(checkpoint, device="meta", bits=0)  # no values, but a check that all are there and fit
-    base, adapter = Path(model.weights["language"] or checkpoint / "language"), {}
+    base = Path(model.weights["language"] or checkpoint / "language")
     files = {name: file for file in language_files(base) for name in tensor_shapes(file)}
-    if settings := model.lora.get("language"):
-        adapter = load_file(checkpoint / ADAPTERS["language"] / "adapter_model.safetensors")
-
-    def read(name):
-        tensor = read_tensor(files[name], name)
-        A, B = (adapter.get(f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight")
-                for side in "AB")
-        if A is not None:  # as LoRALinear.merge does
-            tensor = tensor.float() + settings["alpha"] / settings["r"] * (B @ A)
-        tensor = tensor.to(dtype)
-        if not tensor.isfinite().all():
-            raise UserError(f"{base}: {name} has values past those of {dtype}; try --dtype=bfloat16")
-        return tensor
-
+    updates = lora_updates(checkpoint, {part: model.lora[part] for part in model.lora if part == "language"})
     state = model.language.state_dict()
     sizes = {name: state[inside].numel() * dtype.itemsize for name, inside in plain_names(state).items()}
-    parts, room, weight_map = [[]], shard_bytes, {}
-    for name, size in sizes.items():
-        if size > room and parts[-1]:
-            parts, room = [*parts, []], shard_bytes
-        parts[-1].append(name)
-        room -= size
-    for number, names in enumerate(parts, start=1):
-        file = "model" + f"-{number:05}-of-{len(parts):05}" * (len(parts) > 1) + ".safetensors"
-        save_file({name: read(name) for name in names}, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    if len(parts) > 1:
-        write_settings(folder / "model.safetensors.index.json",
-                   {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+    write_tensors(sizes, lambda name: read_merged(files[name], name, dtype, updates.get(name)), shard_bytes,
+                  folder)
     # Where none is said, LLaMA 1's, which is transformers' own default, too
     longest = read_settings(base / "config.json").get("max_position_embeddings") or 2048
     write_settings(folder / "config.json", hub_config(model.language.config) | {
@@ -262,26 +242,30 @@ def write_adapter(checkpoint, part, folder):
     """PEFT's folder of a part. The base model's place was one on this machine, and is its last name here."""
     shutil.copytree(checkpoint / ADAPTERS[part], folder)
     settings = read_settings(folder / "adapter_config.json")
-    base = Path(settings.get("base_model_name_or_path") or "").name
-    hub = next((entry.hub for entry in WEIGHTS.values() if entry.target == base), base)
-    write_settings(folder / "adapter_config.json", {**settings, "base_model_name_or_path": hub})
+    write_settings(folder / "adapter_config.json", {
+        **settings, "base_model_name_or_path": base_name(settings.get("base_model_name_or_path"))})
 
 
-def write_vlm(checkpoint, told, folder):
-    """A run of this checkpoint alone, with the weights files that it takes from elsewhere in it."""
+def write_vlm(checkpoint, model, told, folder):
+    """
+    A run of this checkpoint alone, with the weights files that it takes from elsewhere in it. model: the run's, on
+    the meta device.
+    """
     folder.mkdir()
     tokenizer = find_tokenizer(checkpoint.parent)
     shutil.copyfile(tokenizer, folder / tokenizer.name)
     write_manifest(folder, "config.json", told)
     step, config = folder / "partial", read_settings(checkpoint / "config.json")
-    weights = read_vlm_config(checkpoint)["weights"]  # where they are, and are what they were
     parts = {ADAPTERS[part]: part for part in config["lora"]}
     shutil.copytree(checkpoint, step, ignore=shutil.ignore_patterns("optimizer.*", "manifest.json", *parts))
     for name, part in parts.items():
         write_adapter(checkpoint, part, step / name)
-    if weights["vision"]:
+    weights = read_vlm_config(checkpoint)["weights"]  # where they are, and are what they were
+    if isinstance(model.language, Text):
+        write_base(model, step)
+    elif weights["vision"]:
         save_module(load_vit(weights["vision"]), step / "vision.safetensors")
-    if weights["language"]:
+    if weights["language"] and not isinstance(model.language, Text):
         (step / "language").mkdir()
         base = Path(weights["language"])
         for source in [*base.glob("*.safetensors"), *base.glob("model.safetensors.index.json")]:
@@ -293,7 +277,7 @@ def write_vlm(checkpoint, told, folder):
         if index.is_file() and "config" in ((settings := read_settings(index)).get("metadata") or {}):
             settings["metadata"]["config"] = hash_file(step / "language/config.json")  # LLaMA compares it
             write_settings(index, settings)
-    write_settings(step / "config.json", {**config, "weights": {"vision": "", "language": ""}})
+    write_settings(step / "config.json", {**config, "weights": dict.fromkeys(config["weights"], "")})
     seal(step, folder / checkpoint.name, step=int(checkpoint.name[5:]), **told)
 
 
@@ -303,18 +287,22 @@ def write_with_source(write, record, *arguments):
     write_settings(arguments[-1] / SOURCE, {"checkpoint": record["name"], "manifest": record["checksum"]})
 
 
-def choose_parts(config, run, lora, image):
+def choose_parts(config, run, model, tokenizer, image):
     """The parts to write, in order. Raises UserError for one that is not there, or that no other library reads."""
-    parts = ["vision", "language", "adapter", "vlm", "card"]
+    whole = isinstance(model.language, Text)
+    parts = [*(["model"] if whole else ["vision", "language"]), "adapter", "vlm", "card"]
     only = [part.strip() for part in config.only.split(",")] if config.only else parts
     for part in only:
         if part not in parts:
             raise UserError(f"--only={part}: no such part; there are {', '.join(parts)}")
-        if config.only and part == "adapter" and not lora:
+        if config.only and part == "adapter" and not model.lora:
             raise UserError(f"--only={part}: {run} has no LoRA; leave it out")
         if part == "vision" and image["resize"] in ("fit", "smart"):
             raise UserError(f"{run}: by --resize=fit its images have different shapes, and timm's config.json has "
                             "one; leave out vision, as with --only=language,vlm,card")
+        if part == "model" and tokenizer.path.suffix != ".json":
+            raise UserError(f"{run}: its tokenizer has no <|image_pad|>, by which transformers knows where an "
+                            "image stands; leave out model, as with --only=vlm,card, or train with a tokenizer.json")
     return list(dict.fromkeys(only))
 
 
@@ -322,23 +310,27 @@ def main(config):
     run, checkpoint, record, tokenizer = open_trained_run(config.run, config.checkpoint)
     before = look(checkpoint, record)
     require_same(checkpoint, record, before)
-    lora, dtype = read_settings(checkpoint / "config.json")["lora"], getattr(torch, config.dtype)
+    model = load_vlm(checkpoint, device="meta", bits=0)  # no values, but its base is that of the training
+    whole, dtype = isinstance(model.language, Text), getattr(torch, config.dtype, None)
     public, folder = make_public(record), Path(config.folder or run / "export")
     jobs = {  # part -> its files or folders, and what write_part is to call for each
         "vision": {"vision": (write_vision, checkpoint, record["image"])},
-        "language": {"language": (write_language, checkpoint, tokenizer, dtype,
+        "language": {"language": (write_language, checkpoint, tokenizer, dtype or torch.float32,
                                   config.shard_gigabytes * 1e9)},
-        "adapter": {ADAPTERS[part]: (write_adapter, checkpoint, part) for part in lora},
-        "vlm": {"vlm": (write_vlm, checkpoint, public)}}
-    parts = choose_parts(config, run, lora, record["image"])
+        "model": {"model": (write_model, checkpoint, model, tokenizer, record["image"], dtype,
+                            config.shard_gigabytes * 1e9)},
+        "adapter": {ADAPTERS[part]: (write_adapter, checkpoint, part) for part in model.lora},
+        "vlm": {"vlm": (write_vlm, checkpoint, model, public)}}
+    if whole and model.lora:
+        jobs["adapter"] = {"adapter": (write_adapters, checkpoint, model)}
+    parts = choose_parts(config, run, model, tokenizer, record["image"])
     jobs = {folder / name: (write_with_source, job[0], record, *job[1:]) for part in parts
             for name, job in jobs.get(part, {}).items()}
     if "card" in parts:
         jobs[folder / "README.md"] = write_card, checkpoint, public
     require_free(folder, jobs, record)
-    model = load_vlm(checkpoint, device="meta", bits=0)  # no values, but its base weights are those of the training
     require_writable(folder, "folder")
-    require_room(folder, checkpoint, model, parts, dtype)
+    require_room(folder, checkpoint, model, parts, dtype or torch.float32)
     with lock(folder / ".lock", "exporting"):
         require_free(folder, jobs, record)  # another export may have ended since
         print(f"of {checkpoint}, into {folder}:", flush=True)

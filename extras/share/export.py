@@ -302,7 +302,8 @@ def choose_parts(config, run, model, tokenizer, image):
                             "one; leave out vision, as with --only=language,vlm,card")
         if part == "model" and tokenizer.path.suffix != ".json":
             raise UserError(f"{run}: its tokenizer has no <|image_pad|>, by which transformers knows where an "
-                            "image stands; leave out model, as with --only=vlm,card, or train with a tokenizer.json")
+                            "image stands; leave out model, as with --only=vlm,card, or train "
+                            "with a tokenizer.json")
     return list(dict.fromkeys(only))
 
 

@@ -2,7 +2,7 @@
 What a base in few bits costs: in the outputs of its matrices, and in what LoRA learns on it.
 
     python extras/bench/bits.py --start=out/stage_2                          errors of outputs alone, in seconds
-    python extras/bench/bits.py --start=out/stage_2 --data=sample --steps=300    and learning, by train_vlm.py
+    python extras/bench/bits.py --start=out/stage_2 --data=sample    and learning, by train_vlm.py
 
 The run that --start names, of train_vlm.py with --language=full, is the base. The matrices are its own and random
 ones, inputs are normal; an error is |x W'^T - x W^T| / |x W^T|. Then LoRA on all seven kinds of matrices learns
@@ -39,7 +39,8 @@ class Config:
     data: str = ""  # prepared dataset to learn; none: errors of outputs alone
     shards_dir: str = "shards"  # where prepare/all.py put it
     out: str = "out/bits"  # where the runs go
-    steps: Count = 300  # of 64 samples
+    steps: Count = 500  # of a run
+    batch_size: Count = 16  # samples in a step
     seeds: Count = 3  # runs of each kind
     learning_rate: Scale = 3e-3  # peak
     lora_r: Count = 16  # rank; alpha is twice that
@@ -85,9 +86,9 @@ def learn(config, bits, seed):
             data=config.data, shards_dir=config.shards_dir, start=config.start, run=str(folder), model="sample",
             vision="frozen", language="lora", base_bits=bits, lora_targets=SEVEN, lora_r=config.lora_r,
             lora_alpha=2 * config.lora_r, learning_rate=config.learning_rate, max_steps=config.steps,
-            questions_per_image=0, held_out=128, evaluate_every=100, seed=seed, workers=1))
+            batch_size=config.batch_size, questions_per_image=0, held_out=128, seed=seed, workers=1))
     scores = {}
-    for answering in {bits, 0}:
+    for answering in {bits, 0} if bits == 4 else [bits]:
         eval_vqa.main(eval_vqa.Config(run=str(folder), shards_dir=config.shards_dir, data=config.data, blind="none",
                                       base_bits=str(answering)))
     for evaluation in find_evaluations(folder):

@@ -113,7 +113,7 @@ def follow_model(config, shard, model, tokenizer, reference):
     batch = to_device(step.batches[0], torch.device("cpu"))
     print(f"Mixture.pack     tokens {tuple(batch.tokens.shape)}, {len(batch.image_at)} of them of the image; "
           f"supervised at {batch.answer_at.tolist()}: {batch.targets.tolist()}")
-    images = normalise(torch.stack(batch.images))
+    images = normalise(torch.stack(batch.images), model.vision.mean, model.vision.std)
     print(f"normalise        {tuple(images.shape)}, mean {images.mean():.3f}, std {images.std():.3f}")
     print(f"{type(model.vision).__name__:16} {tuple(model.vision(images).shape)}")
     image_tokens = model.encode_images(batch.images)

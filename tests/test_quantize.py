@@ -13,6 +13,7 @@ import eval_vqa
 import quantize
 import train_vlm
 from extras.bench.memory import Ledger
+from extras.share import export
 from lora import LoRALinear, add_lora, lora_layers
 from model import LLaMA, LlamaConfig
 from plumbing.files import read_settings
@@ -379,6 +380,14 @@ def test_a_run_on_4_bits_is_resumed_bit_for_bit_and_scored_on_16(shards, base, t
     assert score() == {name: 4}
     assert score(base_bits="0") == {name: 4, f"{name}_base_0_bits": 0}
     assert len(choose_evaluations(str(run))) == 1
+
+    export.main(export.Config(run=str(run), folder=str(tmp_path / "export"), only="language,vlm"))  # as ever
+    for layer in lora_layers(models[0].language).values():
+        layer.merge()
+    exported = load_llama(tmp_path / "export/language")
+    assert relative_error(exported(some_tokens()), models[0].language(some_tokens())) < TOLERANCE
+    again = load_vlm(tmp_path / "export/vlm/step_000006")
+    assert again.base_bits == 4 and torch.equal(again.eval().language(some_tokens()), logits["auto"])
 
     (base / "step_000006/language/model.safetensors").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="language: not the base weights that the run was trained on"):

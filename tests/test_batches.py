@@ -25,6 +25,7 @@ from plumbing import kernels
 from plumbing.devices import autocast_to, to_device
 from plumbing.flags import UserError
 from plumbing.shards import IMAGE, SAMPLE, Sample, Shard
+from plumbing.sources import settle
 from run import even_out, make_optimizer
 
 model_file.CONFIGS["tiny"] = (ViTConfig(image_size=32, width=64, depth=1), LlamaConfig(
@@ -94,9 +95,9 @@ def pack(mixture, number, samples):
 
 def config_of(parts=("full", "full", "full"), **changes):
     vision, projector, language = parts
-    return train_vlm.Config(**{**dict(
+    return settle(train_vlm.Config(**{**dict(
         model="tiny", vision=vision, projector=projector, language=language, vision_weights="none",
-        language_weights="none", lora_dropout=0.5, weight_decay=0.1), **changes})
+        language_weights="none", lora_dropout=0.5, weight_decay=0.1), **changes}))
 
 
 def make(config, dtype=torch.float32):

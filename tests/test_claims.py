@@ -19,6 +19,7 @@ from model import VLM, LLaMA, LlamaConfig, ViT, ViTConfig
 from plumbing.claims import (LORA_HARMLESS, LORA_NEUTRAL, lfs_pointer, llama_refusal, lora_refusal,
                              read_adapter_config, tokenizer_mismatch)
 from plumbing.flags import UserError
+from plumbing.sources import settle
 from test_encoders import fill, some_pixels
 from test_model import LLAMA, TOLERANCE, V, edit_json, hub_llama, logits_of, randomise, relative_error, some_tokens
 from weights import load_encoder, load_llama, load_vit, load_vlm, save_vlm
@@ -335,7 +336,7 @@ def test_a_model_s_own_tokenizer_is_held_against_the_shards(tmp_path, capsys):
     ours = train_tokenizer(tmp_path / "tokenizer.model", "chest film shows a lower lobe consolidation")
     pieces = [ours.model.id_to_piece(token) for token in range(ours.vocab_size)]
     base = str(tmp_path / "base")
-    config = train_vlm.Config(model="sample", language_weights=base, vision="frozen", language="lora")
+    config = settle(train_vlm.Config(model="sample", language_weights=base, vision="frozen", language="lora"))
     device = torch.device("cpu")
     train_vlm.load_parts(config, ours, None, device, torch.float32)
     assert f"{base}: not known whether its tokenizer is the shards': no tokenizer.model" in capsys.readouterr().out

@@ -26,6 +26,7 @@ from model import CONFIGS, LlamaConfig, ViTConfig
 from plumbing.files import best_checkpoint, checkpoints, find_damage, hash_file, newest_checkpoint, read_manifest
 from plumbing.flags import UserError
 from plumbing.runs import open_run
+from plumbing.sources import settle
 from run import load_optimizer, make_optimizer, save_checkpoint
 from weights import save_vlm
 
@@ -57,11 +58,11 @@ def prepare(folder, limit=64):
 
 def flags(shards, run, **changes):
     """Every part trains in its own way, with dropout, so that each kind of state has to be restored."""
-    return train_vlm.Config(**{**dict(
+    return settle(train_vlm.Config(**{**dict(
         shards_dir=str(shards), run=str(run), data="sample", model="sample", language="lora",
         lora_dropout=0.3, batch_size=4, max_steps=12, max_length=256, micro_batch_tokens=512,
         held_out=4, questions_per_image=0, learning_rate=1e-3, save_every=2, keep=2, log_every=1,
-        workers=1, evaluate_every=6, resume=True, device="cpu", dtype="float32"), **changes})
+        workers=1, evaluate_every=6, resume=True, device="cpu", dtype="float32"), **changes}))
 
 
 def fork(function, *arguments):

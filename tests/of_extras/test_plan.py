@@ -5,6 +5,7 @@ import torch
 
 import train_vlm
 from extras.bench import plan
+from plumbing.sources import settle
 
 
 def test_the_papers_run_by_hand(monkeypatch, capsys):
@@ -42,7 +43,7 @@ def test_a_checkpoint_of_what_trains_is_timed(tmp_path, monkeypatch):
 
 
 def test_what_it_takes_for_the_recipe_is_train_vlm_s():
-    flags = train_vlm.Config()
+    flags = settle(train_vlm.Config())
     assert vars(plan.RECIPE) == {part: getattr(flags, part) for part in ("vision", "projector", "language")}
     assert plan.LORA == {"targets": flags.lora_targets, "r": flags.lora_r, "alpha": flags.lora_alpha,
                          "dropout": flags.lora_dropout}

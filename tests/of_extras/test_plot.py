@@ -23,6 +23,7 @@ from extras.look import mix, plot
 from lora import add_lora
 from model import packed_mask
 from plumbing.flags import UserError, parse_command_line, run
+from plumbing.sources import settle
 from tasks.encoders import EIGHT, measured
 from prepare.datasets import DATASETS
 from test_cls import write_results
@@ -361,7 +362,7 @@ def test_its_mask_is_the_models(svg):
 
 
 def test_its_numbers_are_the_models(svg):
-    flags, vlm = train_vlm.Config(), build_vlm("paper", 32_000, device="meta")
+    flags, vlm = settle(train_vlm.Config()), build_vlm("paper", 32_000, device="meta")
     vision, language = vlm.vision.config, vlm.language.config
     millions = [sum(p.numel() for p in part.parameters()) / 1e6
                 for part in (vlm.vision, vlm.projector, vlm.language)]

@@ -3,14 +3,16 @@ How fast eval_vqa.py answers, beside transformers' generate on the same weights 
 
     python extras/bench/answering.py --run=out/path_vqa --limit=500
     python extras/bench/answering.py --model=paper --new_tokens=8 --rounds=1     random weights, on a GPU
+    python extras/bench/answering.py --model=qwen_40m --limit=500                a Qwen3-VL of random weights
 
 Ours is generate.py with all questions of an image in a row of its cache. It is timed twice: with the
 right images alone, and as eval_vqa.py runs it, where each question is asked about a second image, too,
-which costs little since that image's row is there. The peer is LlamaForCausalLM.generate as LLaVA-style
-evaluations call it: questions in their order, each with its image encoded, in padded batches of
-embeddings. A round is each of them once, in turns. Needs tests/requirements.txt.
+which costs little since that image's row is there. The peer is transformers' generate as evaluations call
+it (peers.py): questions in their order, each with its image encoded, in padded batches. A round is each of
+them once, in turns. Needs tests/requirements.txt.
 
-With random weights no answer ends by itself: all have --new_tokens tokens.
+With random weights no answer ends by itself: all have --new_tokens tokens. In float32 the answers are the same,
+token for token, unless two tokens tie: how near they were is told.
 
 The limit is what the same work would take at the speeds of this machine's own matrix product and
 copy, measured first: for each pass the larger of its arithmetic and of one reading of the weights.
@@ -24,8 +26,9 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)  # the reposito
 from plumbing.flags import require_packages
 
 if __name__ == "__main__":
-    require_packages("tests/requirements.txt", "transformers")
+    require_packages("tests/requirements.txt", "peft", "transformers")
 
+import itertools
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -33,24 +36,24 @@ from typing import Literal
 
 import numpy as np
 import torch
-import transformers
 
-from data import EOS, Tokenizer
+from extras.bench.peers import build, lay_out, make_peer, open_questions, require_shapes
 from extras.bench.progress import Progress, tell
-from generate import finished_groups, generate
+from generate import Cache, Piece, Sampling, finished_groups, generate, run_pieces
 from plumbing.devices import autocast_to, describe_machine, pick_device
-from plumbing.flags import Count, Device, UserError, Whole, parse_command_line, run
+from plumbing.flags import Count, Device, Whole, parse_command_line, run
 from plumbing.kernels import Linear
-from plumbing.shards import Shard
 from tasks.splits import group_questions, read_groups
 from tasks.vqa import exchange_images
-from weights import build_vlm, hub_config, load_run
+from weights import load_run
+
+TIE = 1e-4  # of the logits' standard deviation: float32 may choose either of two tokens that are so near
 
 
 @dataclass(frozen=True)
 class Config:
     run: str = ""  # folder of a train_vlm.py run; none: random weights of --model
-    model: Literal["paper", "small", "sample"] = "small"  # sizes of random weights
+    model: str = "small"  # sizes of random weights: paper, small, sample, qwen_sample, qwen_small or qwen_40m
     data: str = "path_vqa"  # prepared dataset
     shards_dir: str = "shards"  # where prepare/all.py put it
     limit: Whole = 0  # only the first so many questions; 0: all
@@ -63,53 +66,49 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the GPU has it
 
 
-def make_peer(model):
-    """transformers' LLaMA on the same tensors."""
-    settings = transformers.LlamaConfig(**hub_config(model.language.config), pad_token_id=0,
-                                        attn_implementation="sdpa")
-    with torch.device("meta"):
-        peer = transformers.LlamaForCausalLM(settings)
-    peer.load_state_dict(model.language.state_dict(), assign=True)
-    # Its one buffer is no weight, and so still on the meta device.
-    peer.model.rotary_emb = type(peer.model.rotary_emb)(settings).to(model.projector.weight.device)
-    return peer.eval()
+@torch.no_grad()
+def answer_by_peer(peer, model, shard, count, stops, config):
+    """Token ids of the answers to the first `count` questions, batch by batch, padded on the left."""
+    device, answers = next(model.projector.parameters()).device, []
+    for begin in range(0, count, config.peer_batch_size):
+        numbers = range(begin, min(begin + config.peer_batch_size, count))
+        rows = peer.collate(lay_out(shard, numbers, model.vision, device, prompts=True))
+        answers += [list(itertools.takewhile(lambda token: token not in stops, reply))
+                    for reply in peer.answer(rows, config.new_tokens)]
+    return answers
+
+
+def answer(model, shard, count, stops, shown, config):
+    """{row: token ids of the answers to the first `count` questions}; shown: as group_questions takes it."""
+    groups, answers = group_questions(shard, count, shown), {row: [()] * count for row in shown}
+    passes = generate(model, read_groups(shard, groups), config.new_tokens, rows=config.batch_size,
+                      sampling=Sampling(stops=stops), log_probabilities=False)
+    for number, finished in finished_groups(passes):
+        for question, reply in zip(groups[number], finished, strict=True):
+            answers[question.row][question.number] = reply.tokens
+    return answers
 
 
 @torch.no_grad()
-def answer_by_peer(model, peer, shard, count, config):
-    """Token ids of the answers to the first `count` questions, batch by batch, padded on the left."""
-    device, answers = model.projector.weight.device, []
-    for begin in range(0, count, config.peer_batch_size):
-        numbers = range(begin, min(begin + config.peer_batch_size, count))
-        images = [torch.from_numpy(shard.read_image(image)).to(device) for image in
-                  shard.samples["image"][begin:numbers.stop].tolist()]
-        N = model.vision.tokens(*images[0].shape[:2])
-        image_tokens = model.encode_images(images).split(N)
-        rows = []
-        for number in numbers:
-            bos, _, *text = shard.read_sample(number).prompt().tolist()
-            rows.append([bos] + [0] * N + text)
-        T = max(map(len, rows))
-        tokens = torch.tensor([[0] * (T - len(row)) + row for row in rows], device=device)
-        x = peer.get_input_embeddings()(tokens)  # (B, T, C)
-        for b, row in enumerate(rows):
-            x[b, T - len(row) + 1:T - len(row) + 1 + N] = image_tokens[b].to(x.dtype)
-        seen = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows], device=device)
-        replies = peer.generate(inputs_embeds=x, attention_mask=seen, do_sample=False,
-                                max_new_tokens=config.new_tokens)
-        answers += [reply[:reply.index(EOS)] if EOS in reply else reply for reply in replies.tolist()]
-    return answers
+def distance(model, shard, number, ours, theirs, stop):
+    """Where two answers first differ, how far apart the logits of their tokens are, in standard deviations."""
+    place, pair = next((place, list(pair)) for place, pair in enumerate(
+        itertools.zip_longest(ours, theirs, fillvalue=stop)) if pair[0] != pair[1])
+    prompt = [*np.maximum(shard.read_sample(number).prompt(), -1).tolist(), *ours[:place]]
+    image, weight = shard.read_image(int(shard.samples["image"][number])), next(model.language.blocks.parameters())
+    cache = Cache(model.language.config, 1, weight.dtype, weight.device)
+    logits = run_pieces(model, cache, [Piece(0, 1, 0, prompt, [image])])[0]
+    return float((logits[pair[0]] - logits[pair[1]]).abs() / logits.std())
 
 
-def answer(model, tokenizer, shard, count, shown, config):
-    """{row: answers to the first `count` questions, as text}; shown: as group_questions takes it."""
-    groups, answers = group_questions(shard, count, shown), {row: [""] * count for row in shown}
-    passes = generate(model, read_groups(shard, groups), config.new_tokens, rows=config.batch_size,
-                      log_probabilities=False)
-    for number, finished in finished_groups(passes):
-        for question, reply in zip(groups[number], finished, strict=True):
-            answers[question.row][question.number] = tokenizer.decode(reply.tokens)
-    return answers
+def compare(model, shard, ours, theirs, stop, dtype):
+    """A line that tells how many answers are the same. Raises AssertionError where more than a tie parts them."""
+    other = [number for number, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]]
+    apart = max((distance(model, shard, number, ours[number], theirs[number], stop) for number in other),
+                default=0.0)
+    assert dtype != torch.float32 or apart < TIE, f"answers differ by {apart:.1e} of the logits' deviation"
+    line = f"{len(ours) - len(other):,} of {len(ours):,} answers are the same as transformers'"
+    return line + (f"; in the others two tokens tie, {apart:.0e} of a standard deviation apart" if other else "")
 
 
 def clock(device):
@@ -147,63 +146,45 @@ def count_work(model, passes):
         return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
 
     blocks, block_bytes = count(model.language.blocks)
-    _, head_bytes = count(model.language.lm_head)
+    parts = getattr(model.language.model, "language_model", model.language.model)
+    head = parts.embed_tokens.weight  # as large as the head, where that is not the same
     images = []  # FLOP of those that this pass shows
 
     def saw_images(module, inputs, output):
-        images.append(2 * output.shape[0] * output.shape[1] * count(module)[0])
+        weights = patches_of_token(module) * count(module)[0] + count(model.projector)[0]
+        images.append(2 * output.shape[0] * output.shape[1] * weights)
 
     def embedded(module, inputs, output):
         passes.append([sum(images) + 2 * len(output) * blocks, block_bytes])
         images.clear()
 
     def predicted(module, inputs, output):
-        passes[-1][0] += 2 * output.numel() * inputs[0].shape[-1]
-        passes[-1][1] += head_bytes
+        passes[-1][0] += 2 * len(output) * head.numel()
+        passes[-1][1] += head.numel() * head.element_size()
 
     return [module.register_forward_hook(hook) for module, hook in (
-        (model.vision, saw_images), (model.language.model.embed_tokens, embedded),
-        (model.language.lm_head, predicted))]
+        (model.vision, saw_images), (parts.embed_tokens, embedded), (parts.norm, predicted))]
 
 
-def open_questions(config, split):
-    """The shard of a split of --data, whose questions are about one image each, all of a size; its tokenizer."""
-    folder = Path(config.shards_dir) / config.data
-    shard = Shard(folder / split)
-    shard.require_questions()
-    if (shard.samples["images"] != 1).any() or len(np.unique(shard.image_index[["height", "width"]])) > 1:
-        raise UserError(f"--data: {config.data} asks about no image, several, or different sizes, too, which the "
-                        "peer cannot")
-    return shard, Tokenizer(folder / "tokenizer.model")
+def patches_of_token(vision):
+    """How many patches become one token of a vision part."""
+    return getattr(vision.config, "spatial_merge_size", vision.config.merge) ** 2
 
 
-def main(config):
-    device, dtype = pick_device(config.device, config.dtype)
-    shard, tokenizer = open_questions(config, "test")
+def open_model(config, tokenizer, dtype, device):
+    """The model of --run, or random weights of --model, whose answers do not end by themselves."""
     if config.run:
         model = load_run(config.run, dtype, device)
     else:
-        torch.manual_seed(0)
-        model = build_vlm(config.model, tokenizer.vocab_size, dtype=dtype, device=device)
+        model = build(config.model, tokenizer.vocab_size, dtype, device)
+        head = getattr(model.language, "lm_head", None) or model.language.model.language_model.embed_tokens
         with torch.no_grad():
-            model.language.lm_head.weight[EOS] = 0  # never the largest of 32,000 random logits
-    model.eval().requires_grad_(False)
-    model.vision.require_shapes(shard.folder, shard.image_index)
-    count = min(config.limit or len(shard), len(shard))
-    images, own = shard.samples["image"][:count].astype(np.int64), np.arange(len(shard.image_index))
-    other = exchange_images(len(own), images, images, 0)
-    peer = make_peer(model) if config.peer else None
+            head.weight[list(tokenizer.stops)] = 0  # never the largest of so many random logits
+    return model.eval().requires_grad_(False)
 
-    print(", ".join(f"{name} {value}" for name, value in describe_machine(device).items()))
-    flops, bandwidth = measure_limits(device, dtype)
-    print(f"{count:,} questions about {len(np.unique(images)):,} images of {config.data}, {dtype}; a "
-          f"matrix product runs at {flops / 1e12:.2f} TFLOP/s, a copy at {bandwidth / 1e9:.0f} GB/s")
-    ways = {"ours": lambda: answer(model, tokenizer, shard, count, {"model": own}, config),
-            "ours, with a second image": lambda: answer(
-                model, tokenizer, shard, count, {"model": own, "image shuffled": other}, config)}
-    if peer:
-        ways["transformers' generate"] = lambda: {"model": [
-            tokenizer.decode(reply) for reply in answer_by_peer(model, peer, shard, count, config)]}
+
+def measure(ways, model, config, device, dtype):
+    """({way: its seconds}, {way: its answers}, the passes of count_work) of --rounds in turns."""
     seconds, answers, passes = defaultdict(list), {}, []
     progress = Progress(len(ways) * config.rounds, "passes")
     tell(f"{len(ways)} ways x {config.rounds} rounds over all questions; a line for each")
@@ -217,10 +198,36 @@ def main(config):
             progress.row(f"{way}, {seconds[way][-1]:.2f} s")
             for hook in hooks:
                 hook.remove()
+    return seconds, answers, passes
+
+
+def main(config):
+    device, dtype = pick_device(config.device, config.dtype)
+    shard, tokenizer = open_questions(config, "test")
+    model, stops = open_model(config, tokenizer, dtype, device), tokenizer.stops
+    require_shapes(model, shard)
+    count = min(config.limit or len(shard), len(shard))
+    images, own = shard.samples["image"][:count].astype(np.int64), np.arange(len(shard.image_index))
+    other = exchange_images(len(own), images, images, 0)
+    peer = make_peer(model, shard, stops, model.encode_images).eval() if config.peer else None
+
+    print(", ".join(f"{name} {value}" for name, value in describe_machine(device).items()))
+    flops, bandwidth = measure_limits(device, dtype)
+    print(f"{count:,} questions about {len(np.unique(images)):,} images of {config.data}, {dtype}; "
+          f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f}M parameters; a matrix product runs at "
+          f"{flops / 1e12:.2f} TFLOP/s, a copy at {bandwidth / 1e9:.0f} GB/s")
+    ways = {"ours": lambda: answer(model, shard, count, stops, {"model": own}, config),
+            "ours, with a second image": lambda: answer(
+                model, shard, count, stops, {"model": own, "image shuffled": other}, config)}
+    if peer:
+        ways["transformers' generate"] = lambda: {
+            "model": answer_by_peer(peer, model, shard, count, stops, config)}
+    seconds, answers, passes = measure(ways, model, config, device, dtype)
     medians = {way: float(np.median(times)) for way, times in seconds.items()}
     for way, median in medians.items():
         asked = count * len(answers[way])
-        line = f"{way:26}{asked:7,} answers {median:8.2f} s {asked / median:8.1f} a second"
+        line = (f"{way:26}{asked:7,} answers {median:8.2f} s ({min(seconds[way]):.2f} to {max(seconds[way]):.2f}) "
+                f"{asked / median:8.1f} a second")
         if peer:
             last = medians["transformers' generate"] * asked / count
             line += f" {last / median:6.2f}x"
@@ -231,8 +238,8 @@ def main(config):
     print(f"limit of ours {limit:.2f} s ({compute:.2f} s of arithmetic, {memory:.2f} s of reading weights "
           f"in {len(passes)} passes): {limit / medians['ours']:.0%} of it reached")
     if peer:
-        pairs = zip(answers["ours"]["model"], answers["transformers' generate"]["model"])
-        print(f"{sum(a == b for a, b in pairs):,} of {count:,} answers are the same as transformers'")
+        print(compare(model, shard, answers["ours"]["model"], answers["transformers' generate"]["model"], stops[0],
+                      dtype))
 
 
 if __name__ == "__main__":

@@ -3,14 +3,16 @@ How fast train_vlm.py trains: each thing that it leaves out, and the usual way b
 
     python extras/bench/training.py                       the small model, 64 real questions a step
     python extras/bench/training.py --model=paper         the paper's sizes, random weights, on a GPU
+    python extras/bench/training.py --model=qwen_40m      a Qwen3-VL, its tower frozen, LoRA on all seven matrices
 
 A step is the same --batch_size questions of a prepared training split in every row of the table: they
 are read and packed first, and only forward, backward and update are timed. Rows go from what one would
 write first to what train_vlm.py does, and then share an image among more and more of its questions. The
-peer is the step as LLaVA-style code builds it from transformers and PEFT: ViTModel, a Linear,
-LlamaForCausalLM with its LoRA, every question with its image in a row padded to the longest, logits and
-labels at all positions. A round is two steps of each row, in turns, of which the second is timed: the
-first brings the row's memory back. Then the loader alone, which has to keep ahead of the fastest row; then
+peer is the step of transformers' model with PEFT's LoRA, as LLaVA-style code or TRL's SFTTrainer drives it
+(peers.py): every question with its image in a row padded to the longest, logits and labels at all positions.
+In float32 its loss and gradients are held against ours first. A round is two steps of each row, in turns,
+of which the second is timed: the first brings the row's memory back. Then the loader alone, which has to
+keep ahead of the fastest row; then
 extras/bench/answering.py times answers and, with --raw_dir, extras/bench/preparing.py the way from raw files to
 shards. Needs tests/requirements.txt.
 
@@ -37,43 +39,44 @@ import os
 import subprocess
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Annotated, Literal
 
 import numpy as np
-import peft
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import transformers
 
-from data import BOS, EOS, Batch, Mixture
-from extras.bench.answering import clock, measure_limits, open_questions
-from extras.bench.classifying import make_vit
+from data import Batch, Mixture
+from extras.bench.answering import clock, measure_limits, patches_of_token
+from extras.bench.peers import ALL_SEVEN, Peer, build, lay_out, make_peer, open_questions, require_shapes
 from extras.bench.progress import Progress, about, tell
-from lora import add_lora
-from model import VLM, normalise
+from lora import add_lora, lora_layers
+from model import VLM, ViT
 from plumbing.devices import autocast_to, describe_machine, pick_device, to_device
 from plumbing.flags import Count, Device, Range, Whole, parse_command_line, run
 from plumbing.kernels import HAS_TRITON
 from plumbing.leaks import read_leaks
 from run import make_optimizer
-from weights import build_vlm
 
+SAME = 1e-4  # relative error of the peer's loss and gradients to ours, in float32
 
 @dataclass(frozen=True)
 class Config:
-    model: Literal["paper", "small", "sample"] = "small"  # sizes; weights are random
+    model: str = "small"  # sizes: paper, small, sample, qwen_sample, qwen_small or qwen_40m; weights are random
     data: str = "path_vqa"  # prepared dataset
     shards_dir: str = "shards"  # where prepare/all.py put it
     batch_size: Count = 64  # questions in a step
-    vision: Literal["full", "lora", "frozen"] = "full"  # what trains of the vision transformer
+    vision: Literal["auto", "full", "lora", "frozen"] = "auto"  # what trains; auto: all, of a Qwen3-VL nothing
+    projector: Literal["full", "frozen"] = "full"  # what trains of the projection
     language: Literal["lora", "full", "frozen"] = "lora"  # what trains of the language model
     dense_row_length: Count = 448  # tokens of a row in which attention is computed for all of it
     micro_batch_tokens: Count = 4096  # tokens of a forward pass
+    ladder: bool = True  # time the rows that lead to what train_vlm.py does, too
     rounds: Count = 3  # timed steps of each row
     peer: bool = True  # time the peer, too
+    peer_batch_size: Whole = 0  # questions of its forward pass; 0: as many as fit into --micro_batch_tokens
     questions: Whole = 500  # of the test split that are answered, 4 tokens each; 0: all of it
     raw_dir: str = ""  # raw files whose preparation is timed, too; none: it is not
     peak_tflops: Annotated[float, Range(0, 1e6)] = 0.0  # that MFU is a share of; 0: of one that is measured
@@ -85,11 +88,14 @@ class Config:
 # ----------------------------------------------------------------------------- ours
 
 def join(batches):
-    """Several Batches end to end, as one that is computed in one pass, groups numbered in each from 0."""
+    """Several Batches end to end, as one that is computed in one pass."""
     starts = np.cumsum([0] + [len(batch.tokens) for batch in batches])
     columns = {name: [getattr(batch, name) + (start if name.endswith("_at") else 0)
                       for batch, start in zip(batches, starts)] for name in (
-        "tokens", "positions", "group", "branch", "image_at", "answer_at", "targets", "weights", "key")}
+        "tokens", "positions", "branch", "image_at", "answer_at", "targets", "weights", "key")}
+    groups = np.cumsum([0] + [1 + batch.group.max() for batch in batches])
+    columns["group"] = [np.where(batch.group < 0, -1, batch.group + first).astype(np.int32)
+                        for batch, first in zip(batches, groups)]
     return Batch(images=[image for batch in batches for image in batch.images],
                  **{name: np.concatenate(arrays) for name, arrays in columns.items()})
 
@@ -103,17 +109,21 @@ def dense_masks(batch, length):
     return masks
 
 
+def dense_logits(model, batch, length, wanted):
+    """VLM.forward with that mask: every token's attention to its whole row is computed."""
+    positions = model.vision.place(batch.positions, batch.group, batch.branch, batch.image_at, batch.images)
+    return model.language(batch.tokens, positions, dense_masks(batch, length), wanted,
+                          model.encode_images(batch.images), batch.image_at)
+
+
 def dense_loss(model, batch, length):
-    """VLM.loss with that mask: every token's attention to its whole row is computed."""
-    logits = model.language(batch.tokens, batch.positions, dense_masks(batch, length), batch.answer_at,
-                            model.encode_images(batch.images), batch.image_at)
-    return F.cross_entropy(logits, batch.targets, reduction="sum")
+    """VLM.loss from them."""
+    return F.cross_entropy(dense_logits(model, batch, length, batch.answer_at), batch.targets, reduction="sum")
 
 
 def loss_at_every_position(model, batch, length):
     """The same with the logits of all tokens, of which most are then ignored."""
-    logits = model.language(batch.tokens, batch.positions, dense_masks(batch, length), None,
-                            model.encode_images(batch.images), batch.image_at)  # (T, V)
+    logits = dense_logits(model, batch, length, None)  # (T, V)
     targets = torch.full((len(logits),), -100, device=logits.device)
     targets[batch.answer_at] = batch.targets
     return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
@@ -153,58 +163,37 @@ def pack(shard, numbers, questions_per_image, length, config, count_tokens):
 
 # ----------------------------------------------------------------------------- the peer
 
-class Peer(nn.Module):
-    """The same model from transformers' parts, its language model with PEFT's LoRA."""
+def peer_row(peer, batches, autocast):
+    """The peer's row: its step, how much is padding, its tokens."""
+    optimizer = torch.optim.AdamW([p for p in peer.parameters() if p.requires_grad], lr=0.0, fused=True)
+    supervised, tokens = sum(rows.supervised for rows in batches), sum(rows.seen.numel() for rows in batches)
 
-    def __init__(self, ours, lora):
-        super().__init__()
-        sizes = ours.language.config
-        self.vision = make_vit(ours.vision)
-        self.projector = nn.Linear(ours.projector.in_features, ours.projector.out_features)
-        self.projector.load_state_dict(ours.projector.state_dict())
-        language = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-            **asdict(sizes) | {"head_dim": sizes.head_size}, bos_token_id=BOS, eos_token_id=EOS,
-            attn_implementation="sdpa"))
-        language.load_state_dict({name.replace(".base.", "."): tensor for name, tensor
-                                  in ours.language.state_dict().items() if ".lora_" not in name})
-        language.to(ours.language.lm_head.weight.dtype)
-        self.language = peft.get_peft_model(language, peft.LoraConfig(
-            r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])) if lora else language
+    def run_step(function=update):
+        return function(peer, optimizer, Peer.__call__, batches, supervised, autocast)
 
-    def forward(self, tokens, seen, labels, images, N):
-        x = self.language.get_input_embeddings()(tokens)
-        image_tokens = self.projector(self.vision(pixel_values=normalise(images)).last_hidden_state)
-        x = torch.cat([x[:, :1], image_tokens.to(x.dtype), x[:, 1 + N:]], dim=1)
-        return self.language(inputs_embeds=x, attention_mask=seen, labels=labels).loss
+    seen = sum(int(rows.seen.sum()) for rows in batches)
+    return {"run": run_step, "padded": 1 - seen / tokens, "tokens": tokens}
 
 
-def peer_batches(shard, numbers, N, size, device):
+def require_same(model, peer, ours, theirs):
     """
-    (tokens, seen, labels, images, supervised, N) of the samples, each a row padded to the longest of
-    its batch; and how many tokens are supervised in all.
+    Raise AssertionError unless our loss of Batches and the peer's of Rows, and their gradients, are the same.
+    Returns the largest relative error.
     """
-    batches = []
-    for begin in range(0, len(numbers), size):
-        rows = []
-        for number in numbers[begin:begin + size]:
-            sample = shard.read_sample(number)  # <bos>, the image, prompt and answer
-            begin, tokens = int(sample.spans[0, 0]), sample.tokens.tolist()
-            rows.append(([BOS] + [0] * N + tokens[2:begin], tokens[begin:], int(shard.samples[number]["image"])))
-        T = max(len(prompt) + len(answer) for prompt, answer, _ in rows)
-        padding = [T - len(prompt) - len(answer) for prompt, answer, _ in rows]
-        arrays = ([p + a + [EOS] * more for (p, a, _), more in zip(rows, padding)],
-                  [[1] * (T - more) + [0] * more for more in padding],
-                  [[-100] * len(p) + a + [-100] * more for (p, a, _), more in zip(rows, padding)],
-                  np.stack([shard.read_image(image) for _, _, image in rows]))
-        batches.append((*(torch.as_tensor(array, device=device) for array in arrays),
-                        sum(len(answer) for _, answer, _ in rows), N))
-    return batches, sum(supervised for *_, supervised, _ in batches)
-
-
-def loss_of_peer(model, batch):
-    """Summed over supervised positions, so that it is ours."""
-    *inputs, supervised, N = batch
-    return model(*inputs, N) * supervised
+    for batch in ours:
+        model.loss(batch).backward()
+    for rows in theirs:
+        peer(rows).backward()
+    errors = {name: float((mine.grad - its.grad).norm() / mine.grad.norm())
+              for name, mine, its in peer.pair(model) if mine.requires_grad}
+    with torch.no_grad():
+        mine, its = sum(map(model.loss, ours)), sum(map(peer, theirs))
+    errors["loss"] = float((mine - its).abs() / mine)
+    for module in (model, peer):
+        module.zero_grad(set_to_none=True)
+    worst = max(errors, key=errors.get)
+    assert errors[worst] < SAME, f"the peer's {worst} differs by {errors[worst]:.1e}"
+    return errors[worst]
 
 
 # ----------------------------------------------------------------------------- measurement
@@ -233,19 +222,27 @@ def choose_questions(shard, count):
 
 
 def count_flop(model, steps, config):
-    """FLOP that a step cannot do without: matrix products of its tokens, no padding, no attention."""
-    def flop(module, tokens, trained):
-        weights = sum(parameter.numel() for name, parameter in module.named_parameters()
-                      if parameter.dim() > 1 and ".lora" not in name)
-        return 2 * weights * tokens * (3 if trained else 2)
+    """
+    FLOP that a step cannot do without: matrix products of its tokens, no padding, no attention. Each is done once
+    forward, once more where a gradient passes through, and once more where the matrix itself trains.
+    """
+    def count(module):
+        return sum(parameter.numel() for name, parameter in module.named_parameters()
+                   if parameter.dim() > 1 and ".lora" not in name)
 
-    language, whole = model.language, config.language == "full"
+    def passes(how, before):
+        return 1 + (how != "frozen" or before) + (how == "full")
+
+    language, vision = model.language, config.vision != "frozen"
+    head = getattr(language.model, "language_model", language.model).embed_tokens.weight.numel()  # it is as large
     image_tokens = sum(len(batch.image_at) for batch in steps)
     tokens = sum(int((batch.group >= 0).sum()) for batch in steps)
     wanted = sum(len(batch.targets) for batch in steps)
-    return (flop(language.model.layers, tokens, whole) + flop(language.lm_head, wanted, whole)
-            - flop(language.model.layers[-1].mlp, tokens - wanted, whole)
-            + flop(model.vision.blocks, image_tokens, config.vision == "full"))
+    text = count(language.blocks) * tokens + head * wanted - count(language.blocks[-1].mlp) * (tokens - wanted)
+    patches = image_tokens * patches_of_token(model.vision)
+    return 2 * (text * passes(config.language, vision or config.projector == "full")
+                + count(model.vision.blocks) * patches * passes(config.vision, False)
+                + count(model.projector) * image_tokens * passes(config.projector, vision))
 
 
 def time_loader(shard, count_tokens, questions_per_image, config):
@@ -274,10 +271,11 @@ def write_tables(rows, loader, others, peak, config, device, dtype):
     """The tables in Markdown, printed and written; the same and more as json beside it."""
     seconds = {name: float(np.median(row["seconds"])) for name, row in rows.items()}
     peer = seconds.get("transformers + PEFT", math.nan)
-    lines = ["| a training step | samples/s | times the peer | tokens/s | MFU | padded | kept, MB "
-             "| peak, GB | loss |", "|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    lines = ["| a training step | s, median and range | samples/s | times the peer | tokens/s | MFU | padded "
+             "| kept, MB | peak, GB | loss |", "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
     for name, row in rows.items():
-        cells = (name, f"{config.batch_size / seconds[name]:.1f}", f"{peer / seconds[name]:.2f}",
+        cells = (name, f"{seconds[name]:.2f} ({min(row['seconds']):.2f} to {max(row['seconds']):.2f})",
+                 f"{config.batch_size / seconds[name]:.1f}", f"{peer / seconds[name]:.2f}",
                  f"{row['tokens'] / seconds[name]:,.0f}", f"{row['flop'] / seconds[name] / peak:.0%}",
                  f"{row['padded']:.0%}", f"{row['kept'] / 1e6:,.0f}",
                  f"{row['peak'] / 1e9:.1f}" if row["peak"] else "not measured", f"{row['loss']:.4f}")
@@ -287,7 +285,8 @@ def write_tables(rows, loader, others, peak, config, device, dtype):
     for text in others:
         lines += ["", "```", text.strip(), "```"]
     machine = describe_machine(device)
-    head = (f"{config.batch_size} questions a step, {config.model} model, {dtype}; MFU of "
+    trains = ", ".join(f"{part} {getattr(config, part)}" for part in ("vision", "projector", "language"))
+    head = (f"{config.batch_size} questions a step, {config.model} model, {trains}, {dtype}; MFU of "
             f"{peak / 1e12:.2f} TFLOP/s; "
             + ", ".join(f"{name} {fact}" for name, fact in machine.items()))
     text = "\n".join([head, "", *lines, ""])
@@ -304,28 +303,15 @@ def write_tables(rows, loader, others, peak, config, device, dtype):
 
 def ladder(config, longest, on_gpu):
     """[(name, questions that share an image, length of rows or 0, loss, recomputed?, compiled?)] of our rows."""
-    short, every = config.dense_row_length, partial(loss_at_every_position, length=config.dense_row_length)
-    return [
-        ("padded, logits everywhere, recomputed", 1, longest, partial(loss_at_every_position, length=longest), True,
-         False),
-        ("packed", 1, short, every, True, False),
+    short, everywhere, plain = config.dense_row_length, loss_at_every_position, (VLM.loss, False, on_gpu)
+    unshared, shared = ("nothing recomputed", 1, 0, *plain), ("all questions share an image", 0, 0, *plain)
+    return [unshared, shared] if not config.ladder else [
+        ("padded, logits everywhere, recomputed", 1, longest, partial(everywhere, length=longest), True, False),
+        ("packed", 1, short, partial(everywhere, length=short), True, False),
         ("logits at answers", 1, short, partial(dense_loss, length=short), True, False),
         ("attention within groups", 1, 0, VLM.loss, True, False),
         *([("compiled", 1, 0, VLM.loss, True, True)] if on_gpu else []),
-        ("nothing recomputed", 1, 0, VLM.loss, False, on_gpu),
-        *((f"{count} questions share an image", count, 0, VLM.loss, False, on_gpu) for count in (2, 4, 8)),
-        ("all questions share an image", 0, 0, VLM.loss, False, on_gpu)]
-
-
-def peer_row(model, batches, supervised, config, device, autocast):
-    """The peer's row, of the weights of our model: its step, how much is padding, its tokens."""
-    peer = Peer(model, config.language == "lora").to(device).train()
-    peer.vision.requires_grad_(config.vision == "full")
-    trained = [p for p in peer.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
-    tokens = sum(tokens.numel() for tokens, *_ in batches)
-    return {"run": lambda function=update: function(peer, optimizer, loss_of_peer, batches, supervised, autocast),
-            "padded": 1 - sum(int(seen.sum()) for _, seen, *_ in batches) / tokens, "tokens": tokens}
+        unshared, *((f"{count} questions share an image", count, 0, *plain) for count in (2, 4, 8)), shared]
 
 
 def measure(rows, rounds, device):
@@ -352,33 +338,27 @@ def measure(rows, rounds, device):
 
 
 def make(config, vocab_size, dtype, device):
-    """The model, of random weights, with what trains as train_vlm.py's flags of these names have it."""
-    torch.manual_seed(0)
-    lora = {"r": 8, "alpha": 16.0, "dropout": 0.0}
-    model = build_vlm(config.model, vocab_size, dtype=torch.float32 if config.language == "full" else dtype,
-                      device=device, lora={"targets": "q_proj,v_proj", **lora} if config.language == "lora" else None)
-    if config.language == "frozen":
-        model.language.requires_grad_(False)
-    if config.vision == "lora":
-        add_lora(model.vision, "qkv", **lora)
-    if config.vision == "frozen":
-        model.vision.requires_grad_(False)
-    return model.train()  # flex: the blocks alone are not compiled in most rows
+    """The model, of random weights, with what trains as train_vlm.py's flags have it; and the flags."""
+    model = build(config.model, vocab_size, torch.float32 if config.language == "full" else dtype, device)
+    vision, targets = ("full", "q_proj,v_proj") if isinstance(model.vision, ViT) else ("frozen", ALL_SEVEN)
+    config = replace(config, vision={"auto": vision}.get(config.vision, config.vision))
+    for part, targets in (("vision", "qkv"), ("language", targets), ("projector", "")):
+        module, how = getattr(model, part), getattr(config, part)
+        if how != "full":
+            module.requires_grad_(False)
+        if how == "lora":
+            model.lora[part] = {"targets": targets, "r": 8, "alpha": 16.0, "dropout": 0.0}
+            add_lora(module, **model.lora[part])
+        for layer in lora_layers(module).values():
+            nn.init.normal_(layer.lora_B, std=0.02)  # as if it had been trained: of zeros, A has no gradient
+    return model.train(), config  # flex: the blocks alone are not compiled in most rows
 
 
-def main(config):
-    device, dtype = pick_device(config.device, config.dtype)
-    autocast = autocast_to(device, dtype)
-    shard, tokenizer = open_questions(config, "train")
-    model = make(config, tokenizer.vocab_size, dtype, device)
-    side = model.vision.config.image_size
-    shard.require_image_size(side)
-    N, numbers = model.vision.tokens(side, side), choose_questions(shard, config.batch_size)
-    longest = N - 2 + max(len(shard.read_sample(number).tokens) for number in numbers)  # the last is no input
+def our_rows(model, shard, numbers, longest, config, device, autocast):
+    """{name: row} of the ladder, each with its step and what it computes."""
     blocks = [*model.vision.blocks, *model.language.blocks]
     on_gpu = device.type == "cuda" and HAS_TRITON
     compiled = [torch.compile(block.forward) for block in blocks] if on_gpu else []
-    peak = config.peak_tflops * 1e12 or measure_limits(device, dtype)[0]
     optimizer, rows = make_optimizer([(name, p, 1.0) for name, p in model.named_parameters()], 0.01), {}
     for name, count, length, loss_of, recomputed, fused in ladder(config, longest, on_gpu):
         batches, padded, supervised = pack(shard, numbers, count, length, config, model.vision.tokens)
@@ -396,10 +376,32 @@ def main(config):
 
         rows[name] = {"run": run_step, "padded": padded, "flop": count_flop(model, batches, config),
                       "tokens": sum(batch.tokens.numel() for batch in batches)}
+    return rows
+
+
+def main(config):
+    device, dtype = pick_device(config.device, config.dtype)
+    autocast = autocast_to(device, dtype)
+    shard, tokenizer = open_questions(config, "train")
+    model, config = make(config, tokenizer.vocab_size, dtype, device)
+    require_shapes(model, shard)
+    numbers = choose_questions(shard, config.batch_size)
+    sizes = shard.image_index[shard.samples["image"][numbers]]
+    image_tokens = model.vision.tokens(sizes["height"].astype(int), sizes["width"].astype(int))
+    longest = int((image_tokens - 2 + shard.samples["length"][numbers]).max())  # the last token is no input
+    peak = config.peak_tflops * 1e12 or measure_limits(device, dtype)[0]
+    rows = our_rows(model, shard, numbers, longest, config, device, autocast)
     if config.peer:
-        batches, supervised = peer_batches(shard, numbers, N, max(1, config.micro_batch_tokens // longest), device)
-        rows["transformers + PEFT"] = peer_row(model, batches, supervised, config, device, autocast) | {
-            "flop": rows["nothing recomputed"]["flop"]}
+        size = config.peer_batch_size or max(1, config.micro_batch_tokens // longest)
+        peer = make_peer(model, shard, tokenizer.stops).train()
+        batches = [peer.collate(lay_out(shard, numbers[at:at + size], model.vision, device))
+                   for at in range(0, len(numbers), size)]
+        if dtype == torch.float32:
+            alone = pack(shard, numbers, 1, 0, config, model.vision.tokens)[0]
+            error = require_same(model, peer, [to_device(batch, device) for batch in alone], batches)
+            tell(f"the peer's loss and gradients are ours, to {error:.0e}")
+        rows["transformers + PEFT"] = peer_row(peer, batches, autocast)
+        rows["transformers + PEFT"]["flop"] = rows["nothing recomputed"]["flop"]
     measure(rows, config.rounds, device)
     tell("then the loader, the answers and the preparation")
     loader = {"each question with its image": time_loader(shard, model.vision.tokens, 1, config),

@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from extras.bench import split_load, training
+from extras.bench import answering, peers, split_load, training
 from model import VLM
 from plumbing.shards import Shard
+from test_model import randomise
 from test_packing import VOCABULARY, count_tokens, loss_alone, random_images, tensors, tiny_vlm, write_shard
+from test_qwen3_vl import tiny_qwen
 from test_train import shards  # noqa: F401, the fixture: a prepared part of the sample
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -89,9 +91,10 @@ def test_recomputing_keeps_less_and_changes_no_gradient(questions):
         assert all(map(torch.equal, gradients, seen[0][1]))
 
 
-def test_the_table_is_written_and_the_peer_does_the_same_work(shards, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("model", ["sample", "qwen_sample"])
+def test_the_table_is_written_and_the_peer_does_the_same_work(model, shards, tmp_path):  # noqa: F811
     done = subprocess.run(
-        [sys.executable, "extras/bench/training.py", "--model=sample", "--data=sample", "--batch_size=6",
+        [sys.executable, "extras/bench/training.py", f"--model={model}", "--data=sample", "--batch_size=6",
          "--rounds=1", "--questions=6", f"--shards_dir={shards}", f"--out={tmp_path}/table.md"], cwd=ROOT,
         text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
@@ -99,7 +102,7 @@ def test_the_table_is_written_and_the_peer_does_the_same_work(shards, tmp_path):
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
     losses = [row["loss"] for row in rows.values()]
     assert losses == pytest.approx([losses[0]] * 10, rel=1e-5) and "transformers + PEFT" in rows
-    assert "6 of 6 answers are the same" in done.stdout
+    assert "6 of 6 answers are the same" in done.stdout and "loss and gradients are ours" in done.stderr
     recomputed = rows["attention within groups"]
     assert rows["nothing recomputed"]["kept"] > recomputed["kept"]
     assert len(Shard(shards / "sample" / "train")) == 64
@@ -110,3 +113,58 @@ def test_each_process_loads_its_part_of_a_split_model_alone(tmp_path):
     split_load.write_model(tmp_path, config)
     whole = sum(tensor.numel() * 4 for tensor in load_file(tmp_path / "model.safetensors").values())
     assert [size for _, size in split_load.measure(tmp_path, 2, "float32")] == [whole / 2] * 2
+
+
+# ----------------------------------------------------------------------------- the peers
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """A shard of eight questions about three images of their own shapes."""
+    rng = np.random.default_rng(1)
+    images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in ((64, 96), (128, 64), (96, 96))]
+    samples = [(rng.integers(3, VOCABULARY, rng.integers(2, 9)).tolist(),
+                rng.integers(3, VOCABULARY, rng.integers(1, 5)).tolist(), image)
+               for image in (0, 1, 2, 0, 1, 0, 2, 2)]
+    shard = write_shard(tmp_path_factory.mktemp("shapes") / "test", samples, images, resize="fit", size=128)
+    assert len({(row["height"], row["width"]) for row in shard.image_index}) == 3
+    return shard
+
+
+@pytest.mark.parametrize("lora", ["", "language", "vision,language"])
+def test_a_qwen_of_transformers_learns_what_ours_does_and_a_mistake_is_seen(lora, shapes):
+    model = tiny_qwen("full")
+    for part in filter(None, lora.split(",")):
+        model.lora[part] = {"targets": "qkv" if part == "vision" else "q_proj,down_proj", "r": 4, "alpha": 8.0}
+        training.add_lora(getattr(model, part), **model.lora[part])
+    randomise(model)
+    peer = peers.make_peer(model, shapes, (2,)).train()
+    rows = [peer.collate(peers.lay_out(shapes, some, model.vision, "cpu")) for some in (range(5), range(5, 8))]
+    config = training.Config(micro_batch_tokens=30)
+    for shared in (1, 0):
+        batches, *_ = training.pack(shapes, range(8), shared, 0, config, model.vision.tokens)
+        assert len(batches) > 1
+        assert training.require_same(model, peer, [tensors(batch) for batch in batches], rows) < 1e-4
+    trained = [p.requires_grad for p in model.parameters()]
+    assert [p.requires_grad for _, p, _ in peer.pair(model)].count(True) == trained.count(True) > 0
+    assert [p.requires_grad for p in peer.parameters()].count(True) == trained.count(True)
+    with torch.no_grad():
+        model.projector.merger.linear_fc2.bias += 0.1
+    with pytest.raises(AssertionError, match="differs by"):
+        training.require_same(model, peer, [tensors(batch) for batch in batches], rows)
+
+
+@torch.no_grad()
+def test_answers_are_those_of_transformers_and_others_are_no_tie(shapes):
+    model, stops = tiny_qwen("full").eval(), (5, 9)
+    peer = peers.make_peer(model, shapes, stops).eval()
+    config = answering.Config(new_tokens=6, peer_batch_size=3)
+    ours = answering.answer(model, shapes, 8, stops, {"model": np.arange(3)}, config)["model"]
+    theirs = answering.answer_by_peer(peer, model, shapes, 8, stops, config)
+    assert ours == theirs and len({*map(tuple, ours)}) > 1
+    same = answering.compare(model, shapes, ours, theirs, 5, torch.float32)
+    assert same == "8 of 8 answers are the same as transformers'"
+    ours[3] = [*ours[3][:1], (ours[3][1] + 1) % VOCABULARY, *ours[3][2:]]
+    with pytest.raises(AssertionError, match="answers differ"):
+        answering.compare(model, shapes, ours, theirs, 5, torch.float32)
+    other = answering.compare(model, shapes, ours, theirs, 5, torch.bfloat16)
+    assert other.startswith("7 of 8 answers are the same")

@@ -3,6 +3,7 @@ What a training run takes in hours, network, disk and checkpoints, worked out be
 
     python extras/bench/plan.py                               the paper's run, and one with ten times the data
     python extras/bench/plan.py --mfu=0.35 --tflops=312       on other GPUs, or as training.py measured on yours
+    python extras/bench/plan.py --model=weights/medmo_8b --image_size=448     a Qwen3-VL, by its config.json
 
 Counted: the products that a step cannot do without (as training.py counts them), the bytes of what trains.
 Measured here, on this machine's disk: how long a checkpoint of that size takes to save and verify.
@@ -29,24 +30,30 @@ import numpy as np
 import torch
 
 from extras.bench.memory import read_numbers
+from extras.bench.peers import ALL_SEVEN
 from extras.bench.training import count_flop
-from lora import lora_layers
-from model import CONFIGS
+from lora import add_lora, lora_layers
+from model import CONFIGS, VLM
 from plumbing.flags import Count, Range, parse_command_line, run
 from plumbing.shards import SAMPLE
 from prepare.datasets import DATASETS
 from run import make_optimizer, save_checkpoint
-from weights import build_vlm, save_vlm
+from weights import build_vlm, is_trained, save_vlm
+from zoo.qwen3_files import read_config
+from zoo.qwen3_vl import Mergers, Text, Vision
 
 Positive = Annotated[float, Range(1e-9, 1e9)]
-# What trains, by train_vlm.py's defaults
+# What trains, by train_vlm.py's defaults: of the paper's model, and of a Qwen3-VL
 RECIPE = SimpleNamespace(vision="full", projector="full", language="lora")
+QWEN_RECIPE = SimpleNamespace(vision="frozen", projector="full", language="lora")
 LORA = {"targets": "q_proj,v_proj", "r": 8, "alpha": 16.0, "dropout": 0.0}
 CHECKPOINTS = 4  # at most: the two newest, the best, and the one that is being written
 
 
 @dataclass(frozen=True)
 class Config:
+    model: str = "paper"  # or the folder of a Qwen3-VL, of which config.json is enough
+    image_size: Count = 224  # pixels of a side, as squares that are as large on average
     samples: Count = 3_350_000  # in the mix
     images: Count = 2_300_000  # among them, each stored once
     text_tokens: Count = 60  # of a sample, prompt and answer together
@@ -62,17 +69,26 @@ class Config:
 
 
 def make(name, dtype):
-    """A VLM without values in which the RECIPE's parts train."""
-    device = torch.device("meta")
-    model = build_vlm(name, CONFIGS[name][1].vocab_size, dtype=dtype, device=device, lora=LORA)
-    model.weights["language"] = "weights/pmc_llama_7b"  # so that its frozen weights are not saved
-    return model
+    """A VLM without values in which its recipe's parts train, and that recipe."""
+    if name in CONFIGS:
+        model = build_vlm(name, CONFIGS[name][1].vocab_size, dtype=dtype, device="meta", lora=LORA)
+        model.weights["language"] = "weights/pmc_llama_7b"  # so that its frozen weights are not saved
+        return model, RECIPE
+    vision, text = read_config(name)
+    with torch.device("meta"):
+        model = VLM(Vision(vision).to(dtype), Text(text).to(dtype), Mergers(vision))
+        model.lora["language"] = LORA | {"targets": ALL_SEVEN}
+        add_lora(model.language, **model.lora["language"])
+    model.vision.requires_grad_(False)
+    model.weights = dict.fromkeys(model.weights, name)
+    return model, QWEN_RECIPE
 
 
 def time_saving(model):
     """Seconds that run.save_checkpoint takes, and the checkpoint's bytes, with random content."""
     for part in (model.vision, model.projector):
-        part.to_empty(device="cpu")
+        if is_trained(part):
+            part.to_empty(device="cpu")
     for layer in lora_layers(model.language).values():
         for name in ("lora_A", "lora_B"):
             setattr(layer, name, torch.nn.Parameter(torch.empty_like(getattr(layer, name), device="cpu")))
@@ -89,14 +105,14 @@ def time_saving(model):
 
 
 def main(config):
-    model = make("paper", torch.bfloat16)
-    side = model.vision.config.image_size
-    pictures, N = config.batch_size * config.images / config.samples, model.vision.tokens(side, side)
+    model, recipe = make(config.model, torch.bfloat16)
+    N = model.vision.tokens(config.image_size, config.image_size)
+    pictures = config.batch_size * config.images / config.samples
     tokens = config.batch_size * config.text_tokens + pictures * (N + 1)
     step = SimpleNamespace(images=range(round(pictures)), group=np.zeros(round(tokens)),
                            image_at=np.zeros(N * round(pictures)),
                            targets=range(config.batch_size * (config.answer_tokens + 1)))
-    flop = count_flop(model, [step], RECIPE)
+    flop = count_flop(model, [step], recipe)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     compute = flop / (config.tflops * 1e12 * config.mfu)  # seconds of one GPU
     steps = config.epochs * config.samples / config.batch_size

@@ -1,11 +1,16 @@
 """extras/bench/plan.py: what it works out, by a second way on paper."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
 import train_vlm
 from extras.bench import plan
 from plumbing.sources import settle
+from zoo.qwen3_files import CONFIGS, write_config
+from zoo.qwen3_vl import TextConfig, VisionConfig
 
 
 def test_the_papers_run_by_hand(monkeypatch, capsys):
@@ -36,16 +41,51 @@ def test_the_papers_run_by_hand(monkeypatch, capsys):
 def test_a_checkpoint_of_what_trains_is_timed(tmp_path, monkeypatch):
     """On the sample's sizes: weights and two moments of the ViT, the projector and LoRA, in float32."""
     monkeypatch.chdir(tmp_path)
-    model = plan.make("sample", torch.float32)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    seconds, size = plan.time_saving(model)
-    assert seconds > 0 and 12 * trained < size < 12 * trained + 60_000 and not list(tmp_path.iterdir())
+    (tmp_path / "qwen").mkdir()
+    write_config(tmp_path / "qwen", *CONFIGS["qwen_sample"])
+    for name in ("sample", "qwen"):
+        model, recipe = plan.make(name, torch.float32)
+        for part, how in vars(recipe).items():
+            assert {p.requires_grad for p in getattr(model, part).parameters()} == {
+                "full": {True}, "lora": {True, False}, "frozen": {False}}[how]
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        seconds, size = plan.time_saving(model)
+        assert seconds > 0 and 12 * trained < size < 12 * trained + 90_000
+        assert [path.name for path in tmp_path.iterdir()] == ["qwen"]
 
 
-def test_what_it_takes_for_the_recipe_is_train_vlm_s():
-    flags = settle(train_vlm.Config())
-    assert vars(plan.RECIPE) == {part: getattr(flags, part) for part in ("vision", "projector", "language")}
-    assert plan.LORA == {"targets": flags.lora_targets, "r": flags.lora_r, "alpha": flags.lora_alpha,
-                         "dropout": flags.lora_dropout}
+EIGHT = VisionConfig(), TextConfig(151936, 4096, 12288, 36, 32, 8, head_dim=128, rope_theta=5e6)
+FOUR = (VisionConfig(24, 1024, 4096, 16, out_hidden_size=2560, deepstack_visual_indexes=(5, 11, 17)),
+        TextConfig(151936, 2560, 9728, 36, 32, 8, head_dim=128, rope_theta=5e6, tie_word_embeddings=True))
+
+
+@pytest.mark.parametrize("sizes, side, known", [
+    (EIGHT, 448, 10.2), (EIGHT, 768, 23.1), (EIGHT, 1280, 61.9), (FOUR, 448, 5.6), (FOUR, 1280, 36.2)])
+def test_flop_of_a_step_of_qwens_by_hand(sizes, side, known, tmp_path):
+    """
+    TFLOP of LoRA on a sample of one image and 128 tokens of text, all of them predicted, worked out elsewhere with
+    attention and with the whole of the last block; vision and mergers are frozen.
+    """
+    write_config(tmp_path, *sizes)
+    model, _ = plan.make(str(tmp_path), torch.bfloat16)
+    N = model.vision.tokens(side, side)
+    step = SimpleNamespace(group=np.zeros(N + 128), image_at=range(N), targets=range(128))
+    flop = plan.count_flop(model, [step], SimpleNamespace(vision="frozen", projector="frozen", language="lora"))
+    vision, text = sizes
+    flop += 4 * vision.depth * (4 * N) ** 2 * vision.hidden_size  # attention of patches, forward
+    flop += 3 * 2 * 36 * (N + 128) ** 2 * 32 * 128  # causal: half of it; and twice that backward
+    flop += 2 * 2 * 3 * text.hidden_size * text.intermediate_size * N  # the last block's MLP of images' tokens
+    assert flop / 1e12 == pytest.approx(known, rel=0.01)
+
+
+def test_what_it_takes_for_the_recipe_is_train_vlm_s(tmp_path):
+    write_config(tmp_path, *CONFIGS["qwen_sample"])
+    for model, recipe, targets in (("paper", plan.RECIPE, plan.LORA["targets"]),
+                                   (str(tmp_path), plan.QWEN_RECIPE, plan.ALL_SEVEN)):
+        flags = settle(train_vlm.Config(model=model))
+        assert vars(recipe) == {part: getattr(flags, part) for part in ("vision", "projector", "language")}
+        assert plan.LORA | {"targets": targets} == {
+            "targets": flags.lora_targets, "r": flags.lora_r, "alpha": flags.lora_alpha,
+            "dropout": flags.lora_dropout}
     assert plan.CHECKPOINTS == flags.keep + 2 and plan.Config.batch_size == flags.batch_size
     assert plan.Config.epochs == flags.epochs

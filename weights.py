@@ -323,7 +323,11 @@ def load_run(name, dtype=torch.float32, device="cpu"):
 def load_trained_encoder(folder, device="cpu"):
     """The image encoder alone of what save_vlm wrote, its LoRA, where it has one, merged into its weights."""
     folder = Path(folder)
-    model = load_vision(folder, {**read_vlm_config(folder, parts=["vision"]), "merge": 1}, device)
+    config = read_vlm_config(folder, parts=["vision"])
+    if any(map(is_qwen, [*read_settings(folder / "config.json")["weights"].values(), folder / "language"])):
+        raise UserError(f"{folder}: the tower of a Qwen3-VL, which no classifier here is made of; choose the run of "
+                        "another model, or another --encoder")
+    model = load_vision(folder, {**config, "merge": 1}, device)
     for name, layer in lora_layers(model).items():
         layer.merge()
         parent, _, child = name.rpartition(".")

@@ -7,12 +7,15 @@ Private datasets and places on this machine have no names here; what the run did
 import json
 from pathlib import Path
 
+from model import CONFIGS
 from plumbing.files import read_manifest
 from prepare.datasets import DATASETS
 from prepare.weights import WEIGHTS
 from tasks.evaluations import find_evaluations, read_evaluation
 from tasks.vqa import METRICS, cell_text
 from weights import load_vlm
+from zoo.qwen3_files import CONFIGS as QWENS
+from zoo.qwen3_vl import Text
 
 # ----------------------------------------------------------------------------- what may be told
 
@@ -61,6 +64,12 @@ def make_public(record):
 HIDDEN = set("""
     run resume config shards_dir vision_weights language_weights workers recompute compile device log_every
     evaluate_every save_every save_minutes keep shard rank_timeout wandb micro_batch_tokens""".split())
+LLAVA = """a ViT
+of {vision:,} parameters ({per_image}), one linear
+projection of {projector:,}, a LLaMA of {language:,} with {pieces:,} pieces."""
+QWEN = """a Qwen3-VL
+whose vision tower has {vision:,} parameters ({per_image}), its
+mergers {projector:,}, its decoder {language:,} with {pieces:,} pieces."""
 CARD = """---
 license: unknown
 pipeline_tag: visual-question-answering
@@ -71,9 +80,7 @@ datasets: {datasets}
 
 # {name}
 
-A vision-language model for questions about medical images, made by nanoMedQ at commit {commit}: a ViT
-of {vision:,} parameters ({per_image}), one linear
-projection of {projector:,}, a LLaMA of {language:,} with {pieces:,} pieces.
+A vision-language model for questions about medical images, made by nanoMedQ at commit {commit}: {parts}
 
 **Not for clinical use.** It is meant for research on visual question answering. It answers questions
 about images, briefly and in the words of its training data. An answer may be wrong without looking so.
@@ -151,16 +158,19 @@ def describe_starts(flags):
     if flags["start"]:
         return [f"It began with {flags['start']}, another run, checkpoint or adapter: what that stands on is not "
                 "known here."], []
+    paper = {"vision": "biomedclip.safetensors", "language": "pmc_llama_7b"} if flags["model"] == "paper" else {}
+    chosen = {"vision model": flags["vision_weights"], "language model": flags["language_weights"]}
+    chosen = {part: paper.get(part.split()[0], "none") if start == "auto" else start
+              for part, start in chosen.items()}
+    if flags["model"] not in CONFIGS | QWENS:  # a folder's name, of all parts
+        chosen = {"model": flags["model"]}
     starts, bases = [], []
-    for part, of_the_paper in (("vision", "biomedclip.safetensors"), ("language", "pmc_llama_7b")):
-        start = flags[f"{part}_weights"]
-        if start == "auto":
-            start = of_the_paper if flags["model"] == "paper" else "none"
+    for part, start in chosen.items():
         # by its name, one that prepare/all.py has brought
         if entry := next((entry for entry in WEIGHTS.values() if entry.target == start), None):
             bases.append(entry.hub)
         origin = f"{entry.page}, licence: {entry.licence}" if entry else "origin and licence not known"
-        starts.append(f"The {part} model started from "
+        starts.append(f"The {part} started from "
                       f"{'random values' if start == 'none' else f'{start} ({origin})'}.")
     return starts, bases
 
@@ -188,9 +198,10 @@ def write_card(checkpoint, public, path):
     per_image = f"{model.vision.tokens(size, size)} tokens for an image of {size} x {size} pixels"
     if public["image"]["resize"] == "smart":
         per_image = f"images in their own shapes, of {size:,} pixels at most"
+    parts = (QWEN if isinstance(model.language, Text) else LLAVA).format(
+        **sizes, per_image=per_image, pieces=model.language.config.vocab_size)
     path.write_text(CARD.format(
-        **sizes, **last_losses(checkpoint.parent, step), per_image=per_image,
-        pieces=model.language.config.vocab_size, steps=step, name=checkpoint.parent.resolve().name,
+        **last_losses(checkpoint.parent, step), parts=parts, steps=step, name=checkpoint.parent.resolve().name,
         **{key: str(value).strip() or "not known" for key, value in public["machine"].items()},
         flags="\n    ".join(f"--{key}={value}" for key, value in flags.items()
                              if key not in HIDDEN and value != ""),

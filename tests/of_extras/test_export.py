@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import eval_vqa
 import train_vlm
 from data import Tokenizer
-from extras.share import card, export
+from extras.share import card, export, hub
 from lora import add_lora, lora_layers
 from model import CLIP_MEAN, CLIP_STD, VLM, LLaMA, ViT, merge_patches
 from plumbing.claims import read_adapter_config
@@ -506,7 +506,7 @@ def test_a_full_or_unwritable_target_is_told_before_the_work(runs, tmp_path, mon
 
 
 def test_what_cannot_be_written_whole_is_not_there(runs, tmp_path, monkeypatch):
-    save, calls = export.save_file, []
+    save, calls = hub.save_file, []
 
     def fill_the_disk(*arguments, **named):
         save(*arguments, **named)
@@ -514,7 +514,7 @@ def test_what_cannot_be_written_whole_is_not_there(runs, tmp_path, monkeypatch):
         if len(calls) == 2:
             raise OSError("No space left on device")
 
-    monkeypatch.setattr(export, "save_file", fill_the_disk)
+    monkeypatch.setattr(hub, "save_file", fill_the_disk)
     with pytest.raises(UserError, match="language: not written: No space left on device; see to it"):
         export.main(export.Config(run=str(runs["full"][0]), folder=str(tmp_path), only="vision,language",
                                   shard_gigabytes=1e-3))

@@ -117,7 +117,13 @@ def follow_model(config, shard, model, tokenizer, reference):
     print(f"normalise        {tuple(images.shape)}, mean {images.mean():.3f}, std {images.std():.3f}")
     print(f"{type(model.vision).__name__:16} {tuple(model.vision(images).shape)}")
     image_tokens = model.encode_images(batch.images)
-    print(f"VLM.projector    {tuple(image_tokens.shape)}")
+    projector = type(model.projector).__name__
+    print(f"{'VLM.projector' if projector == 'Linear' else projector:16} {tuple(image_tokens.shape)}")
+    positions = model.vision.place(batch.positions, batch.group, batch.branch, batch.image_at, batch.images)
+    if positions.dim() == 2:
+        first, last = positions[batch.image_at[[0, -1]]].tolist()
+        print(f"{type(model.vision).__name__ + '.place':16} time, row, column: the image from {first} to {last}, "
+              f"the last token at {positions[-1].tolist()}")
     embedded = model.language.embed(batch.tokens, image_tokens, batch.image_at)
     print(f"{type(model.language).__name__ + '.embed':16} {tuple(embedded.shape)}")
     logits = model(batch)

@@ -39,7 +39,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(peers, tokenizer, tmp_path_factory):  # noqa: F811
-    """The folder of a tied tiny model in bfloat16, and another of an untied one in float32, with files beside it."""
+    """The folder of a tied tiny model in bfloat16, and of an untied one in float32, with files beside it."""
     folders = {}
     for kind, number in (("bfloat16", 3), ("float32", 0)):
         folder = tmp_path_factory.mktemp("base") / f"tiny_of_{kind}"
@@ -107,7 +107,8 @@ def saved(folder):
 @pytest.mark.parametrize("kind", ["bfloat16", "float32"])
 def test_what_did_not_train_comes_out_bit_for_bit(kind, base, tokenizer, tmp_path):
     model = build_vlm("", 512, str(base[kind]), str(base[kind])).requires_grad_(False)
-    folder = exported(make_run(tmp_path / "run", model, tokenizer), tmp_path, "model", shard_gigabytes=1e-4) / "model"
+    run = make_run(tmp_path / "run", model, tokenizer)
+    folder = exported(run, tmp_path, "model", shard_gigabytes=1e-4) / "model"
     theirs, ours = saved(base[kind]), saved(folder)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert {tensor.dtype for tensor in ours.values()} == {getattr(torch, kind)}
@@ -205,7 +206,7 @@ def test_peft_reads_the_adapter_and_writes_it_as_it_was(targets, base, tokenizer
                      if hasattr(module, "lora_A")}
     assert len(adapted_there) == sum(len(lora_layers(getattr(model, part))) for part in targets)
     theirs.save_pretrained(tmp_path / "again")
-    ours, again = load_file(folder / "adapter_model.safetensors"), load_file(tmp_path / "again/adapter_model.safetensors")
+    ours, again = (load_file(place / "adapter_model.safetensors") for place in (folder, tmp_path / "again"))
     assert ours.keys() == again.keys() and all(torch.equal(ours[name], again[name]) for name in ours)
     assert all(name.startswith(("base_model.model.model.language_model.", "base_model.model.model.visual."))
                for name in ours)

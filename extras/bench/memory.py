@@ -2,13 +2,15 @@
 How much memory a training step of train_vlm.py takes, and which GPUs it fits: computed, on any machine.
 
     python extras/bench/memory.py                    the paper's model (each takes two minutes on one core)
+    python extras/bench/memory.py --model=qwen3_vl_4b --image_size=448,1280 --base_bits=16,8,4
     python extras/bench/memory.py --check=true       the small model on this machine, computed and measured
 
 What runs is train_vlm.train_step itself, on fake tensors: they have a shape, a type and a storage, but
 no content, so that LLaMA-7B takes no memory here and next to no time. A ledger adds the bytes of every
 storage that an operation makes and takes them off when it dies; the table holds the most there ever
 were. That is in a step's second micro-batch, beside AdamW's moments and the gradients of the first. A
-micro-batch is full of images with one or more questions.
+micro-batch is full of images with one or more questions. Of a Qwen3-VL trains what train_vlm.py lets train of one
+that is loaded: LoRA on seven matrices of a block, and the mergers.
 
 The CPU plays the GPU, since autograd wants a device that is there. Types under autocast are the same,
 and attention keeps what FlexAttention does: inputs, output, one number a query and head. Not counted
@@ -27,6 +29,7 @@ import contextlib
 import itertools
 import os
 import subprocess
+import tempfile
 import weakref
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -44,28 +47,42 @@ from torch.utils._pytree import tree_leaves
 from extras.scripts import load_script
 from data import BOS, EOS, Group, make_batch, shared_prefix
 from extras.bench.progress import Progress
+from extras.bench.published import QWEN, write_folder
 from model import CONFIGS, ViT, group_masks
 from plumbing.devices import autocast_to, describe_machine, pick_device, to_device
 from plumbing.flags import UserError, parse_command_line, run
 from plumbing.shards import Sample
+from plumbing.sources import settle
+from quantize import dequantise
 from run import make_optimizer
+from zoo.qwen3_vl import Vision
 
 train_vlm = load_script("train_vlm.py")  # whose step is measured
-FLAGS = train_vlm.Config(vision_weights="none", language_weights="none", compile=False)
 DEVICE, DTYPE = pick_device("cuda" if torch.cuda.is_available() else "cpu", "auto")  # --check=true's
 PROMPT, ANSWER = 17, 4  # tokens of a question; PathVQA's have 15.7 and 3.2 on average
+
+Sizes = Literal["paper", "small", "sample", "qwen_small", "qwen3_vl_2b", "qwen3_vl_4b", "qwen3_vl_8b"]
 
 
 @dataclass(frozen=True)
 class Config:
-    model: Literal["paper", "small", "sample"] = "paper"  # sizes
-    vision: Literal["full", "lora", "frozen"] = "full"  # what trains of the vision transformer
+    model: Sizes = "paper"  # sizes
+    image_size: str = "0"  # pixels along a side of a Qwen3-VL's images; 0: 448, and of others what they have
+    base_bits: str = "0"  # of a Qwen3-VL's frozen matrices: 16, 8, 4; 0: as they are computed in
+    vision: Literal["auto", "full", "lora", "frozen"] = "auto"  # what trains of the vision part; as train_vlm.py's
     language: Literal["lora", "full", "frozen"] = "lora"  # what trains of the language model
     micro_batch_tokens: str = "1024,2048,4096,8192,16384"  # sizes of a micro-batch
     questions: str = "1,8"  # about an image, that share it
     recompute: str = "0,0.5,1"  # shares of the blocks whose activations are computed twice
     cards: str = "24,40,80,141"  # GB of a GPU's memory, as sold
     check: bool = False  # compare computed and measured steps of the small model instead
+
+
+def flags_of(name, folder="", **given):
+    """train_vlm.py's flags for a model of these sizes, or for the Qwen3-VL in a folder."""
+    source = "auto" if folder else "none"
+    return settle(train_vlm.Config(model=folder or name, vision_weights=source, language_weights=source,
+                                   compile=False, **given))
 
 
 class Ledger(TorchDispatchMode):
@@ -98,11 +115,11 @@ class Ledger(TorchDispatchMode):
         self.live -= size
 
 
-def pack(name, tokens, questions):
-    """A data.Batch of black images, each with so many questions about it."""
+def pack(name, tokens, questions, side=0):
+    """A data.Batch of black images, each with so many questions about it. side: in pixels, of a Qwen3-VL's."""
     with torch.device("meta"):
-        vision = ViT(CONFIGS[name][0])
-    side = vision.config.image_size
+        vision = Vision(QWEN[name][0]) if name in QWEN else ViT(CONFIGS[name][0])
+    side = (side or 448) if name in QWEN else vision.config.image_size
     count, black = vision.tokens(side, side), np.zeros((side, side, 3), np.uint8)
     images = tokens // (1 + count + questions * (PROMPT + ANSWER))
     if not images:
@@ -116,9 +133,10 @@ def pack(name, tokens, questions):
 
 
 def make(flags, device, dtype):
-    """train_vlm.py's model with random weights."""
-    tokenizer = SimpleNamespace(vocab_size=CONFIGS[flags.model][1].vocab_size, sha256="")
-    with contextlib.redirect_stdout(None):
+    """train_vlm.py's model with random weights, or those of the folder of a Qwen3-VL."""
+    words = CONFIGS[flags.model][1].vocab_size if flags.model in CONFIGS else 0
+    tokenizer = SimpleNamespace(vocab_size=words, sha256="", path=Path("tokenizer.json"), piece=str)
+    with contextlib.redirect_stdout(None), patch("weights.hash_weights", str):  # which would read them all
         model = train_vlm.load_parts(flags, tokenizer, None, device, dtype)
         train_vlm.make_trainable(model, flags, None)
     return model.train()
@@ -133,11 +151,24 @@ def train(model, flags, batch, device, dtype):
         train_vlm.train_step(model, optimizer, step, flags.learning_rate, flags, autocast)
 
 
-def attend_to_all(q, k, v, mask):
-    """model.attend as if the sequence were one sample's: it keeps what FlexAttention does."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, nh, T, hs)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    return y[0].transpose(0, 1)
+class Attention(torch.autograd.Function):
+    """model.attend, of which only what FlexAttention keeps is there: q, k, v, y, one number a query and head."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask):
+        y = torch.empty_like(q)  # (T, nh, hs)
+        ctx.save_for_backward(q, k, v, y, q.new_empty(q.shape[:2], dtype=torch.float32))
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return *map(torch.empty_like, ctx.saved_tensors[:3]), None
+
+
+def multiply(x, stored, bits, shape, transposed, bias=None):
+    """quantize.multiply, its steps one by one: the ledger sees the matrix that it makes."""
+    weight = dequantise(stored, bits, torch.Size(shape), x.dtype)
+    return F.linear(x, weight.T if transposed else weight, bias)
 
 
 def compute(flags, batch, dtype, gpu=True):
@@ -145,17 +176,24 @@ def compute(flags, batch, dtype, gpu=True):
     cpu = torch.device("cpu")
     model, real = make(flags, torch.device("meta"), dtype), to_device(batch, cpu)
     weights, masks = model.state_dict(), None if gpu else group_masks(real.group, real.branch)
+    low = {f"{name}.weight": layer for name, layer in model.named_modules() if hasattr(layer, "store")}
+    places = model.vision.place(real.positions, real.group, real.branch, real.image_at, real.images)
     stand_ins = {"model.packed_mask": lambda group, branch, flex: masks,  # for what asks for values
-                 "torch._subclasses.FakeTensor.tolist": lambda tensor: [0.0] * len(tensor)}
+                 "zoo.qwen3_vl.Vision.place": lambda *given: places,
+                 "torch._subclasses.FakeTensor.tolist": lambda tensor: [0.0] * len(tensor),
+                 "quantize.multiply": multiply}
     if gpu:  # for ways that only a CPU has; a GPU's mask takes next to nothing
-        stand_ins |= {"plumbing.kernels.Linear.forward": nn.Linear.forward, "model.attend": attend_to_all}
+        stand_ins |= {"plumbing.kernels.Linear.forward": nn.Linear.forward,
+                      "model.attend": Attention.apply, "zoo.qwen3_vl.attend": Attention.apply}
     with contextlib.ExitStack() as stack:
         for name, stand_in in stand_ins.items():
             stack.enter_context(patch(name, stand_in))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         ledger = stack.enter_context(Ledger())
-        model.load_state_dict({name: torch.empty_like(tensor, device=cpu)
-                               for name, tensor in weights.items()}, assign=True)
+        model.load_state_dict({name: torch.empty_like(tensor, device=cpu) for name, tensor in weights.items()
+                               if name not in low}, assign=True, strict=False)
+        for layer in low.values():
+            layer.store(torch.empty(layer.weight.shape, dtype=torch.bfloat16))
         loaded = ledger.live
         train(model, flags, batch, cpu, dtype)
         return loaded, ledger.peak
@@ -169,10 +207,14 @@ def allocated(peak=False):
     return int(status.split("VmHWM:" if peak else "VmRSS:")[1].split()[0]) * 1024
 
 
-def measure(name, tokens, recompute):
-    """Bytes at the peak of training over those before it; right once in a process."""
-    for model, size in [("sample", 128), (name, tokens)]:  # in the first, libraries make their buffers
-        flags, batch = replace(FLAGS, model=model, recompute=recompute), pack(model, size, 1)
+def measure(name, tokens, recompute, folder="", bits=0):
+    """
+    Bytes at the peak of training over those before it; right once in a process. folder: of a Qwen3-VL of name's
+    sizes, with its base in so many bits.
+    """
+    for model, size in [(name if folder else "sample", 256), (name, tokens)]:  # first libraries make their buffers
+        flags = flags_of(model, folder, recompute=recompute, base_bits=bits)
+        batch = pack(model, size, 1)
         before = allocated()
         train(make(flags, DEVICE, DTYPE), flags, batch, DEVICE, DTYPE)
     return allocated(peak=True) - before
@@ -196,22 +238,24 @@ def print_heads(*heads):
     print_row(*["--:"] * len(heads))
 
 
-def check():
-    """Print what steps of the small model take on this machine: computed, measured."""
+def check(name, bits):
+    """Print what steps of a small model take on this machine: computed, measured."""
     if DEVICE.type == "cpu" and not Path("/proc/self/status").is_file():
         raise UserError("--check=true: on a CPU only where Linux tells the peak of a process, in /proc")
-    facts = ", ".join(f"{name} {fact}" for name, fact in describe_machine(DEVICE).items())
-    print(f"Peak of a step of the small model, {DTYPE}; {facts}\n")
-    print_heads("tokens", "recompute", "computed, MB", "measured, MB", "ratio")
-    cases = list(itertools.product((4096, 8192), (0, 0.5, 1)))
+    facts = ", ".join(f"{about} {fact}" for about, fact in describe_machine(DEVICE).items())
+    print(f"Peak of a step of {name}, {DTYPE}; {facts}\n")
+    print_heads("base", "tokens", "recompute", "computed, MB", "measured, MB", "ratio")
+    cases = list(itertools.product(bits, (4096, 8192), (0, 0.5, 1)))
     progress = Progress(len(cases), "steps")
-    for tokens, recompute in cases:
-        flags = replace(FLAGS, model="small", recompute=recompute)
-        _, computed = compute(flags, pack("small", tokens, 1), DTYPE, DEVICE.type == "cuda")
-        measured = measure_afresh("small", tokens, recompute)
-        print_row(f"{tokens:,}", recompute, f"{computed / 1e6:,.0f}", f"{measured / 1e6:,.0f}",
-                  f"{computed / measured:.3f}")
-        progress.row()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = write_folder(name, Path(folder)) if name in QWEN else ""
+        for base, tokens, recompute in cases:
+            flags = flags_of(name, folder, recompute=recompute, base_bits=base)
+            _, computed = compute(flags, pack(name, tokens, 1), DTYPE, DEVICE.type == "cuda")
+            measured = measure_afresh(name, tokens, recompute, folder, base)
+            print_row(f"{base} bits" if base else DTYPE, f"{tokens:,}", recompute, f"{computed / 1e6:,.0f}",
+                      f"{measured / 1e6:,.0f}", f"{computed / measured:.3f}")
+            progress.row()
 
 
 def read_numbers(config, name, kind, low, high):
@@ -234,33 +278,45 @@ def fit(sizes, peaks, room):
 
 
 def main(config):
+    bits, shared = (read_numbers(config, name, int, least, most) for name, least, most in (
+        ("base_bits", 0, 16), ("questions", 1, 1000)))
+    if wrong := [number for number in bits if number not in (0, 4, 8, 16) or number and config.model not in QWEN]:
+        raise UserError(f"--base_bits={wrong[0]}: 16, 8 or 4, of a Qwen3-VL; 0 of every model")
     if config.check:
-        return check()
+        return check(config.model if config.model in QWEN else "small", bits)
     sizes = read_numbers(config, "micro_batch_tokens", int, 1, 1_000_000)
     shares = read_numbers(config, "recompute", float, 0, 1)
     cards = read_numbers(config, "cards", float, 1, 1000)
-    flags = replace(FLAGS, model=config.model, vision=config.vision, language=config.language)
+    sides = read_numbers(config, "image_size", int, 0, 4096)
+    progress = Progress(len(shared) * len(bits) * len(sides) * len(sizes) * len(shares), "peaks")
+    with tempfile.TemporaryDirectory() as folder:
+        folder = write_folder(config.model, Path(folder), values=False) if config.model in QWEN else ""
+        flags = flags_of(config.model, folder, vision=config.vision, language=config.language)
+        for questions, side, base in itertools.product(shared, sides, reversed(bits)):
+            print(f"Peak in GB by tokens of a micro-batch; questions that share an image: {questions}"
+                  + f"; images of {side or 448} pixels; base in {base} bits" * (config.model in QWEN) + "\n")
+            show(config, replace(flags, base_bits=base), questions, side, sizes, shares, cards, progress)
+
+
+def show(config, flags, questions, side, sizes, shares, cards, progress):
+    """Print the two tables of one setting: peaks by size and share, and what fits on each card."""
     heads = [f"recompute {share:g}" for share in shares]
-    shared = read_numbers(config, "questions", int, 1, 1000)
-    progress = Progress(len(shared) * len(sizes) * len(shares), "peaks")
-    for questions in shared:
-        print(f"Peak in GB by tokens of a micro-batch; questions that share an image: {questions}\n")
-        print_heads("tokens", "images", "weights", *heads)
-        peaks = []  # of each size, for each share
-        for size in sizes:
-            batch, computed = pack(config.model, size, questions), []
-            for share in shares:
-                computed.append(compute(replace(flags, recompute=share), batch, torch.bfloat16))
-                progress.row(f"{size:,} tokens, recompute {share:g}")
-            weights, peaks_now = zip(*computed)
-            peaks.append(peaks_now)
-            print_row(f"{size:,}", len(batch.images),
-                      *(f"{count / 1e9:.1f}" for count in (weights[0], *peaks_now)))
-        print("\nThe largest micro-batch, in tokens\n")
-        print_heads("card", *heads)
-        for card in cards:
-            print_row(f"{card:g} GB", *(fit(sizes, column, card * 1e9) for column in zip(*peaks)))
-        print()
+    print_heads("tokens", "images", "weights", *heads)
+    peaks = []  # of each size, for each share
+    for size in sizes:
+        batch, computed = pack(config.model, size, questions, side), []
+        for share in shares:
+            computed.append(compute(replace(flags, recompute=share), batch, torch.bfloat16))
+            progress.row(f"{size:,} tokens, recompute {share:g}")
+        weights, peaks_now = zip(*computed)
+        peaks.append(peaks_now)
+        print_row(f"{size:,}", len(batch.images),
+                  *(f"{count / 1e9:.1f}" for count in (weights[0], *peaks_now)))
+    print("\nThe largest micro-batch, in tokens\n")
+    print_heads("card", *heads)
+    for card in cards:
+        print_row(f"{card:g} GB", *(fit(sizes, column, card * 1e9) for column in zip(*peaks)))
+    print()
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ import torch
 
 from model import LLaMA, LlamaConfig
 from weights import hub_config
-from zoo.qwen3_files import PARTS, write_config
-from zoo.qwen3_vl import CONFIGS, TextConfig, VisionConfig
+from zoo.qwen3_files import CONFIGS, PARTS, write_config
+from zoo.qwen3_vl import TextConfig, VisionConfig
 
 LARGEST = 5e9  # bytes of a file: a larger model is in several
 WORDS = 151936  # rows of the embedding

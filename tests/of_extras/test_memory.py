@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from extras.bench import memory
+from extras.bench.published import QWEN, write_folder
 from plumbing.flags import parse_command_line, run
 
 LAYERS = 2  # of each part, instead of the paper's 12 and 32, which take the longest
@@ -51,14 +52,40 @@ def has_peak():
 @pytest.mark.skipif(not has_peak(), reason="no GPU, and no /proc that tells the peak of a process")
 def test_a_process_takes_what_was_computed():
     batch = memory.pack("sample", 2048, 1)
-    flags = replace(memory.FLAGS, model="sample")
+    flags = memory.flags_of("sample")
     _, computed = memory.compute(flags, batch, memory.DTYPE, memory.DEVICE.type == "cuda")
     assert memory.measure_afresh("sample", 2048, 0) == pytest.approx(computed, rel=0.05)
 
 
+@pytest.mark.skipif(not has_peak(), reason="no GPU, and no /proc that tells the peak of a process")
+@pytest.mark.parametrize("bits", [0, 4])
+def test_a_process_with_a_qwen_takes_what_was_computed(bits, tmp_path):
+    folder = write_folder("qwen_small", tmp_path)
+    flags = memory.flags_of("qwen_small", folder, base_bits=bits)
+    _, computed = memory.compute(flags, memory.pack("qwen_small", 2048, 1), memory.DTYPE, memory.DEVICE.type == "cuda")
+    assert memory.measure_afresh("qwen_small", 2048, 0, folder, bits) == pytest.approx(computed, rel=0.05)
+
+
+@pytest.mark.parametrize("bits, of_a_weight", [(0, 2), (16, 2), (8, 1), (4, 0.5 + 1 / 64 + 4 / 64 / 256)])
+def test_a_qwens_frozen_matrices_take_their_bits(bits, of_a_weight, tmp_path):
+    """And its embedding two bytes a number, the mergers four, since they train."""
+    vision, text = QWEN["qwen_small"]
+    folder = write_folder("qwen_small", tmp_path, values=False)
+    weights, _ = memory.compute(memory.flags_of("qwen_small", folder, base_bits=bits),
+                                memory.pack("qwen_small", 512, 1), torch.bfloat16)
+    C, hidden, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+    D, wide = vision.hidden_size, vision.merged_width
+    matrices = layers * (C * 64 * (2 * 4 + 2 * 2) + 3 * C * hidden) + vision.depth * (4 * D * D + 2 * D * 4 * D)
+    mergers = 4 * (wide * wide + wide * C)
+    ends = 2 * text.vocab_size * C
+    lora = layers * 8 * (4 * C + 256 + 2 * 128 + 256 + 3 * (C + hidden))
+    known = of_a_weight * matrices + 2 * ends + 4 * (mergers + lora)
+    assert known < weights < 1.01 * known + 4 * 196 * D + 3 * 4 * 256 * D
+
+
 def test_smaller_micro_batches_and_recomputing_take_less():
     def peak(tokens, recompute):
-        flags = replace(memory.FLAGS, model="sample", recompute=recompute)
+        flags = memory.flags_of("sample", recompute=recompute)
         return memory.compute(flags, memory.pack("sample", tokens, 1), torch.bfloat16)[1]
 
     whole = peak(2048, 0)
@@ -73,7 +100,7 @@ def test_the_papers_frozen_weights_take_two_bytes_each(thin):
     C = 768
     vision = (3 * 16 * 16 + 1) * C + 198 * C + 2 * C + LAYERS * (12 * C * C + 13 * C)
     others = vision + C * 4096 + 4096
-    weights, peak = memory.compute(memory.FLAGS, memory.pack("paper", 256, 1), torch.bfloat16)
+    weights, peak = memory.compute(memory.flags_of("paper"), memory.pack("paper", 256, 1), torch.bfloat16)
     assert weights == 2 * language + 4 * (others + lora)
     fixed = 2 * language + 16 * (others + lora)  # with gradients and both moments
     assert fixed < peak < fixed + 2e8
@@ -103,6 +130,7 @@ def test_tables_have_a_line_for_every_size_and_card(thin, capsys):
     ("--micro_batch_tokens=0", "--micro_batch_tokens=0: numbers from 1 to 1,000,000"),
     ("--micro_batch_tokens=100", "--micro_batch_tokens=100: too few for an image's 197"),
     ("--questions=1.5", "--questions=1.5: numbers from 1 to 1,000"),
+    ("--base_bits=4", "--base_bits=4: 16, 8 or 4, of a Qwen3-VL; 0 of every model"),
     ("--card=24", "unknown flag '--card=24': did you mean --cards?")])
 def test_a_mistake_is_told_in_one_line(flag, told, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["memory.py", flag])

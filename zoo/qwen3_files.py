@@ -58,7 +58,7 @@ PIXELS_NEUTRAL = {"image_mean": ([0.5] * 3,), "image_std": ([0.5] * 3,), "resamp
 def is_qwen(folder):
     """Whether a hub folder says that it is a Qwen3-VL."""
     path = Path(folder) / "config.json"
-    return path.is_file() and read_settings(path).get("model_type") == FAMILY
+    return bool(folder) and path.is_file() and read_settings(path).get("model_type") == FAMILY
 
 
 def read_section(kind, section, neutral, harmless, path):

@@ -76,7 +76,7 @@ def test_a_qwens_frozen_matrices_take_their_bits(bits, of_a_weight, tmp_path):
     C, hidden, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
     D, wide = vision.hidden_size, vision.merged_width
     matrices = layers * (C * 64 * (2 * 4 + 2 * 2) + 3 * C * hidden) + vision.depth * (4 * D * D + 2 * D * 4 * D)
-    mergers = 4 * (wide * wide + wide * C)
+    mergers = (1 + len(vision.deepstack_visual_indexes)) * (wide * wide + wide * C)
     ends = 2 * text.vocab_size * C
     lora = layers * 8 * (4 * C + 256 + 2 * 128 + 256 + 3 * (C + hidden))
     known = of_a_weight * matrices + 2 * ends + 4 * (mergers + lora)

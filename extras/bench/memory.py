@@ -143,12 +143,15 @@ def make(flags, device, dtype):
 
 
 def train(model, flags, batch, device, dtype):
-    """A step that gives AdamW its moments, and one of two micro-batches."""
+    """A step of two micro-batches, beside AdamW's moments, which an update without gradients has given it."""
     optimizer = make_optimizer(train_vlm.trained_parameters(model, flags), flags.weight_decay, flags.beta2)
-    autocast = autocast_to(device, dtype)
-    for batches in ([batch], [batch, batch]):
-        step = SimpleNamespace(number=0, batches=batches, divisor=len(batch.targets))
-        train_vlm.train_step(model, optimizer, step, flags.learning_rate, flags, autocast)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    step = SimpleNamespace(number=0, batches=[batch, batch], divisor=len(batch.targets))
+    train_vlm.train_step(model, optimizer, step, flags.learning_rate, flags, autocast_to(device, dtype))
 
 
 class Attention(torch.autograd.Function):

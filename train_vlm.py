@@ -145,7 +145,7 @@ def load_parts(config, tokenizer, checkpoint, device, dtype):
     if adapter:
         load_adapters(model, adapter)
     if config.merge != model.vision.config.merge:
-        raise UserError(f"--merge={config.merge}: {begun} has {model.vision.config.merge}; give that")
+        raise UserError(f"--merge={config.merge}: {begun or config.model} has {model.vision.config.merge}; give that")
     for part in ("vision", "projector", "language"):
         source = begun or model.weights.get(part) or "random"
         print(f"{part:9} from {source}{f' and {adapter}' if adapter and part in model.lora else ''}")

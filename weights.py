@@ -193,12 +193,16 @@ def build_vlm(name, vocab_size, vision_weights="", language_weights="", dtype=to
     them; trained: names of the parts that are to be trained in full, in float32.
     """
     if name in qwen3_files.CONFIGS or is_qwen(language_weights):
+        if vision_weights != language_weights:
+            raise UserError("--vision_weights, --language_weights: a Qwen3-VL is loaded as a whole; name its folder "
+                            "with --model, and leave both out")
         model = build_qwen(name, vocab_size, language_weights, dtype, device, lora, split, trained, bits)
         return note_weights(model, dict.fromkeys(model.weights, language_weights), bits)
     if name not in CONFIGS:
-        near = difflib.get_close_matches(name, [*CONFIGS, *qwen3_files.CONFIGS], n=1, cutoff=0)[0]
-        raise UserError(f"--model={name}: no such sizes, and no folder with a config.json, here or in weights/; did "
-                        f"you mean {near}? `python prepare/all.py --only=medmo_4b` brings MedMO's")
+        near = difflib.get_close_matches(name, [*CONFIGS, *qwen3_files.CONFIGS], n=1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"--model={name}: no such sizes, and no folder with a config.json, here or in weights/; {meant}"
+                        "`python prepare/all.py --only=medmo_4b` brings MedMO's")
     vision_config, language_config = CONFIGS[name]
     with torch.device(device):
         vision = (load_vit(vision_weights, device=device, merge=merge) if vision_weights

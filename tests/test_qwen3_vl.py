@@ -532,6 +532,20 @@ def test_a_preprocessor_that_reads_images_otherwise_is_refused(name, value, tmp_
         read_config(tmp_path)
 
 
+def test_what_does_not_go_with_a_qwen_is_refused(peers):
+    folder = str(peers(0)[1])
+    for name, vision, language in (("qwen_sample", "vit.safetensors", ""), ("small", "", folder)):
+        with pytest.raises(UserError, match="a Qwen3-VL is loaded as a whole"):
+            build_vlm(name, 512, vision, language)
+    for name, near in (("qwen_smal", "did you mean qwen_small"), ("medmo_4b", "here or in weights/; `python prepare")):
+        with pytest.raises(UserError, match=near):
+            build_vlm(name, 512)
+    with pytest.raises(UserError, match="--base_bits=4: no base"):
+        build_vlm("qwen_sample", 512, bits=4)
+    with pytest.raises(UserError, match="processes do not split a Qwen3-VL"):
+        build_vlm("", 512, folder, folder, split=print)
+
+
 def test_images_that_the_checkpoint_does_not_read_are_refused():
     vision = Vision(replace(TINY[0], max_pixels=64 * 64))
 

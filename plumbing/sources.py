@@ -8,6 +8,7 @@ from plumbing.claims import tokenizer_mismatch
 from plumbing.files import find_run, find_tokenizer, read_manifest
 from plumbing.flags import UserError
 
+SEVEN = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # matrices of a block
 SUFFIXES = {"llama": ".model", "qwen3_vl": ".json"}  # of the tokenizer's file, by a config.json's model_type
 
 
@@ -19,15 +20,19 @@ def hub_folder(name):
 def settle(config):
     """
     train_vlm.py's flags with "auto" replaced in --vision and --lora_targets: of a pretrained Qwen3-VL the tower is
-    frozen, and LoRA is on all seven matrices of a block.
+    frozen, and LoRA is on all seven matrices of a block. A run that goes on keeps what it had.
     """
-    name = config.model
-    if config.start and not Path(config.start, "adapter_config.json").is_file():
-        name = read_manifest(find_run(config.start)[1]).get("flags", {}).get("model", name)
-    whole = bool(hub_folder(name))
-    targets = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj" if whole else "q_proj,v_proj"
-    return replace(config, vision={"auto": "frozen" if whole else "full"}.get(config.vision, config.vision),
-                   lora_targets={"auto": targets}.get(config.lora_targets, config.lora_targets))
+    before = read_manifest(Path(config.run), "config.json") if config.resume and config.run else None
+    if before:
+        settled = before["flags"]
+    else:
+        name = config.model
+        if config.start and not Path(config.start, "adapter_config.json").is_file():
+            name = read_manifest(find_run(config.start)[1]).get("flags", {}).get("model", name)
+        settled = {"vision": "frozen", "lora_targets": SEVEN} if hub_folder(name) else {
+            "vision": "full", "lora_targets": "q_proj,v_proj"}
+    return replace(config, **{flag: settled[flag] for flag in ("vision", "lora_targets")
+                              if getattr(config, flag) == "auto"})
 
 
 def weights_of(config, tokenizer):

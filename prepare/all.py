@@ -19,7 +19,6 @@ from typing import Annotated, Literal
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: `data` lies above it
 
 from plumbing.flags import Range, Text, Threads, UserError, Whole, parse_command_line, run
-from plumbing.pixels import SMART_LEAST, SMART_MOST
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Config:
     limit: Whole = 0  # take only the first so many samples of each split; 0: all
     image_size: Annotated[int, Range(1, 1 << 12)] = 224  # pixels, height and width of a stored image
     resize: Literal["squash", "crop", "pad", "fit"] = "squash"  # how an image becomes square; fit: keeps its shape
-    max_pixels: Annotated[int, Range(0, SMART_MOST)] = 0  # at most, with --resize=fit; 0: by --image_size
+    max_pixels: Annotated[int, Range(0, 1 << 24)] = 0  # at most, with --resize=fit; 0: by --image_size
     codec: Literal["jpeg", "png"] = "jpeg"  # of stored images; png is lossless and twice as large
     quality: Annotated[int, Range(1, 100)] = 97  # of jpeg; 97 alters a pixel by 1.1 of 255 levels on average
     leaks: Literal["", "drop", "keep"] = ""  # test images in --only to train on; none: as it was, or drop
@@ -55,6 +54,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 
 from plumbing.files import find_tokenizer, hash_file
+from plumbing.pixels import SMART_LEAST, SMART_MOST
 from plumbing.shards import PROMPT_VERSION, SHARD_VERSION
 from prepare.datasets import DATASETS
 from prepare.download import fetch, fetch_hub

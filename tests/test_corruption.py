@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import prepare.shards
+import data
 from extras.faults import corrupt, hostile
 from plumbing.claims import read_adapter_config
 from plumbing.files import hash_file, manifest_checksum, read_manifest
@@ -62,7 +62,7 @@ def test_tokens_past_the_vocabulary_are_refused(tokenizer, tmp_path, monkeypatch
     with pytest.raises(UserError, match="tokens.bin: sample 0 has tokens past the vocabulary"):
         shard.read_sample(0)
     for wrong in (512, 65536 + 7, 1 << 40):  # a cast to uint16 would make 7 of the second
-        monkeypatch.setattr(prepare.shards.Tokenizer, "encode", lambda self, text: [5, wrong])
+        monkeypatch.setattr(data.Tokenizer, "encode", lambda self, text: [5, wrong])
         with pytest.raises(AssertionError, match="^1$"):
             write_toy(tmp_path, toy_records(), tokenizer)
 

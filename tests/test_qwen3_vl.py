@@ -144,6 +144,26 @@ def test_positions_of_images_and_what_follows_them():
     assert row[4:10] == [4, 4, 4, 5, 5, 5] and column[4:10] == [4, 5, 6, 4, 5, 6] and row[15:19] == [12, 13, 14, 15]
 
 
+def test_each_branch_is_placed_behind_its_own_images_alone():
+    """A shared prefix with an image, and branches of which one has two more: as each sample would be by itself."""
+    vision = make_vlm(*TINY).vision
+    images = [torch.zeros(*size, 3) for size in ((64, 96), (96, 96), (128, 64))]  # each takes less than its tokens
+    prefix, branches = [1, 1, -1, 1], [[1, -2, 1, -3, 1], [1] * 20, [1, -2, 1]]
+    lone = [1, -3, 1, 1]
+    own_pieces = [(0, number + 1, own, prefix) for number, own in enumerate(branches)]
+    pieces = [(0, 0, prefix, []), *own_pieces, (1, 0, lone, [])]
+    columns, wanted, shown = [], [], []
+    for group, branch, own, before in pieces:
+        flat, placed = lay_out(before + own, images, vision)
+        begin = len(lay_out(before, images, vision)[0]) if before else 0
+        columns += [(position, group, branch, flat[position] == IMAGE) for position in range(begin, len(flat))]
+        wanted += placed[begin:].tolist()
+        shown += [images[-1 - token] for token in own if token < 0]
+    positions, group, branch, is_image = torch.tensor(columns).T
+    placed = vision.place(positions, group, branch, is_image.nonzero()[:, 0], shown)
+    assert placed.tolist() == [list(row) for row in wanted]
+
+
 def theta(monkeypatch):
     monkeypatch.setattr(qwen3_vl, "interleaved_angles", lambda positions, config, own=qwen3_vl.interleaved_angles:
                         own(positions, replace(config, rope_theta=1e4)))

@@ -174,7 +174,7 @@ MUTANTS = [  # what is wrong, in which file, [(its words, the words instead), ..
      [("placed -= (behind", "placed -= 0 * (behind")], GOLDEN),
     ("Qwen: an image of another branch moves positions", "zoo/qwen3_vl.py",
      [("        behind &= (branch[first] == 0) | (branch[:, None] == branch[first])\n", "")],
-     QWEN + "test_packed_loss_and_gradients_equal_samples_run_alone"),
+     QWEN + "test_each_branch_is_placed_behind_its_own_images_alone"),
     ("Qwen: angles in chunks, not interleaved", "zoo/qwen3_vl.py",
      [("torch.where(pair < 3 * last, pair % 3, 0)",
        "(pair >= config.mrope_section[0]).long() + (pair >= sum(config.mrope_section[:2]))")], GOLDEN),

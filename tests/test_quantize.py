@@ -312,8 +312,8 @@ def test_a_qwen_in_4_bits_is_the_plain_one_with_its_numbers(tied, tmp_path):
     save_file({name: tensor.detach().contiguous() for name, tensor in names_on_disk(model).items()},
               tmp_path / "model.safetensors")
     write_config(tmp_path, vision, text)
-    low = build_vlm("", 512, "", str(tmp_path), bits=4)
-    full = build_vlm("", 512, "", str(tmp_path), trained=["vision", "projector"], bits=4)
+    low = build_vlm("", 512, str(tmp_path), str(tmp_path), bits=4)
+    full = build_vlm("", 512, str(tmp_path), str(tmp_path), trained=["vision", "projector"], bits=4)
     small = {name for name, module in low.named_modules() if isinstance(module, LowLinear)}
     assert {name.split(".")[0] for name in small} == {"vision", "projector", "language"}
     low_parts = {name.split(".")[0] for name, module in full.named_modules() if isinstance(module, LowLinear)}

@@ -228,12 +228,16 @@ def merge_patches(x, rows, columns, side):
 
 # ----------------------------------------------------------------------------- attention and its masks
 
+def half_split(angles):
+    """(T, hs/2) angles -> cos and sin as rotate() takes them, each (T, 1, hs)."""
+    cos, sin = angles[:, None].cos(), angles[:, None].sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
 def rotary_angles(positions, head_size, theta):
     """(T,) positions -> cos and sin of the rotary embedding, each (T, 1, hs) float32."""
     channel = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32)
-    angle = positions[:, None, None].float() / theta ** (channel / head_size)  # (T, 1, hs/2)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+    return half_split(positions[:, None].float() / theta ** (channel / head_size))
 
 
 def rotate(x, cos, sin):
@@ -368,7 +372,7 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-    def __init__(self, config, attention=LlamaAttention):
+    def __init__(self, config, attention):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = attention(config)
@@ -385,6 +389,7 @@ class LlamaBlock(nn.Module):
 class LLaMA(nn.Module):
     """LLaMA 1 and 2, and what shares their layout: grouped-query attention, other widths and thetas."""
 
+    attention = LlamaAttention  # of its blocks
     recomputed = 0  # blocks, from the first on, that are run again in the backward pass
     dropout_keys = None  # add_lora's, where it drops anything
 
@@ -393,7 +398,7 @@ class LLaMA(nn.Module):
         self.config = config
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
-            layers=nn.ModuleList(LlamaBlock(config) for _ in range(config.num_hidden_layers)),
+            layers=nn.ModuleList(LlamaBlock(config, self.attention) for _ in range(config.num_hidden_layers)),
             norm=RMSNorm(config.hidden_size, config.rms_norm_eps)))
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(init_weights)
@@ -406,6 +411,12 @@ class LLaMA(nn.Module):
         """(T,) token ids -> (T, C) embeddings, with (N, C) image tokens over those at image_at, (N,)."""
         x = self.model.embed_tokens(tokens)
         return x if image_tokens is None else x.index_copy(0, image_at, image_tokens.to(x.dtype))
+
+    def run_layer(self, layer, x, cos, sin, mask, cache, wanted):
+        """A block's output, (T, C), or (M, C) of the wanted tokens; of the first `recomputed` nothing is kept."""
+        # With a cache never compiled: that would be anew for each length. Else all have the number 0
+        run, number = (self.blocks[layer].forward, layer) if cache else (self.blocks[layer], 0)
+        return run_block(run, layer < self.recomputed, x, cos, sin, mask, cache, number, wanted)
 
     def forward(self, tokens, positions=None, mask=None, wanted=None, image_tokens=None, image_at=None,
                 cache=None, keys=None):
@@ -424,11 +435,8 @@ class LLaMA(nn.Module):
         x = self.embed(tokens, image_tokens, image_at)
         cos, sin = rotary_angles(positions, self.config.head_size, self.config.rope_theta)
         last = len(self.blocks) - 1
-        for layer, block in enumerate(self.blocks):
-            # With a cache never compiled: that would be anew for each length. Else all have the number 0
-            run, number = (block.forward, layer) if cache else (block, 0)
-            x = run_block(run, layer < self.recomputed, x, cos, sin, mask, cache, number,
-                          wanted if layer == last else None)
+        for layer in range(len(self.blocks)):
+            x = self.run_layer(layer, x, cos, sin, mask, cache, wanted if layer == last else None)
         return self.lm_head(self.model.norm(x)).float()
 
 

@@ -33,6 +33,7 @@ from zoo import qwen3_files
 from zoo.adapters import ADAPTERS, load_adapter, save_adapter
 from zoo.classifier import Classifier
 from zoo.qwen3_files import build_qwen, is_qwen, load_qwen, write_config
+from zoo.qwen3_vl import Text
 from zoo.resnet import load_resnet
 
 
@@ -256,12 +257,12 @@ def save_vlm(model, folder, language=None):
             continue
         if part != "language":
             save_module(module, folder / f"{part}.safetensors")
-        elif isinstance(module, LLaMA):
-            save_llama(module, folder / "language", language)
-        else:
+        elif isinstance(module, Text):
             (folder / "language").mkdir()
             save_module(module, folder / "language" / "model.safetensors")
             write_config(folder / "language", model.vision.config, module.config)
+        else:
+            save_llama(module, folder / "language", language)
     write_settings(folder / "config.json", {"weights": weights, "hashes": model.hashes, "lora": model.lora,
                                             "merge": model.vision.config.merge, "base_bits": model.base_bits})
 

@@ -20,7 +20,8 @@ from model import VLM
 from plumbing import sources
 from plumbing.flags import UserError
 from test_model import randomise, relative_error
-from test_packing import MAX_LENGTH, VOCABULARY, Raw, gradients_of, learn, record_of, tensors, write_records
+from test_packing import (MAX_LENGTH, VOCABULARY, Raw, double, gradients_of, learn, record_of,  # noqa: F401, a fixture
+                          tensors, write_records)
 from test_train import flags, shards  # noqa: F401, the fixture
 from weights import build_vlm, load_vlm, save_vlm
 from zoo.qwen3_files import read_config, write_config
@@ -403,19 +404,10 @@ def qwen_loss_alone(model, raw):
     return raw.weight * F.cross_entropy(logits[at], torch.tensor(targets), reduction="sum")
 
 
-@pytest.fixture
-def double(monkeypatch):
-    """All of it in float64, even what is in float32 whatever the weights are: rounding hides nothing."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 @pytest.mark.parametrize("train", ["full", "lora"])
 @pytest.mark.parametrize("questions_per_image, micro_batch_tokens", [(0, 100_000), (0, 60), (1, 100), (2, 80)])
 def test_packed_loss_and_gradients_equal_samples_run_alone(questions_per_image, micro_batch_tokens, train, shard,
-                                                           double):
+                                                           double):  # noqa: F811
     model, (data, raws) = tiny_qwen(train), shard
     mixture = Mixture([data], model.vision.tokens, batch_size=len(raws), max_length=MAX_LENGTH, multiple=16,
                       micro_batch_tokens=micro_batch_tokens, questions_per_image=questions_per_image)

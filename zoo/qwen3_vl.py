@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lora import token_keys
-from model import LlamaAttention, LlamaBlock, LlamaConfig, RMSNorm, attend, init_weights, rotate, run_block
+from model import LLaMA, LlamaAttention, LlamaConfig, RMSNorm, attend, half_split, init_weights, rotate, run_block
 from plumbing.flags import UserError
 from plumbing.kernels import Linear
 
@@ -65,12 +65,6 @@ def in_blocks(grid, m):
     """(..., rows, columns) -> (..., rows * columns), the m x m of a token end to end, tokens row by row."""
     grid = grid.unflatten(-1, (-1, m)).unflatten(-3, (-1, m))  # (..., rows/m, m, columns/m, m)
     return grid.transpose(-3, -2).flatten(-4)
-
-
-def half_split(angles):
-    """(T, hs/2) angles -> cos and sin as model.rotate takes them, each (T, 1, hs): channel j turns with j + hs/2."""
-    cos, sin = angles[:, None].cos(), angles[:, None].sin()
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 class PatchEmbed(nn.Module):
@@ -291,22 +285,16 @@ def interleaved_angles(positions, config):
     return half_split(positions[:, axis].float() / config.rope_theta ** (2 * pair / config.head_size))
 
 
-class Text(nn.Module):
-    """The decoder: LLaMA's blocks with norms of queries and keys, positions of three axes, and DeepStack."""
+class Text(LLaMA):
+    """The decoder: a LLaMA with norms of queries and keys, positions of three axes, and DeepStack."""
 
-    recomputed = 0  # blocks, from the first on, that are run again in the backward pass
-    dropout_keys = None  # add_lora's, where it drops anything
+    attention = TextAttention
 
     def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.model = nn.ModuleDict(dict(language_model=nn.ModuleDict(dict(
-            embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
-            layers=nn.ModuleList(LlamaBlock(config, TextAttention) for _ in range(config.num_hidden_layers)),
-            norm=RMSNorm(config.hidden_size, config.rms_norm_eps)))))
-        if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.apply(init_weights)
+        super().__init__(config)
+        self.model = nn.ModuleDict(dict(language_model=self.model))  # as the checkpoint names it
+        if config.tie_word_embeddings:
+            del self.lm_head
 
     @property
     def blocks(self):
@@ -333,11 +321,8 @@ class Text(nn.Module):
         deepstack = () if image_tokens is None else image_tokens.unbind(1)[1:]
         # The last block may leave out what is not wanted, unless DeepStack adds to all of it
         last = len(self.blocks) - 1 if len(deepstack) < len(self.blocks) else None
-        for layer, block in enumerate(self.blocks):
-            # With a cache never compiled: that would be anew for each length. Else all have the number 0
-            run, number = (block.forward, layer) if cache else (block, 0)
-            x = run_block(run, layer < self.recomputed, x, cos, sin, mask, cache, number,
-                          wanted if layer == last else None)
+        for layer in range(len(self.blocks)):
+            x = self.run_layer(layer, x, cos, sin, mask, cache, wanted if layer == last else None)
             if layer < len(deepstack):
                 x = x.index_add(0, image_at, deepstack[layer].to(x.dtype))
         x = x if wanted is None or last is not None else x[wanted]

@@ -25,11 +25,11 @@ import torch.nn as nn
 from extras.bench.progress import Progress, tell
 from extras.scripts import load_script
 from plumbing.flags import Count, Scale, UserError, parse_command_line, run
+from plumbing.sources import SEVEN
 from quantize import LowLinear
 from tasks.evaluations import find_evaluations, read_evaluation
 from weights import load_run
 
-SEVEN = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 BITS = (16, 8, 4)
 
 

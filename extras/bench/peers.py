@@ -32,7 +32,6 @@ from zoo.chatml import tokenizer_of
 from zoo.qwen3_files import PARTS, write_config
 from zoo.qwen3_vl import Mergers, Text, TextConfig, Vision, VisionConfig, in_blocks
 
-ALL_SEVEN = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 QWEN = {  # name -> sizes that the benchmarks have besides those of model.CONFIGS, with a head of their own or tied
     "qwen_40m": (VisionConfig(6, 256, 1024, 4, num_position_embeddings=196, out_hidden_size=384,
                               deepstack_visual_indexes=(1, 2, 3), min_pixels=1024),

@@ -30,12 +30,12 @@ import numpy as np
 import torch
 
 from extras.bench.memory import read_numbers
-from extras.bench.peers import ALL_SEVEN
 from extras.bench.training import count_flop
 from lora import add_lora, lora_layers
 from model import CONFIGS, VLM
 from plumbing.flags import Count, Range, parse_command_line, run
 from plumbing.shards import SAMPLE
+from plumbing.sources import SEVEN
 from prepare.datasets import DATASETS
 from run import make_optimizer, save_checkpoint
 from weights import build_vlm, is_trained, save_vlm
@@ -77,7 +77,7 @@ def make(name, dtype):
     vision, text = read_config(name)
     with torch.device("meta"):
         model = VLM(Vision(vision).to(dtype), Text(text).to(dtype), Mergers(vision))
-        model.lora["language"] = LORA | {"targets": ALL_SEVEN}
+        model.lora["language"] = LORA | {"targets": SEVEN}
         add_lora(model.language, **model.lora["language"])
     model.vision.requires_grad_(False)
     model.weights = dict.fromkeys(model.weights, name)

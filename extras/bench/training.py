@@ -50,7 +50,7 @@ import torch.nn.functional as F
 
 from data import Batch, Mixture
 from extras.bench.answering import clock, measure_limits, patches_of_token
-from extras.bench.peers import ALL_SEVEN, Peer, build, lay_out, make_peer, open_questions, require_shapes
+from extras.bench.peers import Peer, build, lay_out, make_peer, open_questions, require_shapes
 from extras.bench.progress import Progress, about, tell
 from lora import add_lora, lora_layers
 from model import VLM, ViT
@@ -58,6 +58,7 @@ from plumbing.devices import autocast_to, describe_machine, pick_device, to_devi
 from plumbing.flags import Count, Device, Range, Whole, parse_command_line, run
 from plumbing.kernels import HAS_TRITON
 from plumbing.leaks import read_leaks
+from plumbing.sources import SEVEN
 from run import make_optimizer
 
 SAME = 1e-4  # relative error of the peer's loss and gradients to ours, in float32
@@ -340,7 +341,7 @@ def measure(rows, rounds, device):
 def make(config, vocab_size, dtype, device):
     """The model, of random weights, with what trains as train_vlm.py's flags have it; and the flags."""
     model = build(config.model, vocab_size, torch.float32 if config.language == "full" else dtype, device)
-    vision, targets = ("full", "q_proj,v_proj") if isinstance(model.vision, ViT) else ("frozen", ALL_SEVEN)
+    vision, targets = ("full", "q_proj,v_proj") if isinstance(model.vision, ViT) else ("frozen", SEVEN)
     config = replace(config, vision={"auto": vision}.get(config.vision, config.vision))
     for part, targets in (("vision", "qkv"), ("language", targets), ("projector", "")):
         module, how = getattr(model, part), getattr(config, part)

@@ -81,7 +81,7 @@ def test_flop_of_a_step_of_qwens_by_hand(sizes, side, known, tmp_path):
 def test_what_it_takes_for_the_recipe_is_train_vlm_s(tmp_path):
     write_config(tmp_path, *CONFIGS["qwen_sample"])
     for model, recipe, targets in (("paper", plan.RECIPE, plan.LORA["targets"]),
-                                   (str(tmp_path), plan.QWEN_RECIPE, plan.ALL_SEVEN)):
+                                   (str(tmp_path), plan.QWEN_RECIPE, plan.SEVEN)):
         flags = settle(train_vlm.Config(model=model))
         assert vars(recipe) == {part: getattr(flags, part) for part in ("vision", "projector", "language")}
         assert plan.LORA | {"targets": targets} == {

@@ -112,6 +112,17 @@ def sample_captions(raw, size=224):
     yield from drawn.caption_records(CAPTION_QUESTION, max(size, drawn.SIZE))
 
 
+@dataset(only_by_name=True, kind="boxes", licence="MIT", access="part of this repository", megabytes=0,
+         page="prepare/sample.py", folder=Path(__file__).parent, layouts=(("sample.py",),),
+         counts={"train": 1200, "test": 240}, train_tokenizer=train_sample_tokenizer, one_pattern=True, drawn=True)
+def sample_boxes(raw, size=224):
+    """Other pictures of the sample's kinds, each with the boxes of its finding, or none."""
+    from prepare import sample as drawn
+    from tasks.boxes import ask
+
+    yield from drawn.box_records(ask, max(size, drawn.SIZE))
+
+
 # ----------------------------------------------------------------------------- about images
 
 @dataset(kind="image questions", licence="MIT (hub card; textbook publishers hold the images)",

@@ -10,6 +10,8 @@ The embedded sample: drawn pictures with exact answers, so that a first run down
 Left and right are those of the image, as the questions say; by radiological convention an image's
 left is the patient's right. The pictures are sketches to learn the pipeline from, not anatomy.
 
+A finding's boxes are the bounds of the pixels that it is painted on.
+
 In each split every question sees each of its answers equally often: its words give nothing away.
 A picture of 448 pixels is that of 224, drawn with sharper edges and finer grain.
 The same seed gives the same bytes wherever numpy's generator gives the same numbers: all else is
@@ -80,9 +82,20 @@ def paint(image, mask, value):
     return image + mask * (np.asarray(value, np.float32) - image)
 
 
-# ----------------------------------------------------------------------------- the four kinds
+def ignore(mask):
+    """What is done with the mask of a finding whose place nobody asks for."""
 
-def draw_ct(rng, side, size):
+
+def bounds(mask):
+    """The box (x1, y1, x2, y2), shares of the image's sides, around the pixels of a mask that exceed 0.5."""
+    (y1, y2), (x1, x2) = (np.flatnonzero((mask > 0.5).any(axis))[[0, -1]] for axis in (1, 0))
+    return tuple((np.array((x1, y1, x2 + 1, y2 + 1)) / len(mask)).tolist())
+
+
+# ----------------------------------------------------------------------------- the four kinds
+# Each calls `show` with the mask of every finding that it paints: (H, W), from 0 to 1.
+
+def draw_ct(rng, side, size, show=ignore):
     """An axial head CT, forehead up; side is -1 or 1 for a bleed left or right, 0 for none."""
     x, y = place_frame(rng, 0.03, size)
     image = np.full_like(x, 0.02)
@@ -105,10 +118,11 @@ def draw_ct(rng, side, size):
         for growth, grey in ((1.3, 0.32), (1.0, 0.90)):  # a dark rim of swelling, then blood
             blob = ellipse(ragged, y, centre, (radii[0] * growth, radii[1] * growth))
             image = paint(image, blob * brain, grey)
+        show(blob * brain)
     return image
 
 
-def draw_smear(rng, count, size):
+def draw_smear(rng, count, size, show=ignore):
     """A stained blood smear: red cells with pale centres, and `count` larger white cells."""
     x, y = place_frame(rng, 0.025, size)
     cells = []  # (x, y, radius); white cells come first, each in a quadrant of its own
@@ -125,6 +139,8 @@ def draw_smear(rng, count, size):
         u, v = (x - cx) * (1.05 / radius), (y - cy) * (1.05 / radius)
         nearest = white if number < count else red
         np.minimum(nearest, u * u + v * v, out=nearest)
+        if number < count:
+            show(ramp(1 - (u * u + v * v), 0.3))
         tilt = rng.uniform(-0.6, 0.6)
         for lobe in (-1, 0, 1) if number < count else ():  # the nucleus: joined lobes on an arc
             a, b = u - 0.45 * lobe, v - 0.45 * tilt * lobe + 0.25 * (lobe == 0) - 0.1
@@ -137,7 +153,7 @@ def draw_smear(rng, count, size):
     return image + 0.03 * clouds(rng, 60, size)[..., None]
 
 
-def draw_film(rng, side, size):
+def draw_film(rng, side, size, show=ignore):
     """A frontal chest film; side is -1 or 1 for an effusion left or right, 0 for none."""
     x, y = place_frame(rng, 0.02, size)
     out = np.abs(x)  # distance from the midline
@@ -160,11 +176,13 @@ def draw_film(rng, side, size):
     image = paint(image, ramp(0.075 - out) * body, 0.74 - 0.10 * discs)
     if side:  # fluid fills the base and climbs along the chest wall: the meniscus
         level = rng.uniform(-0.22, -0.02) - 2.2 * np.square(np.maximum(out - 0.36, 0))
-        image = paint(image, lungs * ramp(y - level, 0.05) * ramp(side * x - 0.08), 0.82)
+        fluid = lungs * ramp(y - level, 0.05) * ramp(side * x - 0.08)
+        image = paint(image, fluid, 0.82)
+        show(fluid)
     return image
 
 
-def draw_ultrasound(rng, count, size):
+def draw_ultrasound(rng, count, size, show=ignore):
     """Liver under a curved probe, with `count` cysts: black, with bright tissue behind them."""
     x, y = place_frame(rng, 0.012, size)
     apex = -1.45  # where the beams would meet, above the image
@@ -181,7 +199,9 @@ def draw_ultrasound(rng, count, size):
         image = paint(image, 0.6 * behind * ramp(cy + 0.55 - y, 0.4), 0.80)
         wall = ellipse(x, y, (cx + 0.03 * slope, cy + 0.03), (radius, radius)) * ramp(y - cy)
         image = paint(image, wall, 1.0)
-        image = paint(image, ellipse(x, y, (cx, cy), (radius, radius)), 0.02)
+        cyst = ellipse(x, y, (cx, cy), (radius, radius))
+        image = paint(image, cyst, 0.02)
+        show(cyst)
     speckle = 0.46  # grains are cells of (depth, beam), so they widen with depth
     for fineness, strength in ((40, 0.60), (80, 0.45)):
         row, column = (depth * fineness).astype(int), ((beam + 0.7) * fineness).astype(int)
@@ -233,11 +253,11 @@ def read_case(number):
     return name, details[case % len(details)] if has_finding else 0, case
 
 
-def draw_image(split, number, seed=0, size=SIZE):
+def draw_image(split, number, seed=0, size=SIZE, show=ignore):
     """The bytes of an image file of size x size pixels. Odd numbers show their kind's finding."""
     name, value, _ = read_case(number)
     rng = np.random.default_rng([seed, list(SPLITS).index(split), number])
-    return encode(rng, KINDS[name][0](rng, value, size))
+    return encode(rng, KINDS[name][0](rng, value, size, show))
 
 
 def image_records(split, number, image):
@@ -288,6 +308,15 @@ def caption_records(question, size=SIZE, seed=1):
         name = f"sample_captions_{split}_{number:06d}"
         yield split, Record(name, question, write_caption(number), draw_image(split, number, seed, size),
                             f"{name}.ppm")
+
+
+def box_records(ask, size=SIZE, seed=2):
+    """Yield (split, Record): where an image's finding is, if it has one; drawn with a seed of their own."""
+    for split, number in numbers():
+        name, finding, masks = f"sample_boxes_{split}_{number:06d}", KINDS[read_case(number)[0]][3], []
+        image = draw_image(split, number, seed, size, masks.append)
+        boxes = {finding: tuple(sorted(map(bounds, masks)))}
+        yield split, Record(name, ask(finding), image=image, image_name=f"{name}.ppm", type=finding, boxes=boxes)
 
 
 def contact_sheet(path):

@@ -102,7 +102,7 @@ def test_a_larger_image_is_the_same_picture_with_more_detail(name):
         assert beyond > 2 * beyond_enlarged and beyond < below, (beyond, beyond_enlarged, below)
 
 
-@pytest.mark.parametrize("name", ["sample", "sample_captions"])
+@pytest.mark.parametrize("name", ["sample", "sample_captions", "sample_boxes"])
 @pytest.mark.parametrize("asked, drawn", [(32, 224), (224, 224), (300, 300), (448, 448)])
 def test_images_are_drawn_at_the_size_asked_for_or_larger(name, asked, drawn):
     _, record = next(DATASETS[name].read(None, asked))
@@ -124,7 +124,7 @@ def all_records(monkeypatch):
     """Every (split, Record) of the sample, without its image: drawing is what takes time."""
     monkeypatch.setattr(sample, "encode", lambda rng, image: b"")
     for name, (_, *facts) in sample.KINDS.items():
-        monkeypatch.setitem(sample.KINDS, name, (lambda rng, value, size: None, *facts))
+        monkeypatch.setitem(sample.KINDS, name, (lambda *drawn: None, *facts))
     return list(sample.records())
 
 
@@ -212,6 +212,90 @@ def test_captions_have_the_published_counts_and_are_prepared_only_by_name(monkey
     counts = Counter(split for split, _ in DATASETS["sample_captions"].read(None))
     assert counts == DATASETS["sample_captions"].counts
     assert "sample_captions" not in select("") and select("sample_captions") == ["sample_captions"]
+
+
+# ----------------------------------------------------------------------------- boxes
+
+@pytest.fixture(scope="module")
+def boxed():
+    """Of 48 images with boxes: (its pixels, (H, W, 3), its Record)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "SPLITS", {"train": 2, "test": 1})
+        return [(np.asarray(load_image(record.image)).astype(int), record)
+                for _, record in sample.box_records("detect {}".format)]
+
+
+def painted(pixels, finding):
+    """Where a finding is by its colour alone: (H, W)."""
+    red, green, blue = np.moveaxis(pixels, -1, 0)
+    inside = np.hypot(*(sample.grid(len(pixels)) / np.array((0.70, 0.55))[:, None, None])) < 1  # of the skull
+    return {"bleed": (red > 190) & inside, "white cell": blue - green > 18, "cyst": red < 40}[finding]
+
+
+@pytest.mark.parametrize("finding", ["bleed", "white cell", "cyst"])
+def test_boxes_are_around_what_is_painted(finding, boxed):
+    """At half the size, for grain is no finding: along its middle it ends within 2 of 112 pixels of its box."""
+    for pixels, record in boxed:
+        mask = painted(pixels.reshape(112, 2, 112, 2, 3).mean((1, 3)), finding)
+        for box in record.boxes[finding] if record.type == finding else ():
+            x1, y1, x2, y2 = np.round(np.array(box) * 112).astype(int)
+            middle = np.array((y1 + y2, x1 + x2)) // 2
+            row, column = (np.take(mask, np.arange(at - 4, at + 5), axis).mean(axis) > 0.5
+                           for axis, at in enumerate(middle))
+            for line, begin, end in ((row, x1, x2), (column, y1, y2)):
+                assert line[begin + 3:end - 3].mean() > 0.9, (record.id, box)
+                assert not line[begin - 4:begin - 2].any() and not line[end + 2:end + 4].any(), (record.id, box)
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_an_effusions_box_is_around_what_it_changes(side):
+    masks = []
+    with_it = sample.draw_film(np.random.default_rng(5), side, 224, masks.append)
+    changed = np.abs(with_it - sample.draw_film(np.random.default_rng(5), 0, 224)) > 0.04
+    assert np.allclose(sample.bounds(changed), sample.bounds(masks[0]), atol=0.03) and len(masks) == 1
+
+
+def test_bounds_are_those_of_whole_pixels():
+    mask = np.zeros((8, 8))
+    mask[2:4, 1:6], mask[7, 7] = 0.6, 0.5
+    assert sample.bounds(mask) == (1 / 8, 2 / 8, 6 / 8, 4 / 8)
+
+
+def test_every_image_has_as_many_boxes_as_its_answers_say(boxed):
+    counts = Counter((record.type, len(record.boxes[record.type])) for _, record in boxed)
+    assert counts == {("bleed", 0): 3, ("bleed", 1): 3, ("effusion", 0): 3, ("effusion", 1): 3,
+                      **{(finding, n): 3 if n == 0 else (2, 1)[n - 1]
+                         for finding in ("white cell", "cyst") for n in (0, 1, 2)}}
+    for _, record in boxed:
+        number = int(record.id[-6:])
+        _, value, _ = sample.read_case(number)
+        assert len(record.boxes[record.type]) == (abs(value) if record.type in ("bleed", "effusion") else value)
+        assert record.question == f"detect {record.type}" and record.answer == ""
+        if record.type in ("bleed", "effusion") and value:
+            x1, _, x2, _ = record.boxes[record.type][0]
+            assert (x1 + x2 > 1) == (value > 0)
+
+
+def test_boxes_are_of_images_of_their_own_and_the_same_at_another_size(boxed, monkeypatch):
+    others = {sample.draw_image(split, number, seed) for seed in (0, 1) for split in ("train", "test")
+              for number in range(8)}
+    assert len({record.image for _, record in boxed}) == len(boxed) == 24
+    assert not others & {record.image for _, record in boxed}
+    monkeypatch.setattr(sample, "SPLITS", {"train": 2, "test": 1})
+    for (_, small), (_, large) in zip(boxed, sample.box_records("detect {}".format, 448), strict=True):
+        assert large.image.startswith(b"P6\n448 448") and large.boxes.keys() == small.boxes.keys()
+        assert np.allclose(*(np.array(record.boxes[small.type]) for record in (small, large)), atol=0.02)
+
+
+def test_boxes_have_the_published_counts_the_samples_tokenizer_and_short_answers(tokenizer, monkeypatch):
+    monkeypatch.setattr(sample, "draw_image", lambda split, number, seed, size, show: b"")
+    facts = DATASETS["sample_boxes"]
+    assert Counter(split for split, _ in facts.read(None)) == facts.counts == {"train": 1200, "test": 240}
+    assert facts.only_by_name and facts.kind == "boxes" and facts.train_tokenizer is train_sample_tokenizer
+    answer = "white cell <box>[[123, 45, 678, 90], [0, 1000, 7, 12]]</box>"
+    assert tokenizer.decode(tokenizer.encode(answer)) == answer and len(tokenizer.encode(answer)) < 55
+    numbers = [len(tokenizer.encode(f"1{digits}")) - len(tokenizer.encode("1")) for digits in ("2", "23", "234")]
+    assert numbers == [1, 2, 3]  # a digit is a token
 
 
 # ----------------------------------------------------------------------------- answers and pixels

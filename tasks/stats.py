@@ -3,6 +3,13 @@
 import numpy as np
 
 
+def draw_counts(count, resamples=1000, seed=0):
+    """How often each of `count` groups is in a resample of them, (count,), once for each of the resamples."""
+    generator = np.random.default_rng(seed)
+    for _ in range(resamples):
+        yield np.bincount(generator.integers(count, size=count), minlength=count)
+
+
 def resampled_sums(values, groups, resamples=1000, seed=0):
     """
     Sums of (n, K) numbers over each resample of their groups, (resamples, K) float64.
@@ -15,9 +22,7 @@ def resampled_sums(values, groups, resamples=1000, seed=0):
     count = groups.max() + 1
     sums = np.zeros((count, values.shape[1]))
     np.add.at(sums, groups, values)
-    generator = np.random.default_rng(seed)
-    draws = (generator.integers(count, size=count) for _ in range(resamples))
-    return np.stack([np.bincount(draw, minlength=count) @ sums for draw in draws])
+    return np.stack([counts @ sums for counts in draw_counts(count, resamples, seed)])
 
 
 def bootstrap(values, groups, resamples=1000, seed=0):

@@ -212,7 +212,7 @@ def iou_of_unions(predicted, true):
 
 def f_iou(matched, predicted, true):
     """2 x matched IoU / (predicted + true boxes) in percent; 100 where there are neither."""
-    return 200 * matched / (predicted + true) if predicted + true else 100.0
+    return float(200 * matched / (predicted + true)) if predicted + true else 100.0
 
 
 def pair_up(found, asked):
@@ -251,15 +251,15 @@ def score(record, prediction):
     true = np.vstack([as_array(()), *(pair[1] for pair in pairs.values())])
     named = sum(len(pair[0]) for label, pair in pairs.items() if label in map(plain, record["boxes"]))
     numbers = {MAIN: 0.0 if answer is None else f_iou(matched.sum(), len(predicted), len(true)),
-               "matched": matched.sum(), "predicted": len(predicted), "true": len(true),
+               "matched": float(matched.sum()), "predicted": len(predicted), "true": len(true),
                "unreadable": answer is None, "any": named > 0, "none": answer is not None and not len(predicted),
                "unions": iou_of_unions(predicted, true),
                "first": float(iou(predicted[:1], true[:1]).sum())}
     for threshold in THRESHOLDS:
-        numbers[f"hits {threshold}"] = sum(match((each >= threshold) * 1.0).sum() for each in gains.values())
+        numbers[f"hits {threshold}"] = int(sum(match((each >= threshold) * 1.0).sum() for each in gains.values()))
     size = np.searchsorted(list(SIZES.values())[:-1], (true[:, 2:] - true[:, :2]).prod(1) / 1e4, side="right")
     for number, name in enumerate(SIZES):
-        numbers |= {name: matched[size == number].sum(), f"{name} true": int((size == number).sum())}
+        numbers |= {name: float(matched[size == number].sum()), f"{name} true": int((size == number).sum())}
     return numbers | {"ranked": {label: (rank(each[:RANKED], 0.5), each.shape[1]) for label, each in gains.items()}}
 
 

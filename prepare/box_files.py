@@ -116,32 +116,29 @@ def read_yolo(where, content, names):
 
 # ----------------------------------------------------------------------------- one file for all
 
-COCO = {"images": [{"id": str, "file_name": str, "width": str, "height": str}],
-        "annotations": [dict], "categories": [("id", "name")]}
-
-
-def read_coco(path, label_name=""):
+def read_coco(path, name="file_name", text=""):
     """
-    ({image id: its row}, [(image id, label, box)]) of COCO's JSON; label_name: the annotations' own name for what
-    is boxed, where that is not the category. Raises UserError.
+    ({image id: (its name, width, height)}, [(image id, category, text, box)]) of COCO's JSON; name and text: the
+    columns of images and annotations to be read, text where there is one. Raises UserError.
     """
-    content = read_json(path, COCO)
-    names = {row["id"]: row["name"] for row in content["categories"]}
-    images = {row["id"]: row for row in content["images"]}
-    form, found = {"image_id": str, "category_id": str, "bbox": [str]} | ({label_name: str} if label_name else {}), []
-    for row, annotation in enumerate(content["annotations"], 1):
-        where = f"{path}: annotation {row}"
-        annotation = expect(where, annotation, form)
-        for column, known in (("image_id", images), ("category_id", names)):
-            if annotation[column] not in known:
-                raise UserError(f"{where}: no {column} {annotation[column]!r:.40} in the file; fetch it again")
-        if len(annotation["bbox"]) != 4:
-            raise UserError(f"{where}: a bbox of {len(annotation['bbox'])} numbers, not 4")
-        image = images[annotation["image_id"]]
-        size = (number(f"{where}: {side} of its image", image[side]) for side in ("width", "height"))
-        corners = from_corner([number(f"{where}: bbox", value) for value in annotation["bbox"]])
-        label = annotation[label_name] if label_name else names[annotation["category_id"]]
-        found.append((annotation["image_id"], label, to_shares(where, corners, *size)))
+    content = read_json(path, {"images": [{"id": str, name: str, "width": str, "height": str}],
+                               "annotations": [dict], "categories": [("id", "name")]})
+    categories = {row["id"]: row["name"] for row in content["categories"]}
+    images = {row["id"]: (row[name], *(number(f"{path}: image {place}: {side}", row[side])
+                                       for side in ("width", "height")))
+              for place, row in enumerate(content["images"], 1)}
+    form, found = {"image_id": str, "category_id": str, "bbox": [str]} | ({text: str} if text else {}), []
+    for place, row in enumerate(content["annotations"], 1):
+        where = f"{path}: annotation {place}"
+        row = expect(where, row, form)
+        for column, known in (("image_id", images), ("category_id", categories)):
+            if row[column] not in known:
+                raise UserError(f"{where}: no {column} {row[column]!r:.40} in the file; fetch it again")
+        if len(row["bbox"]) != 4:
+            raise UserError(f"{where}: a bbox of {len(row['bbox'])} numbers, not 4")
+        box = from_corner([number(f"{where}: bbox", value) for value in row["bbox"]])
+        found.append((row["image_id"], categories[row["category_id"]], row[text] if text else "",
+                      to_shares(where, box, *images[row["image_id"]][1:])))
     return images, found
 
 

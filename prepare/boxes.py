@@ -6,20 +6,33 @@ that it has, and for one that it has not, which its name picks: that there is no
 All are prepared by name alone; prepare/box_files.py reads their files.
 """
 
+import functools
 import hashlib
+import io
+import re
+from collections import defaultdict
+from dataclasses import replace
 from pathlib import PurePosixPath
+
+import numpy as np
+from PIL import Image
 
 from data import Record
 from plumbing.flags import UserError
-from prepare.box_files import from_corner, gather, number, read_voc, read_yolo, to_shares
-from prepare.classify import read_lines, split_by_group
-from prepare.datasets import (dataset, read_csv, read_image, read_json, read_named_image, read_tar,
-                              require_known)
+from plumbing.pixels import FORMATS, decode
+from prepare.box_files import (from_corner, gather, image_size, number, read_coco, read_voc, read_yolo,
+                               to_shares)
+from prepare.classify import group_alike, read_lines, split_by_group
+from prepare.datasets import (NO_NAME, dataset, parse_json, read_csv, read_image, read_json,
+                              read_named_image, read_tar, require_known)
 from prepare.questions import open_folder
-from tasks.boxes import ask
+from tasks.boxes import ask, iou
 
 FEW = 4  # labels of a set that is asked for all of them in every image
 SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}  # of a set without a published split
+AGREE = 0.5  # IoU above which two readers' boxes are of one finding
+SPECK = 0.01  # of a mask's largest patch: what is smaller was left by a hand that slipped
+LARGEST_MASK = 1 << 24  # pixels
 
 
 # ----------------------------------------------------------------------------- questions
@@ -59,17 +72,19 @@ def bccd(raw):
     """
     words, folder = {"RBC": "red blood cell", "WBC": "white blood cell", "Platelets": "platelet"}, raw / "BCCD"
 
-    def rows(names):
-        for name in names:
-            where = folder / f"Annotations/{name}.xml"
-            *_, boxes = read_voc(where, read_named_image(folder, f"Annotations/{name}.xml"))
+    def rows(path):
+        for name in read_lines(path):
+            where, content = folder / f"Annotations/{name}.xml", read_named_image(folder, f"Annotations/{name}.xml")
+            if content is None:
+                raise UserError(f"{path}: {name!r:.80} has no file in {where.parent}; fetch both again")
+            *_, boxes = read_voc(where, content)
             yield name, "", None
             for label, box in boxes:
                 require_known(f"{where}: name", label, words)
                 yield name, words[label], box
 
     for split, file in (("train", "train"), ("validation", "val"), ("test", "test")):
-        found = gather(f"bccd {split}", rows(read_lines(folder / f"ImageSets/Main/{file}.txt")))
+        found = gather(f"bccd {split}", rows(folder / f"ImageSets/Main/{file}.txt"))
         for name, labels in found.items():
             image = read_named_image(folder, f"JPEGImages/{name}.jpg")
             for record in ask_image(f"{name}.jpg", image, labels, words.values()):
@@ -218,3 +233,248 @@ def chestx_det(raw):
     """ChestX-Det (Lian et al. 2021): the films of ChestX-Det10 and 35 more, thirteen findings, some boxes moved."""
     tables = {split: (f"ChestX_Det_{split}.json", f"{split}_data") for split in ("train", "test")}
     yield from read_chestx(raw, tables, (*CHESTX_LABELS, "Cardiomegaly", "Diffuse Nodule", "Pleural Thickening"))
+
+
+def merge_readers(marked):
+    """
+    The boxes that at least two readers agree on, of [(reader, box)] for one label in one image.
+
+    A box joins the mean box with which its IoU is largest, if that is above AGREE and has no box of its reader;
+    else it begins another. The means of two and more are kept, in the order of their first boxes.
+    """
+    groups = []  # of {reader: box}
+    for reader, box in marked:
+        means = np.array([np.mean(list(group.values()), 0) for group in groups]).reshape(-1, 4)
+        gains = iou(np.array([box]), means)[0] * [reader not in group for group in groups]
+        if gains.size and gains.max() > AGREE:
+            groups[gains.argmax()][reader] = box
+        else:
+            groups.append({reader: box})
+    return [tuple(np.mean(list(group.values()), 0).tolist()) for group in groups if len(group) > 1]
+
+
+def read_vindr(raw, table, sizes):
+    """
+    {image: {label: boxes}} of a table of VinDr-CXR. Where it names readers, their boxes are merged; a label on
+    which no two agree stays without any. sizes: image -> (width, height) of the film that was marked.
+    """
+    named = "rad_id" in next(iter(read_csv(table, ())), ())
+    sides, marked = ("x_min", "y_min", "x_max", "y_max"), defaultdict(lambda: defaultdict(list))
+    for row, cells in enumerate(read_csv(table, ("image_id", "class_name", *sides, *["rad_id"] * named)), 2):
+        labels, label = marked[cells["image_id"]], cells["class_name"].strip().lower()
+        size = sizes(cells["image_id"])
+        if label != "no finding" and cells["x_min"].strip() and size:
+            box = to_shares(f"{table}: row {row}", [number(f"{table}: row {row}", cells[side]) for side in sides], *size)
+            if max(box) > 1.02:
+                raise UserError(f"{table}: row {row}: a box beyond its film of {size[0]} x {size[1]} pixels; if the "
+                                "films were made smaller, put train_meta.csv with their first sizes beside it")
+            labels[label].append((cells.get("rad_id", ""), box))
+    if not named:  # a consensus already
+        return gather(table.name, ((image, label, box) for image, labels in marked.items() for label, boxes in
+                                   [("", [("", None)]), *labels.items()] for _, box in boxes))
+    return {image: {label: merge_readers(boxes) for label, boxes in labels.items()} for image, labels in marked.items()}
+
+
+@dataset(only_by_name=True, kind="boxes", licence="PhysioNet Credentialed Health Data License; Kaggle: its rules",
+         access="PhysioNet credential, or an account at Kaggle", megabytes=160000, counts={},
+         page="https://physionet.org/content/vindr-cxr/1.0.0 or "
+              "https://www.kaggle.com/c/vinbigdata-chest-xray-abnormalities-detection",
+         layouts=(("annotations/annotations_train.csv", "annotations/annotations_test.csv"), ("train.csv",)))
+def vindr_cxr(raw):
+    """
+    VinDr-CXR (Nguyen et al. 2022): 22 findings in 15,000 films of three readers each, merged by merge_readers,
+    and 3,000 test films with the consensus of five. A film is not asked for a label that one reader alone marked.
+
+    DICOM is not read here: convert the films to train/ and test/ of the same names and .png, in their full size,
+    or with Kaggle's train_meta.csv. Kaggle's table has no test films: 70 : 10 : 20, for no patient is named.
+    """
+    def read_film(split, name):
+        return read_named_image(raw, f"{split}/{name}.png")
+
+    meta = raw / "train_meta.csv"
+    known = {row["image_id"]: (number(meta, row["dim1"]), number(meta, row["dim0"]))
+             for row in read_csv(meta, ("image_id", "dim0", "dim1"))} if meta.is_file() else {}
+    whole, tables = raw / "annotations", {}
+    for split in ("train", "test") if whole.is_dir() else ("train",):
+        path = whole / f"annotations_{split}.csv" if whole.is_dir() else raw / "train.csv"
+        sizes = functools.cache(lambda name, split=split: known.get(name) or image_size(read_film(split, name)))
+        tables[split] = read_vindr(raw, path, sizes)
+    labels = sorted({label for found in tables.values() for boxes in found.values() for label in boxes})
+    for split, found in tables.items():
+        made = {} if whole.is_dir() else divide(found, {name: name for name in found})
+        for name, boxes in found.items():
+            for record in ask_image(f"{split}/{name}.png", read_film(split, name), boxes, labels):
+                yield made.get(name, split), record
+
+
+@dataset(only_by_name=True, kind="boxes", licence="PhysioNet Credentialed Health Data License",
+         access="PhysioNet credential and data use agreement", megabytes=1, folder="mimic_cxr", counts={},
+         page="https://physionet.org/content/ms-cxr, its JSON beside the files/ of MIMIC-CXR-JPG",
+         layouts=(("MS_CXR_Local_Alignment_v*.json",),))
+def ms_cxr(raw):
+    """
+    MS-CXR (Boecking et al. 2022): a phrase of a report and where it is in a film of MIMIC-CXR; type: its finding.
+
+    Split: made here, by patient.
+    """
+    path = sorted(raw.glob("MS_CXR_Local_Alignment_v*.json"))[-1:] or [raw / "MS_CXR_Local_Alignment_v1.0.0.json"]
+    images, rows = read_coco(path[0], "path", "label_text")
+    findings = {(images[image][0], phrase): finding for image, finding, phrase, _ in rows}
+    found = gather("ms_cxr", ((images[image][0], phrase, box) for image, _, phrase, box in rows))
+    patients = {name: next((part for part in name.split("/") if part[:1] == "p" and len(part) > 3), name)
+                for name in found}
+    for name, split in divide(found, patients).items():
+        image = read_named_image(raw, name or NO_NAME)
+        for record in ask_image(name or NO_NAME, image, found[name], list(found[name]), patients[name]):
+            yield split, replace(record, type=findings[name, record.type].lower())
+
+
+# ----------------------------------------------------------------------------- CT and several organs
+
+def window(content, low, high):
+    """A slice of DeepLesion's, 16 bits whose 32768 is 0 Hounsfield units, as a PNG in which low is black, high white."""
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            grey = (np.asarray(image, np.float32) - 32768 - low) / max(high - low, 1)
+        stream = io.BytesIO()
+        Image.fromarray((np.clip(grey, 0, 1) * 255 + 0.5).astype(np.uint8)).save(stream, "PNG")
+        return stream.getvalue()
+    except Exception:  # each decoder has its own ways to fail on a broken file, which is counted as unreadable
+        return content
+
+
+@dataset(only_by_name=True, kind="boxes", licence="no restriction, NIH asks to be named", access="open",
+         megabytes=220000, page="https://nihcc.app.box.com/v/DeepLesion", counts={},
+         layouts=(("DL_info.csv", "Images_png/*/*.png"), ("DL_info.csv",)))
+def deeplesion(raw):
+    """
+    DeepLesion (Yan et al. 2018): lesions in CT slices, shown in the window of the slice's first row; the split is
+    the published one. A box has 5 pixels on each side of the measured diameters, so it is never tight.
+    """
+    table, splits = raw / "DL_info.csv", {"1": "train", "2": "validation", "3": "test"}
+    about = {}  # slice -> (split, patient, low, high)
+
+    def rows():
+        for row, cells in enumerate(read_csv(table, ("File_name", "Patient_index", "Bounding_boxes", "Image_size",
+                                                     "DICOM_windows", "Train_Val_Test")), 2):
+            where = f"{table}: row {row}"
+            box, size, levels = ([number(where, cell) for cell in cells[name].split(",")]
+                                 for name in ("Bounding_boxes", "Image_size", "DICOM_windows"))
+            if (len(box), len(size), len(levels)) != (4, 2, 2):
+                raise UserError(f"{where}: its box, size and window have {len(box)}, {len(size)} and {len(levels)} "
+                                "numbers, not 4, 2 and 2; fetch the file again")
+            require_known(f"{where}: Train_Val_Test", cells["Train_Val_Test"], splits)
+            about.setdefault(cells["File_name"], (splits[cells["Train_Val_Test"]], cells["Patient_index"], *levels))
+            yield cells["File_name"], "lesion", to_shares(where, box, *size)
+
+    for name, boxes in gather("deeplesion", rows()).items():
+        split, patient, low, high = about[name]
+        folder, _, file = name.rpartition("_")
+        content = read_named_image(raw, f"Images_png/{folder}/{file}")
+        image = content and window(content, low, high)
+        for record in ask_image(name, image, boxes, ["lesion"] * bool(boxes["lesion"]), f"patient {patient}"):
+            yield split, record
+
+
+@dataset(only_by_name=True, kind="boxes", licence="CC-BY-4.0", access="open", megabytes=216, folder="slake", counts={},
+         page="https://huggingface.co/datasets/BoKelvin/SLAKE or https://www.med-vqa.com/slake",
+         hub="BoKelvin/SLAKE", hub_files=("train.json", "validat*.json", "test.json", "imgs.zip"),
+         layouts=(("train.json", "validat*.json", "test.json", "imgs.zip"),
+                  ("train.json", "validat*.json", "test.json", "imgs/*/detection.json")))
+def slake_boxes(raw):
+    """SLAKE's organs and lesions (Liu et al. 2021), each image in the split of its English questions."""
+    splits, found, sizes = {}, {}, {}
+    for split, pattern in (("train", "train.json"), ("validation", "validat*.json"), ("test", "test.json")):
+        for path in sorted(raw.glob(pattern)):
+            for row in read_json(path, [("img_name", "q_lang")]):
+                if row["q_lang"] == "en":
+                    splits.setdefault(row["img_name"] or NO_NAME, split)
+
+    with open_folder(raw / "imgs") as read:
+        def rows():
+            for name in splits:
+                size, file = image_size(read(name)), f"{name.rpartition('/')[0]}/detection.json"
+                content, where = read(file), f"{raw / 'imgs'}/{file:.120}"
+                yield name, "", None
+                if content is None or size is None or content.strip() == b"[]":
+                    sizes[name] = size if content is not None else None
+                    continue
+                sizes[name] = size
+                for entry in parse_json(where, content, [dict]):
+                    for label, box in entry.items():
+                        if not isinstance(box, list) or len(box) != 4:
+                            raise UserError(f"{where}: {label!r:.40} has no four numbers; fetch the file again")
+                        box = from_corner([number(where, value) for value in box])
+                        yield name, " ".join(label.lower().split()), to_shares(where, box, *size)
+
+        found = gather("slake_boxes", rows())
+        labels = sorted({label for boxes in found.values() for label in boxes})
+        for name, boxes in found.items():
+            for record in ask_image(name, read(name) if sizes[name] else None, boxes, labels):
+                yield splits[name], record
+
+
+# ----------------------------------------------------------------------------- breast
+
+def bound_patches(mask):
+    """(pixels, (x1, y1, x2, y2)) of each patch of a mask (H, W), joined along sides or corners; x2, y2 beyond it."""
+    patches, roots, above = [], [], []  # [pixels, x1, y1, x2, y2] and its patch's number; runs of the line before
+
+    def root(place):
+        while roots[place] != place:
+            roots[place] = place = roots[roots[place]]
+        return place
+
+    for y, line in enumerate(mask):
+        edges = np.flatnonzero(np.diff(np.pad(line.astype(np.int8), 1)))
+        runs, first = [], 0
+        for begin, end in zip(edges[::2].tolist(), edges[1::2].tolist()):
+            mine = len(patches)
+            patches.append([end - begin, begin, y, end, y + 1])
+            roots.append(mine)
+            while first < len(above) and above[first][1] < begin:
+                first += 1
+            for other in above[first:]:
+                if other[0] > end:
+                    break
+                one, two = sorted((root(other[2]), root(mine)))
+                if one != two:
+                    roots[two], (a, b) = one, (patches[one], patches[two])
+                    patches[one] = [a[0] + b[0], min(a[1], b[1]), min(a[2], b[2]), max(a[3], b[3]), max(a[4], b[4])]
+            runs.append((begin, end, mine))
+        above = runs
+    return [(patches[n][0], tuple(patches[n][1:])) for n in range(len(patches)) if root(n) == n]
+
+
+def bound_mask(content):
+    """The boxes, in shares, around the white patches of a mask's file, without specks; none of an unreadable one."""
+    try:
+        white = np.asarray(decode(content, 0).convert("L")) > 127
+    except Exception:  # each decoder has its own ways to fail on a broken file
+        return []
+    patches, (height, width) = bound_patches(white) if white.size <= LARGEST_MASK else [], white.shape
+    least = SPECK * max((pixels for pixels, _ in patches), default=0)
+    return [(x1 / width, y1 / height, x2 / width, y2 / height)
+            for pixels, (x1, y1, x2, y2) in patches if pixels >= least]
+
+
+@dataset(only_by_name=True, kind="boxes", licence="CC-BY-4.0 (of its article)", access="open", megabytes=0,
+         page="https://doi.org/10.1016/j.dib.2019.104863", folder="busi",
+         layouts=(("Dataset_BUSI_with_GT/benign/*_mask*.png", "Dataset_BUSI_with_GT/malignant/*_mask*.png"),),
+         counts={"train": 546, "validation": 78, "test": 156})
+def busi_boxes(raw):
+    """
+    BUSI, breast ultrasound (Al-Dhabyani et al. 2020): the bounds of the lesions' masks, of which an image may
+    have several. Split: that of the dataset busi.
+    """
+    paths = [path for path in sorted((raw / "Dataset_BUSI_with_GT").glob("*/*.png")) if "_mask" not in path.stem]
+    splits = split_by_group(group_alike(paths), [(path.parent.name,) for path in paths], SHARES)
+
+    for path, split in zip(paths, splits):
+        name, image = f"{path.parent.name}/{path.name}", read_image(path)
+        masks = [read_image(mask) for mask in sorted(path.parent.glob("*_mask*.png"))
+                 if re.fullmatch(re.escape(path.stem) + r"_mask(_\d+)?", mask.stem)]
+        boxes = tuple(box for mask in masks for box in bound_mask(mask))
+        known = path.parent.name == "normal" or boxes  # without its mask: an empty answer, and counted as one
+        yield split, Record(name, ask("lesion"), image=image, image_name=name, type="lesion",
+                            boxes={"lesion": boxes} if known else None)

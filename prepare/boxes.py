@@ -264,9 +264,10 @@ def read_vindr(raw, table, sizes):
         labels, label = marked[cells["image_id"]], cells["class_name"].strip().lower()
         size = sizes(cells["image_id"])
         if label != "no finding" and cells["x_min"].strip() and size:
-            box = to_shares(f"{table}: row {row}", [number(f"{table}: row {row}", cells[side]) for side in sides], *size)
+            where = f"{table}: row {row}"
+            box = to_shares(where, [number(where, cells[side]) for side in sides], *size)
             if max(box) > 1.02:
-                raise UserError(f"{table}: row {row}: a box beyond its film of {size[0]} x {size[1]} pixels; if the "
+                raise UserError(f"{where}: a box beyond its film of {size[0]} x {size[1]} pixels; if the "
                                 "films were made smaller, put train_meta.csv with their first sizes beside it")
             labels[label].append((cells.get("rad_id", ""), box))
     if not named:  # a consensus already
@@ -332,7 +333,7 @@ def ms_cxr(raw):
 # ----------------------------------------------------------------------------- CT and several organs
 
 def window(content, low, high):
-    """A slice of DeepLesion's, 16 bits whose 32768 is 0 Hounsfield units, as a PNG in which low is black, high white."""
+    """A slice of DeepLesion's, of 16 bits, 32768 being 0 Hounsfield units, as a PNG: low is black, high is white."""
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             grey = (np.asarray(image, np.float32) - 32768 - low) / max(high - low, 1)

@@ -99,7 +99,8 @@ def write_vindr(raw):
     rows = ("f,R1,Mass,0,0,20,10", "f,R2,Mass,2,0,20,10", "f,R3,Mass,20,10,40,20", "f,R1,Nodule,0,0,4,4",
             "f,R2,No finding,,,,", "g,R1,No finding,,,,")
     put(raw / "annotations/annotations_train.csv", head + "\n".join(rows) + "\n")
-    put(raw / "annotations/annotations_test.csv", head.replace("rad_id,", "") + "h,Nodule,0,0,40,10\ni,No finding,,,,\n")
+    head = head.replace("rad_id,", "")
+    put(raw / "annotations/annotations_test.csv", head + "h,Nodule,0,0,40,10\ni,No finding,,,,\n")
     for split, names in (("train", "fg"), ("test", "hi")):
         for name in names:
             put(raw / f"{split}/{name}.png", picture(seed=ord(name)))
@@ -126,11 +127,11 @@ def write_deeplesion(raw):
 
 
 def write_slake(raw):
+    boxes = [{"Left Lung": [10, 5, 20, 10]}, {"Left Lung": [0, 0, 4, 2]}, {"Heart": [0, 0, 40, 20]}]
     for number, split in enumerate(("train", "validate", "test")):
         put(raw / f"{split}.json", json.dumps([{"img_name": f"xmlab{number}/source.jpg", "q_lang": "en"}]))
         put(raw / f"imgs/xmlab{number}/source.jpg", picture(seed=number))
-        put(raw / f"imgs/xmlab{number}/detection.json",
-            json.dumps([{"Left Lung": [10, 5, 20, 10]}, {"Left Lung": [0, 0, 4, 2]}, {"Heart": [0, 0, 40, 20]}][number:]))
+        put(raw / f"imgs/xmlab{number}/detection.json", json.dumps(boxes[number:]))
 
 
 def mask(*patches):
@@ -306,7 +307,8 @@ def test_patches_are_joined_along_sides_and_corners():
     (voc("a", [], more='<!DOCTYPE a [<!ENTITY b "c">]>'), "DOCTYPE"), ("<annotation>\0</annotation>", "DOCTYPE"),
     (voc("a", [("x", 1, 2, "nan", 4)]), "bndbox/xmax: 'nan' is no number"),
     (voc("a", [("x", 1, 2, "1e999", 4)]), "'1e999' is no number"), (voc("a", [], size=("", 2)), "'none' is no number"),
-    (voc("a", [("x", 1, 2, 3, 4)], size=(0, 20)), "an image of 0 x 20 pixels"), ("x" * (1 << 21), "more than the boxes"),
+    (voc("a", [("x", 1, 2, 3, 4)], size=(0, 20)), "an image of 0 x 20 pixels"),
+    ("x" * (1 << 21), "more than the boxes"),
     ("<annotation>" + "<b>" * 100_000, "damaged XML"), (b"\xff\xfe<\0a\0", "damaged text")])
 def test_hostile_xml_is_refused_in_one_line(content, words):
     with pytest.raises(UserError, match=r"^a\.xml: [^\n]*$") as error:
@@ -344,7 +346,8 @@ def test_a_wrong_annotation_of_cocos_is_refused_by_its_number(change, words, tmp
 
 
 def test_boxes_are_cut_to_their_image_and_a_label_without_one_stays(capsys):
-    rows = [("a", "x", (-0.5, 0.2, 0.5, 1.5)), ("a", "y", (0.4, 0.4, 0.4, 0.9)), ("b", "", None), ("a", "x", (2, 2, 3, 3))]
+    rows = [("a", "x", (-0.5, 0.2, 0.5, 1.5)), ("a", "y", (0.4, 0.4, 0.4, 0.9)), ("b", "", None),
+            ("a", "x", (2, 2, 3, 3))]
     assert gather("set", rows) == {"a": {"x": [(0, 0.2, 0.5, 1)], "y": []}, "b": {}}
     assert capsys.readouterr().out.splitlines() == [
         "set: boxes that reach beyond their image, cut: 2, of a the first",

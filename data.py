@@ -69,6 +69,7 @@ class Record:
     group: str = ""  # such as its patient: what is never divided when images are held out
     parts: tuple = ()  # texts and Views, in their order, before the first question
     turns: tuple = ()  # (question, answer) of the turns behind the first
+    boxes: dict | None = None  # label -> (x1, y1, x2, y2)s, shares of the image; the answer is written from them
 
     def views(self):
         """Its Views, of which `image` is one."""
@@ -351,8 +352,8 @@ class Mixture:
         order = np.argsort(keys[groups], kind="stable")
         return samples[order], groups[order]
 
-    def step(self, number):
-        """The Step of that number: exactly batch_size samples, the same on every machine."""
+    def chosen(self, number):
+        """The samples of the step of that number, batch_size, and the group of each: the same on every machine."""
         begin, end = number * self.batch_size, (number + 1) * self.batch_size
         samples, groups = [], []
         for epoch in range(begin // self.samples_per_epoch, -(-end // self.samples_per_epoch)):
@@ -361,7 +362,10 @@ class Mixture:
             window = slice(max(begin - start, 0), end - start)
             samples += order[window].tolist()
             groups += [(epoch, int(g)) for g in group[window]]
-        return self.pack(number, samples, groups)
+        return samples, groups
+
+    def step(self, number):
+        return self.pack(number, *self.chosen(number))
 
     def held_out_steps(self):
         """Steps over the held-out samples, each once, in a fixed order; all that can share do."""

@@ -33,7 +33,7 @@ class Config:
     out: str = ""  # where evaluations are written, a folder each; none: eval/ in the run's folder
     blind: Literal["both", "none", "shuffle"] = "both"  # images: right and exchanged, right, exchanged
     batch_size: BatchSize = 32  # images, or studies, answered together, with all their questions
-    max_new_tokens: Annotated[int, Range(1, 1 << 16)] = 32  # longest answer; reports are longer
+    max_new_tokens: Annotated[int, Range(0, 1 << 16)] = 0  # longest answer; 0: 32, or what boxes need
     temperature: Annotated[float, Range(0, 1e3)] = 0.0  # 0: greedy; else the batch counts, too
     top_k: Whole = 0  # with a temperature: among the so many likeliest tokens; 0: all
     top_p: Share = 1.0  # with a temperature: among the fewest likeliest tokens with this much of the probability
@@ -65,9 +65,9 @@ from run import open_trained_run
 from tasks.evaluations import (lines_of, name_evaluation, place_of, require_answerable, unusual_flags,
                                write_evaluation)
 from tasks.seen import find_seen, open_trained, training_answers
-from tasks.splits import count_questions, group_questions, open_splits, read_groups, show_images
+from tasks.splits import answer_limit, count_questions, group_questions, open_splits, read_groups, show_images, task_of
 from tasks.stats import draw_units
-from tasks.vqa import METRICS, as_asked, question_only_answers, report, report_faults, score
+from tasks.vqa import as_asked, report_faults
 from weights import load_vlm
 
 
@@ -97,24 +97,25 @@ def answer_one(config):
 def answer(model, tokenizer, shard, count, shown, config):
     """
     The model's answers to a shard's first `count` questions, as text, {row of the table: list of count}, and
-    whether each was cut, for it has config.max_new_tokens tokens: {row: list of count}.
+    whether each was cut, for it has as many tokens as an answer may have: {row: list of count}.
 
     shown: what show_images gives. A question is asked once a row, and all that is asked about the same
     images, in whatever row, shares what they give. Of several processes each answers a part of the
     questions, and all get all answers.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    longest = answer_limit(shard, config)
 
     def answer_part():
         groups, given = group_questions(shard, count, shown)[rank::ranks], []
         sampling = Sampling(config.temperature, config.top_k, config.top_p, tokenizer.stops, tokenizer.vocab_size)
-        passes = generate(model, read_groups(shard, groups), config.max_new_tokens, sampling, config.batch_size,
+        passes = generate(model, read_groups(shard, groups), longest, sampling, config.batch_size,
                           log_probabilities=False)
         with tqdm(total=sum(map(len, groups)), unit="question", leave=False, desc=shard.folder.parent.name,
                   disable=rank > 0) as progress:
             for group, answers in finished_groups(passes):
                 for question, answer in zip(groups[group], answers, strict=True):
-                    at_the_limit = len(answer.tokens) == config.max_new_tokens
+                    at_the_limit = len(answer.tokens) == longest
                     given.append((question.row, question.number, tokenizer.decode(answer.tokens), at_the_limit))
                 progress.update(len(answers))
         return given
@@ -135,12 +136,12 @@ def answer(model, tokenizer, shard, count, shown, config):
 
 def list_facts(checkpoint, shard, splits, config, device, dtype, bits):
     """What an evaluation's numbers stand on, as a dict: two of the same have the same results."""
-    flags = ["limit", "blind", "max_new_tokens", "temperature", "seed"]
+    flags = ["limit", "blind", "temperature", "seed"]
     flags += ["batch_size", "top_k", "top_p"] * (config.temperature > 0)
     return {"checkpoint": read_manifest(checkpoint)["checksum"], "data": shard.manifest["checksum"],
             "trained": splits if isinstance(splits, str) else {
                 name: train.manifest["checksum"] for name, (train, _) in splits.items()},
-            "flags": {flag: getattr(config, flag) for flag in flags},
+            "flags": {flag: getattr(config, flag) for flag in flags} | {"max_new_tokens": answer_limit(shard, config)},
             "device": device.type, "dtype": str(dtype), "base_bits": bits}
 
 
@@ -150,20 +151,18 @@ def conclude(shard, answers, cut, splits, trained, config):
     {row: lines for its file of answers}.
     """
     name, count = f"{shard.folder.parent.name}/{shard.folder.name}", count_questions(shard, config)
+    task = task_of(shard)
     records = [as_asked(record) for record in shard.read_records()[:count]]
     if not isinstance(splits, str):
         pairs = training_answers(splits, shard.folder.parent.name)
-        answers["question only"] = question_only_answers(pairs, [record["question"] for record in records])
-    scored = {row: [score(*pair) for pair in zip(records, texts, strict=True)] for row, texts in answers.items()}
-    scores = {row: {metric: np.array([each[metric] for each in some]) for metric in METRICS}
-              for row, some in scored.items()}
+        answers["question only"] = task.guess_blindly(pairs, [record["question"] for record in records])
+    scored = {row: [task.score(*pair) for pair in zip(records, texts, strict=True)] for row, texts in answers.items()}
     seen = find_seen(shard, splits, trained)
     seen = seen if isinstance(seen, str) else seen[:count]
     unit, units = draw_units(shard.connect()[:count], [record.get("group", "") for record in records])
     sample, image = shard.image_pairs()
-    tables = report(name, scores, len(np.unique(image[sample < count])), [record["type"] for record in records],
-                    seen, units, unit, config.seed)
-    tables["answers"] = report_faults(answers, cut, config.max_new_tokens)
+    tables = task.report(name, scored, len(np.unique(image[sample < count])), records, seen, units, unit, config.seed)
+    tables["answers"] = report_faults(answers, cut, answer_limit(shard, config))
     if isinstance(splits, str):
         print(f"no row of question only: {splits}")
     lines = lines_of(name, records, shard.samples["image"].tolist(), seen, answers, cut)

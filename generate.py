@@ -132,15 +132,17 @@ class Answer:
     tokens: list = field(default_factory=list)  # without what stops it
     log_probabilities: list = field(default_factory=list)  # of each token, what stops it included; if wanted
     done: bool = False
+    stop: int | None = None  # the token that ended it; None: it was cut
+    draws: np.ndarray | None = None  # a uniform number a token, by which it is chosen; None: torch's generator
 
 
-def begin_group(model, cache, row, number, images, prompts):
+def begin_group(model, cache, row, number, images, prompts, draws=None):
     """Where a group begins in a row of the cache: the Piece of its prefix, and its Answers."""
     cache.used[row] = 0
     prefix = os.path.commonprefix(prompts)[:min(map(len, prompts)) - 1]
     position = count_positions(model, prefix, images)
-    answers = [Answer(number, place, len(prompts), Piece(row, place + 1, position, prompt[len(prefix):], images))
-               for place, prompt in enumerate(prompts)]
+    answers = [Answer(number, place, len(prompts), Piece(row, place + 1, position, prompt[len(prefix):], images),
+                      draws=None if draws is None else draws[number][place]) for place, prompt in enumerate(prompts)]
     return Piece(row, 0, 0, prefix, images), answers
 
 
@@ -153,10 +155,13 @@ class Sampling:
     stops: tuple = (EOS,)
     vocab_size: int | None = None  # ids from here on are no tokens, and are never chosen
 
-    def choose(self, logits):
-        """(n, V) logits -> (n, 1) token ids."""
+    def choose(self, logits, draws=None):
+        """(n, V) logits -> (n, 1) token ids. draws: (n, 1) uniform numbers in place of torch's generator."""
         if not self.temperature:
             return logits.argmax(dim=-1, keepdim=True)
+        if draws is not None:  # the whole distribution: where its running sum passes the number
+            below = F.softmax(logits / self.temperature, dim=-1).cumsum(-1)
+            return torch.searchsorted(below, draws.to(below) * below[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
         scores, tokens = (logits / self.temperature).sort(dim=-1, descending=True)
         scores[:, self.top_k or scores.shape[1]:] = -torch.inf
         probabilities = F.softmax(scores, dim=-1)
@@ -169,28 +174,33 @@ class Sampling:
 def extend(model, cache, answers, max_new_tokens, sampling=Sampling(), log_probabilities=True):
     """Give each of n Answers its next token, in one pass. Returns the logits that they were chosen from, (n, V)."""
     logits = run_pieces(model, cache, [answer.next for answer in answers])[:, :sampling.vocab_size]
-    chosen = sampling.choose(logits)
+    draws = None if answers[0].draws is None else torch.tensor([[a.draws[len(a.tokens)]] for a in answers])
+    chosen = sampling.choose(logits, draws)
     if log_probabilities:
-        for answer, value in zip(answers, logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()):
+        scaled = logits / (sampling.temperature or 1)
+        values = (scaled.gather(1, chosen) - scaled.logsumexp(-1, keepdim=True))[:, 0].tolist()
+        for answer, value in zip(answers, values):
             answer.log_probabilities.append(value)
     for answer, token in zip(answers, chosen[:, 0].tolist()):
         piece = answer.next
         position = piece.position + count_positions(model, piece.tokens, piece.images)
         answer.next = Piece(piece.row, piece.branch, position, [token], [])
         answer.tokens += [token] * (token not in sampling.stops)
-        answer.done = token in sampling.stops or len(answer.tokens) == max_new_tokens
+        answer.stop = token if token in sampling.stops else None
+        answer.done = answer.stop is not None or len(answer.tokens) == max_new_tokens
     return logits
 
 
 @torch.no_grad()
-def generate(model, groups, max_new_tokens=32, sampling=Sampling(), rows=64, log_probabilities=True):
+def generate(model, groups, max_new_tokens=32, sampling=Sampling(), rows=64, log_probabilities=True, draws=None):
     """
     Answer prompts. Yields, pass after pass, the Answers that got a token.
 
     groups: an iterable of (images, prompts): images (H, W, 3) uint8, and prompts as lists of token ids, <bos>
     first, in which image number k is -1 - k. `rows` groups are under way at a time; whenever a quarter of
     the rows is free, as many new groups are taken in. log_probabilities: whether those of the tokens are
-    wanted, too; for a small model they take a tenth of the time.
+    wanted, too; for a small model they take a tenth of the time. draws: of each group (prompts, max_new_tokens)
+    uniform numbers, so that what is sampled does not depend on what else is under way.
     """
     groups = iter(groups)
     first = list(itertools.islice(groups, rows))
@@ -201,7 +211,7 @@ def generate(model, groups, max_new_tokens=32, sampling=Sampling(), rows=64, log
         free = sorted(set(range(len(first))) - {answer.next.row for answer in live})
         at_once = max(len(first) // 4, 1)
         new = list(itertools.islice(waiting, at_once)) if len(free) >= at_once else []
-        begun = [begin_group(model, cache, row, number, images, prompts)
+        begun = [begin_group(model, cache, row, number, images, prompts, draws)
                  for row, (number, (images, prompts)) in zip(free, new)]
         if prefixes := [prefix for prefix, _ in begun if prefix.tokens]:
             run_pieces(model, cache, prefixes, wanted=False)

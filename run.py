@@ -1,5 +1,5 @@
 """
-What all trainers share: the optimizer and its schedule, one update, and checkpoints.
+What all trainers share: which parameters train, the optimizer and its schedule, one update, and checkpoints.
 
 A run's folder and what is written down of it: plumbing/runs.py.
 """
@@ -16,10 +16,58 @@ from safetensors.torch import save_file
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from data import Batch
+from lora import add_lora, lora_layers
 from plumbing.devices import fill, gather, is_split, sum_over_ranks, whole_and_split
 from plumbing.files import best_checkpoint, checkpoints, find_damage, find_run, read_manifest, sealed
 from plumbing.flags import UserError
+from plumbing.kernels import HAS_TRITON, compile_blocks
+from weights import is_trained
 from zoo.chatml import open_tokenizer
+
+# ----------------------------------------------------------------------------- what trains
+
+def lora_settings(config, targets):
+    """LoRA of a part, by a script's flags, on the matrices that `targets` names; train_grpo.py never drops any."""
+    return {"targets": targets, "r": config.lora_r, "alpha": config.lora_alpha, "dropout": getattr(config, "lora_dropout", 0.0)}
+
+
+def make_trainable(model, config, checkpoint):
+    """Let the flagged parts train: in full, their LoRA alone, or not at all."""
+    for part, targets in [("vision", config.lora_vision_targets), ("projector", ""),
+                          ("language", config.lora_targets)]:
+        module, how = getattr(model, part), getattr(config, part)
+        if how == "lora" and part not in model.lora:
+            model.lora[part] = lora_settings(config, targets)
+            add_lora(module, **model.lora[part])
+        elif how == "full" and part in model.lora:
+            raise UserError(f"--{part}=full: --start has LoRA in it; go on with --{part}=lora, or merge it first "
+                            "with `python extras/share/export.py`")
+        module.requires_grad_(how == "full")
+        for layer in lora_layers(module).values() if how == "lora" else ():
+            layer.lora_A.requires_grad_(True)
+            layer.lora_B.requires_grad_(True)
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in module.parameters())
+        here = sum((p.to_local() if is_split(p) else p).numel() for p in module.parameters())
+        print(f"{part:9} {total:13,} parameters, {trained:13,} trained ({how})"
+              + f", {here:,} of them in each process" * (here < total))
+        if how == "lora" and model.lora[part] != lora_settings(config, targets):
+            print(f"{part:9} goes on with the LoRA of --start, not that of the flags: {model.lora[part]}")
+        if not (checkpoint or config.start or model.weights[part]) and how != "full" and part != "projector":
+            print(f"{part:9} is random and stays so under --{part}={how}: did you mean "
+                  f"--{part}=full, or --{part}_weights=...?")
+    if not is_trained(model):
+        raise UserError("every part is frozen: set --vision, --projector or --language")
+    model.vision.recomputed = math.ceil(config.recompute * len(model.vision.blocks))
+    model.language.recomputed = math.ceil(config.recompute * len(model.language.blocks))
+    model.flex = config.compile
+    if config.compile and device_of(model).type == "cuda" and HAS_TRITON:
+        compile_blocks([*model.vision.blocks, *model.language.blocks])
+
+
+def device_of(model):
+    return next(model.projector.parameters()).device
+
 
 # ----------------------------------------------------------------------------- one update
 

@@ -84,17 +84,16 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import Mixture, open_shards
-from lora import add_lora, lora_layers
-from plumbing.devices import (LossScale, agree, autocast_to, gather, is_split, join_group, pick_device,
+from plumbing.devices import (LossScale, agree, autocast_to, gather, join_group, pick_device,
                               split_among_ranks, sum_of_ranks, to_device, usable_cores)
 from plumbing.files import lock, lowest_held_out_loss, read_manifest, sync
-from plumbing.kernels import HAS_TRITON, compile_blocks
 from plumbing.runs import (choose_folder, describe_run, image_settings, open_log, open_run, require_same_inputs,
                            write_run)
 from plumbing.signals import agree_on_stop, catch_signals, end_stopped
 from plumbing.sources import find_start, settle, weights_of
-from run import even_out, learning_rate_at, load_optimizer, make_optimizer, save_checkpoint, update
-from weights import build_vlm, is_trained, load_vlm, save_vlm
+from run import (device_of, even_out, learning_rate_at, load_optimizer, lora_settings, make_optimizer,
+                 make_trainable, save_checkpoint, update)
+from weights import build_vlm, load_vlm, save_vlm
 from zoo.adapters import load_adapters, read_adapter
 from zoo.chatml import tokenizer_of
 
@@ -150,48 +149,6 @@ def load_parts(config, tokenizer, checkpoint, device, dtype):
         source = begun or model.weights.get(part) or "random"
         print(f"{part:9} from {source}{f' and {adapter}' if adapter and part in model.lora else ''}")
     return model
-
-
-def lora_settings(config, targets):
-    return {"targets": targets, "r": config.lora_r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
-
-
-def make_trainable(model, config, checkpoint):
-    """Let the flagged parts train: in full, their LoRA alone, or not at all."""
-    for part, targets in [("vision", config.lora_vision_targets), ("projector", ""),
-                          ("language", config.lora_targets)]:
-        module, how = getattr(model, part), getattr(config, part)
-        if how == "lora" and part not in model.lora:
-            model.lora[part] = lora_settings(config, targets)
-            add_lora(module, **model.lora[part])
-        elif how == "full" and part in model.lora:
-            raise UserError(f"--{part}=full: --start has LoRA in it; go on with --{part}=lora, or merge it first "
-                            "with `python extras/share/export.py`")
-        module.requires_grad_(how == "full")
-        for layer in lora_layers(module).values() if how == "lora" else ():
-            layer.lora_A.requires_grad_(True)
-            layer.lora_B.requires_grad_(True)
-        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in module.parameters())
-        here = sum((p.to_local() if is_split(p) else p).numel() for p in module.parameters())
-        print(f"{part:9} {total:13,} parameters, {trained:13,} trained ({how})"
-              + f", {here:,} of them in each process" * (here < total))
-        if how == "lora" and model.lora[part] != lora_settings(config, targets):
-            print(f"{part:9} goes on with the LoRA of --start, not that of the flags: {model.lora[part]}")
-        if not (checkpoint or config.start or model.weights[part]) and how != "full" and part != "projector":
-            print(f"{part:9} is random and stays so under --{part}={how}: did you mean "
-                  f"--{part}=full, or --{part}_weights=...?")
-    if not is_trained(model):
-        raise UserError("every part is frozen: set --vision, --projector or --language")
-    model.vision.recomputed = math.ceil(config.recompute * len(model.vision.blocks))
-    model.language.recomputed = math.ceil(config.recompute * len(model.language.blocks))
-    model.flex = config.compile
-    if config.compile and device_of(model).type == "cuda" and HAS_TRITON:
-        compile_blocks([*model.vision.blocks, *model.language.blocks])
-
-
-def device_of(model):
-    return next(model.projector.parameters()).device
 
 
 def trained_parameters(model, config):

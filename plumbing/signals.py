@@ -1,5 +1,6 @@
 """How a long run ends when it is told to: with its step finished and saved."""
 
+import contextlib
 import signal
 import sys
 import time
@@ -45,3 +46,18 @@ def end_stopped(folder, step, number):
     print(f"{folder}: stopped by {signal.Signals(number).name} and saved at step {step}; the same "
           "command with --resume=true goes on")
     sys.exit(128 + number)
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """Raise TimeoutError in a block of Python that takes longer, in a process's main thread."""
+    def end(number, frame):
+        raise TimeoutError(f"took more than {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

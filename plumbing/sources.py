@@ -77,10 +77,15 @@ def find_start(config, tokenizer):
         return None, None
     if Path(config.start, "adapter_config.json").is_file():
         return None, Path(config.start)
-    begun = find_run(config.start)[1]
     if (config.vision_weights, config.language_weights) != ("auto", "auto"):
         raise UserError(f"--start={config.start}: brings all parts; leave out --vision_weights and --language_weights")
+    return checkpoint_of(config.start, tokenizer), None
+
+
+def checkpoint_of(start, tokenizer):
+    """The checkpoint that --start names. UserError where its tokenizer is not that of the data."""
+    begun = find_run(start)[1]
     if read_manifest(begun).get("inputs", {}).get("tokenizer") != tokenizer.sha256:
-        raise UserError(f"--start={config.start}: has another tokenizer than the data; prepare them with "
+        raise UserError(f"--start={start}: has another tokenizer than the data; prepare them with "
                         f"`python prepare/all.py --tokenizer={find_tokenizer(begun.parent)}`")
-    return begun, None
+    return begun

@@ -34,6 +34,7 @@ class Config:
     image_size: Annotated[int, Range(1, 1 << 12)] = 224  # pixels, height and width of a stored image
     resize: Literal["squash", "crop", "pad", "fit"] = "squash"  # how an image becomes square; fit: keeps its shape
     max_pixels: Annotated[int, Range(0, 1 << 24)] = 0  # at most, with --resize=fit; 0: by --image_size
+    box_format: Literal["medmo", "qwen"] = "medmo"  # how boxes are written: <box>[[...]]</box>, or JSON with bbox_2d
     codec: Literal["jpeg", "png"] = "jpeg"  # of stored images; png is lossless and twice as large
     quality: Annotated[int, Range(1, 100)] = 97  # of jpeg; 97 alters a pixel by 1.1 of 255 levels on average
     leaks: Literal["", "drop", "keep"] = ""  # test images in --only to train on; none: as it was, or drop
@@ -165,6 +166,8 @@ def prepare_dataset(dataset, config):
     facts = {"dataset": dataset.name, "shard_version": SHARD_VERSION,
              "prompt_version": PROMPT_VERSION, "limit": config.limit, "image": asdict(image),
              "licence": dataset.licence}
+    if dataset.kind == "boxes":
+        facts |= {"box_format": config.box_format}
     own_words = dataset.train_tokenizer and not names_chat_model(config)  # which has to be asked in its words
     if dataset.asks and not own_words:
         tokenizer = open_tokenizer(config.tokenizer, config.system)

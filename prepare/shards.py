@@ -35,6 +35,7 @@ from plumbing.pixels import DEEP_PIXELS, SMART_LEAST, Unreadable, load_image, op
 from plumbing.shards import IMAGE, SAMPLE, hash_words, sample_checksum
 from prepare.download import hub_revision
 from prepare.looks import fingerprint
+from tasks import boxes
 from zoo.chatml import open_tokenizer
 
 FILES = ("tokens.bin", "samples.bin", "parts.bin", "images.bin", "images.idx", "fingerprints.bin", "records.jsonl")
@@ -90,11 +91,12 @@ def end_with_parent():
 
 
 def clean_record(record):
-    """A Record with all of its texts clean."""
+    """A Record with all of its texts clean, and its boxes in whole thousandths."""
     parts = tuple(clean(part) if isinstance(part, str) else replace(part, role=clean(part.role))
                   for part in record.parts)
+    units = record.boxes and {clean(label): boxes.to_units(some) for label, some in record.boxes.items()}
     return replace(record, question=clean(record.question), answer=clean(record.answer),
-                   context=clean(record.context), parts=parts,
+                   context=clean(record.context), parts=parts, boxes=units,
                    turns=tuple((clean(question), clean(answer)) for question, answer in record.turns))
 
 
@@ -106,7 +108,8 @@ def words_of(record):
     more = {"context": record.context, "turns": [list(turn) for turn in record.turns],
             "parts": [{"image": part.name, "role": part.role} if isinstance(part, View) else part
                       for part in record.parts],
-            "references": references if references != [record.answer] else [], "group": record.group}
+            "references": references if references != [record.answer] else [], "group": record.group,
+            "boxes": record.boxes}
     words |= {name: value for name, value in more.items() if value}
     return words | ({"labels": list(record.labels)} if record.labels is not None else {})
 
@@ -144,8 +147,9 @@ class Waiting:
 class SplitWriter:
     """Writes one split, a record at a time. `encode` submits an image file and gives a future."""
 
-    def __init__(self, folder, dataset, tokenizer, encode, images_ahead):
+    def __init__(self, folder, dataset, tokenizer, encode, images_ahead, box_format="medmo"):
         folder.mkdir()
+        self.box_format = box_format
         self.folder, self.tokenizer = folder, tokenizer
         self.kind, self.asks, self.classes = dataset.kind, dataset.asks, dataset.classes
         self.multi_label = dataset.multi_label
@@ -165,6 +169,8 @@ class SplitWriter:
     def add(self, record):
         """Check and tokenize a record and send its images to be encoded, those that are new."""
         record = clean_record(record)
+        if record.boxes is not None:
+            record = replace(record, answer=boxes.write(record.boxes, self.box_format))
         tokens, spans, cut = self.tokenizer.write(record) if self.asks else ([], [], (0, 0))
         if reason := self.find_fault(record, spans):
             return self.skip(reason, words_of(record))
@@ -413,7 +419,7 @@ def write_dataset(target, dataset, raw, sources, tokenizer, facts, workers, need
                     if split not in ("train", "validation", "test"):  # it becomes a folder
                         raise UserError(f"{raw}: split {split!r:.80} is none of train, validation, test")
                     writers[split] = SplitWriter(partial / split, dataset, tokenizer, encode,
-                                                 IMAGES_AHEAD * workers)
+                                                 IMAGES_AHEAD * workers, facts.get("box_format"))
                 writers[split].add(record)
             for writer in writers.values():
                 writer.close(facts | {"splits": sorted(writers)})

@@ -13,6 +13,7 @@ import numpy as np
 from plumbing.flags import UserError
 from plumbing.pixels import resize_flags
 from plumbing.shards import Shard
+from tasks import boxes, vqa
 from tasks.vqa import exchange_images
 
 QUESTIONS_PER_ROW = 32  # that share the keys and values of what they begin with; more of them start another row
@@ -68,7 +69,7 @@ def open_splits(data, split, shards_dir, tokenizer, image=None):
             shard.require_questions()
             if misfit:
                 raise UserError(f"{shard.folder}: {misfit}")
-        elif shard.manifest["kind"] != "image questions" or not len(shard):
+        elif shard.manifest["kind"] not in ("image questions", "boxes") or not len(shard):
             continue
         elif misfit:
             left_out.append(f"{shard.folder}, {misfit}")
@@ -84,6 +85,18 @@ def open_splits(data, split, shards_dir, tokenizer, image=None):
 
 
 # ----------------------------------------------------------------------------- the questions of a shard
+
+def task_of(shard):
+    """The module that scores a shard's answers, guesses them blindly, and prints the tables."""
+    return boxes if shard.manifest["kind"] == "boxes" else vqa
+
+
+def answer_limit(shard, config):
+    """Tokens that an answer may have: --max_new_tokens, else 32; of boxes half more than the split's longest has."""
+    if config.max_new_tokens or shard.manifest["kind"] != "boxes":
+        return config.max_new_tokens or 32
+    return 3 * max(int(np.diff(shard.read_sample(number).spans)[-1, 0]) for number in range(len(shard))) // 2
+
 
 def count_questions(shard, config):
     """How many of a shard's questions eval_vqa.py's flags ask."""

@@ -15,6 +15,7 @@ import numpy as np
 from tasks.stats import intervals
 
 METRICS = ("BLEU-1", "exact match", "token F1", "closed accuracy", "open recall")
+MAIN = "BLEU-1"  # the one that a training watches
 TYPES_SHOWN = 10
 MANY_CUT = 0.01  # share of the answers from which on a longer limit is advised
 MANY_LACKING = 0.05  # share of the resamples without any such question, from which on it is said
@@ -109,7 +110,7 @@ def as_asked(record):
 
 # ----------------------------------------------------------------------------- what words alone are worth
 
-def question_only_answers(train, questions):
+def guess_blindly(train, questions):
     """
     The most frequent training answer to the same question, else to questions with the same first
     3, 2, 1 words, else to any; "" without any. Looks at no image: what a score is worth without one.
@@ -190,7 +191,7 @@ def tabulate(scores, chosen, units, seed):
 def cell_text(cell):
     """"mean [low high]" of [mean, low, high]; "-" where nothing is known, "mean [- -]" of one image alone."""
     def number(value):
-        return "-" if value is None else "100" if value >= 99.95 else f"{value:.1f}"
+        return "-" if value is None else "100" if 99.95 <= value <= 100 else f"{value:.1f}"
 
     return "-" if cell[0] is None else "{} [{} {}]".format(*map(number, cell))
 
@@ -212,16 +213,18 @@ def print_table(table, unit):
                   "rests on the others, and is a rough one")
 
 
-def report(name, scores, images, types, seen, units, unit="images", seed=0):
+def report(name, scored, images, records, seen, units, unit="images", seed=0):
     """
     Print a dataset's tables: all questions, those that are new to the run, BLEU-1 by question type.
     Returns the same as a dict.
 
-    scores: {row: {metric: (n,)}}; images: how many the questions are about; types: n texts; seen: for each
+    scored: {row: [what score gave, of n questions]}; images: how many they are about; records: n lines; seen: for each
     question why it is not new, "" where it is, or as a str why that is not known; units: (n,) what the
     bootstrap draws, and `unit` its name.
     """
-    scores = add_difference(scores)
+    scores = add_difference({row: {metric: np.array([each[metric] for each in some]) for metric in METRICS}
+                             for row, some in scored.items()})
+    types = [record["type"] for record in records]
     print(f"\n{name}: {len(types):,} questions about {images:,} images; percent, with 95% intervals over {unit}")
     tables = {"drawn": unit, "all": tabulate(scores, np.full(len(types), True), units, seed)}
     print_table(tables["all"], unit)

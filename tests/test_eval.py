@@ -23,7 +23,7 @@ from tasks.seen import find_seen, open_trained, training_answers
 from tasks.splits import open_splits
 from tasks.stats import bootstrap, draw_units, intervals
 from tasks.vqa import (METRICS, add_difference, as_asked, bleu1, exact_match, exchange_images, open_recall,
-                       question_only_answers, repeats, report, score, summarise, token_f1, turns_of)
+                       guess_blindly, repeats, report, score, summarise, token_f1, turns_of)
 from test_leaks import drawing, encoded
 
 PAIRS = [  # prediction, reference, BLEU-1 worked out by hand
@@ -100,17 +100,17 @@ def test_bleu1_agrees_with_an_independent_statement():
             penalty * hits / len(prediction), abs=1e-12)
 
 
-def test_question_only_answers_fall_back_word_by_word():
+def test_blind_guesses_fall_back_word_by_word():
     train = [
         ("is there a bleed?", "Yes"), ("is there a bleed?", "yes"), ("is there a bleed?", "no"),
         ("is there an effusion?", "no"), ("is there an effusion?", "no"), ("is there an aneurysm?", "no"),
         ("what organ is this?", "brain"), ("how many cells?", "two")]
     asked = ["is there a bleed?", "is there a tumour?", "is there an air bubble?", "what is it?",
              "why?", "Is There A Bleed?"]
-    answers = question_only_answers(train, asked)
+    answers = guess_blindly(train, asked)
     #        same      "is there a"  "is there an"  "what"   any: no 4 of 8   case aside
     assert answers == ["yes", "yes", "no", "brain", "no", "yes"]
-    assert question_only_answers([], asked) == [""] * 6
+    assert guess_blindly([], asked) == [""] * 6
 
 
 def test_exchanged_images_leave_none_in_place():
@@ -202,6 +202,15 @@ def by_metric(scores):
     return dict(zip(METRICS, scores.T, strict=True))
 
 
+def by_question(metrics):
+    """What score gives of each question, of {metric: (n,)}."""
+    return [dict(zip(metrics, values)) for values in zip(*metrics.values())]
+
+
+def of_types(types):
+    return [{"type": kind} for kind in types]
+
+
 def test_a_difference_is_narrower_than_the_scores_it_is_of(capsys):
     generator = np.random.default_rng(2)
     image_of = np.repeat(np.arange(40), 5)
@@ -217,7 +226,8 @@ def test_a_difference_is_narrower_than_the_scores_it_is_of(capsys):
         assert table["the image adds"][metric] == pytest.approx([10, 10, 10])
         assert table["question only"][metric] == [0, 0, 0]
     seen = ["words"] * 150 + [""] * 50
-    tables = report("toy/test", rows, 40, ["a"] * 150 + ["b"] * 50, seen, image_of)
+    scored = {row: by_question(metrics) for row, metrics in rows.items()}
+    tables = report("toy/test", scored, 40, of_types("a" * 150 + "b" * 50), seen, image_of)
     assert tables["all"]["rows"] == table and tables["all"]["closed"] == tables["all"]["open"] == 100
     assert tables["new"]["questions"] == 50 and tables["new"]["open"] == 50
     assert tables["new"]["rows"]["model"]["closed accuracy"] == [None] * 3  # none of them is closed
@@ -227,7 +237,7 @@ def test_a_difference_is_narrower_than_the_scores_it_is_of(capsys):
     assert text.count("closed (100)") == 1 and text.count("closed (0)") == 1
     for seen, said in ((["image"] * 200, "every question's words or image were trained on"),
                        ("no such shard", "no such shard")):
-        assert report("toy/test", rows, 40, ["a"] * 200, seen, image_of)["new"] == said
+        assert report("toy/test", scored, 40, of_types("a" * 200), seen, image_of)["new"] == said
 
 
 def test_a_resample_without_a_closed_question_blanks_no_cell(capsys):
@@ -240,7 +250,7 @@ def test_a_resample_without_a_closed_question_blanks_no_cell(capsys):
     assert cells[3, 0] == pytest.approx(scores[:4, 3].mean())
     assert np.isnan(cells[3, 1:]).all()  # of one image alone: nobody knows how others differ
     scores[4:8, 3] = scores[:4, 3] / 2  # two images of 6
-    tables = report("toy/test", {"model": by_metric(scores)}, 6, ["a"] * 24, "no shards", image_of)
+    tables = report("toy/test", {"model": by_question(by_metric(scores))}, 6, of_types("a" * 24), "no shards", image_of)
     mean, low, high = tables["all"]["rows"]["model"]["closed accuracy"]
     means = bootstrap(scores, image_of)[:, 3]
     assert [low, high] == np.percentile(means[~np.isnan(means)], (2.5, 97.5)).tolist() and low < mean < high
@@ -251,7 +261,7 @@ def test_a_resample_without_a_closed_question_blanks_no_cell(capsys):
 
 def test_one_image_alone_has_no_interval(capsys):
     scores = np.array([[50.0] * 4 + [math.nan]] * 3)
-    report("toy/test", {"model": by_metric(scores)}, 1, ["a"] * 3, "no shards", np.array([4, 4, 4]))
+    report("toy/test", {"model": by_question(by_metric(scores))}, 1, of_types("a" * 3), "no shards", np.array([4, 4, 4]))
     text = capsys.readouterr().out
     assert text.count("50.0 [- -]") == 4 and text.count(" - ") + text.count(" -\n") == 1
 
@@ -266,7 +276,7 @@ def test_patients_are_drawn_where_they_are_known(capsys):
     assert unit == "patients or images" and len(set(units)) == 4 and units[0] == units[1] == units[2]
     scores = np.random.default_rng(0).uniform(0, 100, (6, 5))
     unit, units = draw_units(images, ["a", "a", "b", "b", "c", "c"])
-    report("toy/test", {"model": by_metric(scores)}, 3, ["a"] * 6, "x", units, unit)
+    report("toy/test", {"model": by_question(by_metric(scores))}, 3, of_types("a" * 6), "x", units, unit)
     assert "6 questions about 3 images; percent, with 95% intervals over patients" in capsys.readouterr().out
 
 

@@ -21,7 +21,7 @@ import pytest
 
 from plumbing.flags import UserError, parse_flags
 from tasks.evaluations import write_evaluation
-from tasks.vqa import bleu1, is_closed, question_only_answers
+from tasks.vqa import bleu1, is_closed, guess_blindly
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RAW = Path(os.environ.get("NANOMEDQ_RAW", ROOT / "raw"))
@@ -52,7 +52,7 @@ def scores(scales, pairs):
 def guesses(train, test):
     """What words alone say, of records with question and answer."""
     pairs = [(record["question"], record["answer"]) for record in train]
-    return question_only_answers(pairs, [record["question"] for record in test])
+    return guess_blindly(pairs, [record["question"] for record in test])
 
 
 def of(scales, name):
@@ -348,7 +348,7 @@ def test_slake_scores(scales):
     assert_perfect(scores(scales, zip(answers, answers)), (4.6, 20.9, 92.8), 0.05)
     if not (RAW / "slake" / "train.json").is_file():
         return
-    # As question_only_answers, but with capitals kept, which four of the scales see.
+    # As guess_blindly, but with capitals kept, which four of the scales see.
     train, spelled = read_slake("train"), defaultdict(Counter)
     for row in train:
         spelled[row["answer"].lower()][row["answer"]] += 1

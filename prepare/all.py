@@ -38,7 +38,7 @@ class Config:
     codec: Literal["jpeg", "png"] = "jpeg"  # of stored images; png is lossless and twice as large
     quality: Annotated[int, Range(1, 100)] = 97  # of jpeg; 97 alters a pixel by 1.1 of 255 levels on average
     leaks: Literal["", "drop", "keep"] = ""  # test images in --only to train on; none: as it was, or drop
-    folder: str = ""  # a folder or csv of your own labelled images: prepare it for train_cls.py, and stop
+    folder: str = ""  # a folder or csv of your own images with labels or boxes: prepare it, and stop
     convert: str = ""  # a LLaMA's hub folder of pickles: write it as safetensors into weights_dir, and stop
     list: bool = False  # show the datasets and stop
 
@@ -55,12 +55,14 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 
 from plumbing.files import find_tokenizer, hash_file
+from plumbing.own import own_path
 from plumbing.pixels import SMART_LEAST, SMART_MOST
 from plumbing.shards import PROMPT_VERSION, SHARD_VERSION
 from prepare.datasets import DATASETS
 from prepare.download import fetch, fetch_hub
 from prepare.folder import prepare_folder
 from prepare.leaks import REASONS, guard, report_rows
+from prepare.own_boxes import find_sources, prepare_boxes
 from prepare.shards import (ImageSettings, leftovers, locked, read_manifests, recover, why_stale,
                             write_dataset)
 from prepare.weights import WEIGHTS, convert_llama
@@ -158,11 +160,24 @@ def require_flags_that_fit(config):
                         "image")
 
 
+def image_settings(config):
+    return ImageSettings(config.max_pixels or config.image_size, "smart" if config.max_pixels else config.resize,
+                         config.codec, config.quality if config.codec == "jpeg" else 0)
+
+
+def prepare_own(config):
+    """Prepare a folder or csv of one's own: with boxes, if something in it says where they are, else with labels."""
+    sources = find_sources(own_path(config.folder))
+    if not sources:
+        return prepare_folder(config.folder, config.shards_dir, config.image_size, config.workers)
+    prepare_tokenizer(config.tokenizer)
+    return prepare_boxes(config.folder, sources, config.shards_dir, image_settings(config),
+                         open_tokenizer(config.tokenizer, config.system), config.box_format, config.workers)
+
+
 def prepare_dataset(dataset, config):
     """Prepare one dataset unless it is up to date. Returns its status and a message."""
-    target = Path(config.shards_dir) / dataset.name
-    image = ImageSettings(config.max_pixels or config.image_size, "smart" if config.max_pixels else config.resize,
-                          config.codec, config.quality if config.codec == "jpeg" else 0)
+    target, image = Path(config.shards_dir) / dataset.name, image_settings(config)
     facts = {"dataset": dataset.name, "shard_version": SHARD_VERSION,
              "prompt_version": PROMPT_VERSION, "limit": config.limit, "image": asdict(image),
              "licence": dataset.licence}
@@ -289,7 +304,7 @@ def main(config):
     if config.list:
         return print_list(select(config.only) if config.only else [*DATASETS, *WEIGHTS], config)
     if config.folder:
-        return prepare_folder(config.folder, config.shards_dir, config.image_size, config.workers)
+        return prepare_own(config)
     if config.convert:
         with locked(Path(config.weights_dir) / Path(config.convert).resolve().name, "converting it"):
             target = convert_llama(config.convert, config.weights_dir)

@@ -15,6 +15,7 @@ so that images that are alike stay together. A split that is given needs train a
 has no validation, train_cls.py holds out a part of train, and divides no patient for that either.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -208,12 +209,13 @@ def is_anothers(target, path):
     return target.exists() and clean(str(path)) not in origins(target)
 
 
-def prepare_listing(path, listing, shards_dir, image_size, workers):
-    """Write a Listing as a dataset, unless it is there unchanged. Returns its name."""
+def prepare_listing(path, shards_dir, facts, write):
+    """
+    Have write(target, facts) prepare what a folder or csv lists, unless it is there with these facts. Returns
+    the dataset's name.
+    """
     facts = {"shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION, "limit": 0, "licence": "yours",
-             "path": clean(str(path)), "listing": digest(listing.items + listing.unlabelled),
-             "grouped_by": listing.grouped_by or "alike images", "multi_label": listing.multi_label,
-             "image": asdict(ImageSettings(image_size, "squash", "jpeg", 97))}  # as prepare/all.py
+             "path": clean(str(path)), **facts}
     for name in names_for(path):
         target, reason = shards_dir / name, ""
         if is_anothers(target, path):
@@ -226,11 +228,29 @@ def prepare_listing(path, listing, shards_dir, image_size, workers):
                 reason = why_stale(target, {"dataset": name, **facts}, {})
                 if reason:
                     print(f"{name}: {reason}", flush=True)
-                    write(target, path, listing, {"dataset": name, **facts}, workers)
+                    write(target, {"dataset": name, **facts})
         if not reason:
             print(f"{name}: up to date", flush=True)
         return name
     raise UserError(f"{path}: {target} is another's; delete it, or choose another --shards_dir")
+
+
+@contextlib.contextmanager
+def compared(path, shards_dir):
+    """
+    Run the block that prepares a folder or csv, then compare its images with all test splits in shards_dir.
+    Whatever it raises because of files becomes a UserError of one line.
+    """
+    try:
+        if not path.exists():
+            raise UserError(f"{path}: no folder and no csv there")
+        yield
+        with locked(shards_dir / "leaks.json", "comparing training with test images"):
+            guard(shards_dir, "")
+    except (OSError, BrokenProcessPool) as error:
+        raise UserError(f"{path}: {printable(str(error))}") from None
+    except UserError as error:  # names of files may hold line breaks
+        raise UserError(printable(str(error))) from None
 
 
 def prepare_folder(path, shards_dir, image_size=224, workers=0):
@@ -241,17 +261,12 @@ def prepare_folder(path, shards_dir, image_size=224, workers=0):
     workers: processes that decode images; 0: one a core, or fewer for few images. Raises UserError.
     """
     path, shards_dir = own_path(path), Path(shards_dir)
-    try:
-        if not path.exists():
-            raise UserError(f"{path}: no folder and no csv there")
+    with compared(path, shards_dir):
         listing = (read_folder if path.is_dir() else read_table)(path)
         require_names(path, listing.names)
         require_classes(path, listing.items, listing.names)
-        name = prepare_listing(path, listing, shards_dir, image_size, workers)
-        with locked(shards_dir / "leaks.json", "comparing training with test images"):
-            guard(shards_dir, "")
-    except (OSError, BrokenProcessPool) as error:
-        raise UserError(f"{path}: {printable(str(error))}") from None
-    except UserError as error:  # names of files may hold line breaks
-        raise UserError(printable(str(error))) from None
-    return name
+        facts = {"listing": digest(listing.items + listing.unlabelled),
+                 "grouped_by": listing.grouped_by or "alike images", "multi_label": listing.multi_label,
+                 "image": asdict(ImageSettings(image_size, "squash", "jpeg", 97))}  # as prepare/all.py
+        return prepare_listing(path, shards_dir, facts,
+                               lambda target, facts: write(target, path, listing, facts, workers))

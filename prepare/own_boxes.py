@@ -1,0 +1,362 @@
+"""
+A folder of your own images with boxes, or a csv of them, as a prepared dataset of kind "boxes".
+
+    scans/1.png  scans/1.xml                       Pascal VOC, the XML beside its image or in a folder of its own
+    scans/train/1.png  scans/train/coco.json       COCO, one JSON or one a split
+    scans/images/1.png  scans/labels/1.txt         YOLO, with data.yaml or classes.txt
+    scans.csv, or scans/boxes.csv                  image, label and x1, y1, x2, y2 or x, y, w, h
+
+A csv's numbers are shares of the image where none is above 1.5, else pixels; a row without numbers is of an image
+without a box, and a column for the patient, or for the split, may be there as in prepare/folder.py. An image is
+asked for labels as prepare/boxes.py says. Where neither folders nor a csv name the splits, 80 : 20 are made by
+patient, by the film that Roboflow's names tell (before ".rf."), or by a hash of the image.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter, defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+from plumbing.flags import UserError
+from plumbing.own import TABLES, files_below, own_path, printable, written
+from plumbing.shards import Shard
+from prepare.box_files import (LARGEST_TEXT, from_corner, gather, image_size, number, read_coco, read_voc, read_yolo,
+                               to_shares)
+from prepare.boxes import ask_image
+from prepare.classify import read_lines
+from prepare.datasets import Dataset, read_image, refuse_damage
+from prepare.folder import compared, digest, prepare_listing
+from prepare.listing import SPLITS, Item, find_column, is_image, read_patients, read_rows
+from prepare.shards import write_dataset
+
+IMAGES, LABELS = ("image", "path", "file", "filename", "imagepath", "imageid"), ("label", "class", "name", "category")
+CORNERS = (("x1", "y1", "x2", "y2"), ("xmin", "ymin", "xmax", "ymax"))
+SIZES = (("x", "y", "w", "h"), ("x", "y", "width", "height"))
+LARGEST_JSON = 1 << 28  # bytes that are looked into, whether they are COCO's
+
+
+class Boxes(NamedTuple):
+    """What a folder or a csv says."""
+    form: str  # in words
+    sources: list  # files that say where the boxes are
+    rows: list  # (image's name, label, box in shares or None), as gather takes them
+    files: dict  # image's name -> Path
+    splits: dict  # image's name -> split, where one is given
+    patients: dict  # image's name -> patient, where one is named
+    notes: list  # lines about how it was understood
+
+
+# ----------------------------------------------------------------------------- what is there
+
+def begins(path, words):
+    """Whether a file's first bytes have these words in them."""
+    with open(path, "rb") as file:
+        return words in file.read(1 << 12)
+
+
+def is_coco(path):
+    if path.stat().st_size > LARGEST_JSON:
+        return False
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys()
+
+
+def has_boxes(path):
+    """Whether a csv's header names an image, a label and four numbers."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            line = file.readline(LARGEST_TEXT)
+    except UnicodeDecodeError:
+        return False
+    names = {re.sub(r"[\W_]", "", name) for name in line.lower().split(max(",;\t", key=line.count))}
+    return all(names & set(known) for known in (IMAGES, LABELS)) and any(
+        set(sides) <= names for sides in CORNERS + SIZES)
+
+
+def find_sources(path):
+    """{form: files that say where boxes are} of a folder or csv; more than one form is for the caller to refuse."""
+    files = [path] if path.is_file() else list(files_below(path)) if path.is_dir() else []
+    of = defaultdict(list)
+    for file in (file for file in files if file.name[0] != "." and file.is_file()):
+        suffix = file.suffix.lower()
+        if suffix in TABLES and has_boxes(file):
+            of["csv"].append(file)
+        elif suffix == ".xml" and begins(file, b"<annotation"):
+            of["Pascal VOC"].append(file)
+        elif suffix == ".json" and is_coco(file):
+            of["COCO"].append(file)
+        elif file.name.lower() in ("data.yaml", "data.yml", "classes.txt", "obj.names"):
+            of["YOLO"].append(file)
+    if of["YOLO"] and not any(file.suffix == ".txt" and file not in of["YOLO"] for file in files):
+        del of["YOLO"]
+    return {form: sorted(files) for form, files in of.items() if files}
+
+
+# ----------------------------------------------------------------------------- images
+
+class Images:
+    """The images below a folder, found by what a file of boxes calls them."""
+
+    def __init__(self, folder):
+        self.folder, self.files, self.called = folder, {}, defaultdict(set)
+        for file in files_below(folder):
+            if is_image(file):
+                name = written(file.relative_to(folder).as_posix())
+                self.files[name] = file
+                for called in (name, file.name, file.stem):
+                    self.called[called].add(name)
+
+    def find(self, where, called, beside):
+        """
+        The name of the image that a file of boxes calls so: its path from there or from the folder, else its file's
+        name, with or without its end, where that is one image's. A path that leads to none stands for itself.
+        """
+        called = called.replace("\\", "/").strip()
+        near = os.path.normpath(os.path.join(os.path.relpath(beside, self.folder), called))
+        for name in (near, called, called.rpartition("/")[2], called.rpartition("/")[2].rpartition(".")[0]):
+            found = self.called.get(name, ())
+            if len(found) > 1 and name in self.files:
+                return name
+            if len(found) > 1:
+                alike = [other for other in found if Path(other).parent == Path(os.path.relpath(beside, self.folder))]
+                if len(alike) == 1:
+                    return alike[0]
+                raise UserError(f"{where}: {len(found)} images are called {name!r:.80}; name it by its path")
+            if found:
+                return next(iter(found))
+        return written(called) or "no name"
+
+
+def split_of(parts):
+    """The split that the first of these names of folders says: train, val2017; "" where none does."""
+    parts = [part.lower().rstrip("0123456789") for part in parts]
+    return next((SPLITS[part] for part in parts if part in SPLITS), "")
+
+
+# ----------------------------------------------------------------------------- each form
+
+def from_voc(sources, images, notes):
+    rows, odd = [], []
+    for path in sources:
+        called, width, height, boxes = read_voc(path, read_image(path))
+        name = images.find(path, called or path.stem, path.parent)
+        if name not in images.files and path.stem in images.called:  # many a program writes another name
+            name = images.find(path, path.stem, path.parent)
+        if name in images.files and image_size(read_image(images.files[name])) != (width, height):
+            odd.append(name)
+        rows += [(name, "", None), *((name, label or "no label", box) for label, box in boxes)]
+    note_sizes(odd, notes)
+    return rows, {}
+
+
+def note_sizes(odd, notes):
+    if odd:
+        notes.append(f"{len(odd):,} images have another size than their boxes' file says, {odd[0]:.80} the first: "
+                     "boxes are taken as shares of the size that it says")
+
+
+def from_coco(sources, images, notes):
+    rows, odd, splits = [], [], {}
+    for path in sources:
+        about, boxes = read_coco(path)
+        split = split_of([*path.relative_to(images.folder).parent.parts, *re.split(r"[\W_]+", path.stem)])
+        names = {key: images.find(path, called, path.parent) for key, (called, *_) in about.items()}
+        for key, name in names.items():
+            if name in images.files and image_size(read_image(images.files[name])) != about[key][1:]:
+                odd.append(name)
+            if split:
+                splits[name] = split
+        rows += [(name, "", None) for name in names.values()]
+        rows += [(names[key], label, box) for key, label, _, box in boxes]
+    note_sizes(odd, notes)
+    return rows, splits
+
+
+def class_names(path):
+    """The names of YOLO's classes: classes.txt has a line each, data.yaml a list or numbers with names."""
+    if path.suffix not in (".yaml", ".yml"):
+        return read_lines(path)
+    with refuse_damage(path, "text"):
+        text = path.read_bytes()[:LARGEST_TEXT].decode("utf-8-sig")
+    entry = re.search(r"^names[ \t]*:[ \t]*(?:[\[{]([^\]}]*)[\]}]|((?:\n[ \t]*(?:-|\d+[ \t]*:)[^\n]*)+))", text, re.M)
+    if not entry:
+        raise UserError(f"{path}: no list of `names:` in it; put them into classes.txt, a line each")
+    inline, block = entry.groups()
+    names = re.findall(r"""\s*(?:\d+\s*:\s*)?("[^"]*"|'[^']*'|[^,\s][^,]*),?""", inline or "") if block is None else [
+        re.sub(r"^-?[ \t]*(?:\d+[ \t]*:)?", "", line.strip()).partition(" #")[0] for line in block.strip().splitlines()]
+    return [name.strip("'\" \t\r\n") for name in names]
+
+
+def from_yolo(sources, images, notes):
+    lists = {tuple(class_names(path)) for path in sources}
+    if len(lists) > 1:
+        raise UserError(f"{sources[0]} and {sources[1]} name other classes; leave one of them")
+    (names,), rows, without = lists, [], []
+    for name, file in images.files.items():
+        parts = list(file.relative_to(images.folder).with_suffix(".txt").parts)
+        texts = [images.folder.joinpath(*parts)]
+        if "images" in parts[:-1]:
+            place = len(parts) - 2 - parts[-2::-1].index("images")
+            texts.append(images.folder.joinpath(*parts[:place], "labels", *parts[place + 1:]))
+        text = next((text for text in texts if text.is_file() and text not in sources), None)
+        rows.append((name, "", None))
+        if text is None:
+            without.append(name)
+        else:
+            rows += [(name, label, box) for label, box in read_yolo(text, read_image(text), names)]
+    if without:
+        notes.append(f"{len(without):,} images have no file of boxes, {without[0]:.80} the first: they count as "
+                     "without any")
+    return rows, {}
+
+
+def from_table(path, images, notes):
+    """(rows, splits, patients) of a csv."""
+    header, table = read_rows(path)
+    image, label, split = (find_column(path, header, known) for known in (IMAGES, LABELS, ["split"]))
+    names = [re.sub(r"[\W_]", "", name) for name in header]
+    sides = next(sides for sides in CORNERS + SIZES if set(sides) <= set(names))
+    places = [find_column(path, header, [side]) for side in sides]
+    people, chosen, more = read_patients(path, header, table)
+    cells = [[row[place] for place in places] for _, row in table]
+    boxes = [[number(f"{path}: row {place}", cell) for cell in some] if any(some) else None
+             for (place, _), some in zip(table, cells)]
+    largest = max((value for box in boxes if box for value in box), default=0)
+    shares = largest <= 1.5  # of which some may lie a little beyond their image
+    notes += [f"columns {', '.join(sides)} are taken for {'two corners' if sides in CORNERS else 'a corner and a size'}"
+              f" in {'shares of the image' if shares else 'pixels'}: the largest is {largest:g}", *more]
+    rows, splits, patients, sizes = [], {}, {}, {}
+    for (place, row), box, patient in zip(table, boxes, people):
+        where, name = f"{path}: row {place}", images.find(f"{path}: row {place}", row[image], path.parent)
+        if box and sides in SIZES:
+            box = from_corner(box)
+        if box and not shares:
+            if name not in sizes:
+                sizes[name] = image_size(read_image(images.files[name])) if name in images.files else None
+            box = sizes[name] and to_shares(where, box, *sizes[name])  # else its image is missing or unreadable
+        rows += [(name, "", None)] + ([(name, row[label], tuple(box))] if box else [])
+        if patients.setdefault(name, patient) != patient:
+            raise UserError(f"{where}: {name:.80} is of two patients; give it one")
+        if split is not None and splits.setdefault(name, row[split]) != row[split]:
+            raise UserError(f"{where}: {name:.80} is in two splits; give it one")
+    splits = {name: SPLITS.get(given.lower(), given) for name, given in splits.items() if given}
+    return rows, splits, {name: patient for name, patient in patients.items() if patient}
+
+
+def read_boxes(path, sources):
+    """The Boxes of a folder or csv, from the files that find_sources found. Raises UserError."""
+    if len(sources) > 1:
+        firsts = " and ".join(f"{files[0].name} ({form})" for form, files in sources.items())
+        raise UserError(f"{path}: boxes in more than one form, {firsts}; leave one of them")
+    (form, files), = sources.items()
+    images, notes, patients = Images(path if path.is_dir() else path.parent), [], {}
+    if form == "csv":
+        if len(files) > 1:
+            raise UserError(f"{path}: boxes in {files[0].name} and in {files[1].name}; name one as --folder={files[0]}")
+        rows, splits, patients = from_table(files[0], images, notes)
+    else:
+        rows, splits = {"Pascal VOC": from_voc, "COCO": from_coco, "YOLO": from_yolo}[form](files, images, notes)
+    names = dict.fromkeys(name for name, *_ in rows)
+    left = [name for name in images.files if name not in names]
+    if left:
+        notes.append(f"{len(left):,} images are in no file of boxes, {printable(left[0]):.80} the first: passed over")
+    by_folder = {name: split_of(name.split("/")[:-1]) for name in names}
+    splits = {name: split for name, split in (by_folder | splits).items() if split}
+    films = {name: Path(name).name.split(".rf.")[0] for name in names if ".rf." in name}
+    return Boxes(form, files, rows, {name: images.files.get(name) for name in names}, splits, patients or films, notes)
+
+
+# ----------------------------------------------------------------------------- splits
+
+def divide_own(path, boxes):
+    """{image: split} of Boxes, and a line that says how it came about. Raises UserError where it cannot be."""
+    for name, split in boxes.splits.items():
+        if split not in SPLITS.values():
+            raise UserError(f"{path}: {name:.80} is of split {split!r:.40}, none of train, validation and test")
+    lost = [name for name in boxes.files if boxes.splits and name not in boxes.splits]
+    if lost:
+        raise UserError(f"{path}: {lost[0]:.80} is in none of train, validation and test, though others are; give it "
+                        "a split, or give none and one is made")
+    if boxes.splits:
+        sides = defaultdict(set)
+        for name, patient in boxes.patients.items():
+            sides[patient].add(boxes.splits[name])
+        torn = [patient for patient, splits in sides.items() if len(splits) > 1]
+        splits, how = boxes.splits, "the split is the one that is given"
+        if torn:
+            how += f"; {len(torn):,} patients or films are in several of its parts, {printable(torn[0]):.40} the first"
+    else:
+        def key(name, file):
+            if name in boxes.patients:
+                return boxes.patients[name].encode("utf-8", "replace")
+            return (read_image(file) if file else None) or name.encode("utf-8", "replace")
+
+        splits = {name: "test" if hashlib.sha256(key(name, file)).digest()[0] % 5 == 0 else "train"
+                  for name, file in boxes.files.items()}
+        how = f"a split is made, 80 : 20, by {'patient or film' if boxes.patients else 'a hash of each image'}"
+    counts = Counter(splits.values())
+    if not counts["train"] or not (counts["test"] or counts["validation"]):
+        raise UserError(f"{path}: {counts['train']:,} images to train on and {counts['test']:,} to test with; bring "
+                        "more, or name splits by folders or a column")
+    return splits, how
+
+
+# ----------------------------------------------------------------------------- what is written
+
+def write(target, path, boxes, found, splits, tokenizer, facts, workers):
+    """Write what is gathered, {image: {label: boxes}}, and say what each split then holds, and skipped."""
+    labels = sorted({label for some in found.values() for label in some})
+
+    def records(raw):
+        for name, some in found.items():
+            content = read_image(boxes.files[name]) if boxes.files[name] else None
+            for record in ask_image(name, content, some, labels, boxes.patients.get(name, "")):
+                yield splits[name], record
+
+    count = sum(len(some) for of_image in found.values() for some in of_image.values())
+    print(f"  {boxes.form} in {len(boxes.sources):,} file{'s' * (len(boxes.sources) > 1)}: {count:,} boxes of "
+          f"{len(labels):,} labels ({printable(', '.join(labels)):.200}) on {len(found):,} images")
+    for note in boxes.notes:
+        print(f"  {printable(note)}", flush=True)
+    dataset = Dataset(name=target.name, read=records, kind="boxes", licence="yours", access="yours", megabytes=0,
+                      page="", layouts=(), counts={})
+    workers = workers or min(os.cpu_count(), 1 + len(found) // 200)  # each first loads what the script does
+    write_dataset(target, dataset, path, {}, tokenizer.path.read_bytes(), facts, workers, needed=("train",))
+    for split in (split for split in ("train", "validation", "test") if split in splits.values()):
+        shard = Shard(target / split)
+        first = {why: printable(name)[:80] for why, name in shard.manifest["first_skipped"].items()}
+        skipped = "".join(f"; skipped: {n:,} {why} ({first[why]} the first)"
+                          for why, n in shard.manifest["skipped"].items())
+        print(f"  {split}: {len(shard):,} questions about {shard.manifest['images']:,} images{skipped}")
+
+
+def prepare_boxes(path, sources, shards_dir, image, tokenizer, box_format="medmo", workers=0):
+    """
+    Prepare a folder or csv of images with boxes into shards_dir, unless it is there unchanged, and compare it
+    with all test splits there. Returns the dataset's name.
+
+    sources: what find_sources found; image: ImageSettings; tokenizer: of zoo.chatml.open_tokenizer; workers:
+    processes that decode images, 0: one a core, or fewer for few images. Raises UserError.
+    """
+    path, shards_dir = own_path(path), Path(shards_dir)
+    with compared(path, shards_dir):
+        boxes = read_boxes(path, sources)
+        found = gather(path.name, boxes.rows)
+        if not any(found.values()):
+            raise UserError(f"{path}: {boxes.form}, but not one box in it")
+        splits, how = divide_own(path, boxes)
+        boxes.notes.insert(0, how)
+        items = [Item(splits[name], name, boxes.files[name] or path / name, tuple(sorted(some.items())),
+                      boxes.patients.get(name, "")) for name, some in found.items()]
+        facts = {"listing": digest(items), "box_format": box_format, "image": asdict(image),
+                 "tokenizer_sha256": tokenizer.sha256}
+        facts |= {"system": tokenizer.system} if tokenizer.system else {}
+        return prepare_listing(path, shards_dir, facts, lambda target, facts: write(
+            target, path, boxes, found, splits, tokenizer, facts, workers))

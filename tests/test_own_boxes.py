@@ -1,0 +1,282 @@
+"""Your own images with boxes: what form they are in, how they are split, and what is refused."""
+
+import json
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from plumbing.flags import UserError
+from plumbing.shards import Shard
+from prepare.all import Config, prepare_own
+from prepare.box_files import gather
+from prepare.own_boxes import class_names, divide_own, find_sources, read_boxes
+from prepare.questions import train_sample_tokenizer
+from test_bad_input import spoiled
+from test_box_data import picture, put, voc
+
+SIZE = (40, 20)  # width and height of the pictures
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(train_sample_tokenizer())
+    return path
+
+
+def prepared(path, tokenizer, **flags):
+    """{split: lines of records.jsonl} of a folder or csv."""
+    shards = path.parent / "shards"
+    config = Config(folder=str(path), shards_dir=str(shards), tokenizer=str(tokenizer), image_size=16, workers=1,
+                    **flags)
+    name = prepare_own(config)
+    return {folder.name: Shard(folder).read_records() for folder in (shards / name).iterdir() if folder.is_dir()}
+
+
+def refused(path, tokenizer, *words):
+    with pytest.raises(UserError) as error:
+        prepared(path, tokenizer)
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
+
+
+def put_images(folder, count, ending=".png"):
+    for number in range(count):
+        put(folder / f"{number}{ending}", picture(*SIZE, seed=number))
+
+
+def questions(records):
+    return {(record["image"], record["type"]): record["boxes"][record["type"]]
+            for some in records.values() for record in some}
+
+
+# ----------------------------------------------------------------------------- the forms
+
+def write_voc(folder, count=20):
+    put_images(folder / "images", count)
+    for number in range(count):
+        boxes = [("lesion", 11, 6, 30, 15), ("nodule", 1, 1, 4, 2)][:number % 3]
+        put(folder / f"xmls/{number}.xml", voc(f"C:\\old\\{number}.png", boxes))
+
+
+def write_coco(folder, count=20):
+    put_images(folder, count)
+    images = [{"id": n, "file_name": f"{n}.png", "width": 40, "height": 20} for n in range(count)]
+    boxes = [{"image_id": n, "category_id": 7 + k, "bbox": box} for n in range(count)
+             for k, box in enumerate(([10, 5, 20, 10], [0, 0, 4, 2])[:n % 3])]
+    put(folder / "anything.json", json.dumps({"images": images, "annotations": boxes, "categories": [
+        {"id": 7, "name": "lesion"}, {"id": 8, "name": "nodule"}]}))
+
+
+def write_yolo(folder, count=20):
+    put_images(folder / "images", count)
+    put(folder / "data.yaml", "train: ../a\nnc: 2\nnames: ['lesion', \"nodule\"]\n")
+    for number in range(1, count):  # an image without a file has no box
+        put(folder / f"labels/{number}.txt", "".join(("0 0.5 0.5 0.5 0.5\n", "1 0.05 0.05 0.1 0.1\n")[:number % 3]))
+
+
+def write_table(corners, scale):
+    def write(folder, count=20):
+        put_images(folder / "images", count)
+        rows = []
+        for number in range(count):
+            for label, box in (("lesion", (10, 5, 30, 15)), ("nodule", (0, 0, 4, 2)))[:number % 3] or [("", None)]:
+                x1, y1, x2, y2 = np.array(box or 4 * [0]) / (SIZE * 2 if scale else 1)
+                cells = (x1, y1, x2, y2) if corners else (x1, y1, x2 - x1, y2 - y1)
+                rows.append(",".join([f"images/{number}.png", label, *(map(str, cells) if box else "   ")]))
+        header = "Image,Label," + ("x1,y1,x2,y2" if corners else "x,y,w,h")
+        put(folder / "boxes.csv", "\n".join([header, *rows]).replace(", , , ", ",,,,"))
+    return write
+
+
+FORMS = {"Pascal VOC": write_voc, "COCO": write_coco, "YOLO": write_yolo,
+         "csv, two corners in pixels": write_table(True, False), "csv, two corners in shares": write_table(True, True),
+         "csv, a corner and a size in pixels": write_table(False, False),
+         "csv, a corner and a size in shares": write_table(False, True)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_says_the_same_boxes(form, tmp_path, tokenizer, capsys):
+    folder = tmp_path / "scans"
+    FORMS[form](folder)
+    records = prepared(folder, tokenizer)
+    asked = questions(records)
+    said = capsys.readouterr().out
+    assert len(asked) == 40 and sum(map(len, records.values())) == 40  # of two labels each image is asked for both
+    for (image, label), boxes in asked.items():
+        number = int(image.rpartition("/")[2].partition(".")[0])
+        there = number % 3 > (label == "nodule")
+        assert boxes == ([[250, 250, 750, 750] if label == "lesion" else [0, 0, 100, 100]] if there else []), image
+    name, _, how = form.partition(", ")
+    assert f"{name} in 1 file: 19 boxes of 2 labels (lesion, nodule) on 20 images" in said.replace("20 files", "1 file")
+    assert "a split is made, 80 : 20, by a hash of each image" in said
+    assert not how or how.replace("shares", "shares of the image") in said
+    assert records.keys() == {"train", "test"} and 1 <= len(records["test"]) / 2 <= 8
+    answer = next(record["answer"] for record in records["train"] if record["boxes"].get("lesion"))
+    assert answer == "lesion <box>[[250, 250, 750, 750]]</box>"
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "shards/scans").rglob("*")}
+    assert prepared(folder, tokenizer).keys() == records.keys() and "up to date" in capsys.readouterr().out
+    assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "shards/scans").rglob("*")}
+
+
+def test_another_box_or_format_makes_the_dataset_stale(tmp_path, tokenizer, capsys):
+    write_coco(tmp_path / "scans")
+    prepared(tmp_path / "scans", tokenizer)
+    records = prepared(tmp_path / "scans", tokenizer, box_format="qwen")
+    assert "box_format was medmo, now qwen" in capsys.readouterr().out
+    assert any('"bbox_2d": [250, 250, 750, 750]' in record["answer"] for record in records["train"])
+    path = tmp_path / "scans/anything.json"
+    put(path, path.read_text().replace("[10, 5, 20, 10]", "[10, 5, 20, 5]"))
+    assert [250, 250, 750, 500] in sum(questions(prepared(tmp_path / "scans", tokenizer)).values(), [])
+
+
+def test_images_with_labels_alone_have_no_boxes(tmp_path):
+    for number, label in enumerate(("benign", "malignant")):
+        put_images(tmp_path / "scans" / label, 3)
+    put(tmp_path / "scans/notes.json", '{"images": 3}')
+    put(tmp_path / "scans/readme.txt", "mine")
+    put(tmp_path / "scans/feed.xml", "<rss></rss>")
+    put(tmp_path / "scans/list.csv", "path,label\nbenign/0.png,benign\n")
+    assert find_sources(tmp_path / "scans") == {} == find_sources(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("text", ["names: [a b, 'c, d']", "names:\n  - a b\n  - 'c, d'\nnc: 2",
+                                  "names:\n- a b # x\n- c, d", "nc: 2\nnames:\n  0: a b\n  1: \"c, d\"\n", "names: {0: a b, 1: 'c, d'}"])
+def test_yolos_names_are_read_in_each_form(text, tmp_path):
+    put(tmp_path / "data.yaml", text)
+    assert class_names(tmp_path / "data.yaml") == ["a b", "c, d"]
+    put(tmp_path / "classes.txt", "a b\nc, d\n")
+    assert class_names(tmp_path / "classes.txt") == ["a b", "c, d"]
+
+
+# ----------------------------------------------------------------------------- splits
+
+def test_folders_that_are_named_after_splits_are_the_split(tmp_path, tokenizer, capsys):
+    for split, seed in (("train", 0), ("valid", 10), ("test", 20)):
+        name = f"{seed}_jpg.rf.{seed}" if split != "test" else "0_jpg.rf.9"  # a copy of a film of train
+        put(tmp_path / f"scans/{split}/images/{name}.png", picture(*SIZE, seed=seed))
+        put(tmp_path / f"scans/{split}/labels/{name}.txt", "0 .5 .5 .5 .5\n")
+    put(tmp_path / "scans/data.yaml", "names: [lesion]")
+    records = prepared(tmp_path / "scans", tokenizer)
+    assert {split: len(some) for split, some in records.items()} == {"train": 1, "validation": 1, "test": 1}
+    assert "1 patients or films are in several of its parts, 0_jpg the first" in capsys.readouterr().out
+
+
+def test_a_json_a_split_is_the_split(tmp_path, tokenizer):
+    put_images(tmp_path / "scans/all", 3)
+    for number, split in enumerate(("train2017", "val2017", "test")):
+        put(tmp_path / f"scans/annotations/instances_{split}.json", json.dumps({
+            "images": [{"id": 0, "file_name": f"{number}.png", "width": 40, "height": 20}],
+            "annotations": [{"image_id": 0, "category_id": 0, "bbox": [0, 0, 40, 10]}],
+            "categories": [{"id": 0, "name": "lesion"}]}))
+    records = prepared(tmp_path / "scans", tokenizer)
+    assert {split: [record["image"] for record in some] for split, some in records.items()} == {
+        "train": ["all/0.png"], "validation": ["all/1.png"], "test": ["all/2.png"]}
+
+
+def test_films_and_patients_are_not_divided_and_equal_images_stay_together(tmp_path, tokenizer):
+    for number in range(60):
+        put(tmp_path / f"films/{number // 3}_jpg.rf.{number}.png", picture(*SIZE, seed=number))
+        put(tmp_path / f"films/{number // 3}_jpg.rf.{number}.xml", voc("", [("lesion", 1, 1, 9, 9)]))
+        put(tmp_path / f"equal/{number}.png", picture(*SIZE, seed=number // 2))
+    put(tmp_path / "equal/boxes.csv", "file,class,xmin,ymin,xmax,ymax\n" + "".join(
+        f"{number}.png,lesion,1,1,9,9\n" for number in range(60)))
+    put(tmp_path / "people.csv", "file,class,xmin,ymin,xmax,ymax,patient\n" + "".join(
+        f"equal/{number}.png,lesion,1,1,9,9,p{number // 2 % 15}\n" for number in range(60)))
+    for name, of in (("films", lambda name: name.split("_jpg")[0]), ("equal", lambda name: int(name[:-4]) // 2),
+                     ("people.csv", lambda name: int(name[6:-4]) // 2 % 15)):
+        splits = {}
+        for split, some in prepared(tmp_path / name, tokenizer).items():
+            for record in some:
+                splits.setdefault(of(record["image"]), set()).add(split)
+                assert ("group" in record) == (name != "equal")
+        assert set(map(len, splits.values())) == {1} and len(set().union(*splits.values())) == 2
+        assert len(splits) == {"films": 20, "equal": 30, "people.csv": 15}[name]
+
+
+def test_a_csv_may_name_splits(tmp_path, tokenizer):
+    put_images(tmp_path, 3)
+    lines = ["image,label,x,y,width,height,split", *(f"{n}.png,a,0,0,20,10,{split}"
+                                                   for n, split in enumerate(("train", "val", "test")))]
+    put(tmp_path / "scans.csv", "\n".join(lines))
+    assert {split: len(some) for split, some in prepared(tmp_path / "scans.csv", tokenizer).items()} == {
+        "train": 1, "validation": 1, "test": 1}
+    put(tmp_path / "scans.csv", "\n".join([*lines, "0.png,b,0,0,1,1,test"]))
+    refused(tmp_path / "scans.csv", tokenizer, "row 5: 0.png is in two splits")
+    put(tmp_path / "scans.csv", "\n".join(lines).replace("val", ""))
+    refused(tmp_path / "scans.csv", tokenizer, "1.png is in none of train, validation and test")
+    put(tmp_path / "scans.csv", "\n".join(lines).replace("val", "fold 2"))
+    refused(tmp_path / "scans.csv", tokenizer, "1.png is of split 'fold 2'")
+
+
+# ----------------------------------------------------------------------------- what is said and refused
+
+def test_what_is_odd_is_counted(tmp_path, tokenizer, capsys):
+    folder = tmp_path / "scans"
+    write_voc(folder)
+    put(folder / "xmls/1.xml", voc("1.png", [("lesion", 11, 6, 30, 15), ("lesion", 3, 3, 3, 9)]))
+    put(folder / "xmls/4.xml", voc("4.png", [("lesion", 11, 6, 99, 15)], size=(80, 40)))
+    put(folder / "xmls/99.xml", voc("99.png", [("lesion", 11, 6, 30, 15)]))  # without an image
+    put(folder / "images/more.png", picture(seed=77))  # without an XML
+    records = prepared(folder, tokenizer)
+    said = capsys.readouterr().out
+    for words in ("scans: boxes that reach beyond their image, cut: 1, of images/4.png the first",
+                  "scans: boxes without an area, left out: 1, of images/1.png the first",
+                  "1 images have another size than their boxes' file says, images/4.png the first",
+                  "1 images are in no file of boxes, images/more.png the first: passed over",
+                  "skipped: 2 image missing (99.png the first)"):
+        assert words in said, (words, said)
+    assert questions(records)["images/1.png", "lesion"] == [[250, 250, 750, 750]]
+
+
+def test_two_forms_or_none_that_can_be_read_are_refused(tmp_path, tokenizer):
+    write_voc(tmp_path / "scans")
+    write_coco(tmp_path / "scans/more")
+    refused(tmp_path / "scans", tokenizer, "boxes in more than one form", "(Pascal VOC)", "anything.json (COCO)")
+    write_coco(tmp_path / "few", 1)
+    refused(tmp_path / "few", tokenizer, "not one box")
+    write_yolo(tmp_path / "yolo")
+    put(tmp_path / "yolo/labels/3.txt", "2 .5 .5 .1 .1")
+    refused(tmp_path / "yolo", tokenizer, "labels/3.txt: line 1 is of class 2, but the classes are 0 to 1")
+    put(tmp_path / "yolo/data.yaml", "nc: 2")
+    refused(tmp_path / "yolo", tokenizer, "data.yaml: no list of `names:`")
+    put_images(tmp_path / "table", 2)
+    put(tmp_path / "table/a.csv", "image,label,x1,y1,x2,y2\n0.png,a,0,0,1\n")
+    refused(tmp_path / "table", tokenizer, "a.csv: row 2: '' is no number")
+    put(tmp_path / "table/b.csv", "image,label,x1,y1,x2,y2\n0.png,a,0,0,1,1\n")
+    refused(tmp_path / "table", tokenizer, "a.csv", "b.csv", "--folder=")
+
+
+def test_a_name_that_is_two_images_is_refused_and_none_leads_out_of_the_folder(tmp_path, tokenizer):
+    write_coco(tmp_path / "scans", 4)
+    put(tmp_path / "scans/sub/0.png", picture(seed=50))
+    assert len(read_boxes(tmp_path / "scans", find_sources(tmp_path / "scans")).files) == 4  # the one beside the JSON
+    put(tmp_path / "scans/other/0.png", picture(seed=51))
+    (tmp_path / "scans/0.png").unlink()
+    refused(tmp_path / "scans", tokenizer, "2 images are called '0.png'; name it by its path")
+    put(tmp_path / "secret.png", picture(seed=9))
+    path = tmp_path / "scans/anything.json"
+    put(path, path.read_text().replace('"0.png"', '"../secret.png"').replace('"1.png"', f'"{tmp_path}/secret.png"'))
+    boxes = read_boxes(tmp_path / "scans", find_sources(tmp_path / "scans"))
+    assert Counter(file is None for file in boxes.files.values()) == {True: 2, False: 2}
+
+
+@pytest.mark.parametrize("form", list(FORMS)[:4])
+def test_a_spoiled_file_is_refused_in_one_line_or_read(form, tmp_path):
+    folder, draw = tmp_path / "scans", random.Random(form)
+    FORMS[form](folder, 6)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".png"):
+        content = path.read_bytes()
+        ways = list(spoiled(path.name, content, draw))
+        for changed in draw.sample(ways, min(40, len(ways))):
+            path.write_bytes(changed)
+            try:
+                if sources := find_sources(folder):
+                    boxes = read_boxes(folder, sources)
+                    divide_own(folder, boxes)
+                    assert all(0 <= edge <= 1 for some in gather("scans", boxes.rows).values()
+                               for of_label in some.values() for box in of_label for edge in box)
+            except UserError as error:
+                assert len(str(error)) < 1500 and str(folder) in str(error), error
+        path.write_bytes(content)

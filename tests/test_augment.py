@@ -108,6 +108,9 @@ def test_questions_about_one_image_share_its_copies():
     apart = [record.image for _, record in altered([("train", two)], 3)]
     together = [record.image for _, record in altered([("train", one), ("train", two)], 3)]
     assert together == apart * 2 and len(set(apart)) == 4
+    other = [record.image for _, record in altered([("train", marked([(9, 9, 20, 20)]))], 3)]
+    assert [Image.open(io.BytesIO(image)).size for image in other] != [
+        Image.open(io.BytesIO(image)).size for image in apart]  # each image has its own
 
 
 def test_copies_of_a_drawn_image_show_its_finding(monkeypatch):

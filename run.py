@@ -28,7 +28,8 @@ from zoo.chatml import open_tokenizer
 
 def lora_settings(config, targets):
     """LoRA of a part, by a script's flags, on the matrices that `targets` names; train_grpo.py never drops any."""
-    return {"targets": targets, "r": config.lora_r, "alpha": config.lora_alpha, "dropout": getattr(config, "lora_dropout", 0.0)}
+    return {"targets": targets, "r": config.lora_r, "alpha": config.lora_alpha,
+            "dropout": getattr(config, "lora_dropout", 0.0)}
 
 
 def make_trainable(model, config, checkpoint):

@@ -1,0 +1,533 @@
+"""
+Reinforcement learning with rewards that can be verified: GRPO (arXiv 2402.03300), from a run of train_vlm.py.
+
+    python train_grpo.py --start=out/boxes --data=sample_boxes --run=out/boxes_rl
+    python train_grpo.py --start=out/boxes --data=sample_boxes,sample:0      watch what else the model can do
+    python train_grpo.py --start=out/x --data=a,b --reward=boxes:1,letter:0.5
+
+A step samples several answers to each of some prompts, with the log-probability of each token; rewards each
+by its task's score (tasks/rewards.py); takes from a reward the mean of its group, the answers to one prompt;
+and makes the better ones likelier. A group is what data.py calls samples that begin alike: the prompt and its
+images are encoded once to sample, once to train.
+
+Defaults, and why: nothing is divided by a group's spread, for that makes the most of groups that hardly
+differ; each token counts alike (--length=constant), for else long wrong answers cost less a token (both arXiv
+2503.20783); the upper bound of the ratio is the wider one, so that rare tokens can rise (arXiv 2503.14476); answers
+that were cut are not learnt from; no KL. Other recipes, as flags:
+
+    GRPO      --normalise=group --length=answer --clip_high=0.2 --kl=0.04 --mask_truncated=false
+    Dr. GRPO  --clip_high=0.2 --mask_truncated=false
+    DAPO      --normalise=group --length=step
+    MedMO     --normalise=group --length=group --clip_low=0.15 --clip_high=0.25 --kl=0.04 --reward=medmo
+
+(MedMO's KL weight is not published; 0.04 is GRPO's.) A dataset of weight 0 gives no prompts, but its held-out
+samples are answered, too: so that what is forgotten is seen.
+
+Letters: P prompts of a step, G answers of each, M answer tokens of a micro-batch, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from plumbing.flags import (BatchSize, Count, Datasets, Device, Range, Scale, Seconds, Share, UserError, Whole,
+                            parse_command_line, run)
+from plumbing.sources import SEVEN, checkpoint_of, hub_folder
+
+
+@dataclass(frozen=True)
+class Config:
+    start: str = ""  # run or checkpoint of train_vlm.py to begin with; or a Qwen3-VL's folder, also in weights/
+    data: Datasets = "sample_boxes"  # prepared datasets, each with an optional weight; 0: watched alone
+    shards_dir: str = "shards"  # where prepare/all.py put them
+    reward: str = "boxes"  # of tasks/rewards.py, each with an optional weight: boxes:1,letter:0.5
+    reward_timeout: Seconds = 10  # that the reward of one answer may take
+    balance: bool = True  # with several datasets, map each one's median reward to 0.5
+    batch_size: BatchSize = 16  # prompts in a step
+    answers: Annotated[int, Range(2, 1024)] = 8  # sampled of each prompt: a group
+    max_new_tokens: Whole = 0  # longest answer; 0: 32, of boxes half more than the longest of the data
+    temperature: Annotated[float, Range(1e-3, 1e3)] = 1.0  # that answers are sampled and trained at
+    max_length: Annotated[int, Range(16, 1 << 20)] = 3584  # tokens of a sample; a longer prompt is cut at its front
+    micro_batch_tokens: Count = 8192  # tokens of a forward pass; trades memory for speed, not results
+    updates: Count = 1  # of the weights from one step's answers; from the second on clipping matters
+    normalise: Literal["none", "group", "step"] = "none"  # by whose standard deviation rewards are divided
+    length: Literal["constant", "step", "group", "answer"] = "constant"  # tokens by whose number a sum is divided
+    clip_low: Share = 0.2  # a ratio below 1 minus this is not lowered further
+    clip_high: Scale = 0.28  # a ratio above 1 plus this is not raised further
+    kl: Scale = 0.0  # weight of the divergence from what the run began with; 0: it is not computed
+    mask_truncated: bool = True  # learn nothing from answers that reached the limit
+    vision: Literal["full", "lora", "frozen"] = "frozen"  # what trains of the ViT
+    projector: Literal["full", "frozen"] = "frozen"  # what trains of the projection
+    language: Literal["lora", "full", "frozen"] = "lora"  # what trains of the language model
+    base_bits: Literal["auto", "0", "16", "8", "4"] = "auto"  # of the frozen base; auto: as trained; 0: as --dtype
+    lora_targets: str = SEVEN  # matrices of the language model with LoRA; that of --start stays as it is
+    lora_vision_targets: str = "qkv"  # matrices of the vision transformer with --vision=lora
+    lora_r: Annotated[int, Range(1, 1 << 16)] = 16  # rank
+    lora_alpha: Scale = 32.0  # the update is scaled by alpha / r
+    recompute: Share = 0.0  # share of the blocks whose activations are computed twice, to save memory
+    compile: bool = True  # the blocks' small operations into few kernels, on a GPU; takes a minute at first
+    max_steps: Count = 200  # steps of the run
+    learning_rate: Scale = 1e-5  # peak
+    warmup: Share = 0.03  # share of the steps in which it rises from 0; then a cosine to 0
+    clip: Scale = 1.0  # largest norm of the gradient; 0: no clipping
+    held_out: Whole = 128  # samples kept from training, over all datasets, whose greedy answers are scored
+    evaluate_every: Count = 20  # steps; and before the first
+    seed: Whole = 0  # of order and sampling
+    device: Device = "auto"  # cuda, mps or cpu
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: on a GPU bfloat16, else float16
+    run: str = ""  # folder of this run; none: out/grpo_<date>
+    resume: bool = False  # go on from the newest checkpoint of the run
+    save_minutes: Scale = 30.0  # between two checkpoints; 0: by steps alone
+    save_every: Whole = 0  # also after so many steps; 0: by minutes alone
+    keep: Count = 2  # newest checkpoints that stay, beside the best by held-out score
+    rank_timeout: Seconds = 600  # that torchrun's processes wait for one another
+    wandb: bool = False  # also log to Weights & Biases, if installed
+
+
+if __name__ == "__main__":
+    CONFIG = parse_command_line(Config)  # before torch is imported: --help and a typo are answered at once
+
+import contextlib
+import math
+import time
+from dataclasses import asdict, field
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from data import Group, Mixture, make_batch, open_shards, shared_prefix
+from generate import Sampling, finished_groups, generate
+from plumbing.devices import (LossScale, agree, autocast_to, join_group, pick_device, sum_of_ranks, to_device, together)
+from plumbing.files import find_run, hash_file, lock, read_manifest, sync
+from plumbing.runs import (choose_folder, describe_run, image_settings, open_log, open_run, require_same_inputs,
+                           write_run)
+from plumbing.shards import Sample, Shard
+from plumbing.signals import agree_on_stop, catch_signals, end_stopped, time_limit
+from run import (device_of, learning_rate_at, load_optimizer, make_optimizer, make_trainable, save_checkpoint, update)
+from tasks.rewards import balance, parse, reward
+from tasks.splits import Question, answer_limit, read_groups, task_of
+from tasks.vqa import as_asked
+from weights import build_vlm, load_vlm, save_vlm
+from zoo.chatml import tokenizer_of
+from zoo.qwen3_files import is_qwen
+
+FREE_ON_RESUME = {"compile", "device", "resume", "run", "evaluate_every", "save_every", "save_minutes", "keep",
+                  "rank_timeout", "wandb", "shards_dir", "recompute", "micro_batch_tokens", "reward_timeout"}
+
+
+# ----------------------------------------------------------------------------- sampling
+
+@dataclass
+class Prompt:
+    """What is asked in a step."""
+    shard: Shard
+    index: int  # of the shard
+    number: int  # of its sample there
+    sample: Sample
+    record: dict  # its words
+
+    def __str__(self):
+        return f"{self.shard.folder}:{self.number} ({self.record['id']})"
+
+
+@dataclass
+class Rollout:
+    """One sampled answer."""
+    tokens: list  # ids, what stopped it included
+    log_probabilities: list  # of each, as it was sampled
+    text: str
+    cut: bool  # whether it has reached the limit
+    reward: float = 0.0
+
+
+def read_prompts(mixture, records, samples):
+    """The Prompts of samples of a Mixture, (n,) numbers. records: of each shard its lines of records.jsonl."""
+    prompts = []
+    for number in samples:
+        index, local, sample = mixture.read(number)
+        prompts.append(Prompt(mixture.shards[index], index, local, sample, as_asked(records[index][local])))
+    return prompts
+
+
+def roll_out(model, tokenizer, prompts, count, limit, temperature=0.0, draws=None):
+    """
+    [[Rollout] * count] of each prompt, of at most `limit` tokens: greedy, or sampled at a temperature by draws,
+    (count, limit) uniform numbers of each prompt.
+    """
+    sampling = Sampling(temperature, stops=tokenizer.stops, vocab_size=tokenizer.vocab_size)
+    groups = (next(read_groups(prompt.shard, [[Question("", prompt.number, prompt.sample.prompt().tolist())] * count]))
+              for prompt in prompts)
+    rollouts = [[] for _ in prompts]
+    for number, answers in finished_groups(generate(model, groups, limit, sampling, draws=draws)):
+        rollouts[number] = [Rollout(answer.tokens + [answer.stop] * (answer.stop is not None),
+                                    answer.log_probabilities, tokenizer.decode(answer.tokens), answer.stop is None)
+                            for answer in answers]
+    return rollouts
+
+
+def share_out(things, answer):
+    """What answer(things of this rank) gives, one a thing, put together in the order of all things, on all ranks."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    parts = [together(lambda: answer(things[rank::ranks], rank, ranks))] * ranks
+    if ranks > 1:
+        dist.all_gather_object(parts, parts[rank])
+    return [parts[place % ranks][place // ranks] for place in range(len(things))]
+
+
+def sample_step(state, prompts, step, config):
+    """[[Rollout] * G] of P prompts, rewarded. What is drawn depends on seed, step and place alone."""
+    def answer(some, rank, ranks):
+        draws = [np.random.default_rng([config.seed, step, place]).random((config.answers, state.limit))
+                 for place in range(rank, len(prompts), ranks)]
+        rollouts = roll_out(state.model, state.tokenizer, some, config.answers, state.limit, config.temperature, draws)
+        reward_all(some, rollouts, parse(config.reward), step / config.max_steps, config.reward_timeout)
+        return rollouts
+
+    return share_out(prompts, answer)
+
+
+def reward_all(prompts, rollouts, chosen, progress, seconds):
+    """Reward all answers. UserError names the sample where a reward raises, takes too long, or is none in [0, 1]."""
+    for prompt, group in zip(prompts, rollouts, strict=True):
+        for rollout in group:
+            try:
+                with time_limit(seconds):
+                    value = reward(chosen, prompt.record, rollout.text, progress)
+            except Exception as error:  # whatever a reward of the user's own may raise
+                raise UserError(f"--reward: {prompt}: {type(error).__name__}: {error}, for {rollout.text!r:.100}; mend "
+                                "it, then the same command with --resume=true goes on") from None
+            if value is None:
+                raise UserError(f"--reward: {prompt}: none of these is for such a sample; add another, such as f1")
+            if not 0 <= value <= 1:
+                raise UserError(f"--reward: {prompt}: {value} for {rollout.text!r:.100}, which is not in [0, 1]; mend "
+                                "it, then the same command with --resume=true goes on")
+            rollout.reward = float(value)
+
+
+# ----------------------------------------------------------------------------- advantages and batches
+
+def find_advantages(rewards, normalise):
+    """
+    (P, G) rewards -> advantages, (P, G), and which groups have any, (P,) bool. normalise: "group" divides by each
+    group's standard deviation (arXiv 2402.03300), "step" by that of all answers; 1e-4 as in TRL.
+    """
+    advantages = rewards - rewards.mean(axis=1, keepdims=True)
+    alive = np.ptp(rewards, axis=1) > 0
+    if normalise == "group":
+        advantages = advantages / (rewards.std(axis=1, ddof=1, keepdims=True) + 1e-4)
+    if normalise == "step":
+        advantages = advantages / (rewards.std(ddof=1) + 1e-4)
+    return advantages, alive
+
+
+def balanced(rewards, prompts, medians):
+    """(P, G) rewards with each dataset's running median at 0.5, where there are several; medians: {dataset: median}."""
+    names = np.array([prompt.shard.folder.parent.name for prompt in prompts])
+    for name in np.unique(names).tolist():
+        median = float(np.median(rewards[names == name]))
+        medians[name] = 0.9 * medians.get(name, median) + 0.1 * median
+    return np.array([[balance(value, medians[name]) for value in group] for name, group in zip(names, rewards)])
+
+
+def find_shares(lengths, limit, how):
+    """(P, G) numbers of tokens -> what one token of each answer counts, (P, G); alike in all but "answer"."""
+    P, G = lengths.shape
+    return np.broadcast_to({"constant": 1 / (P * G * limit), "step": 1 / lengths.sum(),
+                            "group": 1 / (P * lengths.sum(axis=1, keepdims=True)),
+                            "answer": 1 / (P * G * lengths)}[how], lengths.shape)
+
+
+@dataclass
+class Answered(Sample):
+    """A prompt with a sampled answer; `weight` is its advantage times its share."""
+    share: float = 0.0  # what one of its tokens counts
+    sampled: list = field(default_factory=list)  # log-probability of each of its tokens
+
+
+@dataclass
+class MicroBatch:
+    """A data.Batch of answers, and of each of its M tokens what it counts and its log-probability so far."""
+    batch: object
+    shares: np.ndarray  # (M,) float32
+    sampled: np.ndarray  # (M,) float32, when it was sampled
+    anchor: np.ndarray  # (M,) float32, of the model that the run began with, once it is known
+
+
+def make_micro_batches(mixture, prompts, rollouts, advantages, alive, shares, config):
+    """This rank's MicroBatches of a step: groups whose rewards differ, answers that are learnt from."""
+    pieces = []
+    for place, (prompt, group) in enumerate(zip(prompts, rollouts, strict=True)):
+        tokens, samples = prompt.sample.prompt(), []
+        for number, rollout in enumerate(group) if alive[place] else ():
+            if not (rollout.cut and config.mask_truncated):
+                share = float(shares[place, number])
+                spans = np.array([[len(tokens), len(tokens) + len(rollout.tokens)]])
+                samples.append(Answered(np.append(tokens, rollout.tokens), spans, prompt.sample.head, 0,
+                                        float(advantages[place, number]) * share, share, rollout.log_probabilities))
+        if samples:
+            group = Group(samples, shared_prefix(samples), 0, mixture.image_tokens[prompt.index],
+                          prompt.shard.read_image)
+            pieces += group.cut(min(mixture.max_length, mixture.micro_batch_tokens))
+    micro_batches = []
+    for groups in mixture.divide(pieces):
+        samples = [sample for group in groups for sample in group.samples]
+        sampled = np.concatenate([sample.sampled for sample in samples]).astype(np.float32)
+        shares_of = np.repeat([sample.share for sample in samples], [len(sample.sampled) for sample in samples])
+        micro_batches.append(MicroBatch(make_batch(groups, mixture.multiple), shares_of.astype(np.float32), sampled,
+                                        np.zeros(0, np.float32)))
+    return micro_batches
+
+
+# ----------------------------------------------------------------------------- the update
+
+def log_probabilities(model, batch, vocab_size, temperature):
+    """(M,) of the tokens of a data.Batch, at the temperature that they were sampled at."""
+    logits = model(batch)[:, :vocab_size] / temperature  # (M, V)
+    return logits.gather(1, batch.targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def policy_loss(model, micro, vocab_size, config):
+    """
+    The clipped surrogate (arXiv 1707.06347, eq. 7) of a MicroBatch of tensors, to be minimised, with the estimate of
+    the divergence that is never negative (http://joschu.net/blog/kl-approx.html). Also, (3,): the loss, the number
+    of clipped tokens, the divergence.
+    """
+    values = log_probabilities(model, micro.batch, vocab_size, config.temperature)  # (M,)
+    ratio, weights = (values - micro.sampled).exp(), micro.batch.weights
+    bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    loss, divergence = -torch.minimum(ratio * weights, bounded * weights).sum(), values.new_zeros(())
+    if config.kl:
+        d = micro.anchor - values
+        divergence = (micro.shares * (d.exp() - d - 1)).sum()
+        loss = loss + config.kl * divergence
+    clipped = (bounded * weights < ratio * weights).sum()
+    return loss, torch.stack([loss.detach(), clipped, divergence.detach()])
+
+
+def anchor_all(state, micro_batches, config):
+    """Note the log-probabilities of the model that the run began with."""
+    trained = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
+    now = {name: p.detach().clone() for name, p in trained.items()}
+    with torch.no_grad(), state.autocast:
+        for name, p in trained.items():
+            p.copy_(state.reference[name])
+        for micro in micro_batches:
+            batch = to_device(micro.batch, device_of(state.model))
+            micro.anchor = log_probabilities(state.model, batch, state.tokenizer.vocab_size,
+                                             config.temperature).float().cpu().numpy()
+        for name, p in trained.items():
+            p.copy_(now[name])
+
+
+def update_once(state, micro_batches, rate, config):
+    """
+    One update from a step's MicroBatches, of all ranks: this rank's sums, (3,), as policy_loss gives them, and the
+    gradient's norm. Raises FloatingPointError as run.update does.
+    """
+    sums = torch.zeros(3, device=device_of(state.model))
+    for micro in micro_batches:
+        with state.autocast:
+            loss, some = policy_loss(state.model, to_device(micro, sums.device), state.tokenizer.vocab_size, config)
+        (loss * state.scale.scale if state.scale else loss).backward()
+        sums += some
+    _, norm = update(state.optimizer, rate, sums[0], config.clip, state.scale)
+    return sums.tolist(), norm
+
+
+# ----------------------------------------------------------------------------- the run
+
+@dataclass
+class State:
+    """What a run goes on with from step to step."""
+    model: object
+    tokenizer: object
+    mixture: Mixture
+    records: list  # of each shard its lines of records.jsonl
+    limit: int  # tokens of a sampled answer
+    optimizer: object
+    scale: LossScale | None
+    reference: dict | None  # {name: tensor} of what trains, as it was when the run began; with --kl alone
+    record: dict  # what each checkpoint is sealed with
+    autocast: object
+
+
+def open_prompts(config, opened, vision, rank, ranks, device):
+    """The Mixture of what open_shards has opened. UserError where the vision part cannot read its images."""
+    mixture = Mixture(**opened, count_tokens=vision.tokens, batch_size=config.batch_size, seed=config.seed,
+                      max_length=config.max_length, micro_batch_tokens=config.micro_batch_tokens,
+                      held_out=config.held_out, rank=rank, ranks=ranks, multiple=128 if device.type == "cuda" else 1)
+    for shard, count, validation in zip(mixture.shards, mixture.counts, mixture.validation):
+        vision.require_shapes(shard.folder, shard.image_index)
+        print(f"{shard.folder}: {count:,} prompts, {len(validation):,} samples held out")
+    return mixture
+
+
+def load_policy(config, tokenizer, checkpoint, device, dtype):
+    """The VLM that trains: of a checkpoint of this run, else what --start names."""
+    trained = [part for part in ("vision", "projector", "language") if getattr(config, part) == "full"]
+    dtype = torch.float32 if config.language == "full" else dtype
+    if not checkpoint and is_qwen(whole := hub_folder(config.start)):
+        return build_vlm(config.start, tokenizer.vocab_size, whole, whole, dtype, device, trained=trained,
+                         bits=int(config.base_bits.replace("auto", "0")))
+    begun = checkpoint or checkpoint_of(config.start, tokenizer)
+    return load_vlm(begun, dtype, device, None, trained, config.base_bits)
+
+
+def compare_held_out(config):
+    """Print where --start may have been trained on what is held out here."""
+    flags = {} if is_qwen(hub_folder(config.start)) else read_manifest(find_run(config.start)[1])["flags"]
+    if flags and (flags["data"], flags["held_out"]) != (config.data, config.held_out):
+        print(f"{config.start} has --data={flags['data']} --held_out={flags['held_out']}, other than here: samples "
+              "that are held out here may have been trained on there; judge by eval_vqa.py")
+
+
+def open_reference(model, folder, record, rank):
+    """
+    State.reference: of LoRA a few megabytes, in place of a second model. It lies in the run's folder, its hash in
+    the run's record. UserError where it is another by now.
+    """
+    path = folder / "reference.safetensors"
+    if rank == 0 and "reference" not in record:
+        save_file({name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}, path)
+    found = agree(lambda: hash_file(path) if path.is_file() else "none")
+    if record.setdefault("reference", found) != found:
+        raise UserError(f"{path}: missing or altered, and --kl needs it; bring it back, or start another --run")
+    return load_file(path, str(device_of(model)))
+
+
+def held_out_scores(state, config):
+    """{dataset: mean score of its held-out samples, greedily answered, in percent}, by the task's main metric."""
+    scores, mixture = {}, state.mixture
+    for shard, numbers, start in zip(mixture.shards, mixture.validation, mixture.starts):
+        prompts, task = read_prompts(mixture, state.records, numbers + start), task_of(shard)
+        answered = share_out(prompts, lambda some, rank, ranks: roll_out(
+            state.model, state.tokenizer, some, 1, answer_limit(shard, config)))
+        if prompts:
+            scores[shard.folder.parent.name] = float(np.mean([
+                task.score(prompt.record, rollout.text)[task.MAIN] for prompt, (rollout,) in zip(prompts, answered)]))
+    return scores
+
+
+def main(config):
+    if not config.start:
+        raise UserError("--start: name the run to begin with, one of `python train_vlm.py`")
+    parse(config.reward)  # what is wrong with it is told first
+    device, dtype = pick_device(config.device, config.dtype)
+    rank, ranks, device = join_group(device, config.rank_timeout)
+    folder = agree(lambda: choose_folder(config.run, "grpo", config.resume))
+    with lock(folder / ".lock", "training") if rank == 0 else contextlib.nullcontext():
+        train(config, folder, rank, ranks, device, dtype)
+
+
+def train(config, folder, rank, ranks, device, dtype):
+    """All steps of a run, or those that are left of it."""
+    torch.manual_seed(config.seed)
+    checkpoint = agree(lambda: open_run(folder, config, FREE_ON_RESUME))
+    opened = open_shards(config.data, config.shards_dir, "train")
+    image, tokenizer = image_settings(opened["shards"]), tokenizer_of(opened["shards"][0])
+    model = load_policy(config, tokenizer, checkpoint, device, dtype).eval()  # without dropout, as it is sampled
+    mixture = open_prompts(config, opened, model.vision, rank, ranks, device)
+    make_trainable(model, config, checkpoint)
+    record = describe_run(config, mixture, image, tokenizer, model, device) | {"medians": {}}
+    optimizer = make_optimizer([(name, p, 1.0) for name, p in model.named_parameters()], weight_decay=0.0)
+    scale, first = LossScale() if dtype == torch.float16 else None, 0
+    if checkpoint:
+        record, first = require_same_inputs(checkpoint, record["inputs"]), int(checkpoint.name[5:])
+        load_optimizer(optimizer, model, checkpoint)
+        scale = scale and LossScale(**record.get("loss_scale", {}))
+    else:
+        compare_held_out(config)
+    if first >= config.max_steps:
+        return print(f"finished already; now run `python eval_vqa.py --run={folder}`")
+    reference = open_reference(model, folder, record, rank) if config.kl else None
+    if rank == 0:
+        write_run(folder, record, tokenizer, checkpoint)
+    log = open_log(folder, first, config.wandb and asdict(config)) if rank == 0 else lambda entry: None
+    print(f"{folder}: steps {first} to {config.max_steps} of {config.batch_size} x {config.answers} answers on "
+          f"{device}, {dtype}, {ranks} process(es)")
+    limit = max(answer_limit(shard, config) for shard, count in zip(mixture.shards, mixture.counts) if count)
+    records = [shard.read_records() for shard in mixture.shards]
+    take_steps(config, folder, first, log, State(model, tokenizer, mixture, records, limit, optimizer, scale, reference,
+                                                 record, autocast_to(device, dtype)))
+
+
+def take_steps(config, folder, first, log, state):
+    """Train from step `first` on, with log entries, held-out scores and checkpoints when they are due."""
+    device, rank, signals, saved = device_of(state.model), state.mixture.rank, catch_signals(), time.perf_counter()
+    bar = tqdm(total=config.max_steps, initial=first, unit="step", dynamic_ncols=True, disable=rank > 0)
+    scores = {}
+    if not first:
+        scores = held_out_scores(state, config)
+        log({"step": 0, "held_out": scores})
+    for step in range(first, config.max_steps):
+        try:
+            entry = take_step(state, step, config)
+        except (UserError, FloatingPointError) as error:
+            if step > first:  # nothing of this step has changed anything
+                save(config, folder, state, step, {})
+            raise UserError(f"step {step}: {error}") from None
+        done = step + 1
+        shown = "".join(f", {name} {score:.1f}" for name, score in scores.items())
+        bar.update()
+        bar.set_postfix_str(f"reward {entry['reward']:.3f}, dead {entry['dead_groups']:.0%}{shown}")
+        log({"step": done, **entry})
+        due, stopped = agree_on_stop(signals, 0 < 60 * config.save_minutes < time.perf_counter() - saved, device)
+        if evaluated := done % config.evaluate_every == 0 or done == config.max_steps:
+            scores = held_out_scores(state, config)
+            log({"step": done, "held_out": scores})
+        if due or stopped or evaluated or (config.save_every and done % config.save_every == 0):
+            save(config, folder, state, done, scores if evaluated else {})
+            saved = time.perf_counter()
+        if stopped and done < config.max_steps:
+            bar.close()
+            end_stopped(folder, done, stopped)
+    bar.close()
+    print(f"{folder}: finished; now run `python eval_vqa.py --run={folder}`")
+
+
+def take_step(state, step, config):
+    """Sample, reward, compare, update. Returns the step's entry for the log."""
+    began, mixture = time.perf_counter(), state.mixture
+    prompts = read_prompts(mixture, state.records, mixture.chosen(step)[0])
+    with state.autocast:
+        rollouts = sample_step(state, prompts, step, config)
+    sampled = time.perf_counter()
+    rewards = np.array([[rollout.reward for rollout in group] for group in rollouts])  # (P, G)
+    lengths = np.array([[len(rollout.tokens) for rollout in group] for group in rollouts])
+    several = config.balance and sum(count > 0 for count in mixture.counts) > 1
+    compared = balanced(rewards, prompts, state.record["medians"]) if several else rewards
+    advantages, alive = find_advantages(compared, config.normalise)
+    micro_batches = make_micro_batches(mixture, prompts, rollouts, advantages, alive,
+                                       find_shares(lengths, state.limit, config.length), config)
+    if config.kl:
+        anchor_all(state, micro_batches, config)
+    rate = learning_rate_at(step, config.max_steps, config.learning_rate, config.warmup)
+    for _ in range(config.updates):
+        sums, norm = update_once(state, micro_batches, rate, config)
+    loss, clipped, divergence = map(sum_of_ranks, sums)
+    trained = max(sum_of_ranks(sum(len(micro.sampled) for micro in micro_batches)), 1)
+    drawn = np.concatenate([rollout.log_probabilities for group in rollouts for rollout in group])
+    cut = [rollout.cut for group in rollouts for rollout in group]
+    return {"reward": rewards.mean(), "reward_spread": rewards.std(axis=1).mean(), "dead_groups": 1 - alive.mean(),
+            "length": lengths.mean(), "truncated": np.mean(cut), "entropy": -drawn.mean(), "loss": loss,
+            "gradient_norm": norm if math.isfinite(norm) else None, "learning_rate": rate, "clipped": clipped / trained,
+            **({"kl": divergence} if config.kl else {}),
+            "sampled_tokens_per_second": lengths.sum() / (sampled - began),
+            "trained_tokens_per_second": trained / (time.perf_counter() - sampled)}
+
+
+def save(config, folder, state, step, scores):
+    """Write a checkpoint, of the first rank. Its held-out loss is 1 less the mean score, so that the best is kept."""
+    if state.mixture.rank:
+        return
+    sync(folder / "log.jsonl")
+    record = state.record | ({"loss_scale": vars(state.scale)} if state.scale else {})
+    record |= {"held_out_loss": 1 - np.mean([*scores.values()]) / 100} if scores else {}
+    save_checkpoint(folder, step, lambda partial: save_vlm(state.model, partial), state.model, state.optimizer, record,
+                    config.keep)
+
+
+if __name__ == "__main__":
+    run(main, CONFIG)

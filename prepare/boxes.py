@@ -3,7 +3,7 @@ The datasets of boxes: where in an image something is, asked label by label.
 
 A set of few labels is asked for each of them in every image. Of a set of many, an image is asked for the labels
 that it has, and for one that it has not, which its name picks: that there is none is to be learnt, too.
-All are prepared by name alone; prepare/box_files.py reads their files.
+All are prepared by name alone; prepare/box_files.py reads their files. megabytes=0 means that no size is known.
 """
 
 import functools
@@ -60,7 +60,7 @@ def divide(found, groups):
 
 # ----------------------------------------------------------------------------- blood and teeth
 
-@dataset(only_by_name=True, kind="boxes", licence="MIT", access="open", megabytes=8,
+@dataset(only_by_name=True, kind="boxes", licence="MIT", access="open", megabytes=0,
          page="https://github.com/Shenggan/BCCD_Dataset", counts={"train": 615, "validation": 261, "test": 216},
          layouts=(("BCCD/Annotations/*.xml", "BCCD/ImageSets/Main/train.txt", "BCCD/ImageSets/Main/val.txt",
                    "BCCD/ImageSets/Main/test.txt", "BCCD/JPEGImages/*.jpg"),))
@@ -91,7 +91,7 @@ def bccd(raw):
                 yield split, record
 
 
-@dataset(only_by_name=True, kind="boxes", licence="CC-BY-4.0", access="open", megabytes=45, counts={},
+@dataset(only_by_name=True, kind="boxes", licence="CC-BY-4.0", access="open", megabytes=0, counts={},
          page="https://universe.roboflow.com/dental-uispo/-bhjcu",
          layouts=(("data/*/images/*.jpg", "data/*/labels/*.txt"),))
 def dental_xray_cv(raw):
@@ -162,7 +162,7 @@ def nih_boxes(raw):
 
 
 @dataset(only_by_name=True, kind="boxes", licence="RSNA's and Kaggle's terms, non-commercial research",
-         access="an account at Kaggle", megabytes=3700, folder="rsna_pneumonia",
+         access="an account at Kaggle", megabytes=0, folder="rsna_pneumonia",
          page="https://www.kaggle.com/c/rsna-pneumonia-detection-challenge",
          layouts=(("stage_2_train_labels.csv", "stage_2_train_images/*.*"), ("stage_2_train_labels.csv",)),
          counts={"train": 18679, "validation": 2668, "test": 5337})
@@ -193,7 +193,7 @@ def rsna_boxes(raw):
 
 CHESTX_LABELS = ("Atelectasis", "Calcification", "Consolidation", "Effusion", "Emphysema", "Fibrosis", "Fracture",
                  "Mass", "Nodule", "Pneumothorax")
-CHESTX = {"only_by_name": True, "kind": "boxes", "access": "open", "megabytes": 2000,
+CHESTX = {"only_by_name": True, "kind": "boxes", "access": "open", "megabytes": 0,
           "page": "https://github.com/Deepwise-AILab/ChestX-Det-Dataset"}
 
 
@@ -212,7 +212,7 @@ def read_chestx(raw, tables, labels):
                 yield row["file_name"], label.lower(), to_shares(where, box, 1024, 1024)
 
     for split, (table, folder) in tables.items():
-        found = gather(table, rows(raw / table))
+        found = gather(f"{raw.name}/{table}", rows(raw / table))
         with open_folder(raw / folder) as read:
             for name, boxes in found.items():
                 for record in ask_image(f"{folder}/{name}", read(name), boxes, [label.lower() for label in labels]):
@@ -277,7 +277,7 @@ def read_vindr(raw, table, sizes):
 
 
 @dataset(only_by_name=True, kind="boxes", licence="PhysioNet Credentialed Health Data License; Kaggle: its rules",
-         access="PhysioNet credential, or an account at Kaggle", megabytes=160000, counts={},
+         access="PhysioNet credential, or an account at Kaggle", megabytes=0, counts={},
          page="https://physionet.org/content/vindr-cxr/1.0.0 or "
               "https://www.kaggle.com/c/vinbigdata-chest-xray-abnormalities-detection",
          layouts=(("annotations/annotations_train.csv", "annotations/annotations_test.csv"), ("train.csv",)))
@@ -345,7 +345,7 @@ def window(content, low, high):
 
 
 @dataset(only_by_name=True, kind="boxes", licence="no restriction, NIH asks to be named", access="open",
-         megabytes=220000, page="https://nihcc.app.box.com/v/DeepLesion", counts={},
+         megabytes=0, page="https://nihcc.app.box.com/v/DeepLesion", counts={},
          layouts=(("DL_info.csv", "Images_png/*/*.png"), ("DL_info.csv",)))
 def deeplesion(raw):
     """

@@ -337,13 +337,14 @@ def write(target, path, boxes, found, splits, tokenizer, facts, workers):
         print(f"  {split}: {len(shard):,} questions about {shard.manifest['images']:,} images{skipped}")
 
 
-def prepare_boxes(path, sources, shards_dir, image, tokenizer, box_format="medmo", workers=0):
+def prepare_boxes(path, sources, shards_dir, image, tokenizer, box_format="medmo", workers=0, augment=0):
     """
     Prepare a folder or csv of images with boxes into shards_dir, unless it is there unchanged, and compare it
     with all test splits there. Returns the dataset's name.
 
     sources: what find_sources found; image: ImageSettings; tokenizer: of zoo.chatml.open_tokenizer; workers:
-    processes that decode images, 0: one a core, or fewer for few images. Raises UserError.
+    processes that decode images, 0: one a core, or fewer for few images; augment: altered copies of each training
+    sample. Raises UserError.
     """
     path, shards_dir = own_path(path), Path(shards_dir)
     with compared(path, shards_dir):
@@ -355,7 +356,7 @@ def prepare_boxes(path, sources, shards_dir, image, tokenizer, box_format="medmo
         boxes.notes.insert(0, how)
         items = [Item(splits[name], name, boxes.files[name] or path / name, tuple(sorted(some.items())),
                       boxes.patients.get(name, "")) for name, some in found.items()]
-        facts = {"listing": digest(items), "box_format": box_format, "image": asdict(image),
+        facts = {"listing": digest(items), "box_format": box_format, "augment": augment, "image": asdict(image),
                  "tokenizer_sha256": tokenizer.sha256}
         facts |= {"system": tokenizer.system} if tokenizer.system else {}
         return prepare_listing(path, shards_dir, facts, lambda target, facts: write(

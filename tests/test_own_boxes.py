@@ -131,6 +131,13 @@ def test_another_box_or_format_makes_the_dataset_stale(tmp_path, tokenizer, caps
     assert [250, 250, 750, 500] in sum(questions(prepared(tmp_path / "scans", tokenizer)).values(), [])
 
 
+def test_copies_of_training_images_are_asked_about_too(tmp_path, tokenizer):
+    write_coco(tmp_path / "scans")
+    plain = prepared(tmp_path / "scans", tokenizer)
+    more = prepared(tmp_path / "scans", tokenizer, augment=2)
+    assert len(more["train"]) == 3 * len(plain["train"]) and len(more["test"]) == len(plain["test"])
+
+
 def test_images_with_labels_alone_have_no_boxes(tmp_path):
     for number, label in enumerate(("benign", "malignant")):
         put_images(tmp_path / "scans" / label, 3)

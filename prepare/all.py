@@ -35,6 +35,7 @@ class Config:
     resize: Literal["squash", "crop", "pad", "fit"] = "squash"  # how an image becomes square; fit: keeps its shape
     max_pixels: Annotated[int, Range(0, 1 << 24)] = 0  # at most, with --resize=fit; 0: by --image_size
     box_format: Literal["medmo", "qwen"] = "medmo"  # how boxes are written: <box>[[...]]</box>, or JSON with bbox_2d
+    augment: Annotated[int, Range(0, 100)] = 0  # copies of each training image with boxes, mirrored or cropped
     codec: Literal["jpeg", "png"] = "jpeg"  # of stored images; png is lossless and twice as large
     quality: Annotated[int, Range(1, 100)] = 97  # of jpeg; 97 alters a pixel by 1.1 of 255 levels on average
     leaks: Literal["", "drop", "keep"] = ""  # test images in --only to train on; none: as it was, or drop
@@ -172,7 +173,8 @@ def prepare_own(config):
         return prepare_folder(config.folder, config.shards_dir, config.image_size, config.workers)
     prepare_tokenizer(config.tokenizer)
     return prepare_boxes(config.folder, sources, config.shards_dir, image_settings(config),
-                         open_tokenizer(config.tokenizer, config.system), config.box_format, config.workers)
+                         open_tokenizer(config.tokenizer, config.system), config.box_format, config.workers,
+                         config.augment)
 
 
 def prepare_dataset(dataset, config):
@@ -182,7 +184,7 @@ def prepare_dataset(dataset, config):
              "prompt_version": PROMPT_VERSION, "limit": config.limit, "image": asdict(image),
              "licence": dataset.licence}
     if dataset.kind == "boxes":
-        facts |= {"box_format": config.box_format}
+        facts |= {"box_format": config.box_format, "augment": config.augment}
     own_words = dataset.train_tokenizer and not names_chat_model(config)  # which has to be asked in its words
     if dataset.asks and not own_words:
         tokenizer = open_tokenizer(config.tokenizer, config.system)
@@ -327,7 +329,7 @@ def main(config):
         for split, manifest in manifests.items():
             for reason, first in manifest["first_skipped"].items():
                 print(f"{name} {split}: {reason}: {first} is the first of {manifest['skipped'][reason]:,}")
-        if not config.limit:
+        if not config.limit and not config.augment:
             compare_counts(DATASETS[name], manifests)
     print_leaks(names, config)
     statuses = {}

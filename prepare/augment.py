@@ -47,7 +47,7 @@ def redraw(content, mirror, corner, size):
     high = np.minimum(low + np.maximum(np.ceil(np.array(size) * sides).astype(int), 1), sides)
     image = image.crop((*low.tolist(), *high.tolist()))
     stream = io.BytesIO()
-    (ImageOps.mirror(image) if mirror else image).save(stream, "PNG")
+    (ImageOps.mirror(image) if mirror else image).save(stream, "PNG", compress_level=1)
     return stream.getvalue(), tuple(np.concatenate((low / sides, high / sides)).tolist())
 
 

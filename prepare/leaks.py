@@ -52,6 +52,11 @@ class Split:
             raise UserError(f"{path}: damaged; {shard.mend}")
         self.fingerprints = shard.map(path.name, FINGERPRINT)  # those of a large dataset fill gigabytes
         self.sample, self.image = shard.image_pairs()  # which sample shows which image
+        self.origin = np.arange(len(shard.image_index))  # an image's number; a copy's, that of what it was cut from
+        if shard.manifest.get("augment"):
+            first = {}
+            for record, image in zip(shard.read_records(), shard.samples["image"].tolist()):
+                self.origin[image] = first.setdefault(record["image"].partition("/copy ")[0], image)
         self.names = []  # (name of an image or "", number of its sample)
         self.ids = defaultdict(list)  # id -> (number of its sample, of the image or -1)
         if self.dataset and (self.dataset.shared_ids or self.dataset.known_leaks):
@@ -64,8 +69,8 @@ class Split:
                     self.ids[PurePosixPath(name).stem or record["id"]].append((number, image))
 
     def samples_of(self, images):
-        """Numbers of the samples that show one of these images."""
-        return np.unique(self.sample[np.isin(self.image, images)]).tolist()
+        """Numbers of the samples that show one of these images, or a copy of one (prepare/augment.py)."""
+        return np.unique(self.sample[np.isin(self.origin[self.image], self.origin[images])]).tolist()
 
 
 def compare(train, test):

@@ -33,6 +33,7 @@ from plumbing.flags import UserError
 from plumbing.own import clean
 from plumbing.pixels import DEEP_PIXELS, SMART_LEAST, Unreadable, load_image, open_stored, resize_image
 from plumbing.shards import IMAGE, SAMPLE, hash_words, sample_checksum
+from prepare.augment import altered
 from prepare.download import hub_revision
 from prepare.looks import fingerprint
 from tasks import boxes
@@ -412,7 +413,7 @@ def write_dataset(target, dataset, raw, sources, tokenizer, facts, workers, need
             encode = functools.partial(pool.submit, encode_image, settings=image)
             side = math.isqrt(SMART_LEAST) if image.resize == "smart" else image.size  # of a drawn image
             read = dataset.read(raw, side) if dataset.drawn else dataset.read(raw)
-            records = limited(read, limit, dataset.counts)
+            records = altered(limited(read, limit, dataset.counts), facts.get("augment", 0))
             total = sum(min(limit or count, count) for count in dataset.counts.values())
             for split, record in tqdm(records, dataset.name, total, unit=" samples"):
                 if split not in writers:

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from plumbing.flags import UserError
+from plumbing.leaks import read_leaks
 from plumbing.shards import Shard
 from prepare.all import Config, prepare_own
 from prepare.box_files import gather
+from prepare.leaks import guard
 from prepare.own_boxes import class_names, divide_own, find_sources, read_boxes
 from prepare.questions import train_sample_tokenizer
 from test_bad_input import spoiled
@@ -136,6 +138,19 @@ def test_copies_of_training_images_are_asked_about_too(tmp_path, tokenizer):
     plain = prepared(tmp_path / "scans", tokenizer)
     more = prepared(tmp_path / "scans", tokenizer, augment=2)
     assert len(more["train"]) == 3 * len(plain["train"]) and len(more["test"]) == len(plain["test"])
+
+
+def test_copies_of_a_test_image_are_left_out_with_it(tmp_path, tokenizer):
+    for split, seeds in (("train", (1, 2, 3)), ("test", (2,))):
+        for seed in seeds:
+            put(tmp_path / f"scans/{split}/{seed}.png", picture(*SIZE, seed=seed))
+            put(tmp_path / f"scans/{split}/{seed}.txt", "0 .5 .5 .5 .5\n")
+    put(tmp_path / "scans/data.yaml", "names: [lesion]")
+    train = prepared(tmp_path / "scans", tokenizer, augment=3)["train"]
+    guard(tmp_path / "shards")
+    _, numbers = read_leaks(Shard(next((tmp_path / "shards").glob("*/train"))))
+    found = [record["image"].partition("/copy")[0] for record in (train[number] for number in numbers)]
+    assert len(train) == 12 and len(found) == 4 and {*found} == {"train/2.png"}
 
 
 def test_images_with_labels_alone_have_no_boxes(tmp_path):

@@ -1,5 +1,6 @@
 """The tables of tasks/boxes.py: scores of all questions together, with 95% intervals by resampling."""
 
+import itertools
 import math
 
 import numpy as np
@@ -69,15 +70,18 @@ def resample(scored, units, seed):
     Where a resample holds no question for a score, it is nan. units: (n,).
     """
     _, units = np.unique(units, return_inverse=True)
-    draws = np.stack([np.ones(units.max() + 1, int), *draw_counts(units.max() + 1, seed=seed)])[:, units]
-    table = {}
+    count, table = units.max() + 1, {}
     for row, some in scored.items():
-        pairs = np.array([list(ratios(one).values()) for one in some], np.float64)  # (n, scores, 2)
-        above, below = np.moveaxis(np.tensordot(draws, pairs, 1), 2, 0)  # (1 + resamples, scores) each
+        pairs, labels = [ratios(one) for one in some], list(rank_labels(some))
+        sums = np.zeros((count, len(pairs[0]), 2))  # of each unit, over and below the line
+        np.add.at(sums, units, np.array([list(each.values()) for each in pairs], np.float64))
+        totals, averages = [], []
+        for counts in itertools.chain([np.ones(count, int)], draw_counts(count, seed=seed)):
+            totals.append(np.tensordot(counts, sums, 1))
+            averages.append(average_precision(labels, counts[units]))
         with np.errstate(invalid="ignore"):
-            table[row] = dict(zip(ratios(some[0]), (above / below).T))
-        labels = list(rank_labels(some))
-        table[row]["AP50"] = np.array([average_precision(labels, weights) for weights in draws])
+            shares = np.divide(*np.moveaxis(totals, 2, 0))  # (1 + resamples, scores)
+        table[row] = dict(zip(pairs[0], shares.T)) | {"AP50": np.array(averages)}
     if {"model", "image shuffled"} <= table.keys():
         table["the image adds"] = {name: values - table["image shuffled"][name]
                                    for name, values in table["model"].items()}

@@ -135,7 +135,7 @@ def iou(first, second):
     shared = (high - low).clip(0).prod(2)  # (P, G)
     one, other = ((boxes[:, 2:] - boxes[:, :2]).clip(0).prod(1) for boxes in (first, second))
     union = one[:, None] + other - shared
-    return np.where(np.minimum(one[:, None], other) > 0, shared / np.where(union > 0, union, 1), 0)
+    return shared / np.where(union > 0, union, 1)
 
 
 def assign(gains):

@@ -172,7 +172,7 @@ def parse(text):
         except ValueError:
             value = -1.0
         if not 0 <= value <= HEAVIEST:
-            raise UserError(f"--reward: {part.strip()!r:.60}: a weight is a number from 0 to {HEAVIEST}, as in {name}:1")
+            raise UserError(f"--reward: {part.strip()!r:.60}: a weight is from 0 to {HEAVIEST}, as in {name}:1")
         if name in (other for other, _, _ in chosen):
             raise UserError(f"--reward: {name} is given twice; give it once, with one weight")
         chosen.append((name, REWARDS[name], value))

@@ -255,7 +255,7 @@ def test_rewards_together():
     assert reward(chosen, boxes, "[]", 0) == 1  # of the others there is none
     assert reward(chosen, words, "B", 0) == pytest.approx((3 + 0) / 4)
     assert reward(chosen, words, "B. left lung", 0) == 1
-    assert reward(parse("boxes,report"), words, "B", 0) is None
+    assert reward(parse("boxes,report"), words, "B", 0) is reward(parse("boxes,f1:0"), words, "B", 0) is None
 
 
 def test_a_balanced_reward_has_its_median_at_half():

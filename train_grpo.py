@@ -376,11 +376,14 @@ def load_policy(config, tokenizer, checkpoint, device, dtype):
 
 
 def compare_held_out(config):
-    """Print where --start may have been trained on what is held out here."""
-    flags = {} if is_qwen(hub_folder(config.start)) else read_manifest(find_run(config.start)[1])["flags"]
-    if flags and (flags["data"], flags["held_out"]) != (config.data, config.held_out):
-        print(f"{config.start} has --data={flags['data']} --held_out={flags['held_out']}, other than here: samples "
-              "that are held out here may have been trained on there; judge by eval_vqa.py")
+    """Print where --start may have been trained on what is held out here: they depend on the datasets' order."""
+    if is_qwen(hub_folder(config.start)):
+        return
+    before, here = read_manifest(find_run(config.start)[1])["flags"], asdict(config)
+    named = [[entry.partition(":")[0] for entry in flags["data"].split(",")] for flags in (before, here)]
+    if named[0] != named[1] or before["held_out"] != config.held_out:
+        print(f"{config.start} has --data={before['data']} --held_out={before['held_out']}: with other datasets or "
+              "another order here, it may have learnt from what is held out here; judge by eval_vqa.py")
 
 
 def open_reference(model, folder, record, rank):

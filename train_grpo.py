@@ -89,26 +89,24 @@ if __name__ == "__main__":
 import contextlib
 import math
 import time
-from dataclasses import asdict, field
+from dataclasses import asdict
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from data import Group, Mixture, make_batch, open_shards, shared_prefix
-from generate import Sampling, finished_groups, generate
-from plumbing.devices import (LossScale, agree, autocast_to, join_group, pick_device, sum_of_ranks, to_device, together)
+from data import Mixture, open_shards
+from grpo import (balanced, find_advantages, find_shares, log_probabilities, make_micro_batches, policy_loss,
+                  read_prompts, reward_all, roll_out, share_out)
+from plumbing.devices import LossScale, agree, autocast_to, join_group, pick_device, sum_of_ranks, to_device
 from plumbing.files import find_run, hash_file, lock, read_manifest, sync
 from plumbing.runs import (choose_folder, describe_run, image_settings, open_log, open_run, require_same_inputs,
                            write_run)
-from plumbing.shards import Sample, Shard
-from plumbing.signals import agree_on_stop, catch_signals, end_stopped, time_limit
+from plumbing.signals import agree_on_stop, catch_signals, end_stopped
 from run import (device_of, learning_rate_at, load_optimizer, make_optimizer, make_trainable, save_checkpoint, update)
-from tasks.rewards import balance, parse, reward
-from tasks.splits import Question, answer_limit, read_groups, task_of
-from tasks.vqa import as_asked
+from tasks.rewards import parse
+from tasks.splits import answer_limit, task_of
 from weights import build_vlm, load_vlm, save_vlm
 from zoo.chatml import tokenizer_of
 from zoo.qwen3_files import is_qwen
@@ -117,64 +115,7 @@ FREE_ON_RESUME = {"compile", "device", "resume", "run", "evaluate_every", "save_
                   "rank_timeout", "wandb", "shards_dir", "recompute", "micro_batch_tokens", "reward_timeout"}
 
 
-# ----------------------------------------------------------------------------- sampling
-
-@dataclass
-class Prompt:
-    """What is asked in a step."""
-    shard: Shard
-    index: int  # of the shard
-    number: int  # of its sample there
-    sample: Sample
-    record: dict  # its words
-
-    def __str__(self):
-        return f"{self.shard.folder}:{self.number} ({self.record['id']})"
-
-
-@dataclass
-class Rollout:
-    """One sampled answer."""
-    tokens: list  # ids, what stopped it included
-    log_probabilities: list  # of each, as it was sampled
-    text: str
-    cut: bool  # whether it has reached the limit
-    reward: float = 0.0
-
-
-def read_prompts(mixture, records, samples):
-    """The Prompts of samples of a Mixture, (n,) numbers. records: of each shard its lines of records.jsonl."""
-    prompts = []
-    for number in samples:
-        index, local, sample = mixture.read(number)
-        prompts.append(Prompt(mixture.shards[index], index, local, sample, as_asked(records[index][local])))
-    return prompts
-
-
-def roll_out(model, tokenizer, prompts, count, limit, temperature=0.0, draws=None):
-    """
-    [[Rollout] * count] of each prompt, of at most `limit` tokens: greedy, or sampled at a temperature by draws,
-    (count, limit) uniform numbers of each prompt.
-    """
-    sampling = Sampling(temperature, stops=tokenizer.stops, vocab_size=tokenizer.vocab_size)
-    groups = (next(read_groups(prompt.shard, [[Question("", prompt.number, prompt.sample.prompt().tolist())] * count]))
-              for prompt in prompts)
-    rollouts = [[] for _ in prompts]
-    for number, answers in finished_groups(generate(model, groups, limit, sampling, draws=draws)):
-        rollouts[number] = [Rollout(answer.tokens + [answer.stop] * (answer.stop is not None),
-                                    answer.log_probabilities, tokenizer.decode(answer.tokens), answer.stop is None)
-                            for answer in answers]
-    return rollouts
-
-
-def share_out(things, answer):
-    """What answer(things of this rank) gives, one a thing, put together in the order of all things, on all ranks."""
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    parts = [together(lambda: answer(things[rank::ranks], rank, ranks))] * ranks
-    if ranks > 1:
-        dist.all_gather_object(parts, parts[rank])
-    return [parts[place % ranks][place // ranks] for place in range(len(things))]
-
+# ----------------------------------------------------------------------------- one step
 
 def sample_step(state, prompts, step, config):
     """[[Rollout] * G] of P prompts, rewarded. What is drawn depends on seed, step and place alone."""
@@ -186,124 +127,6 @@ def sample_step(state, prompts, step, config):
         return rollouts
 
     return share_out(prompts, answer)
-
-
-def reward_all(prompts, rollouts, chosen, progress, seconds):
-    """Reward all answers. UserError names the sample where a reward raises, takes too long, or is none in [0, 1]."""
-    for prompt, group in zip(prompts, rollouts, strict=True):
-        for rollout in group:
-            try:
-                with time_limit(seconds):
-                    value = reward(chosen, prompt.record, rollout.text, progress)
-            except Exception as error:  # whatever a reward of the user's own may raise
-                raise UserError(f"--reward: {prompt}: {type(error).__name__}: {error}, for {rollout.text!r:.100}; mend "
-                                "it, then the same command with --resume=true goes on") from None
-            if value is None:
-                raise UserError(f"--reward: {prompt}: none of these is for such a sample; add another, such as f1")
-            if not 0 <= value <= 1:
-                raise UserError(f"--reward: {prompt}: {value} for {rollout.text!r:.100}, which is not in [0, 1]; mend "
-                                "it, then the same command with --resume=true goes on")
-            rollout.reward = float(value)
-
-
-# ----------------------------------------------------------------------------- advantages and batches
-
-def find_advantages(rewards, normalise):
-    """
-    (P, G) rewards -> advantages, (P, G), and which groups have any, (P,) bool. normalise: "group" divides by each
-    group's standard deviation (arXiv 2402.03300), "step" by that of all answers; 1e-4 as in TRL.
-    """
-    advantages = rewards - rewards.mean(axis=1, keepdims=True)
-    alive = np.ptp(rewards, axis=1) > 0
-    if normalise == "group":
-        advantages = advantages / (rewards.std(axis=1, ddof=1, keepdims=True) + 1e-4)
-    if normalise == "step":
-        advantages = advantages / (rewards.std(ddof=1) + 1e-4)
-    return advantages, alive
-
-
-def balanced(rewards, prompts, medians):
-    """(P, G) rewards with each dataset's running median at 0.5, where there are several; medians: {dataset: median}."""
-    names = np.array([prompt.shard.folder.parent.name for prompt in prompts])
-    for name in np.unique(names).tolist():
-        median = float(np.median(rewards[names == name]))
-        medians[name] = 0.9 * medians.get(name, median) + 0.1 * median
-    return np.array([[balance(value, medians[name]) for value in group] for name, group in zip(names, rewards)])
-
-
-def find_shares(lengths, limit, how):
-    """(P, G) numbers of tokens -> what one token of each answer counts, (P, G); alike in all but "answer"."""
-    P, G = lengths.shape
-    return np.broadcast_to({"constant": 1 / (P * G * limit), "step": 1 / lengths.sum(),
-                            "group": 1 / (P * lengths.sum(axis=1, keepdims=True)),
-                            "answer": 1 / (P * G * lengths)}[how], lengths.shape)
-
-
-@dataclass
-class Answered(Sample):
-    """A prompt with a sampled answer; `weight` is its advantage times its share."""
-    share: float = 0.0  # what one of its tokens counts
-    sampled: list = field(default_factory=list)  # log-probability of each of its tokens
-
-
-@dataclass
-class MicroBatch:
-    """A data.Batch of answers, and of each of its M tokens what it counts and its log-probability so far."""
-    batch: object
-    shares: np.ndarray  # (M,) float32
-    sampled: np.ndarray  # (M,) float32, when it was sampled
-    anchor: np.ndarray  # (M,) float32, of the model that the run began with, once it is known
-
-
-def make_micro_batches(mixture, prompts, rollouts, advantages, alive, shares, config):
-    """This rank's MicroBatches of a step: groups whose rewards differ, answers that are learnt from."""
-    pieces = []
-    for place, (prompt, group) in enumerate(zip(prompts, rollouts, strict=True)):
-        tokens, samples = prompt.sample.prompt(), []
-        for number, rollout in enumerate(group) if alive[place] else ():
-            if not (rollout.cut and config.mask_truncated):
-                share = float(shares[place, number])
-                spans = np.array([[len(tokens), len(tokens) + len(rollout.tokens)]])
-                samples.append(Answered(np.append(tokens, rollout.tokens), spans, prompt.sample.head, 0,
-                                        float(advantages[place, number]) * share, share, rollout.log_probabilities))
-        if samples:
-            group = Group(samples, shared_prefix(samples), 0, mixture.image_tokens[prompt.index],
-                          prompt.shard.read_image)
-            pieces += group.cut(min(mixture.max_length, mixture.micro_batch_tokens))
-    micro_batches = []
-    for groups in mixture.divide(pieces):
-        samples = [sample for group in groups for sample in group.samples]
-        sampled = np.concatenate([sample.sampled for sample in samples]).astype(np.float32)
-        shares_of = np.repeat([sample.share for sample in samples], [len(sample.sampled) for sample in samples])
-        micro_batches.append(MicroBatch(make_batch(groups, mixture.multiple), shares_of.astype(np.float32), sampled,
-                                        np.zeros(0, np.float32)))
-    return micro_batches
-
-
-# ----------------------------------------------------------------------------- the update
-
-def log_probabilities(model, batch, vocab_size, temperature):
-    """(M,) of the tokens of a data.Batch, at the temperature that they were sampled at."""
-    logits = model(batch)[:, :vocab_size] / temperature  # (M, V)
-    return logits.gather(1, batch.targets[:, None])[:, 0] - logits.logsumexp(-1)
-
-
-def policy_loss(model, micro, vocab_size, config):
-    """
-    The clipped surrogate (arXiv 1707.06347, eq. 7) of a MicroBatch of tensors, to be minimised, with the estimate of
-    the divergence that is never negative (http://joschu.net/blog/kl-approx.html). Also, (3,): the loss, the number
-    of clipped tokens, the divergence.
-    """
-    values = log_probabilities(model, micro.batch, vocab_size, config.temperature)  # (M,)
-    ratio, weights = (values - micro.sampled).exp(), micro.batch.weights
-    bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    loss, divergence = -torch.minimum(ratio * weights, bounded * weights).sum(), values.new_zeros(())
-    if config.kl:
-        d = micro.anchor - values
-        divergence = (micro.shares * (d.exp() - d - 1)).sum()
-        loss = loss + config.kl * divergence
-    clipped = (bounded * weights < ratio * weights).sum()
-    return loss, torch.stack([loss.detach(), clipped, divergence.detach()])
 
 
 def anchor_all(state, micro_batches, config):

@@ -261,7 +261,8 @@ def test_a_resample_without_a_closed_question_blanks_no_cell(capsys):
 
 def test_one_image_alone_has_no_interval(capsys):
     scores = np.array([[50.0] * 4 + [math.nan]] * 3)
-    report("toy/test", {"model": by_question(by_metric(scores))}, 1, of_types("a" * 3), "no shards", np.array([4, 4, 4]))
+    report("toy/test", {"model": by_question(by_metric(scores))}, 1, of_types("a" * 3), "no shards",
+           np.array([4, 4, 4]))
     text = capsys.readouterr().out
     assert text.count("50.0 [- -]") == 4 and text.count(" - ") + text.count(" -\n") == 1
 

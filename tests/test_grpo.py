@@ -16,6 +16,8 @@ import train_grpo
 import train_vlm
 from data import BOS, Mixture, open_shards
 from generate import Sampling
+from grpo import (Prompt, Rollout, balanced, find_advantages, find_shares, log_probabilities, make_micro_batches,
+                  policy_loss, read_prompts, roll_out)
 from lora import lora_layers
 from model import LLaMA, LlamaConfig, VLM, ViT
 from plumbing.devices import autocast_to, to_device
@@ -26,8 +28,7 @@ from test_model import VIT, randomise
 from test_ranks import together
 from test_train import flags as sft_flags
 from test_train import prepare_sample, read_log
-from train_grpo import (MicroBatch, Prompt, Rollout, State, anchor_all, balanced, find_advantages, find_shares,
-                        log_probabilities, make_micro_batches, policy_loss, read_prompts, roll_out, update_once)
+from train_grpo import State, anchor_all
 from weights import build_vlm
 
 CPU = torch.device("cpu")
@@ -104,7 +105,8 @@ def test_a_steps_gradient_is_that_of_the_expected_reward():
     lengths = np.array([[len(one.tokens) for one in group] for group in rollouts])
     often = np.array([[chance[a] * chance[b]] for a, b in pairs]) * len(pairs)
     shares = find_shares(lengths, LIMIT, "constant") * often
-    losses(model, make_micro_batches(text_mixture(), [ask()] * len(pairs), rollouts, found, alive, shares, config), config)
+    prompts = [ask()] * len(pairs)
+    losses(model, make_micro_batches(text_mixture(), prompts, rollouts, found, alive, shares, config), config)
     assert (gradient(model) - wanted).norm() < 1e-6 * wanted.norm() and wanted.norm() > 1e-4
 
 
@@ -124,7 +126,8 @@ def test_a_group_behind_one_prompt_has_the_loss_and_gradient_of_its_answers_alon
     rollouts = some_rollouts(model, prompts)
     for rollout in itertools.chain(*rollouts):  # as of another model, so that some are clipped
         rollout.log_probabilities = [value - 0.1 for value in rollout.log_probabilities]
-    advantages, alive = find_advantages(np.array([[one.reward for one in group] for group in rollouts]), config.normalise)
+    scores = np.array([[one.reward for one in group] for group in rollouts])
+    advantages, alive = find_advantages(scores, config.normalise)
     shares = find_shares(np.array([[len(one.tokens) for one in group] for group in rollouts]), LIMIT, config.length)
     together = make_micro_batches(text_mixture(), prompts, rollouts, advantages, alive, shares, config)
     alone = make_micro_batches(text_mixture(), [prompt for prompt in prompts for _ in range(4)],
@@ -144,7 +147,8 @@ def test_advantages_and_shares_by_hand():
     scores = np.array([[0.0, 1.0], [0.5, 0.5]])
     advantages, alive = find_advantages(scores, "none")
     assert advantages.tolist() == [[-0.5, 0.5], [0, 0]] and alive.tolist() == [True, False]
-    assert find_advantages(scores, "group")[0][0] == pytest.approx([-0.5 / (0.5 ** 0.5 + 1e-4), 0.5 / (0.5 ** 0.5 + 1e-4)])
+    half = 0.5 / (0.5 ** 0.5 + 1e-4)
+    assert find_advantages(scores, "group")[0][0] == pytest.approx([-half, half])
     assert find_advantages(scores, "step")[0][0, 1] == pytest.approx(0.5 / (np.std(scores, ddof=1) + 1e-4))
     lengths = np.array([[1, 3], [4, 4]])
     assert (find_shares(lengths, 8, "constant") == 1 / 32).all() and (find_shares(lengths, 8, "step") == 1 / 12).all()
@@ -206,8 +210,8 @@ def start(shards, tmp_path_factory):
 @pytest.mark.parametrize("name", ["sample", "qwen_sample"])
 def test_sampled_log_probabilities_are_those_of_training(name, shards):
     torch.manual_seed(0)
-    mixture = Mixture(**open_shards("sample_boxes,sample", shards, "train"), count_tokens=lambda h, w: (h // 32) * (w // 32) + 1,
-                      batch_size=6)
+    mixture = Mixture(**open_shards("sample_boxes,sample", shards, "train"), batch_size=6,
+                      count_tokens=lambda height, width: height // 32 * (width // 32) + 1)
     tokenizer = train_grpo.tokenizer_of(mixture.shards[0])
     model = build_vlm(name, tokenizer.vocab_size).eval()
     mixture.image_tokens = [np.asarray(model.vision.tokens(index["height"].astype(int), index["width"].astype(int)))
@@ -249,7 +253,8 @@ def tensors_of(folder):
 
 def same(one, other, tolerance=0.0):
     assert one.keys() == other.keys()
-    return all((a - other[file][name]).abs().max() <= tolerance for file, some in one.items() for name, a in some.items())
+    return all((tensor - other[file][name]).abs().max() <= tolerance
+               for file, some in one.items() for name, tensor in some.items())
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(kl=0.1, data="sample,sample_boxes", reward="exact,boxes", updates=2),
@@ -265,8 +270,8 @@ def test_resumed_run_equals_undisturbed(changes, shards, start, tmp_path):
     assert same(tensors_of(tmp_path / "whole/step_000004"), tensors_of(tmp_path / "cut/step_000004"))
     moved = tensors_of(tmp_path / "whole/step_000002"), tensors_of(tmp_path / "whole/step_000004")
     assert not same(*moved)
-    timeless = [[{key: value for key, value in entry.items() if "per_second" not in key} for entry in read_log(tmp_path / run)]
-                for run in ("whole", "cut")]
+    timeless = [[{key: value for key, value in entry.items() if "per_second" not in key}
+                 for entry in read_log(tmp_path / run)] for run in ("whole", "cut")]
     assert timeless[0] == timeless[1]
 
 
@@ -299,7 +304,8 @@ def test_the_anchor_of_new_lora_is_the_model_without_it(shards, start, tmp_path)
     trained = {name: p.detach().clone() for name, p in model.named_parameters()}
     micro_batches = make_micro_batches(text_mixture(), [ask()], [[Rollout([3, STOP], [0.0, 0.0], "", False)]],
                                        np.ones((1, 1)), [True], np.ones((1, 1)), config)
-    state = State(model, SimpleNamespace(vocab_size=5), None, [], 3, None, None, reference, {}, autocast_to(CPU, torch.float32))
+    state = State(model, SimpleNamespace(vocab_size=5), None, [], 3, None, None, reference, {},
+                  autocast_to(CPU, torch.float32))
     anchor_all(state, micro_batches, train_grpo.Config())
     assert micro_batches[0].anchor == pytest.approx(plain.detach().numpy(), abs=1e-6)
     assert all((p == trained[name]).all() for name, p in model.named_parameters())

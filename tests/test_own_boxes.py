@@ -164,7 +164,8 @@ def test_images_with_labels_alone_have_no_boxes(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["names: [a b, 'c, d']", "names:\n  - a b\n  - 'c, d'\nnc: 2",
-                                  "names:\n- a b # x\n- c, d", "nc: 2\nnames:\n  0: a b\n  1: \"c, d\"\n", "names: {0: a b, 1: 'c, d'}"])
+                                  "names:\n- a b # x\n- c, d", "nc: 2\nnames:\n  0: a b\n  1: \"c, d\"\n",
+                                  "names: {0: a b, 1: 'c, d'}"])
 def test_yolos_names_are_read_in_each_form(text, tmp_path):
     put(tmp_path / "data.yaml", text)
     assert class_names(tmp_path / "data.yaml") == ["a b", "c, d"]

@@ -18,6 +18,7 @@ import time
 import urllib.request
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from model import VLM, LLaMA, LlamaConfig, ViT, ViTConfig, normalise, rotary_ang
 from plumbing.files import sealed
 from plumbing.flags import UserError, parse_command_line
 from plumbing.flags import run as run_script
+from plumbing.pixels import resize_image
 from plumbing.shards import Shard
 from test_browse import chromium  # noqa: F401, the fixture
 from test_eval import TOKENIZER, write_questions
@@ -70,10 +72,10 @@ def some_image(seed=0):
     return np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
 
 
-def generated(model, tokenizer, image, questions):
+def generated(model, tokenizer, image, questions, longest=32):
     """generate()'s answers, {question: token ids}."""
     prompts = [[BOS, -1, *tokenizer.encode(format_prompt(question))] for question in questions]
-    [(_, answers)] = finished_groups(generate(model, [([image], prompts)]))
+    [(_, answers)] = finished_groups(generate(model, [([image], prompts)], longest))
     return {question: answer.tokens for question, answer in zip(questions, answers, strict=True)}
 
 
@@ -160,11 +162,24 @@ def test_long_questions_start_another_cache_and_are_answered_the_same(model, tok
     seen, encode = [], VLM.encode_images
     monkeypatch.setattr(VLM, "encode_images", lambda *arguments: seen.append(1) or encode(*arguments))
     monkeypatch.setattr(demo, "MAX_CACHED", 600)
+    monkeypatch.setattr(demo, "MAX_BOX_TOKENS", demo.MAX_NEW_TOKENS)
     conversation = demo.Conversation(model, tokenizer, some_image(), torch.float32)
     assert 200 < len(tokenizer.encode(long[0])) < 250
     for number in (0, 1, 2, 0):
         assert ids(conversation.ask(long[number])) == expected[long[number]]
     assert len(seen) == 2
+
+
+def test_an_answer_that_writes_boxes_goes_on_where_others_are_cut(model, tokenizer, monkeypatch):
+    expected = generated(model, tokenizer, some_image(), QUESTIONS, 24)
+    assert max(map(len, expected.values())) == 24
+    monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 12)
+    monkeypatch.setattr(demo, "MAX_BOX_TOKENS", 24)
+    for writes in (True, False):
+        monkeypatch.setattr(demo, "writes_boxes", lambda text: writes)
+        conversation = demo.Conversation(model, tokenizer, some_image(), torch.float32)
+        for question in QUESTIONS:
+            assert ids(conversation.ask(question)) == expected[question][:24 if writes else 12]
 
 
 def test_probabilities_and_attention_are_those_of_a_dense_recomputation(model, tokenizer):
@@ -218,6 +233,88 @@ def test_patches_lie_where_they_are_in_any_shape_with_and_without_a_class_token(
     image, looked = np.zeros((height, width, 3), np.uint8), np.arange(rows * columns)
     for tokens in (looked, [1000, *looked]):
         assert (demo.patches_of(image, np.array(tokens)) == looked.reshape(rows, columns)).all()
+
+
+# ----------------------------------------------------------------------------- boxes
+
+PAIRS = {"cyst": (np.array([[100, 200, 300, 400]]), np.array([[0, 0, 1000, 1000]])),
+         "<b>x</b>": (np.array([[600, 50, 900, 1e300], [500, 500, 400, 600]]), np.zeros((0, 4)))}
+
+
+@pytest.mark.parametrize("width, height", [(400, 200), (200, 400), (300, 300)])
+@pytest.mark.parametrize("how, size", [("squash", 128), ("crop", 128), ("pad", 128), ("fit", 128), ("smart", 1 << 17)])
+def test_boxes_lie_on_what_the_model_sees_of_the_whole_image(how, size, width, height):
+    """A box of thousandths of the whole image, and the same rectangle painted on it and seen as the model sees it."""
+    box = np.array([400, 300, 600, 550])
+    image = Image.new("RGB", (width, height))
+    image.paste((255, 255, 255), tuple(np.round(box * [width, height] * 2 / 1000).astype(int)))
+    seen = np.asarray(resize_image(image, size, how))[..., 0] > 127
+    rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+    [*found] = re.findall(r"(?:left|top|width|height):([-.\d]+)%", demo.draw_boxes(
+        "<img>", {"a": (box[None], np.zeros((0, 4)))}, demo.part_of(width, height, how)))
+    left, top, wide, high = np.array(found, float) * np.tile(seen.shape[::-1], 2) / 100
+    assert [left, left + wide, top, top + high] == pytest.approx(
+        [columns[0], columns[-1] + 1, rows[0], rows[-1] + 1], abs=1.01)
+
+
+def test_boxes_are_drawn_where_they_are_with_their_labels(chromium):  # noqa: F811
+    page = chromium.new_page()
+    image = demo.picture(some_image(), "it")
+    page.set_content(demo.STYLE + demo.draw_boxes(image, PAIRS))
+    frame = page.locator(".picture").bounding_box()
+    places = page.locator(".box").evaluate_all("all => all.map(one => one.getBoundingClientRect())"
+                                               ".map(box => [box.left, box.top, box.width, box.height])")
+    places = (np.array(places) - [frame["x"], frame["y"], 0, 0]) * 1000 / frame["width"]
+    assert frame["width"] == 352 and places[:2].tolist() == pytest.approx(
+        np.array([[0, 0, 1000, 1000], [100, 200, 200, 200]]), abs=0.2)
+    assert places[3][2] * 0.352 == pytest.approx(4, abs=0.1)  # an inverted box has but its borders
+    assert page.locator(".box span").all_inner_texts() == ["cyst", "<b>x</b>", "<b>x</b>"]
+    styles = page.locator(".box").evaluate_all("all => all.map(getComputedStyle)"
+                                               ".map(style => [style.borderTopStyle, style.borderTopColor])")
+    assert [style for style, _ in styles] == ["dashed", "solid", "solid", "solid"]
+    assert styles[0][1] == styles[1][1] != styles[2][1] == styles[3][1]  # a colour a label
+    page.close()
+    many = {"cell": (np.repeat(PAIRS["cyst"][0], demo.NAMED + 1, axis=0), PAIRS["cyst"][1])}
+    assert demo.draw_boxes(image, many).count("<span") == 0 and demo.draw_boxes(image, {}) == image
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """show_boxes(...) -> (its pairs, what it put on the page)."""
+    said = []
+    state = SimpleNamespace(whole=some_image(), part=(0, 0, 1000, 1000))
+    monkeypatch.setattr(demo, "st", SimpleNamespace(session_state=state, html=said.append))
+
+    def show(*arguments, **changes):
+        said.clear()
+        vars(state).update(changes)
+        return demo.show_boxes(*arguments), "".join(said)
+
+    return show
+
+
+def test_what_is_said_of_boxes(shown):
+    assert shown("what is this?", "a lung", "a lung") == ({}, "")
+    pairs, said = shown("detect cyst", "<box>[[1, 2, 3, 4]]</box>", "Cyst <box>[[1, 2, 3, 4]]</box>")
+    assert list(pairs) == ["cyst"] and said.count('class="box ') == 2 and "recorded</p>" in said
+    assert "In the answer: cyst: 1. F-IoU with the recorded boxes: 100%." in said
+    pairs, said = shown("where is it?", '[{"bbox_2d": [1, 2, 3, 4], "label": "<i>"}]', None)
+    assert "&lt;i&gt;: 1." in said and "F-IoU" not in said and "recorded" not in said and "<i>:" not in said
+    for question, answer in (("detect cyst", "a cyst"), ("where is it?", "cyst <box>[[1, 2, 3"), ("Detect it", "")):
+        pairs, said = shown(question, answer, "cyst <box>[]</box>")
+        assert "This answer cannot be read as boxes. F-IoU with the recorded boxes: 0%." in said
+    assert "In the answer: no box." in shown("detect cyst", "[]", None)[1]
+    pairs, said = shown("detect cyst", "cyst <box>[[1, 2, 3, 4]]</box>", None, whole=None)
+    assert pairs == {} and "<img" not in said and "In the answer: cyst: 1." in said and "upload the image" in said
+
+
+@pytest.mark.parametrize("how", ["crop", "pad", "squash", "fit"])
+def test_the_whole_image_is_that_of_an_upload_and_of_an_example_stored_whole(how):
+    loaded = SimpleNamespace(resize=how, examples=[("scans/test, image 1", some_image(), {})])
+    whole, part = demo.see_whole(Image.new("RGB", (3000, 1500)), loaded, "an upload")
+    assert whole.shape == (352, 704, 3) and part == demo.part_of(3000, 1500, how)
+    whole, part = demo.see_whole(Image.fromarray(some_image()), loaded, "scans/test, image 1")
+    assert (whole is None and part is None) == (how in ("crop", "pad"))
 
 
 # ----------------------------------------------------------------------------- bad images

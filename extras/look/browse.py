@@ -5,9 +5,9 @@ Write one page to look at a model's answers: each image, its questions, and what
 
 needs an evaluation by `python eval_vqa.py`, and the prepared data for the images; of several it shows
 the newest of each dataset, and one alone where --run is its folder. The page is a single file that any
-browser opens and that loads nothing. It filters by right and wrong, dataset, type and words, and by
-whether the image helped. It contains the images: pass it on only where you may pass on the data. How it
-looks and works is in extras/look/browse.html.
+browser opens and that loads nothing. It filters by right and wrong, dataset, type, words and F-IoU, and by
+whether the image helped; boxes are drawn over their image, true ones dashed. It contains the images: pass
+it on only where you may pass on the data. How it looks and works is in extras/look/browse.html.
 """
 
 import sys
@@ -26,6 +26,7 @@ from PIL import Image
 
 from plumbing.flags import UserError, parse_command_line, run
 from plumbing.shards import Shard
+from tasks import boxes
 from tasks.evaluations import choose_evaluations, file_of, find_evaluations, read_predictions
 from tasks.vqa import as_asked, bleu1, exact_match
 
@@ -141,11 +142,26 @@ def references_of(line):
     return line.get("references") or [line["answer"]]
 
 
-def scored(line):
-    """An answer as the page shows it. Of several references the best counts, for each score."""
+def scored(line, record):
+    """
+    An answer as the page shows it. Of several references the best counts, for each score. Of boxes F-IoU counts, and
+    "boxes" are those of the answer, [label, corners] of each; None where it is unreadable.
+    """
     text, references = line["prediction"], references_of(line)
+    if (true := record.get("boxes")) is not None:
+        found = boxes.read(text)
+        pairs = boxes.pair_up(found or {}, true)
+        return {"text": text, "f_iou": round(boxes.score(record, text)[boxes.MAIN], 2), "boxes": None if found is None
+                else [[label, *box] for label, (some, _) in pairs.items() for box in some.clip(-9999, 9999).tolist()]}
     return {"text": text, "bleu1": round(max(bleu1(text, other) for other in references), 4),
             "exact": any(exact_match(text, other) for other in references)}
+
+
+def true_boxes(record, shard, numbers):
+    """[label, corners] of each true box of a question, thousandths; None where its image is not stored whole."""
+    if len(numbers) != 1 or shard.manifest["image"]["resize"] in ("crop", "pad"):
+        return None
+    return [[boxes.plain(label), *box] for label, some in record["boxes"].items() for box in some]
 
 
 def jpeg(images):
@@ -199,7 +215,8 @@ def main(config):
             "id": line["id"], "dataset": line["dataset"], "type": line["type"], "name": line["image"],
             "image": images[shown][0] if numbers else -1, "context": words_before(record),
             "question": line["question"], "references": references_of(line), "seen": line.get("seen"),
-            "answers": [scored(answered[key]) if key in answered else None for answered in rows.values()]})
+            "boxes": true_boxes(record, shard, numbers) if "boxes" in record else None,
+            "answers": [scored(answered[key], record) if key in answered else None for answered in rows.values()]})
     page = fill_in(Path(__file__).with_name("browse.html").read_text(encoding="utf-8"), {
         "run": folder.resolve().name, "rows": list(rows),
         "images": [content for _, content in images.values()], "questions": questions})

@@ -5,8 +5,9 @@ Ask a trained model about images in the browser: what it answers, how surely, an
 
 The page is at http://127.0.0.1:8501, for this machine alone. It is research software, not for clinical
 use. Images and questions stay in memory while the page is open: nothing is written to the disk or sent
-elsewhere, at whatever --address the page is. Where train_cls.py has trained a classifier, its
-probabilities stand beside the image. Needs `pip install -r extras/requirements.txt`.
+elsewhere, at whatever --address the page is. Boxes in an answer are drawn over the image, beside the recorded
+ones where there are any. Where train_cls.py has trained a classifier, its probabilities stand beside the
+image. Needs `pip install -r extras/requirements.txt`.
 
 Streamlit shows the page, with the settings of server_settings(); under others the page refuses to work.
 """
@@ -20,6 +21,7 @@ import base64
 import html
 import io
 import ipaddress
+import itertools
 import re
 import socket
 from collections import Counter, defaultdict
@@ -37,6 +39,7 @@ from plumbing.devices import autocast_to, pick_device
 from plumbing.flags import Device, Range, UserError, parse_command_line, run
 from plumbing.pixels import TOO_LARGE, Unreadable, load_image, resize_image
 from run import open_trained_run
+from tasks import boxes
 from tasks.splits import QUESTIONS_PER_ROW, open_splits
 from weights import load_classifier, load_vlm
 
@@ -49,11 +52,15 @@ MEGABYTES = 20  # of an upload, at most
 TYPES = ("png", "jpg", "jpeg", "tif", "tiff", "bmp", "webp")
 EXAMPLES = 12  # images to choose from, about
 MAX_NEW_TOKENS = 32  # an answer is cut here, as generate()'s is
+MAX_BOX_TOKENS = 1024  # and one that has begun to write boxes here
 MAX_QUESTION = 512  # tokens of a question; some 2,000 letters
 MAX_CACHED = 4096  # tokens of questions and answers beside the image, then it starts another cache
 RUNNERS_UP = 3  # tokens listed beside the one that was taken
 SURE = (0.9, "#cfe6f2"), (0.7, "#e0efd6"), (0.5, "#fbeec2"), (0, "#f8d3b8")  # probability from, colour
 HEAT = (226, 88, 0)  # colour of the map
+BOX_COLOURS = ("#56b4e9", "#f0e442", "#f29bc6", "#2fd6a3", "#ff9d5c", "#c9b3ff")  # of labels, in dark letters
+NAMED = 8  # boxes of an answer, at most, that bear their labels
+SHARP = 704  # pixels of the longer side of a whole image that is drawn: twice what .picture is wide
 STYLE = """<style>
 .block-container {padding-top: 1.2rem; max-width: 1180px}
 .name {font-size: 1.6rem; font-weight: 650; margin: 0}
@@ -61,6 +68,15 @@ STYLE = """<style>
 .notice {background: #fdf4e3; border-left: 4px solid #c98a12; padding: .5rem .8rem; margin: .4rem 0 0}
 .picture, .ramp {width: 100%; max-width: 22rem; border-radius: 4px; display: block}
 .ramp {height: .6rem; background: linear-gradient(to right, #eee, rgb(226, 88, 0))}
+.framed {position: relative; overflow: hidden; width: 100%; max-width: 22rem; border-radius: 4px}
+.box {position: absolute; box-sizing: border-box; border: 2px solid; filter: drop-shadow(0 0 1px #000)}
+.box.recorded {border-style: dashed}
+.line.recorded {border-top-style: dashed}
+.box span {position: absolute; left: -2px; bottom: 100%; font: 600 .7rem/1.3 sans-serif; white-space: nowrap;
+  color: #1d2b33; padding: 0 .3em}
+.box.top span {bottom: auto; top: 0}
+.box.right span {left: auto; right: -2px}
+.line {display: inline-block; width: 1.6rem; border-top: 2px solid #1d2b33; margin: 0 .35rem .25rem 0}
 .question {font-weight: 600; margin: .3rem 0; overflow-wrap: anywhere}
 .answer {font-size: 1.3rem; line-height: 1.7; margin: 0; overflow-wrap: anywhere}
 .word {color: #1d2b33; padding: .1em .35em; border-radius: 4px; margin: .1em; display: inline-block}
@@ -70,7 +86,7 @@ STYLE = """<style>
 progress {accent-color: #0b5c7a; width: 100%}
 [data-testid=stButtonGroup] [role] {flex-wrap: wrap; overflow: visible; mask: none}
 [data-testid=stButtonGroup] :is(button, button *) {white-space: normal; height: auto; max-width: 100%}
-@media (max-width: 640px) {.picture, .ramp {max-width: 13rem} .notice {font-size: .9rem}}
+@media (max-width: 640px) {.picture, .ramp, .framed {max-width: 13rem} .notice {font-size: .9rem}}
 </style>"""
 
 
@@ -145,21 +161,23 @@ class Conversation:
         It may be left at any time: what it put into the cache is in no other question's sight.
         """
         prefix, own = write_prompt(self.tokenizer, question)
-        longest = len(own) + MAX_NEW_TOKENS
-        if self.asked == QUESTIONS_PER_ROW or self.cached + longest > MAX_CACHED:
+        if self.asked == QUESTIONS_PER_ROW or self.cached + len(own) + MAX_BOX_TOKENS > MAX_CACHED:
             self.start(prefix)
-        self.asked, self.cached = self.asked + 1, self.cached + longest
+        self.asked, self.cached = self.asked + 1, self.cached + len(own)
         begin, end = len(prefix) - 1, len(prefix) - 1 + self.model.vision.tokens(*self.image.shape[:2])
         position = count_positions(self.model, prefix, [self.image])
         answer = Answer(0, 0, 1, Piece(0, self.asked, position, own, []))
         while not answer.done:
             with self.autocast:
-                [logits] = extend(self.model, self.cache, [answer], MAX_NEW_TOKENS, self.sampling)  # (V,)
+                [logits] = extend(self.model, self.cache, [answer], MAX_BOX_TOKENS, self.sampling)  # (V,)
+            self.cached += 1
             [token], probabilities = answer.next.tokens, logits.softmax(0)
             best, ids = probabilities.topk(RUNNERS_UP + 1)
             others = [pair for pair in zip(ids.tolist(), best.tolist()) if pair[0] != token]
             looked = torch.stack(self.cache.weights).mean(0)[begin:end].cpu().numpy()
             yield Token(token, float(probabilities[token]), others[:RUNNERS_UP], looked)
+            if len(answer.tokens) == MAX_NEW_TOKENS and not writes_boxes(self.tokenizer.decode(answer.tokens)):
+                break
 
 
 def write_prompt(tokenizer, question):
@@ -182,6 +200,22 @@ def words_of(tokens, tokenizer):
     return [Word(tokenizer.decode([token.id for token in group]),
                  float(np.prod([token.probability for token in group])),
                  np.mean([token.looked for token in group], axis=0)) for group in groups]
+
+
+def text_of(tokens, tokenizer):
+    return tokenizer.decode([token.id for token in tokens if token.id not in tokenizer.stops])
+
+
+def writes_boxes(text):
+    """Whether an answer, perhaps not yet whole, is in one of the forms of boxes."""
+    return "<box>" in text or text.lstrip().startswith(("[", "```"))
+
+
+def part_of(width, height, how):
+    """What resize_image leaves of an image: left, top, width and height, in thousandths of the whole one's."""
+    side = {"crop": min, "pad": max}.get(how)
+    width, height = (1000 * side(width, height) / own if side else 1000 for own in (width, height))
+    return 500 - width / 2, 500 - height / 2, width, height
 
 
 def read_upload(content, at_least):
@@ -234,7 +268,8 @@ def load(config):
             if sample["images"] == sample["spans"] == 1 and not words.get("context"):
                 asked[int(sample["image"])][words["question"]] = words["answer"]
                 frequent[words["question"]] += 1
-        for image in sorted(asked)[::max(len(asked) * len(shards) // EXAMPLES, 1)]:
+        places = np.linspace(0, len(asked) - 1, max(EXAMPLES // len(shards), 1)) if asked else ()
+        for image in dict.fromkeys(sorted(asked)[round(place)] for place in places):
             name = f"{shard.folder.relative_to(config.shards_dir)}, image {image + 1}"
             examples.append((name, shard.read_image(image), asked[image]))
     classifiers = Path("out/cls").glob("*/*/seed_*/model")
@@ -265,6 +300,29 @@ def picture(pixels, words):
     Image.fromarray(pixels).save(stream, "PNG")
     content = base64.b64encode(stream.getvalue()).decode()
     return f'<img class="picture" alt="{words}" src="data:image/png;base64,{content}">'
+
+
+def draw_boxes(image, pairs, part=(0, 0, 1000, 1000)):
+    """
+    An <img> with boxes over it, each label in its colour: those of the answer, the recorded ones in dashed lines.
+
+    pairs: {label: (boxes of the answer, recorded boxes)}, (n, 4) each, in thousandths of the whole image; part: what
+    of that the <img> shows, as part_of gives it.
+    """
+    if not pairs:
+        return image
+    left, top, *size = part
+    named, lines = sum(len(found) for found, _ in pairs.values()) <= NAMED, []
+    for (label, (found, recorded)), colour in zip(pairs.items(), itertools.cycle(BOX_COLOURS)):
+        name = f'<span style="background:{colour}">{html.escape(label or "box")}</span>' if named else ""
+        for some, kind, inner in ((recorded, "recorded", ""), (found, "found", name)):
+            for x1, y1, x2, y2 in (np.clip(some, -9999, 9999) - (left, top, left, top)).tolist():
+                x, y, width, height = (100 * length / whole for length, whole in zip(
+                    (x1, y1, max(x2 - x1, 0), max(y2 - y1, 0)), size * 2))
+                sides = " top" * (y < 8) + " right" * (x > 50)
+                lines.append(f'<div class="box {kind}{sides}" style="left:{x:.2f}%;top:{y:.2f}%;width:{width:.2f}%;'
+                             f'height:{height:.2f}%;border-color:{colour}">{inner}</div>')
+    return f'<div class="framed">{image}{"".join(lines)}</div>'
 
 
 def plain(text):
@@ -311,7 +369,47 @@ def show_image(pixels, classes, loaded):
             table(rows, f"{loaded.classifier[2]}, which knows these classes alone"))
 
 
-def show_details(tokens, words, image, tokenizer, key):
+def show_boxes(question, text, recorded):
+    """
+    The boxes of an answer and the recorded ones over the whole image, if it is one of boxes; {label: pair of both}.
+    """
+    found, true, whole = boxes.read(text), boxes.read(recorded or ""), st.session_state.whole
+    asked = question.lower().startswith(boxes.ask("")) or true is not None
+    if found is None and not asked and not writes_boxes(text):
+        return {}
+    pairs = boxes.pair_up(found or {}, true or {})
+    counts = ", ".join(f"{label or 'box'}: {len(some)}" for label, (some, _) in pairs.items()) or "no box"
+    said = "This answer cannot be read as boxes." if found is None else f"In the answer: {counts}."
+    if true is not None:
+        said += f" F-IoU with the recorded boxes: {boxes.score({'boxes': true}, text)[boxes.MAIN]:.0f}%."
+    if whole is None:
+        said += (" Boxes are of the whole image, of which this example is a cropped or padded copy: upload the image "
+                 "itself to see them on it.")
+        st.html(f'<p class="note">{html.escape(said)}</p>')
+        return {}
+    keys = [f'<span class="word key" style="background:{colour}">{html.escape(label or "box")}</span>'
+            for label, colour in zip(pairs, itertools.cycle(BOX_COLOURS))]
+    lines = [f'<i class="line {kind}"></i>{words}' for kind, words in (
+        ("found", "the answer"), ("recorded", "recorded"))[:1 + (true is not None)]]
+    st.html(draw_boxes(picture(whole, "The image with its boxes"), pairs)
+            + f'<p class="note">{" ".join(keys)} {" &nbsp; ".join(lines)}</p>'
+            f'<p class="note">{html.escape(said)}</p>')
+    return pairs
+
+
+def see_whole(image, loaded, name):
+    """
+    The whole image (H, W, 3) uint8 to draw boxes on, and what of it the model sees, as part_of gives it. (None, None)
+    for an example that was stored cropped or padded: where the whole one ended is not known.
+    """
+    if loaded.resize in ("crop", "pad") and name in (example for example, *_ in loaded.examples):
+        return None, None
+    part, whole = part_of(*image.size, loaded.resize), image.copy()
+    whole.thumbnail((SHARP, SHARP), Image.Resampling.BICUBIC)
+    return np.asarray(whole), part
+
+
+def show_details(tokens, words, image, pairs, tokenizer, key):
     """Where the model looked for an answer, and what else it might have said."""
     def cell(token, probability):
         text = "(end)" if token in tokenizer.stops else tokenizer.decode([token]) or "(space)"
@@ -324,7 +422,8 @@ def show_details(tokens, words, image, tokenizer, key):
                       format_func=lambda n: plain(f"{words[n].text} {words[n].probability:.1%}"))
     looked = np.mean([one.looked for one in (tokens if chosen is None else [words[chosen]])], axis=0)
     left, right = st.columns(2)
-    left.html(picture(heat_map(image, looked), "The image, coloured where the model looked"))
+    left.html(draw_boxes(picture(heat_map(image, looked), "The image, coloured where the model looked"), pairs,
+                         st.session_state.part))
     patches = patches_of(image, looked)
     right.html(f'<div class="ramp"></div><p class="note">{patches.min():.1%} to {patches.max():.1%} of its '
                f"attention on a patch; {looked.sum():.0%} on the whole image, the rest on words</p>"
@@ -370,7 +469,8 @@ def converse(conversation, tokenizer, questions):
             st.html(shown)
             continue
         newest.html(shown)
-        show_details(tokens, words, conversation.image, tokenizer, f"{state.name} {len(state.turns)}")
+        pairs = show_boxes(question, text_of(tokens, tokenizer), recorded)
+        show_details(tokens, words, conversation.image, pairs, tokenizer, f"{state.name} {len(state.turns)}")
 
 
 def show_page(config):
@@ -401,6 +501,7 @@ def show_page(config):
             classes = classify(loaded, image) if loaded.classifier else {}
             state.conversation = Conversation(loaded.model, loaded.tokenizer, pixels, loaded.dtype)
             state.name, state.classes, state.turns = name, classes, []
+            state.whole, state.part = see_whole(image, loaded, name)
         show_image(state.conversation.image, state.classes, loaded)
     with right:
         converse(state.conversation, loaded.tokenizer, questions)

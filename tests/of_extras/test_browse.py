@@ -27,6 +27,7 @@ from plumbing.shards import PROMPT_VERSION, SHARD_VERSION, Shard
 from prepare.datasets import Dataset
 from prepare.questions import train_sample_tokenizer
 from prepare.shards import write_dataset
+from tasks import boxes
 from tasks.evaluations import write_evaluation
 from tasks.vqa import bleu1, exact_match
 
@@ -64,7 +65,7 @@ def picture(*seed):
     return stream.getvalue()
 
 
-def write_shard(shards_dir, name, rows):
+def write_shard(shards_dir, name, rows, resize="squash"):
     """A prepared test split of (image or None, type, question, answer), or of Records."""
     records = []
     for number, row in enumerate(rows):
@@ -79,7 +80,7 @@ def write_shard(shards_dir, name, rows):
                       access="open", megabytes=0, page="", layouts=(), counts={})
     manifest = {"dataset": name, "shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION,
                 "limit": 0, "licence": "none",
-                "image": {"size": 256, "resize": "squash", "codec": "png", "quality": 0}}
+                "image": {"size": 256, "resize": resize, "codec": "png", "quality": 0}}
     write_dataset(shards_dir / name, dataset, shards_dir, {}, tokenizer(), manifest, 1)
     return Shard(shards_dir / name / "test").read_records()
 
@@ -398,6 +399,104 @@ def test_thousands_of_questions_are_drawn_as_they_are_asked_for(browse, visit, t
     assert len(shown(page)) == 60 and page.locator("#more").inner_text() == "Show more (940 left)"
     bar, first = (page.locator(name).first.bounding_box() for name in (".bar", ".card"))
     assert bar["y"] + bar["height"] <= first["y"] < 800  # the new list from its top, below what sticks
+
+
+# ----------------------------------------------------------------------------- boxes
+
+TRUE = [((0.1, 0.2, 0.3, 0.4),), (), ((0.5, 0.5, 0.9, 0.7), (0, 0, 0.2, 0.2)), ((0.1, 0.1, 0.2, 0.2),), (),
+        ((0.2, 0.2, 0.4, 0.4),)]  # of each question, shares of the image
+FOUND = [[[100, 200, 300, 400]], [], [[500, 500, 900, 700]], "a cell", [[1, 2, 3, 4]], [[250, 200, 450, 400]]]
+F_IOU = [100, 100, 200 / 3, 0, 0, 60]
+
+
+@pytest.fixture(scope="module")
+def boxed(browse, tmp_path_factory):
+    """A page of six questions of boxes, beside one about words, whose images are twice as wide as high."""
+    folder, stream = tmp_path_factory.mktemp("boxes"), io.BytesIO()
+    Image.open(io.BytesIO(picture("wide"))).resize((400, 200)).save(stream, "PNG")
+    rows = [Record(f"id{n}", boxes.ask("<i>cell"), "", stream.getvalue(), "wide.png", type="cell",
+                   boxes={"<i>cell": true}) for n, true in enumerate(TRUE)]
+    files = [], []
+    for name, some in (("cells", rows), ("words", [(0, "", "what is it?", "a cell")])):
+        records = write_shard(folder / "shards", name, some, "fit")
+        for n, record in enumerate(records):
+            answer = FOUND[n] if name == "cells" else "a cell"
+            answer = answer if isinstance(answer, str) else boxes.write({"<I>Cell": answer})
+            for lines, text in zip(files, (answer, "<i>cell <box>[]</box>")):
+                lines.append({"dataset": f"{name}/test", "prediction": text} | record)
+    for name, lines in zip(("", "_image_shuffled"), files):
+        write_lines(folder / f"run/predictions{name}.jsonl", lines)
+    browse.main(browse.Config(run=str(folder / "run"), shards_dir=str(folder / "shards")))
+    return folder / "run/answers.html"
+
+
+def test_f_iou_is_that_of_the_scores_and_filters_and_sorts(boxed, visit):
+    page = visit(boxed)
+    questions = content_of(boxed)["questions"]
+    assert [question["answers"][0].get("f_iou") for question in questions[:6]] == pytest.approx(F_IOU, abs=0.01)
+    assert questions[3]["answers"][0]["boxes"] is None and questions[1]["answers"][0]["boxes"] == []
+    assert "f_iou" not in questions[6]["answers"][0] and questions[6]["boxes"] is None
+    status = page.locator("#status")
+    assert status.inner_text() == f"7 of 7 questions, 100.0 BLEU-1, 100.0% exact, {np.mean(F_IOU):.1f} F-IoU"
+    for value, wanted in (("0 0", [3, 4]), ("0.01 29.99", []), ("30 70", [2, 5]), ("70.01 100", [0, 1])):
+        page.select_option("[name=f_iou]", value)
+        assert shown(page) == [("cells/test", f"id{n}") for n in wanted]
+    page.click("#reset")
+    page.select_option("[name=image]", "helped")
+    assert shown(page) == [("cells/test", "id0"), ("cells/test", "id2"), ("cells/test", "id5"), ("words/test", "id0")]
+    page.select_option("[name=image]", "hurt")
+    assert shown(page) == [("cells/test", "id4")]  # of the shuffled image, that there is none
+    page.click("#reset")
+    page.select_option("[name=sort]", "worst")
+    assert [number for _, number in shown(page)] == ["id3", "id4", "id5", "id2", "id0", "id1", "id0"]
+    page.click("#reset")
+    page.locator("[name=show][value=right]").check(force=True)
+    assert shown(page) == [("words/test", "id0")]  # boxes are neither right nor wrong
+    assert page.locator(".verdict").first.inner_text().startswith("BLEU-1")
+
+
+def test_boxes_are_drawn_where_they_are(boxed, visit):
+    page = visit(boxed)
+    assert page.locator(".verdict").nth(6).inner_text() == "unreadable, F-IoU 0"
+    page.wait_for_function("[...document.querySelectorAll('.boxed')].every(one => one.style.width)")
+
+    def drawn(frame):
+        image, kinds = frame.locator("img").bounding_box(), {}
+        assert image["width"] == pytest.approx(2 * image["height"], abs=1)  # its own shape, nothing beside it
+        for box in frame.locator(".box").all():
+            place = box.bounding_box()
+            x, y = (1000 * (place[axis] - image[axis]) / image[size]
+                    for axis, size in (("x", "width"), ("y", "height")))
+            wide, high = (1000 * place[size] / image[size] for size in ("width", "height"))
+            kinds.setdefault(box.get_attribute("class").split()[1], []).append([x, y, x + wide, y + high])
+        return kinds
+
+    for frame in (page.locator(".card").nth(5).locator(".boxed"), page.locator("#large figure")):
+        if frame.count() == 0 or not frame.is_visible():
+            page.locator(".picture").nth(5).click()
+            page.wait_for_function("document.querySelector('#large figure').style.width")
+        kinds = drawn(frame)
+        assert kinds["found"] == pytest.approx(np.array([[250, 200, 450, 400]]), abs=1)
+        assert kinds["true"] == pytest.approx(np.array([[200, 200, 400, 400]]), abs=1)
+    page.locator("#large button").click()
+    assert {kind: len(some) for kind, some in drawn(page.locator(".card").nth(2).locator(".boxed")).items()} == {
+        "true": 2, "found": 1}
+    assert page.locator(".card").nth(3).locator(".box.found").count() == 0
+    page.locator(".picture").nth(6).click()  # about words: as ever
+    assert page.locator("#large .box").count() == 0 and page.locator("#large .boxed").count() == 0
+
+
+@pytest.mark.parametrize("how", ["crop", "pad", "squash"])
+def test_boxes_of_images_that_are_not_stored_whole_are_not_drawn(how, browse, tmp_path, visit):
+    [record] = write_shard(tmp_path, "cells", [
+        Record("id0", "detect cell", "", picture(0), "a.png", boxes={"cell": TRUE[0]})], how)
+    line = {"dataset": "cells/test", "prediction": record["answer"]} | record
+    write_lines(tmp_path / "run/predictions.jsonl", [line])
+    browse.main(browse.Config(run=str(tmp_path / "run"), shards_dir=str(tmp_path)))
+    page = visit(tmp_path / "run/answers.html")
+    assert page.locator(".box").count() == (2 if how == "squash" else 0)
+    assert ("not drawn" in page.locator(".figure").inner_text()) == (how != "squash")
+    assert page.locator("fieldset").count() == 0  # boxes alone: nothing is right or wrong
 
 
 # ----------------------------------------------------------------------------- without one

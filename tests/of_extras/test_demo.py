@@ -165,9 +165,12 @@ def test_long_questions_start_another_cache_and_are_answered_the_same(model, tok
     monkeypatch.setattr(demo, "MAX_BOX_TOKENS", demo.MAX_NEW_TOKENS)
     conversation = demo.Conversation(model, tokenizer, some_image(), torch.float32)
     assert 200 < len(tokenizer.encode(long[0])) < 250
+    lengths = []
     for number in (0, 1, 2, 0):
-        assert ids(conversation.ask(long[number])) == expected[long[number]]
-    assert len(seen) == 2
+        tokens = list(conversation.ask(long[number]))
+        assert ids(tokens) == expected[long[number]]
+        lengths.append(len(demo.write_prompt(tokenizer, long[number])[1]) + len(tokens))
+    assert len(seen) == 2 and conversation.cached == sum(lengths[2:])
 
 
 def test_an_answer_that_writes_boxes_goes_on_where_others_are_cut(model, tokenizer, monkeypatch):
@@ -247,7 +250,7 @@ def test_boxes_lie_on_what_the_model_sees_of_the_whole_image(how, size, width, h
     """A box of thousandths of the whole image, and the same rectangle painted on it and seen as the model sees it."""
     box = np.array([400, 300, 600, 550])
     image = Image.new("RGB", (width, height))
-    image.paste((255, 255, 255), tuple(np.round(box * [width, height] * 2 / 1000).astype(int)))
+    image.paste((255, 255, 255), tuple(np.round(box * [width, height, width, height] / 1000).astype(int)))
     seen = np.asarray(resize_image(image, size, how))[..., 0] > 127
     rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
     [*found] = re.findall(r"(?:left|top|width|height):([-.\d]+)%", demo.draw_boxes(

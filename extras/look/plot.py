@@ -2,7 +2,8 @@
 Draw what was run and what there is to train on, a picture a command.
 
     python extras/look/plot.py                                         the runs of train_cls.py, as bars
-    python extras/look/plot.py --what=training --runs=out/a,out/b      the curves of train_vlm.py's runs
+    python extras/look/plot.py --what=training --runs=out/a,out/b      the curves of train_vlm.py's runs, or
+                                                                       of train_grpo.py's
     python extras/look/plot.py --what=mix                              extras/look/mix.py's table
 
 Classification has a group of bars a dataset and a bar an encoder, beside the paper's means; what was
@@ -42,6 +43,8 @@ PALE = 0.35  # of 1, which covers
 HELD_OUT = {"label": "held out", "linestyle": "--", "marker": "o", "markersize": 4}
 ERROR = {"label": "stopped by an error", "linestyle": ":", "linewidth": 2}
 LOGGED = ("loss", "held_out_loss", "learning_rate", "samples_per_second", "error")
+REWARDED = ("reward", "reward_spread", "dead_groups", "truncated", "clipped", "length", "entropy", "kl")  # GRPO's
+STYLES = ("-", "--", ":", "-.")  # of what shares axes
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Config:
     path: str = ""  # of the picture, .png, .svg or .pdf; none: out/<what>.png
     out: str = "out/cls"  # classification: where train_cls.py put its runs
     start: Share = 0.4  # classification: of the y axis, which says so; lower where a bar needs it
-    runs: str = ""  # training: folders of train_vlm.py's runs, with commas; none: the newest in out/
+    runs: str = ""  # training: folders of runs, with commas, all of one script; none: the newest in out/
     shards_dir: str = "shards"  # mix: where prepare/all.py put the datasets
 
 
@@ -139,21 +142,28 @@ def draw_classification(config):
 # ----------------------------------------------------------------------------- training
 
 def read_entry(line):
-    """The entry in a line of a log, a dict; None where it is not one that train_vlm.py writes."""
+    """
+    The entry in a line of a log, a dict, its held-out scores as "held_out <dataset>" each; None where it is not one
+    that train_vlm.py or train_grpo.py writes.
+    """
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
         return None
     if not isinstance(entry, dict) or type(entry.get("step")) is not int or not 0 <= entry["step"] < 1 << 53:
         return None
-    numbers = [entry[name] for name in LOGGED if name in entry and name != "error"]
+    scores = entry.pop("held_out", {})
+    if not isinstance(scores, dict):
+        return None
+    entry |= {f"held_out {dataset}": score for dataset, score in scores.items()}
+    numbers = [entry[name] for name in entry if name in LOGGED[:-1] + REWARDED or name.startswith("held_out ")]
     finite = all(type(number) in (int, float) and abs(number) < 1e300 for number in numbers)  # NaN is not
     return entry if finite else None
 
 
 def read_log(folder):
     """
-    {name: (steps, values)} for each name of LOGGED, from a train_vlm.py run's log.jsonl.
+    {name: (steps, values)} for each name of LOGGED and REWARDED and each "held_out <dataset>", from a run's log.jsonl.
 
     Where the log goes back, as a run does that goes on from a checkpoint, what it had said of later steps
     no longer counts. Lines that are torn, or have a value that is no finite number, are left out, and
@@ -163,8 +173,8 @@ def read_log(folder):
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        raise UserError(f"{path}: no log here; --runs takes folders that train_vlm.py wrote") from None
-    series, last, left_out = {name: {} for name in LOGGED}, 0, 0
+        raise UserError(f"{path}: no log here; --runs takes folders that train_vlm.py or train_grpo.py wrote") from None
+    series, last, left_out = {name: {} for name in LOGGED + REWARDED}, 0, 0
     for line in lines:
         entry = read_entry(line)
         if entry is None:
@@ -174,8 +184,9 @@ def read_log(folder):
             series = {name: {step: value for step, value in values.items() if step < entry["step"]}
                       for name, values in series.items()}
         last = entry["step"]
-        for name in series.keys() & entry.keys():
-            series[name][last] = entry[name]
+        for name in entry:
+            if name in series or name.startswith("held_out "):
+                series.setdefault(name, {})[last] = entry[name]
     if left_out:
         print(f"{path}: {left_out:,} of {len(lines):,} lines left out: torn, altered or without finite numbers",
               file=sys.stderr)
@@ -194,8 +205,8 @@ def smooth(values):
     return (sums[end] - sums[begin]) / (end - begin)
 
 
-def draw_training(config):
-    """Loss, learning rate and speed of one or several runs against their steps."""
+def read_logs(config):
+    """{folder: what read_log gives} of the runs to draw. Raises UserError where nothing can be drawn."""
     folders = list(dict.fromkeys(filter(None, map(str.strip, config.runs.split(",")))))
     if not folders:
         logs = sorted(Path("out").glob("*/log.jsonl"), key=lambda path: path.stat().st_mtime)
@@ -208,12 +219,33 @@ def draw_training(config):
     if not any(steps for log in logs.values() for steps, _ in log.values()):
         raise UserError(f"{', '.join(folders)}: nothing logged yet; train_vlm.py logs every "
                         "--log_every steps")
+    return logs
+
+
+def label_runs(logs):
+    """{folder: name of its run in the legend}"""
+    names = [Path(folder).resolve().name for folder in logs]
+    return {folder: (folder if names.count(name) > 1 else name)
+            + " (nothing logged yet)" * (not any(steps for steps, _ in log.values()))
+            for (folder, log), name in zip(logs.items(), names)}
+
+
+def draw_training(config):
+    """The curves of one or several runs against their steps."""
+    logs = read_logs(config)
+    rewarded = {folder: any(steps and name not in LOGGED for name, (steps, _) in log.items())
+                for folder, log in logs.items() if any(steps for steps, _ in log.values())}
+    if len(set(rewarded.values())) > 1:
+        raise UserError(f"--runs: {', '.join(folder for folder, yes in rewarded.items() if yes)} by train_grpo.py, the "
+                        "others by train_vlm.py, which have no axes in common; draw them apart")
+    return draw_rewards(logs) if any(rewarded.values()) else draw_losses(logs)
+
+
+def draw_losses(logs):
+    """Loss, learning rate and speed of train_vlm.py's runs, {folder: what read_log gives}."""
     figure, (loss, rate, speed) = new_figure(8, (2, 1, 1))
-    names, handles = [Path(folder).resolve().name for folder in folders], []
-    for (folder, log), name, colour in zip(logs.items(), names, RUN_COLOURS):
-        label = folder if names.count(name) > 1 else name
-        if not any(steps for steps, _ in log.values()):
-            label += " (nothing logged yet)"
+    handles = []
+    for log, label, colour in zip(logs.values(), label_runs(logs).values(), RUN_COLOURS):
         look = {"color": colour, "linewidth": 2}
         if len(log["loss"][0]) == 1:
             look["marker"] = "o"  # a line of one point would not be seen
@@ -247,6 +279,55 @@ def draw_training(config):
     speed.xaxis.set_major_formatter("{x:,.0f}")
     speed.xaxis.get_major_locator().set_params(integer=True)
     speed.set_xlabel("step", fontsize=FONT)
+    figure.align_ylabels()
+    add_legend(figure, handles)
+    return figure
+
+
+def draw_rewards(logs):
+    """
+    What train_grpo.py logged of its runs, {folder: what read_log gives}: the reward, with the mean spread within a
+    group above and below it; held-out scores of each dataset; shares; lengths; entropy; and KL where it was computed.
+    """
+    datasets = list(dict.fromkeys(name for log in logs.values() for name in log if name.startswith("held_out ")))
+    shares = ("dead_groups", "truncated", "clipped")
+    panels = {"reward": ("reward",), "held out, %": datasets, "share": shares, "length, tokens": ("length",),
+              "entropy, nats": ("entropy",), "KL, nats": ("kl",)}
+    panels = {label: names for label, names in panels.items() if any(
+        log[name][0] for log in logs.values() for name in names if name in log)}
+    figure, rows = new_figure(1 + 1.8 * len(panels), [1.6 if number < 2 else 1 for number in range(len(panels))])
+    handles = []
+    for log, run_label, colour in zip(logs.values(), label_runs(logs).values(), RUN_COLOURS):
+        for axes, (label, names) in zip(rows, panels.items()):
+            for number, name in enumerate(names):
+                steps, values = log.get(name, ([], []))
+                look = {"color": colour, "linewidth": 2, "linestyle": STYLES[number % len(STYLES)]}
+                if name in datasets:  # few, each the mean of all held-out samples
+                    axes.plot(steps, values, marker="o", markersize=4, **look)
+                    continue
+                axes.plot(steps, values, color=colour, linewidth=1, alpha=PALE, linestyle=look["linestyle"])
+                axes.plot(steps, smooth(values), **look, marker="o" if len(steps) == 1 else "")
+        steps, spread = log["reward_spread"]
+        if steps == log["reward"][0]:
+            middle, spread = smooth(log["reward"][1]), smooth(spread)
+            rows[0].fill_between(steps, middle - spread, middle + spread, color=colour, alpha=0.15, linewidth=0)
+        handles += rows[0].plot([], [], color=colour, linewidth=2, label=run_label)
+    for axes, (label, names) in zip(rows, panels.items()):
+        axes.set_ylabel(label, fontsize=FONT)
+        axes.grid(color="#dddddd")
+        if label == "share":
+            axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter("{x:.0%}")
+        if len(names) > 1 or names == datasets:
+            keys = [axes.plot([], [], color=GREY, linestyle=STYLES[number % len(STYLES)],
+                              label=name.removeprefix("held_out ").replace("_", " " if name in shares else "_"))[0]
+                    for number, name in enumerate(names)]
+            axes.legend(handles=keys, fontsize=FONT - 2, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    rows[0].set_title("Reinforcement: running mean, what was logged faint behind it, mean spread of a group around it",
+                      fontsize=14)
+    rows[-1].xaxis.set_major_formatter("{x:,.0f}")
+    rows[-1].xaxis.get_major_locator().set_params(integer=True)
+    rows[-1].set_xlabel("step", fontsize=FONT)
     figure.align_ylabels()
     add_legend(figure, handles)
     return figure

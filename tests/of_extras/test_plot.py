@@ -164,6 +164,53 @@ def test_an_error_is_marked_where_the_run_ended(tmp_path):
     assert [line.get_marker() for line in (loss.lines[1], rate.lines[0], speed.lines[1])] == ["o"] * 3
 
 
+def rewarded(number, reward, **more):
+    return {"step": number, "reward": reward, "reward_spread": 0.1 * number, "dead_groups": 0.25, "length": 20 + number,
+            "truncated": 0.5, "entropy": 0.3, "loss": -1e-3, "gradient_norm": None, "learning_rate": 1e-5,
+            "clipped": 0.125, "sampled_tokens_per_second": 9.0, "trained_tokens_per_second": 9.0} | more
+
+
+@drawing
+def test_rewards_are_drawn_with_what_is_forgotten(tmp_path):
+    scores = [{"boxes": 50.0, "words": 90.0}, {"boxes": 60.0, "words": 40.0}]
+    write_lines(tmp_path / "one/log.jsonl", [
+        {"step": 0, "held_out": scores[0]}, rewarded(1, 0.5), rewarded(2, 0.75), {"step": 2, "held_out": scores[1]}])
+    write_lines(tmp_path / "two/log.jsonl", [{"step": 0, "held_out": {"other": 10.0}}, rewarded(1, 0.25, kl=0.01)])
+    figure = plot.draw_training(plot.Config(runs=f"{tmp_path}/one,{tmp_path}/two"))
+    assert [axes.get_ylabel() for axes in figure.axes] == [
+        "reward", "held out, %", "share", "length, tokens", "entropy, nats", "KL, nats"]
+    reward, held_out, share, length, entropy, kl = figure.axes
+    assert curves(reward) == [([1, 2], [0.5, 0.75])] * 2 + [([1], [0.25])] * 2
+    assert [line.get_marker() for line in reward.lines if len(line.get_xdata()) == 1][-1] == "o"  # else not seen
+    bands = [band.get_paths()[0].vertices for band in reward.collections]
+    assert [(band[:, 0].max(), band[:, 1].min(), band[:, 1].max()) for band in bands] == [
+        (2, pytest.approx(0.4), pytest.approx(0.95)), (1, pytest.approx(0.15), pytest.approx(0.35))]
+    assert curves(held_out) == [([0, 2], [50, 60]), ([0, 2], [90, 40]), ([0], [10])]
+    assert [text.get_text() for text in held_out.get_legend().get_texts()] == ["boxes", "words", "other"]
+    looks = [(line.get_linestyle(), line.get_color()) for line in held_out.lines if len(line.get_xdata())]
+    assert looks == list(zip(("-", "--", ":"), np.array(plot.RUN_COLOURS)[[0, 0, 1]]))  # of the dataset, of the run
+    assert [text.get_text() for text in share.get_legend().get_texts()] == ["dead groups", "truncated", "clipped"]
+    assert [values[0] for _, values in curves(share)[:6]] == [0.25] * 2 + [0.5] * 2 + [0.125] * 2
+    assert curves(length)[0] == ([1, 2], [21, 22]) and curves(entropy)[0] == ([1, 2], [0.3, 0.3])
+    assert [curve for curve in curves(kl) if curve[0]] == [([1], [0.01])] * 2
+    assert legend(figure) == ["one", "two"]
+
+
+@drawing
+def test_of_a_run_that_has_just_begun_the_first_scores_are_drawn(tmp_path):
+    write_lines(tmp_path / "log.jsonl", [{"step": 0, "held_out": {"boxes": 50.0}}])
+    figure = plot.draw_training(plot.Config(runs=str(tmp_path)))
+    assert [axes.get_ylabel() for axes in figure.axes] == ["held out, %"]
+    assert curves(figure.axes[0]) == [([0], [50])]
+
+
+def test_losses_and_rewards_have_no_axes_in_common(tmp_path):
+    for name, line in (("a", step(10)), ("b", rewarded(1, 0.5))):
+        write_lines(tmp_path / name / "log.jsonl", [line])
+    with pytest.raises(UserError, match="b by train_grpo.py, the others by train_vlm.py"):
+        plot.draw_training(plot.Config(runs=f"{tmp_path}/a,{tmp_path}/b"))
+
+
 @drawing
 def test_runs_are_told_apart_and_one_that_logged_nothing_is_named(tmp_path):
     for name, lines in {"a/run": [step(10)], "b/run": [step(10)], "new": []}.items():
@@ -196,6 +243,7 @@ def test_a_torn_line_is_passed_over_and_what_came_again_counts_once(tmp_path):
 @pytest.mark.parametrize("line", [
     '{"step": "20", "loss": 1.0}', '{"step": null, "loss": 1.0}', '{"step": -1, "loss": 1.0}', '{"loss": 1.0}',
     '{"step": 20, "loss": NaN}', '{"step": 20, "loss": Infinity}', '{"step": 20, "loss": "1"}', '{"step": true}',
+    '{"step": 20, "held_out": {"boxes": "90"}}', '{"step": 20, "held_out": 90}', '{"step": 20, "reward": null}',
     '{"step": 20, "learning_rate": [1]}', '{"step": 1e400, "loss": 1}', "[" * 100_000, "null", ""])
 def test_an_altered_line_is_left_out_and_counted(line, tmp_path, capsys):
     (tmp_path / "log.jsonl").write_text("\n".join([json.dumps(step(10, 5.0)), line, json.dumps(step(30, 3.0))]))

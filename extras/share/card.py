@@ -11,6 +11,7 @@ from model import CONFIGS
 from plumbing.files import read_manifest
 from prepare.datasets import DATASETS
 from prepare.weights import WEIGHTS
+from tasks.box_tables import MORE, SCORES
 from tasks.evaluations import find_evaluations, read_evaluation
 from tasks.vqa import METRICS, cell_text
 from weights import load_vlm
@@ -64,6 +65,8 @@ def make_public(record):
 HIDDEN = set("""
     run resume config shards_dir vision_weights language_weights workers recompute compile device log_every
     evaluate_every save_every save_minutes keep shard rank_timeout wandb micro_batch_tokens""".split())
+UNITS = {"count error": "count error, boxes", "sensitivity": "a box where there is one",
+         "specificity": "none where there is none"}  # of scores of boxes whose names do not say it
 LLAVA = """a ViT
 of {vision:,} parameters ({per_image}), one linear
 projection of {projector:,}, a LLaMA of {language:,} with {pieces:,} pieces."""
@@ -102,9 +105,8 @@ What is not known the run did not record.
 
 ## Recipe
 
-{steps:,} steps of AdamW on the cross-entropy of the answers' tokens; the last loss logged is {loss} nats
-a token, on held-out samples {held_out_loss}. Machine: {device}, {threads} threads, torch {torch}, Python
-{python}. The flags of train_vlm.py that decide its numbers:
+{steps:,} steps of AdamW on {objective}. Machine: {device}, {threads} threads, torch {torch}, Python
+{python}. The flags of {script} that decide its numbers:
 
     {flags}
 
@@ -136,8 +138,8 @@ def describe_results(run, checkpoint):
     lines = ["Percent, with 95% intervals by resampling, by eval_vqa.py at commit "
              f"{machine['commit'] or 'unknown'} on {machine['device'].strip()}.",
              "*image shuffled* is this model with the images exchanged among the questions,",
-             "*question only* the most frequent training answer to the same words. Neither sees the",
-             "right image: a score is worth what it has above them."]
+             "*question only* the most frequent training answer to the same words, of boxes the one that is most",
+             "like the others. Neither sees the right image: a score is worth what it has above them."]
     for results in evaluations:
         flags = [f"--{flag}={value}" for flag, value in results["unusual_flags"].items()]
         ((name, tables),) = results["results"].items()
@@ -146,10 +148,12 @@ def describe_results(run, checkpoint):
             if isinstance(table, str):  # the reason names places and data
                 lines += ["", f"{name}, {title}: not known"]
                 continue
-            lines += ["", f"| {name}, {title}: {table['questions']:,}, over {tables['drawn']} | "
-                      f"{' | '.join(METRICS)} |", "|---|" + "--:|" * len(METRICS)]
-            for row, cells in table["rows"].items():
-                lines.append(f"| {row} | {' | '.join(cell_text(cells[metric]) for metric in METRICS)} |")
+            for scores in (SCORES, MORE) if "boxes" in table else (METRICS,):
+                heads = " | ".join(UNITS.get(score, score) for score in scores)
+                lines += ["", f"| {name}, {title}: {table['questions']:,}, over {tables['drawn']} | {heads} |",
+                          "|---|" + "--:|" * len(scores)]
+                for row, cells in table["rows"].items():
+                    lines.append(f"| {row} | {' | '.join(cell_text(cells[score]) for score in scores)} |")
     return "\n".join(lines)
 
 
@@ -175,16 +179,22 @@ def describe_starts(flags):
     return starts, bases
 
 
-def last_losses(run, step):
-    """The newest losses in a run's log up to a step, as text."""
-    log, last = run / "log.jsonl", {"loss": "not known", "held_out_loss": "not known"}
+def describe_objective(run, step, flags):
+    """What the steps made smaller or larger, and the newest numbers of it in a run's log up to a step, as text."""
+    log, last = run / "log.jsonl", {}
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []:
         try:
             entry = json.loads(line)
-            last |= {key: f"{entry[key]:.3f}" for key in last if key in entry and entry["step"] <= step}
+            last |= {key: f"{entry[key]:.3f}" for key in ("loss", "held_out_loss", "reward")
+                     if key in entry and entry["step"] <= step}
         except (ValueError, TypeError, KeyError, RecursionError):  # torn, or not by train_vlm.py
             continue
-    return last
+    loss, held_out, reward = (last.get(key, "not known") for key in ("loss", "held_out_loss", "reward"))
+    if "reward" in flags:
+        return (f"GRPO's objective, its answers rewarded by {flags['reward']} of tasks/rewards.py;\n"
+                f"the last mean reward logged is {reward}")
+    return (f"the cross-entropy of the answers' tokens; the last loss logged is {loss} nats\na token, on held-out "
+            f"samples {held_out}")
 
 
 def write_card(checkpoint, public, path):
@@ -201,7 +211,9 @@ def write_card(checkpoint, public, path):
     parts = (QWEN if isinstance(model.language, Text) else LLAVA).format(
         **sizes, per_image=per_image, pieces=model.language.config.vocab_size)
     path.write_text(CARD.format(
-        **last_losses(checkpoint.parent, step), parts=parts, steps=step, name=checkpoint.parent.resolve().name,
+        objective=describe_objective(checkpoint.parent, step, flags), parts=parts,
+        script="train_grpo.py" if "reward" in flags else "train_vlm.py", steps=step,
+        name=checkpoint.parent.resolve().name,
         **{key: str(value).strip() or "not known" for key, value in public["machine"].items()},
         flags="\n    ".join(f"--{key}={value}" for key, value in flags.items()
                              if key not in HIDDEN and value != ""),

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import peft
 import pytest
 import sentencepiece
@@ -32,8 +33,9 @@ from plumbing.flags import UserError
 from plumbing.tensors import plain_names, tensor_shapes
 from prepare.leaks import guard
 from prepare.questions import train_sample_tokenizer
-from tasks.evaluations import choose_evaluations, find_evaluations
-from tasks.vqa import METRICS
+from tasks import box_tables, boxes
+from tasks.evaluations import choose_evaluations, find_evaluations, write_evaluation
+from tasks.vqa import METRICS, cell_text
 from test_encoders import CLIP_VIT, fill
 from test_model import LLAMA, TOLERANCE, VIT, logits_of, randomise, relative_error
 from test_train import flags, shards  # noqa: F401, the fixture: a prepared part of the sample
@@ -318,6 +320,33 @@ def test_card_of_a_stage_says_that_it_began_with_another_run(runs, tmp_path):
     written = write_card(run, tmp_path / "README.md", flags=record["flags"] | {"start": "/home/x/out/captions"})
     assert "It began with captions, another run, checkpoint or adapter: what" in written.text
     assert "--start=captions" in written.text and "/home" not in written.text and written.data.base_model == []
+
+
+def test_card_has_the_scores_of_boxes_and_the_blind_rows(runs, tmp_path):
+    run = shutil.copytree(runs["full"][0], tmp_path / "run", ignore=shutil.ignore_patterns("export", "eval"))
+    records = [{"question": "detect cell", "boxes": {"cell": [[0, 0, 100 + n, 100]] * (n % 3)}} for n in range(6)]
+    texts = {"model": "cell <box>[[0, 0, 100, 100]]</box>", "question only": "cell <box>[]</box>"}
+    scored = {row: [boxes.score(record, text) for record in records] for row, text in texts.items()}
+    tables = boxes.report("bccd/test", scored, 6, records, "not known", np.arange(6))
+    write_evaluation(run / "eval/bccd", {
+        "stands_on": {"checkpoint": read_manifest(newest_checkpoint(run))["checksum"]}, "unusual_flags": {},
+        "machine": {"commit": "", "device": "cpu"}, "results": {"bccd/test": tables}}, {"model": []})
+    written = write_card(run, tmp_path / "README.md").text
+    for row, cells in tables["all"]["rows"].items():
+        for scores in (box_tables.SCORES, box_tables.MORE):
+            assert f"| {row} | {' | '.join(cell_text(cells[score]) for score in scores)} |" in written
+    assert "| bccd/test, all questions: 6, over images | F-IoU | mean IoU |" in written and "BLEU-1" not in written
+    assert "bccd/test, those new to the run: not known" in written
+
+
+def test_card_of_a_run_with_rewards_says_so(runs, tmp_path):
+    run = shutil.copytree(runs["full"][0], tmp_path / "run", ignore=shutil.ignore_patterns("export"))
+    record = read_manifest(newest_checkpoint(run))
+    (run / "log.jsonl").write_text('{"step": 19, "reward": 0.25, "loss": -1e-3}\n{"step": 21, "reward": 1}\n')
+    written = write_card(run, tmp_path / "README.md", flags=record["flags"] | {"reward": "boxes:2", "start": "x"}).text
+    assert ("steps of AdamW on GRPO's objective, its answers rewarded by boxes:2 of tasks/rewards.py;\n"
+            "the last mean reward logged is 0.250. Machine") in written
+    assert "The flags of train_grpo.py" in written and "cross-entropy" not in written
 
 
 def test_card_shows_each_flag_that_decides_a_number():

@@ -482,6 +482,9 @@ def test_boxes_are_drawn_where_they_are(boxed, visit):
     assert {kind: len(some) for kind, some in drawn(page.locator(".card").nth(2).locator(".boxed")).items()} == {
         "true": 2, "found": 1}
     assert page.locator(".card").nth(3).locator(".box.found").count() == 0
+    looks = page.locator(".card").nth(5).locator(".box, .key i").evaluate_all(
+        "all => all.map(getComputedStyle).map(style => style.borderTopStyle + ' ' + style.borderTopColor)")
+    assert looks[:2] == looks[:1:-1] and len(set(looks)) == 2  # truth and answer, as the key has them
     page.locator(".picture").nth(6).click()  # about words: as ever
     assert page.locator("#large .box").count() == 0 and page.locator("#large .boxed").count() == 0
 

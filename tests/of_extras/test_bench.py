@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from extras.bench import answering, peers, split_load, training
+from extras.bench import answering, grpo, peers, split_load, training
 from model import VLM
 from plumbing.shards import Shard
 from test_model import randomise
@@ -168,3 +168,33 @@ def test_answers_are_those_of_transformers_and_others_are_no_tie(shapes):
         answering.compare(model, shapes, ours, theirs, 5, torch.float32)
     other = answering.compare(model, shapes, ours, theirs, 5, torch.bfloat16)
     assert other.startswith("7 of 8 answers are the same")
+
+
+# ----------------------------------------------------------------------------- beside TRL
+
+GRPO = grpo.Config(model="sample", vocab_size=300, prompts=2, answers=4, prompt_tokens=20, new_tokens=6,
+                   micro_batch_tokens=30, peer_batch_size=4, threads=torch.get_num_threads(), steps=1)
+
+
+def test_our_side_of_grpo_learns_from_the_given_answers():
+    ours = grpo.run_ours(GRPO)
+    assert [step["tokens"] for step in ours["steps"]] == [48]
+    language, alone = grpo.make_model(GRPO).language, []
+    for prompt, answers in zip(grpo.draw_prompts(GRPO, 0), grpo.draw_answers(GRPO)):
+        for answer in answers:
+            logits = language(torch.from_numpy(np.append(prompt, answer)))[19:-1]
+            alone += logits.log_softmax(-1)[range(6), answer].tolist()
+    assert ours["seen"] == pytest.approx(alone, abs=1e-5)
+    peer = {**ours, "seen": [*ours["seen"][:-1], ours["seen"][-1] + 1e-3]}
+    with pytest.raises(AssertionError, match="log-probability of TRL's differs"):
+        grpo.require_same(ours, peer)
+    with pytest.raises(AssertionError, match="the gradient's norm is"):
+        grpo.require_same(ours, {**ours, "norm": 1.001 * ours["norm"]})
+
+
+def test_trl_learns_the_same_from_the_same_answers():
+    pytest.importorskip("trl")
+    flags = [f"--{name}={value}" for name, value in (vars(GRPO) | {"rounds": 1}).items()]
+    done = subprocess.run([sys.executable, "extras/bench/grpo.py", *flags], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "log-probabilities of the same answers are TRL's" in done.stdout and "| whole step | " in done.stdout

@@ -187,7 +187,7 @@ def policy_loss(model, micro, vocab_size, config):
     """
     The clipped surrogate (arXiv 1707.06347, eq. 7) of a MicroBatch of tensors, to be minimised, with the estimate of
     the divergence that is never negative (http://joschu.net/blog/kl-approx.html). Also, (3,): the loss, the number
-    of clipped tokens, the divergence.
+    of clipped tokens, the sum of their divergences.
     """
     values = log_probabilities(model, micro.batch, vocab_size, config.temperature)  # (M,)
     ratio, weights = (values - micro.sampled).exp(), micro.batch.weights
@@ -195,7 +195,7 @@ def policy_loss(model, micro, vocab_size, config):
     loss, divergence = -torch.minimum(ratio * weights, bounded * weights).sum(), values.new_zeros(())
     if config.kl:
         d = micro.anchor - values
-        divergence = (micro.shares * (d.exp() - d - 1)).sum()
-        loss = loss + config.kl * divergence
+        divergences = d.exp() - d - 1  # (M,)
+        loss, divergence = loss + config.kl * (micro.shares * divergences).sum(), divergences.sum()
     clipped = (bounded * weights < ratio * weights).sum()
     return loss, torch.stack([loss.detach(), clipped, divergence.detach()])

@@ -339,7 +339,7 @@ def take_step(state, step, config):
     return {"reward": rewards.mean(), "reward_spread": rewards.std(axis=1).mean(), "dead_groups": 1 - alive.mean(),
             "length": lengths.mean(), "truncated": np.mean(cut), "entropy": -drawn.mean(), "loss": loss,
             "gradient_norm": norm if math.isfinite(norm) else None, "learning_rate": rate, "clipped": clipped / trained,
-            **({"kl": divergence} if config.kl else {}),
+            **({"kl": divergence / trained} if config.kl else {}),
             "sampled_tokens_per_second": lengths.sum() / (sampled - began),
             "trained_tokens_per_second": trained / (time.perf_counter() - sampled)}
 

@@ -91,12 +91,13 @@ def end_with_parent():
     threading.Thread(target=watch, daemon=True).start()
 
 
-def clean_record(record):
-    """A Record with all of its texts clean, and its boxes in whole thousandths."""
+def clean_record(record, box_format="medmo"):
+    """A Record with all of its texts clean; its boxes in whole thousandths, its answer written from them."""
     parts = tuple(clean(part) if isinstance(part, str) else replace(part, role=clean(part.role))
                   for part in record.parts)
     units = record.boxes and {clean(label): boxes.to_units(some) for label, some in record.boxes.items()}
-    return replace(record, question=clean(record.question), answer=clean(record.answer),
+    answer = record.answer if units is None else boxes.write(units, box_format)
+    return replace(record, question=clean(record.question), answer=clean(answer),
                    context=clean(record.context), parts=parts, boxes=units,
                    turns=tuple((clean(question), clean(answer)) for question, answer in record.turns))
 
@@ -148,7 +149,7 @@ class Waiting:
 class SplitWriter:
     """Writes one split, a record at a time. `encode` submits an image file and gives a future."""
 
-    def __init__(self, folder, dataset, tokenizer, encode, images_ahead, box_format="medmo"):
+    def __init__(self, folder, dataset, tokenizer, encode, images_ahead, box_format=None):
         folder.mkdir()
         self.box_format = box_format
         self.folder, self.tokenizer = folder, tokenizer
@@ -169,9 +170,7 @@ class SplitWriter:
 
     def add(self, record):
         """Check and tokenize a record and send its images to be encoded, those that are new."""
-        record = clean_record(record)
-        if record.boxes is not None:
-            record = replace(record, answer=boxes.write(record.boxes, self.box_format))
+        record = clean_record(record, self.box_format)
         tokens, spans, cut = self.tokenizer.write(record) if self.asks else ([], [], (0, 0))
         if reason := self.find_fault(record, spans):
             return self.skip(reason, words_of(record))

@@ -30,6 +30,7 @@ from prepare.datasets import DATASETS
 from prepare.shards import clean_record
 from run import open_trained_run
 from tasks.splits import find_misfit
+from tasks import boxes
 from tasks.vqa import bleu1
 from weights import load_vlm
 
@@ -76,13 +77,13 @@ def main(config):
     _, checkpoint, _, tokenizer = open_trained_run(config.run)
     require_sample(shard, tokenizer, config)
     words, entry = shard.read_records()[config.number], shard.samples[config.number]
-    record = find_record(words["id"], config)
+    record = clean_record(find_record(words["id"], config), shard.manifest.get("box_format"))
     [view] = record.views()
     image = Image.open(io.BytesIO(view.image), formats=FORMATS)
     print(f"{config.data + '(raw)':16} Record {record.id!r}: {record.question!r} -> {record.answer!r}, "
           f"{image.format} {image.mode} {image.size}, {len(view.image):,} bytes")
 
-    tokens, [(begin, end)], (head, cut) = tokenizer.write(clean_record(record))
+    tokens, [(begin, end)], (head, cut) = tokenizer.write(record)
     if tokens != np.maximum(shard.read_sample(config.number).tokens, -1).tolist():  # its one image is -1
         raise UserError(f"{shard.folder}: the tokens of sample {config.number} are not those of its words; "
                         f"{shard.again}")
@@ -101,11 +102,11 @@ def main(config):
     print(f"encode_image     images.bin, {int(shard.image_index[entry['image']]['length']):,} bytes of "
           f"{shard.manifest['image']['codec']}")
     print(f"Shard.read_image {pixels.shape} {pixels.dtype}, mean {pixels.mean():.1f}")
-    follow_model(config, shard, load_vlm(checkpoint).eval(), tokenizer, words["answer"])
+    follow_model(config, shard, load_vlm(checkpoint).eval(), tokenizer, words, end - begin)
 
 
 @torch.no_grad()
-def follow_model(config, shard, model, tokenizer, reference):
+def follow_model(config, shard, model, tokenizer, words, length):
     """Print what the model makes of the sample, from its pixels to the score of its answer."""
     model.vision.require_shapes(shard.folder, shard.image_index)
     mixture = Mixture([shard], model.vision.tokens, batch_size=1, max_length=1 << 20)
@@ -132,11 +133,15 @@ def follow_model(config, shard, model, tokenizer, reference):
         print(f"  loss of {tokenizer.piece(int(token))!r:12} {loss:.3f} nats")
     print(f"VLM.loss         {model.loss(batch) / step.divisor:.3f} nats a token")
     prompt = [max(token, -1) for token in shard.read_sample(config.number).prompt().tolist()]  # one image: -1
-    [(_, [reply])] = finished_groups(generate(model, [([batch.images[0].numpy()], [prompt])],
+    [(_, [reply])] = finished_groups(generate(model, [([batch.images[0].numpy()], [prompt])], max(length, 32),
                                            sampling=Sampling(stops=tokenizer.stops, vocab_size=tokenizer.vocab_size)))
     print(f"generate         {reply.tokens}")
     print(f"Tokenizer.decode {tokenizer.decode(reply.tokens)!r}")
-    print(f"bleu1            {bleu1(tokenizer.decode(reply.tokens), reference):.2f}")
+    text = tokenizer.decode(reply.tokens)
+    if "boxes" in words:
+        print(f"boxes.score      F-IoU {boxes.score(words, text)[boxes.MAIN]:.1f}")
+    else:
+        print(f"bleu1            {bleu1(text, words['answer']):.2f}")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def test_a_sample_that_the_raw_files_have_not_is_told_in_one_line(words, told, m
 
 def test_a_sample_is_followed_to_its_loss_and_its_answer(tmp_path, capsys):
     """Its loss in nats is the mean of its tokens'; shapes are the sample's 50 image tokens of 128, then words."""
-    shards = prepare_sample(tmp_path / "shards", "--limit=16")
+    shards = prepare_sample(tmp_path / "shards", "--limit=16", only="sample,sample_boxes")
     train_vlm.main(flags(shards, tmp_path / "run", max_steps=1, held_out=0))
     capsys.readouterr()
     follow.main(follow.Config(run=str(tmp_path / "run"), data="sample", number=5, shards_dir=str(shards)))
@@ -62,6 +62,9 @@ def test_a_sample_is_followed_to_its_loss_and_its_answer(tmp_path, capsys):
     assert rows["Mixture.pack"].startswith(f"tokens ({T},), 50 of them of the image; supervised at [{first}, ")
     assert rows["VLM.projector"] == "(50, 128)" and rows["LLaMA.embed"] == f"({T}, 128)"
     assert list(rows)[-1] == "bleu1" and rows["generate"].startswith("[")
+    follow.main(follow.Config(run=str(tmp_path / "run"), data="sample_boxes", number=1, shards_dir=str(shards)))
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last == "boxes.score      F-IoU 0.0"
 
 
 def test_progress_tells_each_row_and_what_is_left(capsys, monkeypatch):

@@ -159,7 +159,9 @@ class Sampling:
         """(n, V) logits -> (n, 1) token ids. draws: (n, 1) uniform numbers in place of torch's generator."""
         if not self.temperature:
             return logits.argmax(dim=-1, keepdim=True)
-        if draws is not None:  # the whole distribution: where its running sum passes the number
+        if draws is None and not self.top_k and self.top_p == 1:
+            draws = torch.rand(len(logits), 1)
+        if draws is not None:  # of the whole distribution: where its running sum passes the number; no sorting
             below = F.softmax(logits / self.temperature, dim=-1).cumsum(-1)
             return torch.searchsorted(below, draws.to(below) * below[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
         scores, tokens = (logits / self.temperature).sort(dim=-1, descending=True)

@@ -31,7 +31,7 @@ from typing import Annotated, Literal
 
 from plumbing.flags import (BatchSize, Count, Datasets, Device, Range, Scale, Seconds, Share, UserError, Whole,
                             parse_command_line, run)
-from plumbing.sources import SEVEN, checkpoint_of, hub_folder
+from plumbing.sources import SEVEN, checkpoint_of, hub_folder, require_own_tokenizer
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,7 @@ def load_policy(config, tokenizer, checkpoint, device, dtype):
     trained = [part for part in ("vision", "projector", "language") if getattr(config, part) == "full"]
     dtype = torch.float32 if config.language == "full" else dtype
     if not checkpoint and is_qwen(whole := hub_folder(config.start)):
+        require_own_tokenizer(whole, tokenizer)
         return build_vlm(config.start, tokenizer.vocab_size, whole, whole, dtype, device, trained=trained,
                          bits=int(config.base_bits.replace("auto", "0")))
     begun = checkpoint or checkpoint_of(config.start, tokenizer)

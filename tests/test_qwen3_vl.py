@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import train_grpo
 import train_vlm
 import zoo.qwen3_vl as qwen3_vl
 from data import Mixture, Tokenizer
@@ -19,6 +20,7 @@ from lora import add_lora
 from model import VLM
 from plumbing import sources
 from plumbing.flags import UserError
+from tasks import rewards
 from test_model import randomise, relative_error
 from test_packing import (MAX_LENGTH, VOCABULARY, Raw, double, gradients_of, learn, record_of,  # noqa: F401, a fixture
                           tensors, write_records)
@@ -607,6 +609,15 @@ def test_a_folder_is_trained_goes_on_bit_for_bit_begins_a_stage_and_answers(
     tokenizer = Tokenizer(tmp_path / "whole" / "tokenizer.model")
     answers = [ask(load_vlm(step).eval(), tokenizer, "what is shown?", str(image)) for step in (whole, again)]
     assert answers[0] == answers[1]
+    # train_grpo.py --start=<folder>
+    monkeypatch.setattr(train_grpo, "require_own_tokenizer", lambda folder, tokenizer: None)
+    monkeypatch.setitem(rewards.REWARDS, "exact", lambda record, text, progress: len(text) % 5 / 4)
+    train_grpo.main(train_grpo.Config(
+        start=str(folder), shards_dir=str(shards), data="sample", run=str(tmp_path / "grpo"), reward="exact",
+        batch_size=2, answers=3, max_new_tokens=4, max_steps=2, held_out=4, learning_rate=1e-3, mask_truncated=False))
+    found = load_file(tmp_path / "grpo/step_000002/adapter/adapter_model.safetensors")
+    assert len(found) == len(adapter) and any(tensor.any() for name, tensor in found.items() if "lora_B" in name)
+    assert load_vlm(tmp_path / "grpo/step_000002").weights["language"] == str(folder)
 
 
 @pytest.mark.parametrize("trained", ["lora", "vision", "projector", "language", "nothing loaded"])

@@ -324,7 +324,8 @@ def take_step(state, step, config):
     rewards = np.array([[rollout.reward for rollout in group] for group in rollouts])  # (P, G)
     lengths = np.array([[len(rollout.tokens) for rollout in group] for group in rollouts])
     several = config.balance and sum(count > 0 for count in mixture.counts) > 1
-    compared = balanced(rewards, prompts, state.record["medians"]) if several else rewards
+    medians = dict(state.record["medians"])  # of the state only once the step is done
+    compared = balanced(rewards, prompts, medians) if several else rewards
     advantages, alive = find_advantages(compared, config.normalise)
     micro_batches = make_micro_batches(mixture, prompts, rollouts, advantages, alive,
                                        find_shares(lengths, state.limit, config.length), config)
@@ -333,6 +334,7 @@ def take_step(state, step, config):
     rate = learning_rate_at(step, config.max_steps, config.learning_rate, config.warmup)
     for _ in range(config.updates):
         sums, norm = update_once(state, micro_batches, rate, config)
+    state.record["medians"] = medians
     loss, clipped, divergence = map(sum_of_ranks, sums)
     trained = max(sum_of_ranks(sum(len(micro.sampled) for micro in micro_batches)), 1)
     drawn = np.concatenate([rollout.log_probabilities for group in rollouts for rollout in group])

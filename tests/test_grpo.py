@@ -275,6 +275,19 @@ def test_resumed_run_equals_undisturbed(changes, shards, start, tmp_path):
     assert timeless[0] == timeless[1]
 
 
+def test_each_step_and_prompt_draws_anew(monkeypatch):
+    """Two prompts of one step, and one prompt in two, get other numbers; the same step again the same."""
+    seen = []
+    monkeypatch.setattr(train_grpo, "roll_out", lambda *arguments: seen.append(arguments[-1]) or [[]] * 2)
+    monkeypatch.setattr(train_grpo, "reward_all", lambda *arguments: None)
+    state = SimpleNamespace(model=None, tokenizer=None, limit=3)
+    for step in (0, 1, 0):
+        train_grpo.sample_step(state, [ask(), ask()], step, train_grpo.Config(answers=2))
+    first, second, again = map(np.array, seen)
+    assert first.shape == (2, 2, 3) and (first == again).all()
+    assert len(np.unique(np.stack([first, second]))) == 24
+
+
 def test_two_processes_are_as_one(shards, start, tmp_path):
     changes = dict(data="sample,sample_boxes:0", kl=0.1)
     train_grpo.main(flags(shards, start, tmp_path / "one", **changes))

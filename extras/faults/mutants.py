@@ -31,6 +31,7 @@ WHOLE, RESUMED = "test_checkpoints.py::", "test_train.py::test_resumed_run_equal
 RANKS, RUNS = "test_ranks.py::", "test_runs.py::"
 PACKED, MODEL, FOLDER = "test_packing.py::", "test_model.py::", "test_folder.py::"
 TOGETHER = "test_generate.py::test_generation_together_equals_uncached_generation_one_at_a_time"
+GRPO, BOXES = "test_grpo.py::", "test_boxes.py::"
 QWEN, GOLDEN = "test_qwen3_vl.py::", "test_qwen3_vl.py::test_golden_numbers_of_a_tiny_model"
 SCORES, BLEU = "test_cls_metrics.py::", "test_eval.py::test_bleu1_agrees_with_an_independent_statement"
 RANGES = "test_flags.py::test_a_value_out_of_its_range_is_named_in_one_line"
@@ -165,6 +166,39 @@ MUTANTS = [  # what is wrong, in which file, [(its words, the words instead), ..
      [("slot = self.used[row] + lane", "slot = self.used[row] + lane - 1")], TOGETHER),
     ("a row of the cache keeps what was in it", "generate.py", [("cache.used[row] = 0", "pass")],
      "test_generate.py::test_groups_are_taken_in_as_others_are_finished"),
+    ("GRPO: no baseline", "grpo.py", [("rewards - rewards.mean(axis=1, keepdims=True)", "rewards * 1.0")],
+     f"{GRPO}test_advantages_and_shares_by_hand"),
+    ("GRPO: the worse answers become likelier", "grpo.py", [("loss, divergence = -torch", "loss, divergence = torch")],
+     f"{GRPO}test_a_steps_gradient_is_that_of_the_expected_reward"),
+    ("GRPO: what ends an answer is not trained", "grpo.py",
+     [("answer.tokens + [answer.stop] * (answer.stop is not None)", "answer.tokens")],
+     f"{GRPO}test_sampled_log_probabilities_are_those_of_training"),
+    ("GRPO: the better of bounded and unbounded", "grpo.py", [("torch.minimum(", "torch.maximum(")],
+     f"{GRPO}test_what_is_clipped_gives_no_gradient"),
+    ("GRPO: trained at another temperature than sampled", "grpo.py",
+     [("logits if temperature == 1 else logits / temperature", "logits")],
+     f"{GRPO}test_sampled_log_probabilities_are_those_of_training"),
+    ("GRPO: shares are those of the reversed order", "grpo.py",
+     [("[sample.share for sample in samples]", "[sample.share for sample in samples[::-1]]")],
+     f"{GRPO}test_a_group_behind_one_prompt_has_the_loss_and_gradient_of_its_answers_alone"),
+    ("GRPO: the divergence is from the model itself", "grpo.py",
+     [("d = micro.anchor - values", "d = values.detach() - values")],
+     f"{GRPO}test_the_anchor_of_new_lora_is_the_model_without_it"),
+    ("GRPO: the anchor stays in the model's place", "train_grpo.py",
+     [("            p.copy_(now[name])\n", "            pass\n")],
+     f"{GRPO}test_the_anchor_of_new_lora_is_the_model_without_it"),
+    ("GRPO: what is drawn does not depend on the step", "train_grpo.py",
+     [("default_rng([config.seed, step, place])", "default_rng([config.seed, place])")],
+     f"{GRPO}test_each_step_and_prompt_draws_anew"),
+    ("GRPO: ranks draw by their own count", "train_grpo.py",
+     [("for place in range(rank, len(prompts), ranks)]", "for place in range(len(some))]")],
+     f"{GRPO}test_two_processes_are_as_one"),
+    ("boxes: boxes too many cost nothing", "tasks/boxes.py",
+     [("200 * matched / (predicted + true))", "100 * matched / max(true, 1))")],
+     f"{BOXES}test_scores_by_hand"),
+    ("boxes: text behind the last box is passed over", "tasks/boxes.py",
+     [("    if label.strip():\n", "    if False:\n")],
+     f"{BOXES}test_what_cannot_be_read_is_no_answer"),
     # What others who wrote Qwen3-VL by hand got wrong
     ("Qwen: no DeepStack", "zoo/qwen3_vl.py", [("if layer < len(deepstack):", "if False:")], GOLDEN),
     ("Qwen: another base of the text's angles", "zoo/qwen3_vl.py", [("config.rope_theta **", "1e4 **")], GOLDEN),

@@ -213,6 +213,7 @@ def test_sampled_log_probabilities_are_those_of_training(name, shards):
     mixture = Mixture(**open_shards("sample_boxes,sample", shards, "train"), batch_size=6,
                       count_tokens=lambda height, width: height // 32 * (width // 32) + 1)
     tokenizer = train_grpo.tokenizer_of(mixture.shards[0])
+    tokenizer.stops = tuple(range(64))  # so that some end
     model = build_vlm(name, tokenizer.vocab_size).eval()
     mixture.image_tokens = [np.asarray(model.vision.tokens(index["height"].astype(int), index["width"].astype(int)))
                             for index in (shard.image_index for shard in mixture.shards)]
@@ -223,6 +224,8 @@ def test_sampled_log_probabilities_are_those_of_training(name, shards):
     with torch.no_grad():
         rollouts = roll_out(model, tokenizer, prompts, 5, 12, 1.3, draws)
         assert len({tuple(one.tokens) for group in rollouts for one in group}) > 20
+        ended = [one.tokens[-1] < 64 for group in rollouts for one in group]
+        assert 5 < sum(ended) < 29 and [not one.cut for group in rollouts for one in group] == ended
         shares = find_shares(np.array([[len(one.tokens) for one in group] for group in rollouts]), 12, "constant")
         for rollout in itertools.chain(*rollouts):
             rollout.cut = False

@@ -152,11 +152,11 @@ class MicroBatch:
 
 
 def make_micro_batches(mixture, prompts, rollouts, advantages, alive, shares, config):
-    """This rank's MicroBatches of a step: groups whose rewards differ, answers that are learnt from."""
+    """This rank's MicroBatches of a step: groups whose rewards differ, with --kl all; answers that are learnt from."""
     pieces = []
     for place, (prompt, group) in enumerate(zip(prompts, rollouts, strict=True)):
         tokens, samples = prompt.sample.prompt(), []
-        for number, rollout in enumerate(group) if alive[place] else ():
+        for number, rollout in enumerate(group) if alive[place] or config.kl else ():
             if not (rollout.cut and config.mask_truncated):
                 share = float(shares[place, number])
                 spans = np.array([[len(tokens), len(tokens) + len(rollout.tokens)]])

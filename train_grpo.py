@@ -44,7 +44,7 @@ class Config:
     balance: bool = True  # with several datasets, map each one's median reward to 0.5
     batch_size: BatchSize = 16  # prompts in a step
     answers: Annotated[int, Range(2, 1024)] = 8  # sampled of each prompt: a group
-    max_new_tokens: Whole = 0  # longest answer; 0: 32, of boxes half more than the longest of the data
+    max_new_tokens: Annotated[int, Range(0, 1 << 16)] = 0  # longest answer; 0: 32, or what boxes need
     temperature: Annotated[float, Range(1e-3, 1e3)] = 1.0  # that answers are sampled and trained at
     max_length: Annotated[int, Range(16, 1 << 20)] = 3584  # tokens of a sample; a longer prompt is cut at its front
     micro_batch_tokens: Count = 8192  # tokens of a forward pass; trades memory for speed, not results
@@ -75,7 +75,8 @@ class Config:
     device: Device = "auto"  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: on a GPU bfloat16, else float16
     run: str = ""  # folder of this run; none: out/grpo_<date>
-    resume: bool = False  # go on from the newest checkpoint of the run
+    resume: bool = False  # go on from the newest checkpoint of the run, with its flags where none are given
+    config: str = ""  # config.json of a run whose flags count where none are given
     save_minutes: Scale = 30.0  # between two checkpoints; 0: by steps alone
     save_every: Whole = 0  # also after so many steps; 0: by minutes alone
     keep: Count = 2  # newest checkpoints that stay, beside the best by held-out score
@@ -101,9 +102,11 @@ from grpo import (balanced, find_advantages, find_shares, log_probabilities, mak
                   read_prompts, reward_all, roll_out, share_out)
 from plumbing.devices import LossScale, agree, autocast_to, join_group, pick_device, sum_of_ranks, to_device
 from plumbing.files import find_run, hash_file, lock, read_manifest, sync
-from plumbing.runs import (choose_folder, describe_run, image_settings, open_log, open_run, require_same_inputs,
-                           write_run)
+from plumbing.pixels import resize_flags
+from plumbing.runs import (choose_folder, describe_run, image_settings, learnt_before, open_log, open_run,
+                           require_same_inputs, write_run)
 from plumbing.signals import agree_on_stop, catch_signals, end_stopped
+from quantize import LowLinear
 from run import (device_of, learning_rate_at, load_optimizer, make_optimizer, make_trainable, save_checkpoint, update)
 from tasks.rewards import parse
 from tasks.splits import answer_limit, task_of
@@ -111,8 +114,8 @@ from weights import build_vlm, load_vlm, save_vlm
 from zoo.chatml import tokenizer_of
 from zoo.qwen3_files import is_qwen
 
-FREE_ON_RESUME = {"compile", "device", "resume", "run", "evaluate_every", "save_every", "save_minutes", "keep",
-                  "rank_timeout", "wandb", "shards_dir", "recompute", "micro_batch_tokens", "reward_timeout"}
+FREE_ON_RESUME = {"config", "compile", "device", "resume", "run", "evaluate_every", "save_every", "save_minutes",
+                  "keep", "rank_timeout", "wandb", "shards_dir", "recompute", "micro_batch_tokens", "reward_timeout"}
 
 
 # ----------------------------------------------------------------------------- one step
@@ -153,7 +156,8 @@ def update_once(state, micro_batches, rate, config):
     for micro in micro_batches:
         with state.autocast:
             loss, some = policy_loss(state.model, to_device(micro, sums.device), state.tokenizer.vocab_size, config)
-        (loss * state.scale.scale if state.scale else loss).backward()
+        if loss.requires_grad:  # not where images alone train, and there is none
+            (loss * state.scale.scale if state.scale else loss).backward()
         sums += some
     _, norm = update(state.optimizer, rate, sums[0], config.clip, state.scale)
     return sums.tolist(), norm
@@ -184,6 +188,9 @@ def open_prompts(config, opened, vision, rank, ranks, device):
     for shard, count, validation in zip(mixture.shards, mixture.counts, mixture.validation):
         vision.require_shapes(shard.folder, shard.image_index)
         print(f"{shard.folder}: {count:,} prompts, {len(validation):,} samples held out")
+    if config.language == "frozen" and not mixture.has_images():
+        raise UserError(f"--language=frozen: no sample of --data={config.data} has an image, so that nothing would "
+                        "train; choose --language=lora, or data with images")
     return mixture
 
 
@@ -196,14 +203,25 @@ def load_policy(config, tokenizer, checkpoint, device, dtype):
         return build_vlm(config.start, tokenizer.vocab_size, whole, whole, dtype, device, trained=trained,
                          bits=int(config.base_bits.replace("auto", "0")))
     begun = checkpoint or checkpoint_of(config.start, tokenizer)
-    return load_vlm(begun, dtype, device, None, trained, config.base_bits)
+    model = load_vlm(begun, dtype, device, None, trained, config.base_bits)
+    if config.language == "full" and any(isinstance(module, LowLinear) for module in model.language.modules()):
+        raise UserError(f"--language=full: the base of {begun} has {model.base_bits} bits; add --base_bits=0")
+    return model
 
 
-def compare_held_out(config):
-    """Print where --start may have been trained on what is held out here: they depend on the datasets' order."""
+def compare_start(config, image):
+    """
+    Print where --start may have been trained on what is held out here, which depends on the datasets' order.
+    UserError where its images were stored in another way.
+    """
     if is_qwen(hub_folder(config.start)):
         return
-    before, here = read_manifest(find_run(config.start)[1])["flags"], asdict(config)
+    record, here = read_manifest(find_run(config.start)[1]), asdict(config)
+    if resize_flags(record["image"]) != resize_flags(image):
+        raise UserError(f"--start={config.start}: its images were made by {resize_flags(record['image'])}, those of "
+                        f"--data by {resize_flags(image)}; prepare them as the former: `python prepare/all.py "
+                        f"--only=... {resize_flags(record['image'])}`")
+    before = record["flags"]
     named = [[entry.partition(":")[0] for entry in flags["data"].split(",")] for flags in (before, here)]
     if named[0] != named[1] or before["held_out"] != config.held_out:
         print(f"{config.start} has --data={before['data']} --held_out={before['held_out']}: with other datasets or "
@@ -229,8 +247,9 @@ def held_out_scores(state, config):
     scores, mixture = {}, state.mixture
     for shard, numbers, start in zip(mixture.shards, mixture.validation, mixture.starts):
         prompts, task = read_prompts(mixture, state.records, numbers + start), task_of(shard)
-        answered = share_out(prompts, lambda some, rank, ranks: roll_out(
-            state.model, state.tokenizer, some, 1, answer_limit(shard, config)))
+        with state.autocast:
+            answered = share_out(prompts, lambda some, rank, ranks: roll_out(
+                state.model, state.tokenizer, some, 1, answer_limit(shard, config)))
         if prompts:
             scores[shard.folder.parent.name] = float(np.mean([
                 task.score(prompt.record, rollout.text)[task.MAIN] for prompt, (rollout,) in zip(prompts, answered)]))
@@ -238,8 +257,6 @@ def held_out_scores(state, config):
 
 
 def main(config):
-    if not config.start:
-        raise UserError("--start: name the run to begin with, one of `python train_vlm.py`")
     parse(config.reward)  # what is wrong with it is told first
     device, dtype = pick_device(config.device, config.dtype)
     rank, ranks, device = join_group(device, config.rank_timeout)
@@ -252,6 +269,8 @@ def train(config, folder, rank, ranks, device, dtype):
     """All steps of a run, or those that are left of it."""
     torch.manual_seed(config.seed)
     checkpoint = agree(lambda: open_run(folder, config, FREE_ON_RESUME))
+    if not (checkpoint or config.start):
+        raise UserError("--start: name the run to begin with, one of `python train_vlm.py`")
     opened = open_shards(config.data, config.shards_dir, "train")
     image, tokenizer = image_settings(opened["shards"]), tokenizer_of(opened["shards"][0])
     model = load_policy(config, tokenizer, checkpoint, device, dtype).eval()  # without dropout, as it is sampled
@@ -265,7 +284,8 @@ def train(config, folder, rank, ranks, device, dtype):
         load_optimizer(optimizer, model, checkpoint)
         scale = scale and LossScale(**record.get("loss_scale", {}))
     else:
-        compare_held_out(config)
+        compare_start(config, image)
+        record |= learnt_before(config.start)
     if first >= config.max_steps:
         return print(f"finished already; now run `python eval_vqa.py --run={folder}`")
     reference = open_reference(model, folder, record, rank) if config.kl else None
@@ -291,10 +311,12 @@ def take_steps(config, folder, first, log, state):
     for step in range(first, config.max_steps):
         try:
             entry = take_step(state, step, config)
-        except (UserError, FloatingPointError) as error:
-            if step > first:  # nothing of this step has changed anything
+        except UserError as error:  # a reward's: nothing of this step has changed anything
+            if step > first and not (folder / f"step_{step:06d}").exists():
                 save(config, folder, state, step, {})
             raise UserError(f"step {step}: {error}") from None
+        except FloatingPointError as error:
+            raise UserError(f"step {step}: {error}; try a lower --learning_rate, from the newest checkpoint") from None
         done = step + 1
         shown = "".join(f", {name} {score:.1f}" for name, score in scores.items())
         bar.update()

@@ -87,8 +87,8 @@ from data import Mixture, open_shards
 from plumbing.devices import (LossScale, agree, autocast_to, gather, join_group, pick_device,
                               split_among_ranks, sum_of_ranks, to_device, usable_cores)
 from plumbing.files import lock, lowest_held_out_loss, read_manifest, sync
-from plumbing.runs import (choose_folder, describe_run, image_settings, open_log, open_run, require_same_inputs,
-                           write_run)
+from plumbing.runs import (choose_folder, describe_run, image_settings, learnt_before, open_log, open_run,
+                           require_same_inputs, write_run)
 from plumbing.signals import agree_on_stop, catch_signals, end_stopped
 from plumbing.sources import find_start, settle, weights_of
 from run import (device_of, even_out, learning_rate_at, load_optimizer, lora_settings, make_optimizer,
@@ -215,6 +215,8 @@ def train(config, folder, rank, ranks, device, dtype):
     if checkpoint:
         record = require_same_inputs(checkpoint, record["inputs"])
         record["flags"] |= {name: getattr(config, name) for name in RESTATED}
+    else:
+        record |= learnt_before(config.start)
     optimizer = make_optimizer(trained_parameters(model, config), config.weight_decay, config.beta2)
     scale = LossScale() if dtype == torch.float16 else None
     steps = config.max_steps or max(1, int(config.epochs * mixture.samples_per_epoch / config.batch_size))

@@ -12,7 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from plumbing.devices import describe_machine
-from plumbing.files import (TOKENIZERS, checkpoints, differences, hash_json, nearest_run, newest_checkpoint,
+from plumbing.files import (TOKENIZERS, checkpoints, differences, find_run, hash_json, nearest_run, newest_checkpoint,
                             read_manifest, require_writable, sync, write_manifest, write_whole)
 from plumbing.flags import UserError
 from plumbing.pixels import resize_flags
@@ -78,6 +78,18 @@ def describe_run(config, mixture, image, tokenizer, model, device):
             **({"system": tokenizer.system} if tokenizer.system else {})}
 
 
+def learnt_before(start):
+    """
+    {"before": {"data", "tests"}} for the record of a run that begins with another one: what that run, and those
+    that it began with, were trained on; {} where `start` names no run.
+    """
+    if not (start and (checkpoints(start) or read_manifest(start))):  # none, an adapter, or a hub's folder
+        return {}
+    record = read_manifest(find_run(start)[1])
+    earlier = record.get("before", {"data": {}, "tests": {}})
+    return {"before": {"data": earlier["data"] | record["inputs"]["data"], "tests": earlier["tests"] | record["tests"]}}
+
+
 def image_settings(shards):
     """
     How the images of a run's shards were stored. UserError where that differs: nobody could say how a new image is
@@ -133,7 +145,7 @@ def open_log(folder, first, wandb_settings=None):
     path, lines = folder / "log.jsonl", []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):  # the last line may be torn
-            lines += [line + "\n"] if json.loads(line)["step"] <= first else []
+            lines += [line + "\n"] if first and json.loads(line)["step"] <= first else []
     write_whole(path, "".join(lines).encode())
     log = open(path, "a", encoding="utf-8")
     if wandb_settings:

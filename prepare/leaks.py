@@ -20,6 +20,7 @@ written anew, and a rerun is free.
 import functools
 import itertools
 import json
+import re
 from collections import defaultdict
 from pathlib import Path, PurePosixPath
 
@@ -56,7 +57,7 @@ class Split:
         if shard.manifest.get("augment"):
             first = {}
             for record, image in zip(shard.read_records(), shard.samples["image"].tolist()):
-                self.origin[image] = first.setdefault(record["image"].partition("/copy ")[0], image)
+                self.origin[image] = first.setdefault(re.sub(r"/copy \d+$", "", record["image"]), image)
         self.names = []  # (name of an image or "", number of its sample)
         self.ids = defaultdict(list)  # id -> (number of its sample, of the image or -1)
         if self.dataset and (self.dataset.shared_ids or self.dataset.known_leaks):

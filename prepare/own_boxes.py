@@ -29,7 +29,7 @@ from prepare.box_files import (LARGEST_TEXT, from_corner, gather, image_size, nu
 from prepare.boxes import ask_image
 from prepare.classify import read_lines
 from prepare.datasets import Dataset, read_image, refuse_damage
-from prepare.folder import compared, digest, prepare_listing
+from prepare.folder import compared, digest, prepare_listing, require_names
 from prepare.listing import SPLITS, Item, find_column, is_image, read_patients, read_rows
 from prepare.shards import write_dataset
 
@@ -149,11 +149,23 @@ def from_voc(sources, images, notes):
         name = images.find(path, called or path.stem, path.parent)
         if name not in images.files and path.stem in images.called:  # many a program writes another name
             name = images.find(path, path.stem, path.parent)
-        if name in images.files and image_size(read_image(images.files[name])) != (width, height):
+        if name in images.files and is_odd(name, read_image(images.files[name]), (width, height)):
             odd.append(name)
         rows += [(name, "", None), *((name, label or "no label", box) for label, box in boxes)]
     note_sizes(odd, notes)
     return rows, {}
+
+
+def is_odd(name, content, size):
+    """
+    Whether an image is of another (width, height) than its boxes' file says. UserError where that has the size before
+    the image's EXIF tag turns it: then the boxes are of other pixels than those that are shown.
+    """
+    upright = image_size(content)
+    if upright and upright[0] != upright[1] and tuple(size) == upright[::-1]:
+        raise UserError(f"{name}: shown upright it is {upright[0]} x {upright[1]} pixels, by its boxes' file "
+                        f"{size[0]} x {size[1]}; turn the image, its EXIF tag and its boxes alike")
+    return upright != tuple(size)
 
 
 def note_sizes(odd, notes):
@@ -169,7 +181,7 @@ def from_coco(sources, images, notes):
         split = split_of([*path.relative_to(images.folder).parent.parts, *re.split(r"[\W_]+", path.stem)])
         names = {key: images.find(path, called, path.parent) for key, (called, *_) in about.items()}
         for key, name in names.items():
-            if name in images.files and image_size(read_image(images.files[name])) != about[key][1:]:
+            if name in images.files and is_odd(name, read_image(images.files[name]), about[key][1:]):
                 odd.append(name)
             if split:
                 splits[name] = split
@@ -350,6 +362,7 @@ def prepare_boxes(path, sources, shards_dir, image, tokenizer, box_format="medmo
     with compared(path, shards_dir):
         boxes = read_boxes(path, sources)
         found = gather(path.name, boxes.rows)
+        require_names(path, {label for some in found.values() for label in some})
         if not any(found.values()):
             raise UserError(f"{path}: {boxes.form}, but not one box in it")
         splits, how = divide_own(path, boxes)

@@ -191,6 +191,7 @@ class SplitWriter:
         """Why a clean record cannot be used, in words; "" where it can."""
         assert not isinstance(record.references, str), record.id  # one text is no tuple of texts
         assert not (record.parts and record.image), record.id  # the image would not be shown
+        assert not (record.turns and record.boxes), record.id  # of which answer they are would not be known
         labels, views = set(record.labels or ()), record.views()
         questions, answers = zip((record.question, record.answer), *record.turns)
         imageless = self.kind == "text questions" and not record.image_name
@@ -201,7 +202,9 @@ class SplitWriter:
                 "no label" if record.labels == () and not self.multi_label else
                 "several labels" if len(labels) > 1 and not self.multi_label else
                 "image missing" if not views and not imageless or any(view.image is None for view in views) else
-                "unknown label" if labels - set(self.classes) else "")
+                "unknown label" if labels - set(self.classes) else
+                "boxes that cannot be read back" if record.boxes is not None and not boxes.same(
+                    boxes.read(record.answer), record.boxes) else "")
 
     def skip(self, reason, words):
         """Count a sample that is left out, and keep the name of the first for each reason."""

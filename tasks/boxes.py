@@ -227,6 +227,11 @@ def pair_up(found, asked):
     return {label: (as_array(found.get(label, ())), as_array(asked.get(label, ()))) for label in {**asked, **found}}
 
 
+def same(found, asked):
+    """Whether what `read` gave are the boxes of a dict of lists of boxes, in their order."""
+    return found is not None and all(np.array_equal(*pair) for pair in pair_up(found, asked).values())
+
+
 def compare(found, asked):
     """F-IoU of two dicts of lists of boxes."""
     pairs = pair_up(found, asked).values()
@@ -312,7 +317,7 @@ def report(name, scored, images, records, seen, units, unit="images", seed=0):
         print(f"questions new to the run: {'not known: ' if isinstance(seen, str) else ''}{tables['new']}")
     else:
         tables["new"] = tabulate(scored, np.array([not reason for reason in seen]), units, seed)
-        print(f"{tables['new']['questions']:,} of them new to the run, in words and image:")
+        print(f"{tables['new']['questions']:,} of them about images that are new to the run:")
         print_table(tables["new"], unit)
     labels = np.array([", ".join(record["boxes"]) for record in records])
     tables["types"] = {label: tabulate(scored, labels == label, units, seed)

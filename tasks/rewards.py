@@ -12,7 +12,7 @@ import re
 import numpy as np
 
 from plumbing.flags import UserError
-from tasks.boxes import THRESHOLDS, as_array, assign, compare, iou, match, pair_up, read
+from tasks.boxes import THRESHOLDS, assign, compare, iou, match, pair_up, read
 from tasks.vqa import exact_match, token_f1
 
 HEAVIEST = 1000  # a reward's weight

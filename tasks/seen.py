@@ -14,6 +14,12 @@ from plumbing.shards import Shard
 from tasks.vqa import turns_of
 
 
+def learnt(trained):
+    """What a run, and the runs that it began with, learnt from: two dicts by dataset, as describe_run has them."""
+    before = trained.get("before", {"data": {}, "tests": {}})
+    return before["data"] | trained["inputs"]["data"], before["tests"] | trained["tests"]
+
+
 def open_trained(trained, shards_dir):
     """
     {dataset: (Shard of its training split, numbers of its samples that were left out, or None where that
@@ -23,14 +29,14 @@ def open_trained(trained, shards_dir):
     trained: what the checkpoint was sealed with, see plumbing/runs.py's describe_run. The samples that the run
     held out count as trained on: its loss on them was watched.
     """
-    splits = {}
-    for entry in trained["flags"]["data"].split(","):
-        name = entry.partition(":")[0].strip()
+    splits, (data, _) = {}, learnt(trained)
+    own = [entry.partition(":")[0].strip() for entry in trained["flags"]["data"].split(",")]
+    for name in dict.fromkeys([*own, *data]):
         folder = Path(shards_dir) / name / "train"
         if not folder.is_dir():
             return f"{folder}, which the run was trained on, is not here"
         train = Shard(folder)
-        recorded = trained["inputs"]["data"].get(name)
+        recorded = data.get(name)
         if recorded is None:
             return f"the run does not say which training split of {name} it was trained on"
         if train.manifest["checksum"] != recorded["checksum"]:
@@ -46,7 +52,7 @@ def left_out(train, trained):
     now.
     """
     name = train.folder.parent.name
-    recorded, tests = trained["inputs"]["data"][name], trained["tests"][name]
+    recorded, tests = (facts[name] for facts in learnt(trained))
     if recorded["leaks"] != "drop":
         return []
     read_leaks(train)  # raises UserError where leaks.json is not that of these shards
@@ -72,11 +78,13 @@ def find_seen(test, splits, trained):
         return "the run was trained on this split" if split == "train" and name in splits else \
             "training splits are compared with test splits alone"
     words, images = np.zeros((2, len(test)), bool)
+    data, tests = learnt(trained)
     sample, image = test.image_pairs()
     for dataset, (train, missing) in splits.items():
-        words |= np.isin(test.samples["words"], np.delete(train.samples["words"], missing or []))
-        compared = missing is not None and trained["inputs"]["data"][dataset]["leaks"] == "drop" and (
-            trained["tests"][dataset].get(f"{name}/test"))
+        if test.manifest["kind"] != "boxes":  # "there is none" is an answer of every label
+            words |= np.isin(test.samples["words"], np.delete(train.samples["words"], missing or []))
+        compared = missing is not None and data[dataset]["leaks"] == "drop" and (
+            tests[dataset].get(f"{name}/test"))
         if compared != test.manifest["checksum"]:  # so that nothing was left out for this test's sake
             images[sample[np.isin(image, read_leaked_images(train, test))]] = True
     return [" and ".join(["words"] * same_words + ["image"] * same_image)

@@ -28,7 +28,9 @@ from test_model import VIT, randomise
 from test_ranks import together
 from test_train import flags as sft_flags
 from test_train import prepare_sample, read_log
-from train_grpo import State, anchor_all
+from run import make_optimizer, open_trained_run
+from tasks.seen import open_trained
+from train_grpo import State, anchor_all, update_once
 from weights import build_vlm
 
 CPU = torch.device("cpu")
@@ -339,7 +341,8 @@ def test_a_bad_reward_names_its_sample_and_loses_nothing(bad, said, shards, star
     good = rewards.REWARDS["exact"]
     monkeypatch.setitem(rewards.REWARDS, "exact", lambda record, text, progress: (
         good if progress < 0.7 else bad)(record, text, progress))
-    config = dict(reward_timeout=1, save_every=0, evaluate_every=50)
+    saved = said.startswith("nan")  # at the step that fails: there is nothing to save then
+    config = dict(reward_timeout=1, save_every=3 if saved else 0, evaluate_every=50)
     with pytest.raises(UserError) as raised:
         train_grpo.main(flags(shards, start, tmp_path / "run", **config))
     message = str(raised.value)
@@ -351,6 +354,35 @@ def test_a_bad_reward_names_its_sample_and_loses_nothing(bad, said, shards, star
     train_grpo.main(flags(shards, start, tmp_path / "run", resume=True, **config))
     train_grpo.main(flags(shards, start, tmp_path / "whole", **config))
     assert same(tensors_of(tmp_path / "run/step_000004"), tensors_of(tmp_path / "whole/step_000004"))
+
+
+def test_with_a_divergence_groups_of_equal_rewards_count():
+    rollouts = [[Rollout([3, STOP], [-1.0, -1.0], "", False)] * 2]
+    for kl, count in ((0.0, 0), (0.1, 1)):
+        micro_batches = make_micro_batches(text_mixture(), [ask()], rollouts, np.zeros((1, 2)), [False], np.ones((1, 2)),
+                                           train_grpo.Config(kl=kl))
+        assert len(micro_batches) == count
+
+
+def test_a_micro_batch_without_images_changes_no_projection():
+    model = tiny_policy().float()
+    model.requires_grad_(False).projector.requires_grad_(True)
+    micro_batches = make_micro_batches(text_mixture(), [ask()], [[Rollout([3, STOP], [-1.0, -1.0], "", False)]],
+                                       np.ones((1, 1)), [True], np.ones((1, 1)), train_grpo.Config())
+    state = State(model, SimpleNamespace(vocab_size=5), None, [], 3,
+                  make_optimizer([("projector.weight", model.projector.weight, 1.0)], 0.0), None, None, {},
+                  autocast_to(CPU, torch.float32))
+    before = model.projector.weight.clone()
+    assert update_once(state, micro_batches, 1.0, train_grpo.Config())[1] == 0
+    assert (model.projector.weight == before).all()
+
+
+def test_a_base_of_few_bits_is_not_trained_in_full(shards, start, tmp_path):
+    train_vlm.main(sft_flags(shards, tmp_path / "low", start=str(start), language="lora", vision="frozen", base_bits=8,
+                             max_steps=1, data="sample"))
+    with pytest.raises(UserError, match="--language=full: the base of .* has 8 bits; add --base_bits=0"):
+        train_grpo.main(flags(shards, tmp_path / "low", tmp_path / "a", language="full"))
+    train_grpo.main(flags(shards, tmp_path / "low", tmp_path / "b", max_steps=1))
 
 
 def test_an_altered_reference_is_refused(shards, start, tmp_path):
@@ -381,5 +413,10 @@ def test_a_run_is_evaluated_and_says_what_the_start_has_seen(shards, start, tmp_
     eval_vqa.main(eval_vqa.Config(run=str(tmp_path / "run"), shards_dir=str(shards), data="sample,sample_boxes"))
     out = capsys.readouterr().out
     assert "F-IoU" in out and "BLEU-1" in out
-    results = [json.loads(path.read_text()) for path in (tmp_path / "run/eval").glob("*/results.json")]
-    assert {name for one in results for name in one["results"]} == {"sample/test", "sample_boxes/test"}
+    results = [json.loads(path.read_text())["results"] for path in (tmp_path / "run/eval").glob("*/results.json")]
+    tables = {name: table for one in results for name, table in one.items()}
+    assert tables.keys() == {"sample/test", "sample_boxes/test"}
+    assert tables["sample_boxes/test"]["new"]["questions"] == 48  # also those that are answered by no box
+    # sample_boxes was learnt before: its blind answers are its own
+    assert tables["sample_boxes/test"]["all"]["rows"]["question only"]["unreadable"][0] == 0
+    assert set(open_trained(open_trained_run(tmp_path / "run")[2], shards)) == {"sample", "sample_boxes"}

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from plumbing.flags import UserError
 from plumbing.leaks import read_leaks
@@ -138,6 +139,43 @@ def test_copies_of_training_images_are_asked_about_too(tmp_path, tokenizer):
     plain = prepared(tmp_path / "scans", tokenizer)
     more = prepared(tmp_path / "scans", tokenizer, augment=2)
     assert len(more["train"]) == 3 * len(plain["train"]) and len(more["test"]) == len(plain["test"])
+
+
+@pytest.mark.parametrize("labels, said", [
+    (("Cell", "cell"), "'Cell' and 'cell' differ"), (("", "cell"), "without a name")])
+def test_labels_that_would_be_asked_for_in_the_same_words_are_refused(labels, said, tmp_path, tokenizer):
+    put_images(tmp_path / "scans", 4)
+    put(tmp_path / "scans/boxes.csv", "file,class,xmin,ymin,xmax,ymax\n" + "".join(
+        f"{number}.png,{labels[number % 2]},1,1,9,9\n" for number in range(4)))
+    refused(tmp_path / "scans", tokenizer, said)
+
+
+def test_a_label_that_makes_an_answer_unreadable_is_counted(tmp_path, tokenizer):
+    put_images(tmp_path / "scans", 4)
+    put(tmp_path / "scans/boxes.csv", "file,class,xmin,ymin,xmax,ymax\n" + "".join(
+        f"{number}.png,a<box>,1,1,9,9\n" for number in range(4)))
+    refused(tmp_path / "scans", tokenizer, "boxes that cannot be read back")
+
+
+def test_boxes_of_an_image_before_its_exif_tag_turns_it_are_refused(tmp_path, tokenizer):
+    image, tag = Image.new("RGB", (40, 20)), Image.Exif()
+    tag[0x0112] = 6
+    (tmp_path / "scans").mkdir()
+    image.save(tmp_path / "scans/0.jpg", exif=tag)
+    put(tmp_path / "scans/0.xml", voc("0.jpg", [("lesion", 1, 1, 9, 9)]))
+    refused(tmp_path / "scans", tokenizer, "shown upright it is 20 x 40 pixels", "EXIF")
+
+
+def test_a_folder_named_copy_is_no_copy(tmp_path, tokenizer):
+    for seed in range(4):
+        put(tmp_path / f"scans/train/copy {seed}/x.png", picture(*SIZE, seed=seed))
+        put(tmp_path / f"scans/train/copy {seed}/x.txt", "0 .5 .5 .5 .5\n")
+    put(tmp_path / "scans/test/x.png", picture(*SIZE, seed=2))
+    put(tmp_path / "scans/test/x.txt", "0 .5 .5 .5 .5\n")
+    put(tmp_path / "scans/data.yaml", "names: [lesion]")
+    assert len(prepared(tmp_path / "scans", tokenizer, augment=1)["train"]) == 8
+    guard(tmp_path / "shards")
+    assert len(read_leaks(Shard(next((tmp_path / "shards").glob("*/train"))))[1]) == 2
 
 
 def test_copies_of_a_test_image_are_left_out_with_it(tmp_path, tokenizer):

@@ -614,7 +614,8 @@ def test_a_folder_is_trained_goes_on_bit_for_bit_begins_a_stage_and_answers(
     monkeypatch.setitem(rewards.REWARDS, "exact", lambda record, text, progress: len(text) % 5 / 4)
     train_grpo.main(train_grpo.Config(
         start=str(folder), shards_dir=str(shards), data="sample", run=str(tmp_path / "grpo"), reward="exact",
-        batch_size=2, answers=3, max_new_tokens=4, max_steps=2, held_out=4, learning_rate=1e-3, mask_truncated=False))
+        batch_size=2, answers=3, max_new_tokens=4, max_steps=2, held_out=4, learning_rate=1e-3, mask_truncated=False,
+        dtype="bfloat16"))
     found = load_file(tmp_path / "grpo/step_000002/adapter/adapter_model.safetensors")
     assert len(found) == len(adapter) and any(tensor.any() for name, tensor in found.items() if "lora_B" in name)
     assert load_vlm(tmp_path / "grpo/step_000002").weights["language"] == str(folder)

@@ -359,7 +359,8 @@ def test_a_bad_reward_names_its_sample_and_loses_nothing(bad, said, shards, star
 def test_with_a_divergence_groups_of_equal_rewards_count():
     rollouts = [[Rollout([3, STOP], [-1.0, -1.0], "", False)] * 2]
     for kl, count in ((0.0, 0), (0.1, 1)):
-        micro_batches = make_micro_batches(text_mixture(), [ask()], rollouts, np.zeros((1, 2)), [False], np.ones((1, 2)),
+        none = np.zeros((1, 2))
+        micro_batches = make_micro_batches(text_mixture(), [ask()], rollouts, none, [False], none + 1,
                                            train_grpo.Config(kl=kl))
         assert len(micro_batches) == count
 

@@ -31,7 +31,7 @@ def open_trained(trained, shards_dir):
     """
     splits, (data, _) = {}, learnt(trained)
     own = [entry.partition(":")[0].strip() for entry in trained["flags"]["data"].split(",")]
-    for name in dict.fromkeys([*own, *data]):
+    for name in dict.fromkeys([*own, *trained.get("before", {"data": ()})["data"]]):
         folder = Path(shards_dir) / name / "train"
         if not folder.is_dir():
             return f"{folder}, which the run was trained on, is not here"

@@ -14,7 +14,7 @@ default), no reference model, no second pass for old log-probabilities, and answ
 --peer_batch_size. On a CPU, unlike on a GPU, TRL 1.16 computes the logits of prompts, too: --peer_head=answers spares
 it that, by TRL's own function for whole logits, which makes it several times as fast; --peer_head=all does not.
 
-Needs tests/requirements.txt and `pip install trl`, which brings datasets along.
+Needs tests/requirements.txt and the package trl, which brings datasets along.
 """
 
 import sys

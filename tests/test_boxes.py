@@ -428,7 +428,7 @@ def test_the_report_has_every_row(capsys):
         assert cell[0] == pytest.approx(rows["model"][name][0] - rows["image shuffled"][name][0], abs=1e-9)
     assert tables["all"]["boxes"] == sum(len(some) for record in records for some in record["boxes"].values())
     text = capsys.readouterr().out
-    assert "90 questions about 45 images" in text and "30 of them new to the run" in text
+    assert "90 questions about 45 images" in text and "30 of them about images that are new" in text
     assert text.count("the image adds") == 7 and "F-IoU by label" in text and "AP50" in text
     assert report("toy/test", scored, 45, records, ["words"] * 90, np.zeros(90, int))["all"]["rows"]["model"][
         "F-IoU"][1:] == [None, None]  # of one image nobody knows how others differ

@@ -117,10 +117,12 @@ def some_rollouts(model, prompts, count=4, seed=3):
     answers = list(answers_of_five())
     return [[Rollout(answer, logs_of(model, prompt.sample.prompt().tolist(), answer).tolist(), "", len(answer) == 3
                      and answer[-1] != STOP, float(generator.random()))
-             for answer in (answers[n] for n in generator.integers(len(answers), size=count))] for prompt in prompts]
+             for answer in (answers[int(n) - 1] for n in len(answers) ** generator.random(count))]  # of any length
+            for prompt in prompts]
 
 
-@pytest.mark.parametrize("changes", [{}, dict(kl=0.3, clip_low=0.05, clip_high=0.1, length="answer"),
+@pytest.mark.parametrize("changes", [{}, dict(kl=0.3, clip_low=0.05, clip_high=0.1, length="answer",
+                                              mask_truncated=False),
                                      dict(normalise="group", length="step", mask_truncated=False)])
 def test_a_group_behind_one_prompt_has_the_loss_and_gradient_of_its_answers_alone(changes):
     model, config = tiny_policy(), train_grpo.Config(**changes)
@@ -130,7 +132,9 @@ def test_a_group_behind_one_prompt_has_the_loss_and_gradient_of_its_answers_alon
         rollout.log_probabilities = [value - 0.1 for value in rollout.log_probabilities]
     scores = np.array([[one.reward for one in group] for group in rollouts])
     advantages, alive = find_advantages(scores, config.normalise)
-    shares = find_shares(np.array([[len(one.tokens) for one in group] for group in rollouts]), LIMIT, config.length)
+    lengths = np.array([[len(one.tokens) for one in group] for group in rollouts])
+    assert {*lengths.flatten()} == {1, 2, 3}
+    shares = find_shares(lengths, LIMIT, config.length)
     together = make_micro_batches(text_mixture(), prompts, rollouts, advantages, alive, shares, config)
     alone = make_micro_batches(text_mixture(), [prompt for prompt in prompts for _ in range(4)],
                                [[one] for group in rollouts for one in group], advantages.reshape(-1, 1),

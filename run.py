@@ -66,6 +66,13 @@ def make_trainable(model, config, checkpoint):
         compile_blocks([*model.vision.blocks, *model.language.blocks])
 
 
+def require_images(config, mixture):
+    """Raise UserError where a frozen language model leaves nothing to train, for no sample has an image."""
+    if config.language == "frozen" and not mixture.has_images():
+        raise UserError(f"--language=frozen: no sample of --data={config.data} has an image, so that nothing "
+                        "would train; choose --language=lora, or data with images")
+
+
 def device_of(model):
     return next(model.projector.parameters()).device
 

@@ -107,7 +107,8 @@ from plumbing.runs import (choose_folder, describe_run, image_settings, learnt_b
                            require_same_inputs, write_run)
 from plumbing.signals import agree_on_stop, catch_signals, end_stopped
 from quantize import LowLinear
-from run import (device_of, learning_rate_at, load_optimizer, make_optimizer, make_trainable, save_checkpoint, update)
+from run import (device_of, learning_rate_at, load_optimizer, make_optimizer, make_trainable, require_images,
+                 save_checkpoint, update)
 from tasks.rewards import parse
 from tasks.splits import answer_limit, task_of
 from weights import build_vlm, load_vlm, save_vlm
@@ -188,9 +189,7 @@ def open_prompts(config, opened, vision, rank, ranks, device):
     for shard, count, validation in zip(mixture.shards, mixture.counts, mixture.validation):
         vision.require_shapes(shard.folder, shard.image_index)
         print(f"{shard.folder}: {count:,} prompts, {len(validation):,} samples held out")
-    if config.language == "frozen" and not mixture.has_images():
-        raise UserError(f"--language=frozen: no sample of --data={config.data} has an image, so that nothing would "
-                        "train; choose --language=lora, or data with images")
+    require_images(config, mixture)
     return mixture
 
 

@@ -92,7 +92,7 @@ from plumbing.runs import (choose_folder, describe_run, image_settings, learnt_b
 from plumbing.signals import agree_on_stop, catch_signals, end_stopped
 from plumbing.sources import find_start, settle, weights_of
 from run import (device_of, even_out, learning_rate_at, load_optimizer, lora_settings, make_optimizer,
-                 make_trainable, save_checkpoint, update)
+                 make_trainable, require_images, save_checkpoint, update)
 from weights import build_vlm, load_vlm, save_vlm
 from zoo.adapters import load_adapters, read_adapter
 from zoo.chatml import tokenizer_of
@@ -121,9 +121,7 @@ def open_data(config, opened, vision, device, rank=0, ranks=1):
     if mixture.cut or mixture.too_long:
         print(f"samples of {config.max_length} tokens: {mixture.cut:,} prompts cut at the front, "
               f"{mixture.too_long:,} samples left out because their answer does not fit")
-    if config.language == "frozen" and not mixture.has_images():
-        raise UserError(f"--language=frozen: no sample of --data={config.data} has an image, so that nothing "
-                        "would train; choose --language=lora, or data with images")
+    require_images(config, mixture)
     return mixture
 
 

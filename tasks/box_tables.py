@@ -6,8 +6,10 @@ import math
 import numpy as np
 
 from tasks.stats import draw_counts
-from tasks.vqa import MANY_LACKING, TYPES_SHOWN, print_cells
+from tasks.vqa import TYPES_SHOWN, print_cells, print_lacking
 
+THRESHOLDS = (0.3, 0.5, 0.75)  # of F1
+SIZES = {"small": 1, "medium": 10, "large": 100}  # of a true box: below so many percent of the image; large: any
 RECALLS = np.linspace(0, 1, 101)  # at which COCO reads precision
 
 
@@ -18,17 +20,16 @@ def ratios(one):
     """
     boxes, empty, there = one["predicted"] + one["true"], one["true"] == 0, one["true"] > 0
     return {"F-IoU": (one["F-IoU"], 1), "mean IoU": (100 * one["matched"], one["true"]),
-            **{f"F1 at {cut}": (200 * one[f"hits {cut}"], boxes) for cut in (0.3, 0.5, 0.75)},
+            **{f"F1 at {cut}": (200 * one[f"hits {cut}"], boxes) for cut in THRESHOLDS},
             "count error": (abs(one["predicted"] - one["true"]), 1), "unreadable": (100 * one["unreadable"], 1),
             "sensitivity": (100 * (one["any"] and there), there),
             "specificity": (100 * (one["none"] and empty), empty),
             "IoU of unions": (100 * one["unions"], there), "IoU of firsts": (100 * one["first"], there),
-            **{size: (100 * one[size], one[f"{size} true"]) for size in ("small", "medium", "large")}}
+            **{size: (100 * one[size], one[f"{size} true"]) for size in SIZES}}
 
 
 SCORES = ("F-IoU", "mean IoU", "F1 at 0.3", "F1 at 0.5", "F1 at 0.75", "AP50")  # of the first table
 MORE = ("count error", "unreadable", "sensitivity", "specificity", "IoU of unions", "IoU of firsts")  # of the second
-SIZES = ("small", "medium", "large")  # true boxes below 1%, below 10%, and from 10% of the image on: mean IoU
 
 
 def precision_at_recalls(hits, weights, true):
@@ -122,10 +123,7 @@ def print_table(table, unit):
         print_cells(title, [heads.get(name, name) for name in names])
         for row, cells in table["rows"].items():
             print_cells(row, [cells[name] for name in names])
-    for name, share in table["resamples_without"].items():
-        if MANY_LACKING < share < 1:
-            print(f"{name}: {share:.0%} of the resamples of {unit} hold no such question; its interval "
-                  "rests on the others, and is a rough one")
+    print_lacking(table, unit)
 
 
 def print_labels(tables):

@@ -15,11 +15,9 @@ from collections import defaultdict
 
 import numpy as np
 
-from tasks.box_tables import print_labels, print_table, tabulate
+from tasks.box_tables import SIZES, THRESHOLDS, print_labels, print_table, tabulate
 
 MAIN = "F-IoU"
-THRESHOLDS = (0.3, 0.5, 0.75)  # of F1
-SIZES = {"small": 1, "medium": 10, "large": 100}  # of a true box: below so many percent of the image; large: any
 RANKED = 100  # boxes of one question and label that AP50 counts, COCO's limit
 LONGEST = 65_536  # characters of an answer
 CANDIDATES, OTHERS = 256, 64  # training answers among which the medoid is searched, and that each is compared with

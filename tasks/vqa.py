@@ -207,6 +207,11 @@ def print_table(table, unit):
     print_cells("", (*METRICS[:3], f"closed ({table['closed']:,})", f"open ({table['open']:,})"))
     for row, cells in table["rows"].items():
         print_cells(row, [cells[metric] for metric in METRICS])
+    print_lacking(table, unit)
+
+
+def print_lacking(table, unit):
+    """Print which of a table's intervals rest on part of the resamples, for want of such questions."""
     for metric, share in table["resamples_without"].items():
         if MANY_LACKING < share < 1:
             print(f"{metric}: {share:.0%} of the resamples of {unit} hold no such question; its interval "

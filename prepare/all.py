@@ -183,6 +183,7 @@ def prepare_dataset(dataset, config):
     facts = {"dataset": dataset.name, "shard_version": SHARD_VERSION,
              "prompt_version": PROMPT_VERSION, "limit": config.limit, "image": asdict(image),
              "licence": dataset.licence}
+    facts |= {"task": dataset.task} if dataset.task else {}
     if dataset.kind == "boxes":
         facts |= {"box_format": config.box_format, "augment": config.augment}
     own_words = dataset.train_tokenizer and not names_chat_model(config)  # which has to be asked in its words

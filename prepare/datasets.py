@@ -32,6 +32,7 @@ from typing import Callable
 from plumbing.claims import lfs_pointer
 from plumbing.flags import UserError
 from prepare.download import Source
+from tasks.choices import LETTERS, letter_options
 
 LARGEST_MEMBER = 1 << 28  # bytes of one file in an archive: a larger one is no image
 READ_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others zipfile inflates without a bound
@@ -52,6 +53,7 @@ class Dataset(Source):
     multi_label: bool = False  # an image may have several of them, or none; else each has exactly one
     shared_ids: str = ""  # a collection whose ids its image names, or those of its texts, are
     drawn: bool = False  # its reader draws the images; its second argument is their size in pixels
+    task: str = ""  # "choices" where each question has options to choose from; none: what its kind says
     one_pattern: bool = False  # its images are drawn so alike that their looks do not tell them apart
     known_leaks: tuple = ()  # (part of an image's name, the dataset whose test split has such images)
     train_tokenizer: Callable | None = None  # makes its own SentencePiece model, as bytes
@@ -256,10 +258,9 @@ def multiple_choice(question, options, right):
     An empty question stays so, and one without a right option gets an empty answer: either is
     counted as what it is when it is skipped.
     """
-    letters = "ABCDEFGHIJ"
-    if not question.strip() or not 0 <= right < len(options) <= len(letters) or not options[right]:
+    if not question.strip() or not 0 <= right < len(options) <= len(LETTERS) or not options[right]:
         return question, ""
-    lettered = [f"{letter}. {option}" for letter, option in zip(letters, options)]
+    lettered = letter_options(options)
     return f"{question} {' '.join(lettered)}", lettered[right]
 
 

@@ -45,10 +45,12 @@ class Source:
     hub_files: tuple = ()
     revision: str = ""  # of the hub repository; the newest where none is named
     folder: Path | str = ""  # its raw folder, if that is not <raw_dir>/<name>
+    also: tuple = ()  # other names that its raw folder may have, such as its repository's
     in_place: bool = False  # a hub folder that is used as it is: downloaded into weights/ itself
 
     def raw(self, raw_dir):
-        return Path(raw_dir) / (self.folder or self.name)
+        names = (self.folder or self.name, *self.also)
+        return next((Path(raw_dir) / name for name in names if (Path(raw_dir) / name).is_dir()), Path(raw_dir) / names[0])
 
     def find(self, raw_dir):
         """{relative name: path} of the first layout that is all there; empty if none is."""

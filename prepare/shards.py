@@ -96,9 +96,10 @@ def clean_record(record, box_format="medmo"):
     parts = tuple(clean(part) if isinstance(part, str) else replace(part, role=clean(part.role))
                   for part in record.parts)
     units = record.boxes and {clean(label): boxes.to_units(some) for label, some in record.boxes.items()}
+    choices = tuple(clean(choice) for choice in record.choices)
     answer = record.answer if units is None else boxes.write(units, box_format)
     return replace(record, question=clean(record.question), answer=clean(answer),
-                   context=clean(record.context), parts=parts, boxes=units,
+                   context=clean(record.context), parts=parts, boxes=units, choices=choices,
                    turns=tuple((clean(question), clean(answer)) for question, answer in record.turns))
 
 
@@ -111,7 +112,7 @@ def words_of(record):
             "parts": [{"image": part.name, "role": part.role} if isinstance(part, View) else part
                       for part in record.parts],
             "references": references if references != [record.answer] else [], "group": record.group,
-            "boxes": record.boxes}
+            "boxes": record.boxes, "choices": list(record.choices)}
     words |= {name: value for name, value in more.items() if value}
     return words | ({"labels": list(record.labels)} if record.labels is not None else {})
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from plumbing.flags import UserError
 from tasks.boxes import THRESHOLDS, assign, compare, iou, match, pair_up, read
+from tasks.ngrams import lcs_f1
 from tasks.vqa import exact_match, token_f1
 
 HEAVIEST = 1000  # a reward's weight
@@ -128,20 +129,8 @@ def reward_f1(record, text, progress):
 
 
 def rouge_l(prediction, reference):
-    """
-    ROUGE-L in 0..1 (Lin 2004): F1 over the longest common subsequence of words, case aside.
-
-    The subsequence is counted with the bits of whole numbers, one a word of the prediction (Hyyro 2004).
-    """
-    predicted, wanted = prediction.lower().split(), reference.lower().split()
-    places = {}
-    for number, word in enumerate(predicted):
-        places[word] = places.get(word, 0) | 1 << number
-    every = row = (1 << len(predicted)) - 1
-    for word in wanted:
-        here = row & places.get(word, 0)
-        row = (row + here | row - here) & every
-    return 2 * (every ^ row).bit_count() / max(len(predicted) + len(wanted), 1)
+    """ROUGE-L in 0..1 (Lin 2004): F1 over the longest common subsequence of what stands between spaces, case aside."""
+    return lcs_f1(prediction.lower().split(), reference.lower().split())
 
 
 def reward_report(record, text, progress):

@@ -35,6 +35,7 @@ class Config:
     resize: Literal["squash", "crop", "pad", "fit"] = "squash"  # how an image becomes square; fit: keeps its shape
     max_pixels: Annotated[int, Range(0, 1 << 24)] = 0  # at most, with --resize=fit; 0: by --image_size
     box_format: Literal["medmo", "qwen"] = "medmo"  # how boxes are written: <box>[[...]]</box>, or JSON with bbox_2d
+    report: Literal["both", "findings", "impression"] = "both"  # what of its report a study is answered with
     augment: Annotated[int, Range(0, 100)] = 0  # copies of each training image with boxes, mirrored or cropped
     codec: Literal["jpeg", "png"] = "jpeg"  # of stored images; png is lossless and twice as large
     quality: Annotated[int, Range(1, 100)] = 97  # of jpeg; 97 alters a pixel by 1.1 of 255 levels on average
@@ -48,12 +49,14 @@ if __name__ == "__main__":
     CONFIG = parse_command_line(Config)  # before torch is imported: --help and a typo are answered at once
 
 import difflib
+import functools
+import inspect
 import os
 import re
 import time
 import traceback
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from plumbing.files import find_tokenizer, hash_file
 from plumbing.own import own_path
@@ -186,6 +189,9 @@ def prepare_dataset(dataset, config):
     facts |= {"task": dataset.task} if dataset.task else {}
     if dataset.kind == "boxes":
         facts |= {"box_format": config.box_format, "augment": config.augment}
+    if "report" in inspect.signature(dataset.read).parameters:
+        facts["report"] = config.report
+        dataset = replace(dataset, read=functools.partial(dataset.read, report=config.report))
     own_words = dataset.train_tokenizer and not names_chat_model(config)  # which has to be asked in its words
     if dataset.asks and not own_words:
         tokenizer = open_tokenizer(config.tokenizer, config.system)

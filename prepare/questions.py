@@ -123,6 +123,17 @@ def sample_boxes(raw, size=224):
     yield from drawn.box_records(ask, max(size, drawn.SIZE))
 
 
+@dataset(only_by_name=True, kind="reports", licence="MIT", access="part of this repository", megabytes=0,
+         page="prepare/sample.py", folder=Path(__file__).parent, layouts=(("sample.py",),),
+         counts={"train": 1200, "test": 240}, train_tokenizer=train_sample_tokenizer, one_pattern=True, drawn=True)
+def sample_studies(raw, size=224, report="both"):
+    """Drawn chest films, three of four with a film and a report of before: whether an effusion has grown."""
+    from prepare import sample as drawn
+    from prepare.studies import study_record
+
+    yield from drawn.study_records(functools.partial(study_record, report=report), max(size, drawn.SIZE))
+
+
 # ----------------------------------------------------------------------------- about images
 
 @dataset(kind="image questions", licence="MIT (hub card; textbook publishers hold the images)",

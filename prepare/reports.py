@@ -28,9 +28,14 @@ LARGEST_REPORT = 1 << 20  # bytes of one XML: real ones have a few thousand
 MARKS = re.compile(r"XXXX|_+")
 
 
+def has_words(text):
+    """Whether a section has more than marks."""
+    return bool(re.search("[A-Za-z]", MARKS.sub("", text)))
+
+
 def join_sections(sections):
     """The answer that a report's sections make, and its type: their names; both "" without any."""
-    texts = {name: text for name, text in sections.items() if re.search("[A-Za-z]", MARKS.sub("", text))}
+    texts = {name: text for name, text in sections.items() if has_words(text)}
     if "last paragraph" in texts:
         return texts["last paragraph"], "last paragraph"
     names = [name for name in ("findings", "impression") if name in texts]
@@ -64,6 +69,15 @@ def read_study(content):
     return [image.get("id", "") for image in root.iter("parentImage")], sections
 
 
+def read_studies(raw):
+    """Yield (study, ids of its images, sections) of every XML that can be read."""
+    for study, content in read_files(raw / "NLMCXR_reports.tgz", ".xml"):
+        try:
+            yield study, *read_study(content)
+        except (ValueError, SyntaxError) as error:
+            print(f"{raw.name}: {study + '.xml'!r}: passed over ({error})", flush=True)
+
+
 @dataset(kind="reports", licence="CC-BY-NC-ND-4.0", access="open", megabytes=1400,
          page="https://openi.nlm.nih.gov", counts={"train": 7470},
          urls=("https://openi.nlm.nih.gov/imgs/collections/NLMCXR_reports.tgz",
@@ -76,12 +90,7 @@ def iu_xray(raw):
     No split was published: all is "train". An id is study/image, so that a study can be kept together.
     """
     reports = {}  # image -> (record id, answer, type)
-    for study, content in read_files(raw / "NLMCXR_reports.tgz", ".xml"):
-        try:
-            images, sections = read_study(content)
-        except (ValueError, SyntaxError) as error:  # its images have no report: empty answers
-            print(f"iu_xray: {study + '.xml'!r}: passed over ({error})", flush=True)
-            continue
+    for study, images, sections in read_studies(raw):  # the images of others have no report: empty answers
         answer, type = join_sections(sections)
         reports.update((image, (f"{study}/{image}", answer, type)) for image in images)
     for image, content in read_files(raw / "NLMCXR_png.tgz", ".png"):

@@ -12,6 +12,9 @@ left is the patient's right. The pictures are sketches to learn the pipeline fro
 
 A finding's boxes are the bounds of the pixels that it is painted on.
 
+A study is a patient's chest film, with another of before and its report or without. An effusion has one of three
+sizes in either film, whatever it has in the other, and no report says which: what has become of it, two films tell.
+
 In each split every question sees each of its answers equally often: its words give nothing away.
 A picture of 448 pixels is that of 224, drawn with sharper edges and finer grain.
 The same seed gives the same bytes wherever numpy's generator gives the same numbers: all else is
@@ -33,7 +36,7 @@ import textwrap
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data import Record
+from data import Record, View
 
 SIZE = 224  # pixels, height and width, at which edges are as wide as they are written here
 SPLITS = {"train": 150, "test": 30}  # images a class; multiples of 6 keep every answer balanced
@@ -153,8 +156,11 @@ def draw_smear(rng, count, size, show=ignore):
     return image + 0.03 * clouds(rng, 60, size)[..., None]
 
 
-def draw_film(rng, side, size, show=ignore):
-    """A frontal chest film; side is -1 or 1 for an effusion left or right, 0 for none."""
+def draw_film(rng, side, size, show=ignore, top=None):
+    """
+    A frontal chest film; side is -1 or 1 for an effusion left or right, 0 for none; top: how high up it reaches, by
+    chance where none is given.
+    """
     x, y = place_frame(rng, 0.02, size)
     out = np.abs(x)  # distance from the midline
     body = ramp(0.20 + 0.75 * np.sqrt(np.clip((y + 0.92) / 0.45, 0, 1)) - out, 0.06)
@@ -175,7 +181,8 @@ def draw_film(rng, side, size, show=ignore):
     discs = ramp(0.1 - np.abs(y * 7 - np.floor(y * 7) - 0.5))  # between the vertebrae
     image = paint(image, ramp(0.075 - out) * body, 0.74 - 0.10 * discs)
     if side:  # fluid fills the base and climbs along the chest wall: the meniscus
-        level = rng.uniform(-0.22, -0.02) - 2.2 * np.square(np.maximum(out - 0.36, 0))
+        top = rng.uniform(-0.22, -0.02) if top is None else top
+        level = top - 2.2 * np.square(np.maximum(out - 0.36, 0))
         fluid = lungs * ramp(y - level, 0.05) * ramp(side * x - 0.08)
         image = paint(image, fluid, 0.82)
         show(fluid)
@@ -317,6 +324,68 @@ def box_records(ask, size=SIZE, seed=2):
         image = draw_image(split, number, seed, size, masks.append)
         boxes = {finding: tuple(sorted(map(bounds, masks)))}
         yield split, Record(name, ask(finding), image=image, image_name=f"{name}.ppm", type=finding, boxes=boxes)
+
+
+# ----------------------------------------------------------------------------- studies in time
+
+TOPS = {1: 0.22, 2: -0.07, 3: -0.36}  # of an effusion by its size: 32 pixels of 224 apart; the dome is at 0.46
+INDICATIONS = ("cough", "fever", "chest pain", "low oxygen", "weight loss")
+STUDY_CASES = [  # (side, size before or 0 or None without a film of before, size now): each change 6 times, none 12
+    (side, before, now) for side in SIDES for before in (None, 0, *TOPS) for now in (0, *TOPS)
+    for _ in range(1 if before or now else 3)]
+STUDY_WORDS = {  # change: findings, impression
+    "present": ("there is an effusion on the {side}.", "effusion on the {side}."),
+    "absent": ("there is no effusion.", "no effusion."),
+    "new": ("the effusion on the {side} is new.", "new effusion on the {side}."),
+    "resolved": ("the effusion on the {side} has resolved.", "resolved effusion on the {side}."),
+    "larger": ("the effusion on the {side} is larger than before.", "larger effusion on the {side}."),
+    "smaller": ("the effusion on the {side} is smaller than before.", "smaller effusion on the {side}."),
+    "unchanged": ("the effusion on the {side} is unchanged.", "unchanged effusion on the {side}.")}
+
+
+def name_change(before, now):
+    """What has become of an effusion, by its size in both films, 0 for none; before: None without a film."""
+    if not now:
+        return "resolved" if before else "absent"
+    if not before:
+        return "present" if before is None else "new"
+    return "larger" if now > before else "smaller" if now < before else "unchanged"
+
+
+def read_study_case(number):
+    """What a study of that number shows, as in STUDY_CASES; any 48 that follow one another are all of them."""
+    return STUDY_CASES[number * 7 % len(STUDY_CASES)]
+
+
+def write_study(side, before, now):
+    """{section: text} of the report on a study."""
+    findings, impression = (words.format(side=SIDES[side]) for words in STUDY_WORDS[name_change(before, now)])
+    return {"findings": findings, "impression": impression}
+
+
+def draw_study_film(split, number, film, side, effusion, seed=3, size=SIZE):
+    """The bytes of a patient's film 0, of before, or 1: one body, two exposures, an effusion of a size in TOPS or 0."""
+    place = [seed, list(SPLITS).index(split), number]
+    body, rng = np.random.default_rng(place), np.random.default_rng([*place, film])
+    top = TOPS.get(effusion, 0) + rng.uniform(-0.04, 0.04)
+    return encode(rng, draw_film(body, side if effusion else 0, size, top=top))
+
+
+def study_records(write, size=SIZE, seed=3):
+    """
+    Yield (split, Record): a study of a patient each. write: what makes a Record of a name, its group, its sections,
+    its Views, and by their names of the prior study's sections and Views and of the type.
+    """
+    for split, number in numbers():
+        side, before, now = read_study_case(number)
+        name, sections = f"sample_studies_{split}_{number:06d}", write_study(side, before, now)
+        sections["indication"] = INDICATIONS[number // len(STUDY_CASES) % len(INDICATIONS)]
+        view, type, prior = (View(draw_study_film(split, number, 1, side, now, seed, size), f"{name}.ppm", "frontal"),
+                             "no prior", ((), ()))
+        if before is not None:
+            type, film = name_change(before, now), draw_study_film(split, number, 0, side, before, seed, size)
+            prior = write_study(side, None, before), [View(film, f"{name}_before.ppm", "frontal")]
+        yield split, write(name, name, sections, [view], prior=prior, type=type)
 
 
 def contact_sheet(path):

@@ -42,6 +42,7 @@ from plumbing.flags import Count, UserError, parse_command_line, run
 from plumbing.shards import Shard
 from prepare.questions import references
 from tasks.evaluations import choose_evaluations, read_predictions
+from tasks.published import published_for
 from tasks.stats import bootstrap
 from tasks.vqa import MANY_LACKING, as_asked, bleu1, exact_match, is_closed, open_recall, token_f1
 
@@ -312,26 +313,9 @@ SCALES = [
           lambda p, r: float(open_recall(vqa_set(p), vqa_set(r)) >= 0.75), only="open")]
 
 PUBLISHED = {  # dataset -> (scale, none: unknown or none of these; whose; score); * second-hand
-    "path_vqa": [
-        ("BLEU-1 over characters", "prefix tuning", "70.3*"), ("exact match", "prefix tuning", "63.6"),
-        ("exact match, open", "prefix tuning", "40.0"), ("closed accuracy", "prefix tuning", "87.0"),
-        ("", "OpenMedQ, BLEU-1", "75.9"), ("", "Med-PaLM M 562B, BLEU-1 and F1", "72.3*, 62.7*"),
-        ("", "prefix tuning, F1 over GPT-2's tokens", "58.4*"),
-        ("", "MedMO, all questions, MedEvalKit with gpt-5-mini as the judge", "57.3")],
-    "slake": [
-        ("BLEU-1 over characters", "prefix tuning", "78.6*"), ("exact match", "prefix tuning", "83.3"),
-        ("", "prefix tuning, F1 over GPT-2's tokens", "78.1*"),
-        ("", "Med-PaLM M 562B, BLEU-1 and F1, English and Chinese", "92.7*, 89.3*"),
-        ("", "MedMO, closed and all, MedEvalKit with gpt-5-mini as the judge", "75.5, 74.7")],
-    "vqa_rad": [
-        ("", "Med-PaLM M 562B, BLEU-1 and F1", "71.3*, 62.1*"),
-        ("", "MedMO, closed and all, MedEvalKit with gpt-5-mini as the judge", "80.4, 65.0")],
-    "vqa_med_2019": [  # BLEU beyond what later NLTK gives a perfect system, so an earlier one's
-        ("ImageCLEF strict accuracy", "ImageCLEF 2019, JUST", "57.0"),
-        ("ImageCLEF strict accuracy", "ImageCLEF 2019, the winner", "62.4*"),
-        ("ImageCLEF BLEU, NLTK 3.2.2", "ImageCLEF 2019, JUST", "59.1"),
-        ("ImageCLEF BLEU, NLTK 3.2.2", "ImageCLEF 2019, the winner", "64.4*"),
-        ("", "OpenMedQ, BLEU-1", "64.5")]}
+    dataset: [(one.scale, one.system if one.scale else f"{one.system}, {one.metric} ({one.protocol})",
+               one.value + "*" * one.second_hand) for one in published_for(dataset)]
+    for dataset in ("path_vqa", "slake", "vqa_rad", "vqa_med_2019")}
 
 
 # ----------------------------------------------------------------------------- input

@@ -127,7 +127,7 @@ def read_number(where, text):
 IU_PAGE, IU_LICENCE = "https://openi.nlm.nih.gov", "CC-BY-NC-ND-4.0"
 IU_REPORTS, ANNOTATION, PROJECTIONS = "NLMCXR_reports.tgz", "r2gen/annotation.json", "indiana_projections.csv"
 MEDEVALKIT = "medevalkit/datas/IU_XRAY/test.json"
-IU_IMAGES = ("NLMCXR_png.tgz", "NLMCXR_png/*.png", "images/images_normalized/*.png")  # one of them
+IU_IMAGES = ("NLMCXR_png.tgz", "NLMCXR_png/*.png")  # one of them
 IU_URLS = tuple(f"{IU_PAGE}/imgs/collections/{name}" for name in (IU_REPORTS, IU_IMAGES[0]))
 
 
@@ -137,12 +137,12 @@ def image_key(name):
 
 
 def iu_images(raw):
-    """Yield (image_key, bytes) of the archive, or of the first folder that is there."""
-    if (raw / IU_IMAGES[0]).is_file():
-        yield from ((image_key(name), content) for name, content in read_files(raw / IU_IMAGES[0], ".png"))
-        return
-    paths = next(filter(None, (sorted(raw.glob(pattern)) for pattern in IU_IMAGES[1:])), ())
-    yield from ((image_key(path.name), read_image(path)) for path in paths)
+    """Yield (image_key, bytes) of the archive, or of the folder in its place."""
+    archive, files = IU_IMAGES
+    if (raw / archive).is_file():
+        yield from ((image_key(name), content) for name, content in read_files(raw / archive, ".png"))
+    else:
+        yield from ((image_key(path.name), read_image(path)) for path in sorted(raw.glob(files)))
 
 
 def iu_roles(raw):
@@ -267,7 +267,7 @@ def mimic_role(position):
 
 
 def mimic_index(raw):
-    """The Studies of the metadata table: some 100 MB for all 227,835."""
+    """The Studies of the metadata table: some 260 MB for all 227,835."""
     splits, studies, path = mimic_splits(raw), {}, raw / MIMIC_METADATA
     columns = ("dicom_id", "subject_id", "study_id", "ViewPosition", "StudyDate", "StudyTime")
     for row in read_csv(path, columns):

@@ -73,7 +73,7 @@ def pmc_oa(raw):
 
 # ----------------------------------------------------------------------------- multiple choice
 
-@dataset(kind="image questions", licence="each source's own", access="open", megabytes=10700,
+@dataset(kind="image questions", task="choices", licence="each source's own", access="open", megabytes=10700,
          page="https://huggingface.co/datasets/foreverbeliever/OmniMedVQA",
          hub="foreverbeliever/OmniMedVQA", hub_files=("OmniMedVQA.zip",),
          layouts=(("OmniMedVQA.zip",),), counts={"train": 88996},
@@ -98,7 +98,8 @@ def omni_med_vqa(raw):
                 question, answer = multiple_choice(row["question"], options, right)
                 member = f"{root}{row['image_path'] or NO_NAME}"
                 yield "train", Record(row["question_id"], question, answer,
-                                      read_member(archive, member), member, type=row["question_type"])
+                                      read_member(archive, member), member, type=row["question_type"],
+                                      choices=tuple(options))
 
 
 def read_pmc_vqa(raw, tables, images, label):
@@ -115,10 +116,10 @@ def read_pmc_vqa(raw, tables, images, label):
                 question, answer = multiple_choice(row["Question"], options, right)
                 member = f"{folder}{row['Figure_path']}"
                 yield split, Record(f"{split}_{number:06d}", question, answer,
-                                    read_member(archive, member), member)
+                                    read_member(archive, member), member, choices=tuple(options))
 
 
-@dataset(kind="image questions", licence="CC-BY-SA", access="open", megabytes=18940,
+@dataset(kind="image questions", task="choices", licence="CC-BY-SA", access="open", megabytes=18940,
          page="https://huggingface.co/datasets/RadGenome/PMC-VQA", hub="RadGenome/PMC-VQA",
          hub_files=("train.csv", "test_clean.csv", "images.zip"),
          layouts=(("train.csv", "test_clean.csv", "images.zip"),),
@@ -129,8 +130,8 @@ def pmc_vqa(raw):
                             "Answer_label")
 
 
-@dataset(only_by_name=True, kind="image questions", licence="CC-BY-SA", access="open", megabytes=2280,
-         page="https://huggingface.co/datasets/RadGenome/PMC-VQA", hub="RadGenome/PMC-VQA",
+@dataset(only_by_name=True, kind="image questions", task="choices", licence="CC-BY-SA", access="open",
+         megabytes=2280, page="https://huggingface.co/datasets/RadGenome/PMC-VQA", hub="RadGenome/PMC-VQA",
          hub_files=("train_2.csv", "test_2.csv", "images_2.zip"),
          layouts=(("train_2.csv", "test_2.csv", "images_2.zip"),),
          counts={"train": 152603, "test": 33430})
@@ -140,8 +141,8 @@ def pmc_vqa_v2(raw):
                             "Answer")
 
 
-@dataset(kind="image questions", licence="CC-BY-SA-4.0 (images: each source's own)", access="open",
-         megabytes=3574, page="https://huggingface.co/datasets/jnirschl/uBench",
+@dataset(kind="image questions", task="choices", licence="CC-BY-SA-4.0 (images: each source's own)",
+         access="open", megabytes=3574, page="https://huggingface.co/datasets/jnirschl/uBench",
          hub="jnirschl/uBench", hub_files=("perception/0.1.0/*.arrow",), counts={},
          revision="3f2c5b590bc7a208d5b60f3527ce4c76a331aa2b",
          layouts=(tuple(f"perception/0.1.0/ubench-test-{n:05d}-of-00007.arrow" for n in range(7)),))
@@ -157,4 +158,5 @@ def ubench(raw):
                     question, answer = multiple_choice(asked["question"], asked["options"],
                                                        place(asked["answer"], asked["options"]))
                     yield "train", Record(f"{name}_{key}", question, answer, image["bytes"],
-                                          image["path"] or name or NO_NAME, type=key)
+                                          image["path"] or name or NO_NAME, type=key,
+                                          choices=tuple(asked["options"]))

@@ -1,4 +1,4 @@
-"""The datasets of questions: the drawn sample, questions about images, questions about text alone."""
+"""The datasets of questions about images, and the drawn sample; those about text alone are in choices.py."""
 
 import contextlib
 import functools
@@ -9,9 +9,8 @@ from pathlib import Path
 
 from data import Record, format_prompt
 from plumbing.flags import UserError
-from prepare.datasets import (CAPTION_QUESTION, HUB_IMAGE, NO_NAME, count_from, dataset, expect, find_folder,
-                              multiple_choice, open_zip, place, read_json, read_json_lines, read_member,
-                              read_named_image, read_parquets, require_known, require_splits)
+from prepare.datasets import (CAPTION_QUESTION, HUB_IMAGE, NO_NAME, dataset, find_folder, open_zip, read_json,
+                              read_member, read_named_image, read_parquets, require_known, require_splits)
 
 TEST_ANSWERS = "VQAMed2019_Test_Questions_w_Ref_Answers.txt"
 
@@ -277,85 +276,3 @@ def read_vqa_med_test(folder):
                 image = read_member(archive, f"{inside}{name}.jpg")
             yield "test", Record(f"test_{number:06d}", question, answer, image, f"{name}.jpg",
                                  type=category, references=references(answer))
-
-
-# ----------------------------------------------------------------------------- about text alone
-
-@dataset(kind="text questions", licence="CC-BY-4.0 (hub card; MIT in the authors' repository)",
-         access="open", megabytes=18,
-         page="https://huggingface.co/datasets/GBaker/MedQA-USMLE-4-options",
-         hub="GBaker/MedQA-USMLE-4-options", hub_files=("phrases_no_exclude_*.jsonl",),
-         layouts=(("phrases_no_exclude_train.jsonl", "phrases_no_exclude_test.jsonl"),),
-         counts={"train": 10178, "test": 1273})
-def med_qa(raw):
-    """MedQA (Jin et al. 2020): questions of the United States licensing exam, four options each."""
-    letters = ("A", "B", "C", "D")
-    form = {"question": str, "options": letters, "answer_idx": str, "meta_info": str, "answer": str}
-    for split in ("train", "test"):
-        path = raw / f"phrases_no_exclude_{split}.jsonl"
-        for number, row in enumerate(read_json_lines(path, form, answer="")):
-            options, right = list(row["options"].values()), place(row["answer_idx"], letters)
-            if row["answer"] and right >= 0 and row["answer"].strip() != options[right].strip():
-                raise UserError(f"{path}: sample {number + 1}: its answer is {row['answer']!r:.60}, and "
-                                f"option {letters[right]} {options[right]!r:.60}; fetch the file as it was "
-                                "published")
-            question, answer = multiple_choice(row["question"], options, right)
-            yield split, Record(f"{split}_{number:06d}", question, answer, type=row["meta_info"])
-
-
-@dataset(kind="text questions", licence="Apache-2.0 (hub card; MIT in the authors' repository)",
-         access="open", megabytes=88,
-         page="https://huggingface.co/datasets/openlifescienceai/medmcqa",
-         hub="openlifescienceai/medmcqa", hub_files=("data/*.parquet",),
-         layouts=(("data/train-*.parquet", "data/validation-*.parquet", "data/test-*.parquet"),),
-         counts={"train": 182822, "validation": 4183, "test": 6150})
-def med_mcqa(raw):
-    """MedMCQA (Pal et al. 2022): Indian medical entrance exams; the test answers are not public."""
-    columns = ("id", "question", "opa", "opb", "opc", "opd", "cop", "subject_name")
-    require_splits(raw / "data", "train", "validation", "test")
-    numbers = [row["cop"].removesuffix(".0") for split in ("train", "validation")
-               for row in read_parquets(raw / "data", split, {"cop": str})]
-    # The hub's count from 0, the authors' own JSON from 1
-    first = count_from(f"{raw / 'data'}: cop", [number for number in numbers if number not in ("-1", "")], 4)
-    places = [str(first + option) for option in range(4)]
-    for split in ("train", "validation", "test"):
-        for row in read_parquets(raw / "data", split, dict.fromkeys(columns, str)):
-            options = [row[name] for name in ("opa", "opb", "opc", "opd")]
-            right = place(row["cop"].removesuffix(".0"), places)  # -1 or none: an empty answer
-            question, answer = multiple_choice(row["question"], options, right)
-            yield split, Record(row["id"], question, answer, type=row["subject_name"])
-
-
-@dataset(kind="text questions", licence="MIT", access="open", megabytes=3,
-         page="https://github.com/pubmedqa/pubmedqa", counts={"train": 500, "test": 500},
-         shared_ids="PubMed",
-         urls=("https://raw.githubusercontent.com/pubmedqa/pubmedqa/master/data/ori_pqal.json",
-               "https://raw.githubusercontent.com/pubmedqa/pubmedqa/master/data/"
-               "test_ground_truth.json"),
-         layouts=(("ori_pqal.json", "test_ground_truth.json"),))
-def pubmed_qa(raw):
-    """PubMedQA (Jin et al. 2019), the 1,000 expert-labelled questions; answers yes, no, maybe."""
-    held_out, path = read_json(raw / "test_ground_truth.json", dict), raw / "ori_pqal.json"
-    form = {"QUESTION": str, "CONTEXTS": [str], "final_decision": str}
-    for identifier, row in read_json(path, dict).items():
-        row = expect(f"{path}: {identifier!r}", row, form)
-        if identifier in held_out and held_out[identifier] != row["final_decision"]:
-            raise UserError(f"{path}: {identifier!r:.40} is {row['final_decision']!r:.40}, by "
-                            f"{raw / 'test_ground_truth.json'} {held_out[identifier]!r:.40}; fetch both "
-                            "again")
-        yield ("test" if identifier in held_out else "train",
-               Record(identifier, row["QUESTION"], row["final_decision"],
-                      context=" ".join(row["CONTEXTS"]), type="yes/no/maybe"))
-
-
-@dataset(kind="text questions", licence="MIT", access="open", megabytes=233,
-         page="https://huggingface.co/datasets/qiaojin/PubMedQA",
-         hub="qiaojin/PubMedQA", hub_files=("pqa_artificial/*.parquet",),
-         layouts=(("pqa_artificial/*.parquet",),), counts={"train": 211269}, shared_ids="PubMed")
-def pubmed_qa_artificial(raw):
-    """PubMedQA (Jin et al. 2019), the questions made out of article titles; answers yes, no."""
-    form = {"pubid": str, "question": str, "context": {"contexts": [str]}, "final_decision": str}
-    require_splits(raw / "pqa_artificial", "train")
-    for row in read_parquets(raw / "pqa_artificial", "train", form):
-        yield "train", Record(row["pubid"], row["question"], row["final_decision"],
-                              context=" ".join(row["context"]["contexts"]), type="yes/no")

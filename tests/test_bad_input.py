@@ -21,6 +21,7 @@ import pyarrow.parquet
 import pytest
 
 import test_box_data
+import test_choice_data
 import test_classify as classify
 import test_figures as figures
 import test_questions as questions
@@ -55,13 +56,6 @@ def write_vqa_rad(raw):
 def write_slake(raw):
     questions.write_slake(raw)
     questions.write_zip(raw / "imgs.zip", questions.SLAKE_IMAGES)
-
-
-def write_pubmed_qa(raw):
-    rows = {n: {"QUESTION": "does it help?", "CONTEXTS": ["We tried.", "It did."],
-                "final_decision": "yes"} for n in ("7", "8")}
-    questions.write_files(raw, {"ori_pqal.json": json.dumps(rows),
-                                "test_ground_truth.json": json.dumps({"8": "yes"})})
 
 
 def write_pmc_oa(raw):
@@ -114,10 +108,7 @@ def write_busi(raw):
 
 WRITERS = {
     "path_vqa": write_hub, "vqa_rad": write_vqa_rad, "slake": write_slake,
-    "vqa_med_2019": questions.write_vqa_med, "med_qa": questions.write_med_qa,
-    "med_mcqa": questions.write_med_mcqa, "pubmed_qa": write_pubmed_qa,
-    "pubmed_qa_artificial": questions.write_pubmed_qa_artificial,
-    "iu_xray": write_iu_xray,
+    "vqa_med_2019": questions.write_vqa_med, **test_choice_data.WRITERS, "iu_xray": write_iu_xray,
     "mimic_cxr": lambda raw: reports.write_mimic_cxr(raw, reports.MIMIC_STUDIES),
     "roco": figures.write_roco, "roco_v2": figures.write_roco, "pmc_oa": write_pmc_oa,
     "omni_med_vqa": write_omni_med_vqa, "pmc_vqa": write_pmc_vqa("pmc_vqa"),

@@ -55,7 +55,8 @@ def test_facts_are_complete(name):
     facts = DATASETS[name]
     assert facts.name == name and facts.access == "open" and facts.licence and facts.megabytes > 1000
     assert facts.hub and facts.hub_files and facts.page == f"https://huggingface.co/datasets/{facts.hub}"
-    assert facts.kind == ("captions" if name in ("roco", "roco_v2", "pmc_oa") else "image questions")
+    captions = name in ("roco", "roco_v2", "pmc_oa")
+    assert (facts.kind, facts.task) == (("captions", "") if captions else ("image questions", "choices"))
     assert set(facts.counts) <= {"train", "validation", "test"} and len(facts.layouts) == 1
 
 
@@ -188,17 +189,19 @@ def test_omni_med_vqa_is_read_from_the_zip(root, tmp_path):
     assert list(DATASETS["omni_med_vqa"].find(tmp_path)) == ["OmniMedVQA.zip"]
     four = "A. Glaucoma B. Normal. C. Myopia D. Cataract"
     wanted = [
-        ("0000", f"What is seen in 0? {four}", "D. Cataract", images[0], "ACRIMA/Im002.png"),
-        ("0002", "What is seen in 2?", "", images[1], "ACRIMA/Im003.png"),
-        ("0003", "", "", images[0], "ACRIMA/Im002.png"),
+        ("0000", f"What is seen in 0? {four}", "D. Cataract", images[0], "ACRIMA/Im002.png",
+         "Glaucoma Normal. Myopia Cataract"),
+        ("0002", "What is seen in 2?", "", images[1], "ACRIMA/Im003.png", "Glaucoma Normal"),
+        ("0003", "", "", images[0], "ACRIMA/Im002.png", "Glaucoma Normal"),
         ("0001", "What is seen in 1? A. MR B. CT C. OCT", "B. CT", images[2],
-         "Chest CT Scan/train/a b.png"),
-        ("0004", "What is seen in 4? A. No B. Yes", "A. No", None, "OCT & X-Ray 2017/gone.jpg"),
-        ("0005", "What is seen in 5? A. No B. Yes", "B. Yes", b"", "OCT & X-Ray 2017/bad.jpg")]
+         "Chest CT Scan/train/a b.png", "MR CT OCT"),
+        ("0004", "What is seen in 4? A. No B. Yes", "A. No", None, "OCT & X-Ray 2017/gone.jpg", "No Yes"),
+        ("0005", "What is seen in 5? A. No B. Yes", "B. Yes", b"", "OCT & X-Ray 2017/bad.jpg", "No Yes")]
     assert read("omni_med_vqa", raw) == [
         ("train", Record(f"ACRIMA_{number}", question, answer, image, f"{root}Images/{name}",
-                         type="Modality Recognition" if number == "0001" else "Disease Diagnosis"))
-        for number, question, answer, image, name in wanted]
+                         type="Modality Recognition" if number == "0001" else "Disease Diagnosis",
+                         choices=tuple(options.split())))
+        for number, question, answer, image, name, options in wanted]
 
     name = f"{folder}Open-access/ACRIMA.json"
     write_zip(archive, members, damaged=[name])
@@ -251,11 +254,14 @@ def test_pmc_vqa_is_read_from_csv_and_zip(name, tmp_path):
               (question, "", content[0], "PMC1_F1.jpg"), (question, "", content[0], "PMC1_F1.jpg"),
               (question, "", content[0], "PMC1_F1.jpg"), (" ", "", content[0], "PMC1_F1.jpg"),
               (short[0], "", members.get(folder + short[1]), short[1])]
-    wanted = [("train", Record(f"train_{n:06d}", *row[:3], folder + row[3]))
+    options = {6: ("yes", "", "no", "perhaps"), 8: ("",) * 4}
+    options = [options.get(n, ("Diffuse uptake", "Focal uptake", "No: A uptake", "None, or both"))
+               for n in range(len(wanted))]
+    wanted = [("train", Record(f"train_{n:06d}", *row[:3], folder + row[3], choices=options[n]))
               for n, row in enumerate(wanted)]
     assert read(name, raw) == wanted + [
         ("test", Record("test_000000", f"{question} A. yes B. no C. B: D. perhaps", "A. yes", content[0],
-                        f"{folder}PMC1_F1.jpg"))]
+                        f"{folder}PMC1_F1.jpg", choices=("yes", "no", "B:", "perhaps")))]
 
     for other in ("figures/", "images/"):  # either folder will do
         write_zip(raw / images, {f"{other}PMC1_F1.jpg": content[0]})
@@ -319,6 +325,10 @@ def test_ubench_is_read_batch_by_batch(tmp_path):
     (folder / "dataset_info.json").write_text("{}")
     assert len(DATASETS["ubench"].find(tmp_path)) == 7
     ten = " ".join(f"{letter}. {n}" for n, letter in enumerate("ABCDEFGHIJ"))
+    options = {"image_0_domain": ("biology", none), "image_0_stain": ("H&E", none),
+               "image_0_classification": ("basophil", "platelet", none), "image_1_modality": ("light", none),
+               "image_1_subdomain": tuple(map(str, range(11))), "image_1_submodality": tuple(map(str, range(10))),
+               "image_1_stain": ("Giemsa", none), "image_3_domain": ("biology", none)}
     wanted = [
         ("image_0_domain", f"Which domain? A. biology B. {none}", "A. biology", images[0], "cell 0.png"),
         ("image_0_stain", f"Which stain? A. H&E B. {none}", "A. H&E", images[0], "cell 0.png"),
@@ -332,7 +342,8 @@ def test_ubench_is_read_batch_by_batch(tmp_path):
         *((f"image_{n * 100 + k}_stain", f"Which stain? A. H&E B. {none}", f"B. {none}", images[n],
            f"image_{n * 100 + k}") for n in range(1, 7) for k in range(40))]
     assert read("ubench", raw) == [
-        ("train", Record(*row, type=row[0].rsplit("_")[-1])) for row in wanted]
+        ("train", Record(*row, type=row[0].rsplit("_")[-1], choices=options.get(row[0], ("H&E", none))))
+        for row in wanted]
 
     last = folder / "ubench-test-00006-of-00007.arrow"
     whole = last.read_bytes()

@@ -357,133 +357,6 @@ def test_references_are_written_where_the_answer_is_not_all(vqa_med, tmp_path):
     assert not any("references" in record for record in Shard(target / "train").read_records())
 
 
-# ----------------------------------------------------------------------------- text alone
-
-def med_qa_row(letter):
-    return {"question": "A man coughs. Which drug helps?", "answer": "Codeine", "answer_idx": letter,
-            "options": {"A": "Aspirin", "B": "Codeine", "C": "Iron", "D": "Water"},
-            "meta_info": "step2&3", "metamap_phrases": ["man", "cough"]}
-
-
-def write_med_qa(raw):
-    swapped = med_qa_row("D") | {"options": {"D": "Codeine", "C": "Éther", "B": "Iron", "A": "Water"},
-                                 "meta_info": "step1"}
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in (med_qa_row("B"), swapped)]
-    write_files(raw, {"phrases_no_exclude_train.jsonl": "".join(lines),
-                      "phrases_no_exclude_test.jsonl": lines[1].strip()})
-    return lines
-
-
-def test_med_qa_is_read(tmp_path):
-    lines = write_med_qa(tmp_path / "med_qa")
-    asked = "A man coughs. Which drug helps? A. Aspirin B. Codeine C. Iron D. Water"
-    other = "A man coughs. Which drug helps? A. Water B. Iron C. Éther D. Codeine"
-    assert read("med_qa", tmp_path / "med_qa") == [
-        ("train", Record("train_000000", asked, "B. Codeine", type="step2&3")),
-        ("train", Record("train_000001", other, "D. Codeine", type="step1")),
-        ("test", Record("test_000000", other, "D. Codeine", type="step1"))]
-    path = tmp_path / "med_qa/phrases_no_exclude_train.jsonl"
-    path.write_bytes("".join(lines).encode("latin-1"))
-    refused("med_qa", tmp_path / "med_qa", f"{path}: line 2: damaged or not JSON")
-    path.write_text("".join(lines)[:-20], encoding="utf-8")
-    refused("med_qa", tmp_path / "med_qa", f"{path}: line 2: damaged or not JSON")
-
-
-def med_mcqa_row(identifier, right, subject="Anatomy"):
-    return {"id": identifier, "question": "Which bone is longest?", "opa": "Femur", "opb": "Tibia",
-            "opc": "Ulna", "opd": "Stapes", "cop": right, "choice_type": "multi", "exp": None,
-            "subject_name": subject, "topic_name": None}
-
-
-def write_med_mcqa(raw):
-    for name, rows in (
-            ("train-00000-of-00002", [med_mcqa_row("a", 0), med_mcqa_row("b", 3)]),
-            ("train-00001-of-00002", [med_mcqa_row("c", 2, None)]),
-            ("validation-00000-of-00001", [med_mcqa_row("d", 1, "Surgery")]),
-            ("test-00000-of-00001", [med_mcqa_row("e", -1), med_mcqa_row("f", None)])):
-        write_parquet(raw / f"data/{name}.parquet", rows)
-
-
-def test_med_mcqa_is_read_and_has_secret_answers(tmp_path):
-    raw = tmp_path / "med_mcqa"
-    write_med_mcqa(raw)
-    test = raw / "data/test-00000-of-00001.parquet"
-    asked = "Which bone is longest? A. Femur B. Tibia C. Ulna D. Stapes"
-    assert read("med_mcqa", raw) == [
-        ("train", Record("a", asked, "A. Femur", type="Anatomy")),
-        ("train", Record("b", asked, "D. Stapes", type="Anatomy")),
-        ("train", Record("c", asked, "C. Ulna")),
-        ("validation", Record("d", asked, "B. Tibia", type="Surgery")),
-        ("test", Record("e", "Which bone is longest?", "", type="Anatomy")),
-        ("test", Record("f", "Which bone is longest?", "", type="Anatomy"))]
-    write_parquet(test, [{"id": "e", "question": "Which bone?", "answer": "Femur"}])
-    refused("med_mcqa", raw, f"{test}: no column 'opa' among its columns id, question, answer")
-    test.write_bytes(b"PAR1 and no more")
-    refused("med_mcqa", raw, f"{test}: damaged parquet")
-
-
-def write_cops(raw, train, validation=(1, 2)):
-    for split, numbers in (("train", train), ("validation", validation), ("test", (-1,))):
-        write_parquet(raw / f"data/{split}-00000-of-00001.parquet",
-                      [med_mcqa_row(str(n), number) for n, number in enumerate(numbers)])
-
-
-@pytest.mark.parametrize("train, first", [((0, 1, 3), 0), ((1, 4, 2), 1), ((1.0, 4.0, None), 1), ((1, 2), 0)])
-def test_med_mcqa_s_numbers_say_from_where_they_count(train, first, tmp_path):
-    write_cops(tmp_path, train)
-    names = ["A. Femur", "B. Tibia", "C. Ulna", "D. Stapes"]
-    numbers = [number for number in (*train, 1, 2)]
-    assert [record.answer for split, record in read("med_mcqa", tmp_path) if split != "test"] == [
-        "" if number is None else names[int(number) - first] for number in numbers]
-
-
-@pytest.mark.parametrize("train, which", [((0, 1, 4), "both"), ([1, 2, 3] * 7, "neither")])
-def test_med_mcqa_whose_counting_is_not_known_is_refused(train, which, tmp_path):
-    write_cops(tmp_path, train)
-    refused("med_mcqa", tmp_path, f"{tmp_path}/data: cop: has {which} of 0 and 4, so whether it counts 4 from 0")
-
-
-def test_med_qa_s_letter_and_answer_have_to_agree(tmp_path):
-    row = {"question": "Which?", "answer": "Iron", "answer_idx": "B", "meta_info": "step1",
-           "options": {"A": "Zinc", "B": "Iron", "C": "Lead", "D": "Gold"}}
-    lines = [json.dumps(row), json.dumps({**row, "answer_idx": "C"})]
-    write_files(tmp_path, {"phrases_no_exclude_test.jsonl": lines[0], "phrases_no_exclude_train.jsonl": lines[0]})
-    assert [record.answer for _, record in read("med_qa", tmp_path)] == ["B. Iron"] * 2
-    write_files(tmp_path, {"phrases_no_exclude_train.jsonl": "\n".join(lines)})
-    refused("med_qa", tmp_path, "train.jsonl: sample 2: its answer is 'Iron', and option C 'Lead'")
-
-
-def test_pubmed_qa_s_two_files_have_to_agree(tmp_path):
-    row = {"QUESTION": "Is it?", "CONTEXTS": ["We tried."], "final_decision": "yes"}
-    write_files(tmp_path, {"ori_pqal.json": json.dumps({"1": row, "2": row}),
-                           "test_ground_truth.json": json.dumps({"2": "no"})})
-    refused("pubmed_qa", tmp_path, "ori_pqal.json: '2' is 'yes', by", "test_ground_truth.json 'no'")
-
-
-def write_pubmed_qa_artificial(raw):
-    write_parquet(raw / "pqa_artificial/train-00000-of-00001.parquet", [
-        {"pubid": number, "question": question, "long_answer": "It does.", "final_decision": decision,
-         "context": {"contexts": contexts, "labels": ["AIM"], "meshes": ["Humans"]}}
-        for number, question, contexts, decision in [
-            (25429730, "Does it help?", ["We tried.", "It did."], "yes"),
-            (25433161, "Does it harm?", [], "no"), (7, "Is it new?", ["No."], None)]])
-
-
-def test_pubmed_qa_artificial_is_read(tmp_path):
-    raw = tmp_path / "pubmed_qa_artificial"
-    path = raw / "pqa_artificial/train-00000-of-00001.parquet"
-    write_pubmed_qa_artificial(raw)
-    assert read("pubmed_qa_artificial", raw) == [
-        ("train", Record("25429730", "Does it help?", "yes", context="We tried. It did.",
-                         type="yes/no")),
-        ("train", Record("25433161", "Does it harm?", "no", type="yes/no")),
-        ("train", Record("7", "Is it new?", "", context="No.", type="yes/no"))]
-    write_parquet(path, [{"pubid": 7, "question": "Is it new?", "final_decision": "no"}])
-    refused("pubmed_qa_artificial", raw, f"{path}: no column 'context'")
-    path.write_bytes(path.read_bytes()[:-3])
-    refused("pubmed_qa_artificial", raw, f"{path}: damaged parquet")
-
-
 # ----------------------------------------------------------------------------- facts and shards
 
 @pytest.mark.parametrize("name, listing, wanted", [
@@ -493,8 +366,11 @@ def test_pubmed_qa_artificial_is_read(tmp_path):
      "phrases_no_exclude_test.jsonl phrases_no_exclude_train.jsonl"),
     ("med_mcqa", "README.md data/test-00000-of-00001.parquet data/train-00000-of-00001.parquet "
                  "data/validation-00000-of-00001.parquet",
-     "data/test-00000-of-00001.parquet data/train-00000-of-00001.parquet "
-     "data/validation-00000-of-00001.parquet"),
+     "data/train-00000-of-00001.parquet data/validation-00000-of-00001.parquet"),
+    ("med_xpert_qa_mm", "MM/dev.jsonl MM/test.jsonl README.md Text/dev.jsonl Text/test.jsonl images.zip",
+     "MM/test.jsonl images.zip"),
+    ("med_xpert_qa_text", "MM/test.jsonl README.md Text/dev.jsonl Text/test.jsonl images.zip", "Text/test.jsonl"),
+    ("med_frame_qa", "README.md data/test-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"),
     ("pubmed_qa_artificial", "README.md pqa_artificial/train-1.parquet pqa_labeled/train-1.parquet",
      "pqa_artificial/train-1.parquet")])
 def test_what_is_fetched_from_the_hub_is_what_is_read(name, listing, wanted, tmp_path):

@@ -329,7 +329,7 @@ def box_records(ask, size=SIZE, seed=2):
 # ----------------------------------------------------------------------------- studies in time
 
 TOPS = {1: 0.22, 2: -0.07, 3: -0.36}  # of an effusion by its size: 32 pixels of 224 apart; the dome is at 0.46
-INDICATIONS = ("cough", "fever", "chest pain", "low oxygen", "weight loss")
+INDICATIONS = ("cough", "fever", "chest pain", "weight loss", "leg pain")
 STUDY_CASES = [  # (side, size before or 0 or None without a film of before, size now): each change 6 times, none 12
     (side, before, now) for side in SIDES for before in (None, 0, *TOPS) for now in (0, *TOPS)
     for _ in range(1 if before or now else 3)]

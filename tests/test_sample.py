@@ -298,6 +298,138 @@ def test_boxes_have_the_published_counts_the_samples_tokenizer_and_short_answers
     assert numbers == [1, 2, 3]  # a digit is a token
 
 
+# ----------------------------------------------------------------------------- studies in time
+
+@pytest.fixture(scope="module")
+def studies():
+    """Of every study: (split, Record, what was drawn: {film: (side, size of the effusion)}), without its films."""
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "draw_study_film", lambda split, number, film, side, effusion, seed, size: (
+            drawn.append((split, number, film, side, effusion)) or b"%d" % film))
+        records = list(DATASETS["sample_studies"].read(None))
+    films = defaultdict(dict)
+    for split, number, film, side, effusion in drawn:
+        films[f"sample_studies_{split}_{number:06d}"][film] = side, effusion
+    return [(split, record, films[record.id]) for split, record in records]
+
+
+def words_before(record):
+    """All that a model reads of a study before it answers."""
+    return (*(part if isinstance(part, str) else part.role for part in record.parts), record.question)
+
+
+def test_what_a_study_says_is_what_was_drawn(studies):
+    for _, record, films in studies:
+        (side, now), before = films[1], films.get(0, (None, None))[1]
+        left_or_right = {-1: "left", 1: "right"}[side]
+        change = ("is larger than before" if now > before else "is smaller than before" if now < before else
+                  "is unchanged") if before and now else "is new" if before == 0 and now else (
+            "has resolved" if before else "")
+        findings = (f"the effusion on the {left_or_right} {change}." if change else
+                    f"there is an effusion on the {left_or_right}." if now else "there is no effusion.")
+        assert record.answer.startswith(f"Findings: {findings} Impression: "), (record.answer, films)
+        short = record.answer.partition(" Impression: ")[2]
+        word = {"has resolved": "resolved"}.get(change, change.removeprefix("is ").removesuffix(" than before"))
+        assert short == (f"{word} effusion on the {left_or_right}.".lstrip() if change or now else "no effusion.")
+        told = [part for part in record.parts if isinstance(part, str)]
+        assert told[1:] == ([] if before is None else [
+            f"Prior report: Findings: there is an effusion on the {left_or_right}. "
+            f"Impression: effusion on the {left_or_right}." if before else
+            "Prior report: Findings: there is no effusion. Impression: no effusion."])
+        assert [(view.role, view.image) for view in record.views()] == [
+            *([] if before is None else [("prior frontal", b"0")]), ("frontal", b"1")]
+        assert record.type == ("no prior" if before is None else word or "absent") and record.group == record.id
+
+
+@pytest.mark.parametrize("split, times", [("train", 25), ("test", 5)])
+def test_changes_are_equally_frequent_and_words_do_not_tell_them_apart(split, times, studies):
+    some = [(record, films) for name, record, films in studies if name == split]
+    assert Counter(record.type for record, _ in some) == dict.fromkeys(
+        ("larger", "smaller", "unchanged", "new", "resolved", "absent"), 6 * times) | {"no prior": 12 * times}
+    told = defaultdict(Counter)
+    for record, _ in some:
+        told[record.type][words_before(record)] += 1
+    assert told["larger"] == told["smaller"] == told["unchanged"] == told["resolved"]
+    assert len(told["larger"]) == 10  # both sides, five indications
+    alone = Counter(record.answer for record, _ in some if record.type == "no prior")
+    assert sorted(alone.values()) == [3 * times, 3 * times, 6 * times]
+    pairs = Counter((films[0], films[1]) for _, films in some if 0 in films and films[0][1] and films[1][1])
+    assert len(pairs) == 18 and set(pairs.values()) == {times}  # any size before with any now
+
+
+@pytest.mark.parametrize("film", [0, 1])
+def test_one_film_alone_tells_five_changes_of_nine(film, studies):
+    by_size = defaultdict(Counter)
+    for _, record, films in studies:
+        if record.type in ("larger", "smaller", "unchanged"):
+            by_size[films[film][1]][record.type] += 1
+    guessed = sum(max(counts.values()) for counts in by_size.values())
+    assert 9 * guessed == 5 * sum(map(Counter.total, by_size.values()))
+
+
+def test_any_48_studies_have_all_cases():
+    for begin in (0, 5, 48):
+        cases = Counter(sample.read_study_case(number) for number in range(begin, begin + 48))
+        assert cases == Counter(sample.STUDY_CASES) and len(cases) == 40
+
+
+@pytest.mark.parametrize("side, half", [(-1, slice(0, 112)), (1, slice(112, 224))])
+def test_films_of_studies_show_effusions_of_three_sizes(side, half):
+    """What they brighten of the same film without lies in one half, and is far more for each next size."""
+    extents = defaultdict(list)
+    for number in range(6):
+        grey = [np.asarray(load_image(sample.draw_study_film("test", number, number % 2, side, effusion)))
+                .astype(int)[..., 0] for effusion in range(4)]
+        for effusion in (1, 2, 3):
+            brighter = grey[effusion] - grey[0] > 40
+            assert brighter[:, half].sum() > 0.95 * brighter.sum()
+            extents[effusion].append(int(brighter.sum()))
+    assert min(extents[1]) > 1200
+    assert all(min(extents[size + 1]) > max(extents[size]) + 1200 for size in (1, 2)), extents  # more than a patch
+
+
+def test_two_films_of_a_patient_are_one_body_in_two_exposures():
+    first, second, other = (np.asarray(load_image(sample.draw_study_film("train", number, film, -1, 2))).astype(int)
+                            for number, film in ((7, 0), (7, 1), (8, 0)))
+    edges = [np.abs(np.diff(pixels.reshape(56, 4, 56, 4, 3).mean((1, 3, 4)))) for pixels in (first, second, other)]
+    assert (first != second).mean() > 0.5
+    assert np.abs(edges[0] - edges[1]).mean() < np.abs(edges[0] - edges[2]).mean() / 2
+
+
+def test_films_of_studies_are_their_own_and_the_same_at_another_size(monkeypatch):
+    monkeypatch.setattr(sample, "SPLITS", {"train": 1, "test": 1})
+    small, large = (list(DATASETS["sample_studies"].read(None, size)) for size in (32, 448))
+    films = [view.image for _, record in small for view in record.views()]
+    assert len(set(films)) == len(films) == sum(len(record.views()) for _, record in large) > 20
+    assert all(film.startswith(b"P6\n224 224\n") for film in films)
+    assert all(view.image.startswith(b"P6\n448 448\n") for _, record in large for view in record.views())
+    for (_, one), (_, two) in zip(small, large, strict=True):
+        assert (one.id, one.answer, words_before(one)) == (two.id, two.answer, words_before(two))
+    again = [view.image for _, record in DATASETS["sample_studies"].read(None) for view in record.views()]
+    assert again == films
+
+
+def test_studies_have_the_published_counts_and_the_samples_tokenizer(studies, tokenizer):
+    facts = DATASETS["sample_studies"]
+    assert Counter(split for split, *_ in studies) == facts.counts == {"train": 1200, "test": 240}
+    assert facts.only_by_name and facts.kind == "reports" and facts.train_tokenizer is train_sample_tokenizer
+    assert len({record.id for _, record, _ in studies}) == 1440
+    for _, record, _ in studies:
+        tokens, spans, _ = tokenizer.write(record)
+        spelt = {tokenizer.piece(token) for token in tokens if token >= 0 and tokenizer.model.is_byte(token)}
+        assert spelt <= {"<0x0A>", "<0x2E>", "<0x46>", "<0x49>", "<0x50>"}  # line break, full stop, F, I, P
+        assert len(tokens) < 150 and spans[0][1] - spans[0][0] < 40
+        assert tokenizer.decode(tokens[spans[0][0]:spans[0][1] - 1]) == record.answer
+
+
+def test_the_report_flag_reaches_the_drawn_studies(monkeypatch):
+    monkeypatch.setattr(sample, "draw_study_film", lambda *drawn: b"")
+    answers = [next(DATASETS["sample_studies"].read(None, report=report))[1].answer
+               for report in ("both", "findings", "impression")]
+    assert answers[0] == f"{answers[1]} {answers[2]}" and answers[2].startswith("Impression: ")
+
+
 # ----------------------------------------------------------------------------- answers and pixels
 
 def of_kind(images, kind):

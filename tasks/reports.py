@@ -18,7 +18,7 @@ from tasks.boxes import plain
 from tasks.findings import FINDINGS, compare
 from tasks.ngrams import bleu, cider_d, count_matches, lcs_f1, meteor, rouge_l_coco, rouge_l_sets, words_of
 from tasks.stats import resampled_sums
-from tasks.vqa import print_cells, print_lacking, print_types, report_new, summary
+from tasks.vqa import cell_text, print_cells, print_lacking, print_types, report_new, summary
 
 MAIN = "ROUGE-L"
 WORDS = (MAIN, "BLEU-1", "BLEU-4", "METEOR", "CIDEr-D")  # of the first table
@@ -174,12 +174,18 @@ def tabulate(stacked, chosen, units, seed):
 
 # ----------------------------------------------------------------------------- tables
 
+def fit(cell):
+    """A cell's text, in whole numbers where it would touch its neighbour: CIDEr-D may be above 100."""
+    text = cell_text(cell)
+    return text if len(text) < 17 else "{:.0f} [{:.0f} {:.0f}]".format(*cell)
+
+
 def print_table(table, unit, clinical):
     """Print a table in its parts, that of the findings where the references have any."""
     for title, names in (("", WORDS), *((("findings", CLINICAL),) if clinical else ()), ("other scales", SCALES)):
         print_cells(title, names)
         for row, cells in table["rows"].items():
-            print_cells(row, [cells[name] for name in names])
+            print_cells(row, [fit(cells[name]) for name in names])
     print_lacking(table, unit)
 
 

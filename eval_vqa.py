@@ -27,8 +27,10 @@ class Config:
     checkpoint: str = ""  # of the run: best by held-out loss, or a name such as step_000500; none: the newest
     image: str = ""  # with --question: the image file that it is about; none: it is about none
     question: Text = ""  # to answer instead of test splits
-    data: str = ""  # prepared datasets; none: all that ask about images
+    data: str = ""  # prepared datasets; none: all that ask about images; all: whatever has questions, and one table
     split: str = "test"  # split to answer
+    predictions: str = ""  # score the answers of this file of JSON lines, anybody's, in place of a run's
+    against: str = ""  # compare the run's evaluations with those of this run, question by question; answer nothing
     shards_dir: str = "shards"  # where prepare/all.py put them
     out: str = ""  # where evaluations are written, a folder each; none: eval/ in the run's folder
     blind: Literal["both", "none", "shuffle"] = "both"  # images: right and exchanged, right, exchanged
@@ -47,27 +49,26 @@ class Config:
 if __name__ == "__main__":
     CONFIG = parse_command_line(Config)  # before torch is imported: --help and a typo are answered at once
 
-import itertools
 import time
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
+from asking import rate_options, reword
 from data import Record
 from generate import Sampling, ask, finished_groups, generate
-from plumbing.devices import autocast_to, describe_machine, join_group, pick_device, together
+from plumbing.devices import autocast_to, describe_machine, join_group, pick_device, share_out, together
 from plumbing.files import read_manifest
 from run import open_trained_run
-from tasks.evaluations import (lines_of, name_evaluation, place_of, require_answerable, unusual_flags,
+from tasks import choices
+from tasks.evaluations import (is_done, name_evaluation, place_of, read_evaluation, require_answerable, unusual_flags,
                                write_evaluation)
-from tasks.seen import find_seen, open_trained, training_answers
+from tasks.scoring import compare_runs, conclude, list_facts, score_predictions
+from tasks.seen import open_trained
 from tasks.splits import answer_limit, count_questions, group_questions, open_splits, read_groups, show_images, task_of
-from tasks.stats import draw_units
-from tasks.vqa import as_asked, report_faults
+from tasks.summary import write_summary
 from weights import load_vlm
 
 
@@ -96,78 +97,45 @@ def answer_one(config):
 
 def answer(model, tokenizer, shard, count, shown, config):
     """
-    The model's answers to a shard's first `count` questions, as text, {row of the table: list of count}, and
-    whether each was cut, for it has as many tokens as an answer may have: {row: list of count}.
+    The model's answers to a shard's first `count` questions, as text, {row of the table: list of count}, and what
+    there is to say about each, {row: dicts}: "cut" where it has as many tokens as an answer may have, and of a
+    multiple choice the "likelihoods" of its options.
 
     shown: what show_images gives. A question is asked once a row, and all that is asked about the same
     images, in whatever row, shares what they give. Of several processes each answers a part of the
     questions, and all get all answers.
     """
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    longest = answer_limit(shard, config)
+    longest, more = answer_limit(shard, config), reword(shard, tokenizer, count) if "model" in shown else []
+    groups = group_questions(shard, count, shown, more)
 
-    def answer_part():
-        groups, given = group_questions(shard, count, shown)[rank::ranks], []
-        sampling = Sampling(config.temperature, config.top_k, config.top_p, tokenizer.stops, tokenizer.vocab_size)
+    def answer_part(groups, rank, ranks):
+        given, sampling = [None] * len(groups), Sampling(
+            config.temperature, config.top_k, config.top_p, tokenizer.stops, tokenizer.vocab_size)
         passes = generate(model, read_groups(shard, groups), longest, sampling, config.batch_size,
                           log_probabilities=False)
         with tqdm(total=sum(map(len, groups)), unit="question", leave=False, desc=shard.folder.parent.name,
                   disable=rank > 0) as progress:
             for group, answers in finished_groups(passes):
-                for question, answer in zip(groups[group], answers, strict=True):
-                    at_the_limit = len(answer.tokens) == longest
-                    given.append((question.row, question.number, tokenizer.decode(answer.tokens), at_the_limit))
+                given[group] = [(tokenizer.decode(answer.tokens), len(answer.tokens) == longest) for answer in answers]
                 progress.update(len(answers))
         return given
 
     torch.manual_seed(config.seed)
-    given = together(answer_part)
-    parts = [given] * ranks
-    if ranks > 1:
-        dist.all_gather_object(parts, given)
-    answers = {row: [""] * count for row in shown}
-    cut = {row: [False] * count for row in shown}
-    for row, number, text, at_the_limit in itertools.chain(*parts):
-        answers[row][number], cut[row][number] = text, at_the_limit
-    return answers, cut
+    rows = dict.fromkeys([*shown, *(question.row for question in more)])
+    answers, notes = {row: [None] * count for row in rows}, {row: [{} for _ in range(count)] for row in rows}
+    for questions, given in zip(groups, share_out(groups, answer_part), strict=True):
+        for question, (text, cut) in zip(questions, given, strict=True):
+            answers[question.row][question.number] = text
+            notes[question.row][question.number] = {"cut": True} if cut else {}
+    for row in rows:  # of a question that cannot be put in other words the answer is the same
+        answers[row] = [own if text is None else text for text, own in zip(answers[row], answers.get("model", answers[row]))]
+    if task_of(shard) is choices:
+        for row, entries in rate_options(model, tokenizer, shard, count, shown).items():
+            notes[row] = [note | {"likelihoods": entry} for note, entry in zip(notes[row], entries, strict=True)]
+    return answers, notes
 
 
-# ----------------------------------------------------------------------------- one evaluation
-
-def list_facts(checkpoint, shard, splits, config, device, dtype, bits):
-    """What an evaluation's numbers stand on, as a dict: two of the same have the same results."""
-    flags = ["limit", "blind", "temperature", "seed"]
-    flags += ["batch_size", "top_k", "top_p"] * (config.temperature > 0)
-    return {"checkpoint": read_manifest(checkpoint)["checksum"], "data": shard.manifest["checksum"],
-            "trained": splits if isinstance(splits, str) else {
-                name: train.manifest["checksum"] for name, (train, _) in splits.items()},
-            "flags": {flag: getattr(config, flag) for flag in flags} | {"max_new_tokens": answer_limit(shard, config)},
-            "device": device.type, "dtype": str(dtype), "base_bits": bits}
-
-
-def conclude(shard, answers, cut, splits, trained, config):
-    """
-    Score the answers to a shard's first questions and print the tables. Returns them as a dict, and
-    {row: lines for its file of answers}.
-    """
-    name, count = f"{shard.folder.parent.name}/{shard.folder.name}", count_questions(shard, config)
-    task = task_of(shard)
-    records = [as_asked(record) for record in shard.read_records()[:count]]
-    if not isinstance(splits, str):
-        pairs = training_answers(splits, shard.folder.parent.name)
-        answers["question only"] = task.guess_blindly(pairs, [record["question"] for record in records])
-    scored = {row: [task.score(*pair) for pair in zip(records, texts, strict=True)] for row, texts in answers.items()}
-    seen = find_seen(shard, splits, trained)
-    seen = seen if isinstance(seen, str) else seen[:count]
-    unit, units = draw_units(shard.connect()[:count], [record.get("group", "") for record in records])
-    sample, image = shard.image_pairs()
-    tables = task.report(name, scored, len(np.unique(image[sample < count])), records, seen, units, unit, config.seed)
-    tables["answers"] = report_faults(answers, cut, answer_limit(shard, config))
-    if isinstance(splits, str):
-        print(f"no row of question only: {splits}")
-    lines = lines_of(name, records, shard.samples["image"].tolist(), seen, answers, cut)
-    return {name: tables | {"manifest": shard.manifest["checksum"]}}, lines
-
+# ----------------------------------------------------------------------------- evaluations
 
 def open_all(config):
     """(checkpoint, record of its training, tokenizer, shards to answer, what it was trained on, place)."""
@@ -191,18 +159,20 @@ def main(config):
         raise UserError("--top_k and --top_p: for sampled answers; give a --temperature, too, such as 0.7")
     if config.question or config.image:
         return print(answer_one(config))
+    if config.predictions:
+        return score_predictions(config)
+    if config.against:
+        return compare_runs(config)
     device, dtype = pick_device(config.device, config.dtype)
     rank, _, device = join_group(device)
     checkpoint, trained, tokenizer, shards, splits, out = together(lambda: open_all(config))
     model = together(lambda: load(checkpoint, shards, device, dtype, config.base_bits))
     print(f"{checkpoint} on {device}, {dtype}")
 
-    def finish(shard, answers, cut, seconds):
+    def finish(shard, folder, facts, answers, notes, seconds):
         asked = sum(map(len, answers.values()))
-        results, lines = conclude(shard, answers, cut, splits, trained, config)
+        results, lines = conclude(shard, answers, notes, splits, trained, config)
         print(f"{asked:,} answers in {seconds:.1f} s, {asked / seconds:.0f} a second")
-        facts = list_facts(checkpoint, shard, splits, config, device, dtype, model.base_bits)
-        folder = place_of(out, name_evaluation(checkpoint, shard, config), facts)
         write_evaluation(folder, {
             "checkpoint": checkpoint.name, "stands_on": facts, "flags": asdict(config),
             "unusual_flags": unusual_flags(config), "seconds": seconds,
@@ -211,12 +181,20 @@ def main(config):
                 if name not in ("files", "checksum", "name")}}, lines)
         print(f"scores in {folder}/results.json, answers in predictions*.jsonl beside it")
 
+    folders, hash = [], read_manifest(checkpoint)["checksum"]
     for shard in shards:
         count, begin = count_questions(shard, config), time.perf_counter()
+        facts = list_facts(hash, shard, splits, config, device.type, str(dtype), model.base_bits)
+        folders.append(together(lambda: place_of(out, name_evaluation(checkpoint, shard, config), facts)))
+        if config.data == "all" and together(lambda: is_done(folders[-1], facts, describe_machine(device))):
+            print(f"{folders[-1]}: there already")
+            continue
         with autocast_to(device, dtype):
-            answers, cut = answer(model, tokenizer, shard, count, show_images(shard, count, config), config)
+            answers, notes = answer(model, tokenizer, shard, count, show_images(shard, count, config), config)
         seconds = time.perf_counter() - begin
-        together(lambda: rank or finish(shard, answers, cut, seconds))
+        together(lambda: rank or finish(shard, folders[-1], facts, answers, notes, seconds))
+    if config.data == "all":
+        together(lambda: rank or write_summary(out, [(folder, read_evaluation(folder)) for folder in folders]))
 
 
 if __name__ == "__main__":

@@ -12,12 +12,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import Group, make_batch, shared_prefix
 from generate import Sampling, finished_groups, generate
-from plumbing.devices import together
 from plumbing.flags import UserError
 from plumbing.shards import Sample, Shard
 from plumbing.signals import time_limit
@@ -73,15 +71,6 @@ def roll_out(model, tokenizer, prompts, count, limit, temperature=0.0, draws=Non
                                     answer.log_probabilities, tokenizer.decode(answer.tokens), answer.stop is None)
                             for answer in answers]
     return rollouts
-
-
-def share_out(things, answer):
-    """What answer(things of this rank) gives, one a thing, put together in the order of all things, on all ranks."""
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    parts = [together(lambda: answer(things[rank::ranks], rank, ranks))] * ranks
-    if ranks > 1:
-        dist.all_gather_object(parts, parts[rank])
-    return [parts[place % ranks][place // ranks] for place in range(len(things))]
 
 
 def reward_all(prompts, rollouts, chosen, progress, seconds):

@@ -99,8 +99,8 @@ from tqdm import tqdm
 
 from data import Mixture, open_shards
 from grpo import (balanced, find_advantages, find_shares, log_probabilities, make_micro_batches, policy_loss,
-                  read_prompts, reward_all, roll_out, share_out)
-from plumbing.devices import LossScale, agree, autocast_to, join_group, pick_device, sum_of_ranks, to_device
+                  read_prompts, reward_all, roll_out)
+from plumbing.devices import LossScale, agree, autocast_to, join_group, pick_device, share_out, sum_of_ranks, to_device
 from plumbing.files import find_run, hash_file, lock, read_manifest, sync
 from plumbing.pixels import resize_flags
 from plumbing.runs import (choose_folder, describe_run, image_settings, learnt_before, open_log, open_run,

@@ -165,6 +165,15 @@ def agree(decide):
     return decided[0]
 
 
+def share_out(things, answer):
+    """What answer(things of this rank) gives, one a thing, put together in the order of all things, on all ranks."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    parts = [together(lambda: answer(things[rank::ranks], rank, ranks))] * ranks
+    if ranks > 1:
+        dist.all_gather_object(parts, parts[rank])
+    return [parts[place % ranks][place // ranks] for place in range(len(things))]
+
+
 def sum_of_ranks(number):
     """The sum of a number of each process, on all of them."""
     if not dist.is_initialized():

@@ -15,7 +15,8 @@ from collections import defaultdict
 
 import numpy as np
 
-from tasks.box_tables import SIZES, THRESHOLDS, print_labels, print_table, tabulate
+from tasks.box_tables import SCORES, SIZES, THRESHOLDS, print_labels, print_table, tabulate
+from tasks.vqa import report_new, summary
 
 MAIN = "F-IoU"
 RANKED = 100  # boxes of one question and label that AP50 counts, COCO's limit
@@ -268,6 +269,13 @@ def score(record, prediction):
 
 # ----------------------------------------------------------------------------- without an image
 
+def blind_rows(train, records):
+    """{row of the table: answers that look at no image}; train: (question, answer) pairs, None where not known."""
+    if train is None:
+        return {}
+    return {"question only": guess_blindly(train, [record["question"] for record in records])}
+
+
 def medoid(answers, generator):
     """The text among [(text, its boxes)] with the best mean F-IoU to a draw of all of them."""
     candidates = list(dict(generator.sample(answers, min(len(answers), CANDIDATES))).items())
@@ -310,15 +318,12 @@ def report(name, scored, images, records, seen, units, unit="images", seed=0):
     print(f"\n{name}: {len(records):,} questions about {images:,} images; percent, with 95% intervals over {unit}")
     tables = {"drawn": unit, "all": tabulate(scored, np.full(len(records), True), units, seed)}
     print_table(tables["all"], unit)
-    if isinstance(seen, str) or all(seen):
-        tables["new"] = seen if isinstance(seen, str) else "every question's words or image were trained on"
-        print(f"questions new to the run: {'not known: ' if isinstance(seen, str) else ''}{tables['new']}")
-    else:
-        tables["new"] = tabulate(scored, np.array([not reason for reason in seen]), units, seed)
-        print(f"{tables['new']['questions']:,} of them about images that are new to the run:")
-        print_table(tables["new"], unit)
+    tables["new"] = report_new(seen, lambda chosen: tabulate(scored, chosen, units, seed),
+                               lambda table: print_table(table, unit), "about images that are new to the run")
     labels = np.array([", ".join(record["boxes"]) for record in records])
     tables["types"] = {label: tabulate(scored, labels == label, units, seed)
                        for label in dict.fromkeys(labels.tolist())}
     print_labels(tables["types"])
+    unreadable = tables["all"]["rows"].get("model", {}).get("unreadable", [None])[0]
+    tables["summary"] = summary(tables, seen, SCORES[:2], unreadable=unreadable)
     return tables

@@ -18,7 +18,7 @@ import shutil
 from dataclasses import fields
 from pathlib import Path
 
-from plumbing.files import lock, manifest_checksum, read_manifest, require_writable, sync
+from plumbing.files import hash_file, lock, manifest_checksum, read_manifest, require_writable, sync
 from plumbing.flags import UserError
 from tasks.splits import count_questions, show_images
 from tasks.vqa import as_asked
@@ -54,13 +54,13 @@ def name_evaluation(checkpoint, shard, config):
                      *(IN_NAMES[flag].format(value) for flag, value in unusual_flags(config).items())])
 
 
-def lines_of(dataset, records, images, seen, answers, cut):
+def lines_of(dataset, records, images, seen, answers, notes):
     """
     {row of the table: lines for its file}, dicts, one a question: its record, why it is not new to the run,
-    where that is known, the answer, and whether that was cut.
+    where that is known, the answer, and what else there is to say about that.
 
     images: of each question the number of its first image, -1 for none; seen: as find_seen gives it; answers:
-    {row: n texts}; cut: {row: n booleans}, for the rows that the model gave.
+    {row: n texts}; notes: {row: n dicts}.
     """
     lines, first_name = {row: [] for row in answers}, {}
     for number, (record, image) in enumerate(zip(records, images)):
@@ -70,8 +70,7 @@ def lines_of(dataset, records, images, seen, answers, cut):
         if not isinstance(seen, str):
             line["seen"] = seen[number]
         for row, texts in answers.items():
-            end = {"cut": True} if row in cut and cut[row][number] else {}
-            lines[row].append({**line, "prediction": texts[number], **end})
+            lines[row].append({**line, "prediction": texts[number], **notes[row][number]})
     return lines
 
 
@@ -85,6 +84,14 @@ def place_of(out, name, stands_on):
         former = folder if folder.exists() else folder.with_name(REPLACED + folder.name)
         if not former.exists() or (read_manifest(former, RESULTS) or {}).get("stands_on") == stands_on:
             return folder
+
+
+def is_done(folder, stands_on, machine):
+    """Whether a folder holds the whole evaluation of these facts, by this very code."""
+    facts = read_manifest(folder, RESULTS) or {}
+    return (facts.get("stands_on") == stands_on and facts["machine"]["commit"] == machine["commit"]
+            and all((folder / name).is_file() and hash_file(folder / name) == file["sha256"]
+                    for name, file in facts["predictions"].items()))
 
 
 def require_room(out, needed):

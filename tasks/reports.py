@@ -63,6 +63,33 @@ def score(record, prediction):
             "findings": compare_findings(prediction, references)}
 
 
+# ----------------------------------------------------------------------------- other ways to ask
+
+def has_prior(record):
+    return any(part["role"].startswith("prior ") for part in record.get("parts", ()) if isinstance(part, dict))
+
+
+def ways_of(record):
+    """
+    Other ways to put a study that has an earlier one, {row of the table: (its line of records.jsonl, order)}: "prior
+    left out" is without the earlier films and report, in "order swapped" the earlier frontal film and the present one
+    have changed places. order: which of its images stand where. {} of a study without.
+    """
+    parts = record.get("parts", ())
+    roles = [part["role"] for part in parts if isinstance(part, dict)]
+    if not has_prior(record):
+        return {}
+    own = [part for part in parts if not (part.startswith("Prior report:") if isinstance(part, str) else
+                                          part["role"].startswith("prior "))]
+    ways = {"prior left out": ({**record, "parts": own},
+                               [place for place, role in enumerate(roles) if not role.startswith("prior ")])}
+    if {"frontal", "prior frontal"} <= set(roles):
+        order, (now, before) = list(range(len(roles))), map(roles.index, ("frontal", "prior frontal"))
+        order[now], order[before] = before, now
+        ways["order swapped"] = record, order
+    return ways
+
+
 # ----------------------------------------------------------------------------- without an image
 
 def medoid(answers, generator, alike=lcs_f1, split=words_of):
@@ -226,6 +253,10 @@ def report(name, scored, images, records, seen, units, unit="images", seed=0):
     tables["texts"] = report_texts(scored, seen, consensus)
     tables["new"] = report_new(seen, lambda chosen: tabulate(stacked, chosen, units, seed), show)
     types = np.array([record["type"] for record in records])
+    if (later := np.array(list(map(has_prior, records)))).any():
+        tables["with a prior"] = tabulate(stacked, later, units, seed)
+        print(f"{tables['with a prior']['questions']:,} of them of a patient with an earlier study:")
+        show(tables["with a prior"])
     tables["types"] = {kind: tabulate(stacked, types == kind, units, seed)
                        for kind, _ in Counter(types.tolist()).most_common()}
     print_types(tables["types"], MAIN)

@@ -13,7 +13,7 @@ import numpy as np
 from plumbing.flags import UserError
 from plumbing.pixels import resize_flags
 from plumbing.shards import Shard
-from tasks import boxes, vqa
+from tasks import boxes, choices, reports, vqa
 from tasks.vqa import exchange_images
 
 QUESTIONS_PER_ROW = 32  # that share the keys and values of what they begin with; more of them start another row
@@ -57,19 +57,21 @@ def find_misfit(shard, tokenizer, image):
 
 def open_splits(data, split, shards_dir, tokenizer, image=None):
     """
-    The Shards of a split that `data` names, with commas between, or else all that ask about images, in this
-    tokenizer's tokens, and with images of the settings `image` where it is given. Raises UserError for one
-    that is named and does not fit, and where none is left; of the others it prints why they do not.
+    The Shards of a split that `data` names, with commas between, or all that ask about images, or with data="all"
+    whatever has questions, in this tokenizer's tokens, and with images of the settings `image` where it is given.
+    Raises UserError for one that is named and does not fit, and where none is left; of the others it prints why
+    they do not.
     """
     shards, left_out = [], []
-    for name in name_datasets(data, split, shards_dir):
+    kinds = ("image questions", "boxes", *(("text questions", "captions", "reports") if data == "all" else ()))
+    for name in name_datasets("" if data == "all" else data, split, shards_dir):
         shard = Shard(Path(shards_dir) / name / split)
         misfit = find_misfit(shard, tokenizer, image)
-        if data:
+        if data not in ("", "all"):
             shard.require_questions()
             if misfit:
                 raise UserError(f"{shard.folder}: {misfit}")
-        elif shard.manifest["kind"] not in ("image questions", "boxes") or not len(shard):
+        elif shard.manifest["kind"] not in kinds or not len(shard):
             continue
         elif misfit:
             left_out.append(f"{shard.folder}, {misfit}")
@@ -88,12 +90,16 @@ def open_splits(data, split, shards_dir, tokenizer, image=None):
 
 def task_of(shard):
     """The module that scores a shard's answers, guesses them blindly, and prints the tables."""
-    return boxes if shard.manifest["kind"] == "boxes" else vqa
+    kind = shard.manifest.get("task") or shard.manifest["kind"]
+    return {"boxes": boxes, "choices": choices, "reports": reports, "captions": reports}.get(kind, vqa)
 
 
 def answer_limit(shard, config):
-    """Tokens that an answer may have: --max_new_tokens, else 32; of boxes half more than the split's longest has."""
-    if config.max_new_tokens or shard.manifest["kind"] != "boxes":
+    """
+    Tokens that an answer may have: --max_new_tokens, else 32 to a plain question, and to others half more than the
+    split's longest answer has.
+    """
+    if config.max_new_tokens or task_of(shard) is vqa:
         return config.max_new_tokens or 32
     first, images, spans = (shard.samples[name].astype(np.int64) for name in ("parts", "images", "spans"))
     begin = first + images + 2 * (spans - 1)  # (n,) where parts.bin has each last answer's span
@@ -131,19 +137,26 @@ class Question:
     prompt: list  # token ids; image number n of the shard as -1 - n
 
 
-def group_questions(shard, count, shown):
+def exchanged(prompt, images):
+    """A prompt, (L,) int64 with image number n as -1 - n, with image images[n] in the place of each n; images: (I,)."""
+    prompt, is_image = prompt.copy(), prompt < 0
+    prompt[is_image] = -1 - images[-1 - prompt[is_image]]
+    return prompt
+
+
+def group_questions(shard, count, shown, more=()):
     """
     A shard's first `count` questions as groups for generate(), lists of Questions that begin with the same
-    images or context, longest first. shown: {row: (I,) the image to show in place of each of the shard's}.
+    images or context, longest first. shown: {row: (I,) the image to show in place of each of the shard's}; more:
+    Questions in other words.
     """
-    alike, samples = defaultdict(list), [shard.read_sample(number) for number in range(count)]
-    for row, images in shown.items():
-        for number, sample in enumerate(samples):
-            prompt = sample.prompt().copy()  # the next row has other images in it
-            is_image = prompt < 0
-            prompt[is_image] = -1 - images[-1 - prompt[is_image]]
-            begin = prompt[:sample.head].tobytes() if is_image.any() else int(shard.samples["prefix"][number])
-            alike[begin].append(Question(row, number, prompt.tolist()))
+    samples, alike = [shard.read_sample(number) for number in range(count)], defaultdict(list)
+    asked = [Question(row, number, exchanged(sample.prompt(), images).tolist())
+             for row, images in shown.items() for number, sample in enumerate(samples)] + list(more)
+    for question in asked:
+        last = max((place for place, token in enumerate(question.prompt) if token < 0), default=-1)
+        begin = tuple(question.prompt[:last + 1]) or int(shard.samples["prefix"][question.number])
+        alike[begin].append(question)
     groups = [questions[begin:begin + QUESTIONS_PER_ROW] for questions in alike.values()
               for begin in range(0, len(questions), QUESTIONS_PER_ROW)]
     return sorted(groups, key=lambda questions: -sum(len(question.prompt) for question in questions))

@@ -110,6 +110,13 @@ def as_asked(record):
 
 # ----------------------------------------------------------------------------- what words alone are worth
 
+def blind_rows(train, records):
+    """{row of the table: answers that look at no image}; train: (question, answer) pairs, None where not known."""
+    if train is None:
+        return {}
+    return {"question only": guess_blindly(train, [record["question"] for record in records])}
+
+
 def guess_blindly(train, questions):
     """
     The most frequent training answer to the same question, else to questions with the same first
@@ -233,32 +240,68 @@ def report(name, scored, images, records, seen, units, unit="images", seed=0):
     print(f"\n{name}: {len(types):,} questions about {images:,} images; percent, with 95% intervals over {unit}")
     tables = {"drawn": unit, "all": tabulate(scores, np.full(len(types), True), units, seed)}
     print_table(tables["all"], unit)
-    if isinstance(seen, str):
-        tables["new"] = seen
-        print(f"questions new to the run: not known: {seen}")
-    elif all(seen):
-        tables["new"] = "every question's words or image were trained on"
-        print(f"questions new to the run: {tables['new']}")
-    else:
-        tables["new"] = tabulate(scores, np.array([not reason for reason in seen]), units, seed)
-        print(f"{tables['new']['questions']:,} of them new to the run, in words and image:")
-        print_table(tables["new"], unit)
+    tables["new"] = report_new(seen, lambda chosen: tabulate(scores, chosen, units, seed),
+                               lambda table: print_table(table, unit))
     tables["types"] = report_types(scores, types, units, seed)
+    tables["summary"] = summary(tables, seen, METRICS[:2])
     return tables
+
+
+def report_new(seen, tabulate, show, what="new to the run, in words and image"):
+    """
+    Print the table of the questions that are new to the run, by show(table), and return it; or else why there is
+    none. tabulate: (n,) bool, which questions are chosen -> their table; seen: as in report.
+    """
+    if isinstance(seen, str):
+        print(f"questions new to the run: not known: {seen}")
+        return seen
+    if all(seen):
+        print("questions new to the run: every question's words or image were trained on")
+        return "every question's words or image were trained on"
+    table = tabulate(np.array([not reason for reason in seen]))
+    if not any(seen):
+        print(f"all of them {what}")
+        return table
+    print(f"{table['questions']:,} of them {what}:")
+    show(table)
+    return table
+
+
+def summary(tables, seen, metrics, blind="question only", added="the image adds", unreadable=None):
+    """
+    What a report's tables give to the one table of all evaluations (tasks/summary.py), as a dict: of each of the
+    metrics the model's score, that of the blind row, what the image adds, and the percentage of unreadable answers.
+    """
+    rows, none = tables["all"]["rows"], [None] * 3
+
+    def cell(row, metric):
+        return rows.get(row, {}).get(metric, none)
+
+    return {"n": tables["all"]["questions"], "unit": tables["drawn"],
+            "leaks": None if isinstance(seen, str) else sum(map(bool, seen)),
+            "lines": [{"metric": metric, "score": cell("model", metric),
+                       "blind": [blind, cell(blind, metric)] if blind in rows else None,
+                       "adds": cell(added, metric) if added in rows else None,
+                       "unreadable": unreadable} for metric in metrics]}
 
 
 def report_types(scores, types, units, seed):
     """Print BLEU-1 by question type, where there are several; returns all scores of all types as a dict."""
     tables = {kind: tabulate(scores, np.array([one == kind for one in types]), units, seed)
               for kind, _ in Counter(types).most_common()}
+    print_types(tables, MAIN)
+    return tables
+
+
+def print_types(tables, metric):
+    """Print one metric by question type, where there are several. tables: {type: its table}, the frequent first."""
     if len(tables) > 1:
-        print_cells("BLEU-1 by type", ("questions", *scores))
+        rows = next(iter(tables.values()))["rows"]
+        print_cells(f"{metric} by type", ("questions", *rows))
         for kind, table in list(tables.items())[:TYPES_SHOWN]:
-            print_cells(kind or "none", (f"{table['questions']:,}",
-                                         *(table["rows"][row]["BLEU-1"] for row in scores)))
+            print_cells(kind or "none", (f"{table['questions']:,}", *(cells[metric] for cells in table["rows"].values())))
         if (more := len(tables) - TYPES_SHOWN) > 0:
             print(f"and {more} rarer types, in results.json")
-    return tables
 
 
 def report_faults(answers, cut, max_new_tokens):
@@ -266,14 +309,14 @@ def report_faults(answers, cut, max_new_tokens):
     Print how many answers of each row end at the limit of --max_new_tokens, are empty, or repeat a word
     or phrase over and over; returns {row: {"cut": ..., "empty": ..., "repeating": ...}}.
 
-    answers: {row: n texts}; cut: {row: n booleans}, for the rows that the model gave.
+    answers: {row: n texts}; cut: {row: n booleans}, for the rows that the model gave; None where that is not known.
     """
-    counts = {row: {"cut": sum(cut.get(row, ())), "empty": sum(not text for text in texts),
+    counts = {row: {"cut": None if cut is None else sum(cut.get(row, ())), "empty": sum(not text for text in texts),
                     "repeating": sum(map(repeats, texts))} for row, texts in answers.items()}
     print_cells("answers", (f"cut at {max_new_tokens} tokens", "empty", "repeating"))
     for row, numbers in counts.items():
-        print_cells(row, [f"{number:,}" for number in numbers.values()])
-    worst = max((sum(cut[row]) / len(cut[row]) for row in cut), default=0)
+        print_cells(row, ["-" if number is None else f"{number:,}" for number in numbers.values()])
+    worst = max((sum(some) / len(some) for some in (cut or {}).values()), default=0)
     if worst > MANY_CUT:
         print(f"up to {worst:.0%} of a row's answers were cut, and scored as they are; a larger "
               f"--max_new_tokens, such as {4 * max_new_tokens}, lets them end by themselves")

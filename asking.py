@@ -1,0 +1,153 @@
+"""
+A prepared question put in other ways, and how likely a model finds each option of a multiple choice.
+
+All options of a question stand behind one copy of its prompt, as samples that begin alike do in training (data.py):
+a question costs one prompt and its options' own tokens, and the logits of those alone are computed.
+
+Letters: Q questions, K options of one, M tokens of options in a micro-batch, V vocabulary.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import Group, Record, View, make_batch, shared_prefix
+from plumbing.devices import share_out, to_device
+from plumbing.shards import Sample
+from tasks import reports
+from tasks.choices import answers_of, stem_of, ways_of
+from tasks.splits import Question, exchanged, task_of
+
+MICRO_BATCH_TOKENS = 8192  # of a pass of the model, unless one question has more
+
+
+# ----------------------------------------------------------------------------- other words
+
+def write_prompt(tokenizer, record, images):
+    """
+    The tokens of a line of records.jsonl up to its answer, as its template writes it now. images: the number of each
+    of its images in the shard, in the order of the line.
+    """
+    parts = tuple(part if isinstance(part, str) else View(b"", part["image"], part["role"])
+                  for part in record.get("parts", ()))
+    tokens, spans, _ = tokenizer.write(Record(
+        "", record["question"], "", b"" if images and not parts else None, context=record.get("context", ""), parts=parts))
+    return [-1 - images[-1 - token] if token < 0 else token for token in tokens[:spans[-1][0]]]
+
+
+def reword(shard, tokenizer, count):
+    """The first `count` questions of a shard in the other ways that tasks.reports.ways_of knows, as Questions."""
+    if task_of(shard) is not reports:
+        return []
+    questions = []
+    for number, record in enumerate(shard.read_records()[:count]):
+        for row, (line, order) in reports.ways_of(record).items():
+            prompt = shard.read_sample(number).prompt()
+            images = (-1 - prompt[prompt < 0]).tolist()
+            questions.append(Question(row, number, write_prompt(tokenizer, line, [images[place] for place in order])))
+    return questions
+
+
+# ----------------------------------------------------------------------------- likelihoods
+
+@dataclass
+class Options:
+    """A question with its options, in one way to ask it."""
+    number: int  # of its sample in the shard
+    row: str  # of the table
+    way: str  # "as asked", or as tasks.choices.ways_of names it
+    order: list  # which of the record's options stands where
+    prompt: list  # token ids; image number n of the shard as -1 - n
+    answers: list  # of K answers their token ids
+    letter: int  # tokens with which each begins, to its letter; 0 where the question lists none
+
+
+def list_options(shard, tokenizer, count, shown):
+    """Yield the Options of a shard's first `count` questions; shown: what tasks.splits.show_images gives."""
+    for number, record in enumerate(shard.read_records()[:count]):
+        prompt = shard.read_sample(number).prompt()
+        for row, instead in shown.items():
+            asked = exchanged(prompt, instead)
+            images = (-1 - asked[asked < 0]).tolist()
+            ways = {"as asked": (record, list(range(len(record["choices"]))))}
+            for way, (line, order) in (ways | (ways_of(record) if row == "model" else {})).items():
+                answers = [tokenizer.encode(answer) for answer in answers_of(line)]
+                tokens = asked.tolist() if way == "as asked" else write_prompt(tokenizer, line, images)
+                yield Options(number, row, way, order, tokens, answers, count_letter(answers) * stem_of(record)[1])
+
+
+def count_letter(answers):
+    """How many tokens lettered answers have until all of them differ: of "A." with LLaMA's tokenizer 1."""
+    longest = range(1, min(map(len, answers)) + 1)
+    return next((count for count in longest if len({tuple(some[:count]) for some in answers}) == len(answers)), 0)
+
+
+def group_options(shard, options, image_tokens):
+    """The options as a data.Group behind their shared prompt, and where each of its K samples stands in the Options."""
+    samples = [Sample(np.array(options.prompt + answer), np.array([[len(options.prompt), len(options.prompt + answer)]]), 0)
+               for answer in options.answers]
+    # In an order of their own, so that options listed in another order are the same numbers to the last bit
+    places = sorted(range(len(samples)), key=lambda place: options.answers[place])
+    samples = [samples[place] for place in places]
+    return Group(samples, shared_prefix(samples), 0, image_tokens, shard.read_image), places
+
+
+@torch.no_grad()
+def rate(model, groups, vocab_size):
+    """Log-probabilities, (M,) float32, of all supervised tokens of data.Groups, in one pass of the model."""
+    device = next(model.projector.parameters()).device
+    batch = to_device(make_batch(groups), device)
+    logits = model(batch)[:, :vocab_size]  # (M, V)
+    return -F.cross_entropy(logits, batch.targets, reduction="none").cpu().numpy()
+
+
+def likelihoods_of(options, places, values):
+    """
+    The entry of "likelihoods" in a line of answers: of each option, in the record's order, the log-probability in nats
+    of its letter and of its whole answer, and how many "tokens" that has. Where the question lists no letters,
+    "letter" is "whole". Also the "order" in which the options were shown, where that is another.
+    """
+    letter, whole = [0.0] * len(places), [0.0] * len(places)
+    lengths = [len(options.answers[place]) for place in places]
+    for place, some in zip(places, np.split(values, np.cumsum(lengths)[:-1]), strict=True):
+        whole[options.order[place]] = round(float(some.sum(dtype=np.float64)), 5)
+        short = some[:options.letter] if options.letter else some
+        letter[options.order[place]] = round(float(short.sum(dtype=np.float64)), 5)
+    tokens = [len(options.answers[options.order.index(place)]) for place in range(len(places))]
+    turned = {"order": options.order} if options.order != sorted(options.order) else {}
+    return {"letter": letter, "whole": whole, "tokens": tokens, **turned}
+
+
+def rate_options(model, tokenizer, shard, count, shown):
+    """
+    How likely a model finds the options of a shard's first `count` questions: {row: Q dicts {way: likelihoods}}, one a
+    question. Of several processes each rates a part, and all get all.
+    """
+    sizes = shard.image_index
+    image_tokens = np.asarray(model.vision.tokens(sizes["height"].astype(int), sizes["width"].astype(int))).reshape(-1)
+    asked = list(list_options(shard, tokenizer, count, shown))
+
+    def rate_part(part, rank, ranks):
+        entries, waiting, tokens = [], [], 0
+        with tqdm(total=len(part), unit="prompt", leave=False, desc=f"{shard.folder.parent.name}, options",
+                  disable=rank > 0) as progress:
+            for number, options in enumerate(part, 1):
+                waiting.append((options, *group_options(shard, options, image_tokens)))
+                tokens += waiting[-1][1].first + sum(waiting[-1][1].rest)
+                if tokens >= MICRO_BATCH_TOKENS or number == len(part):
+                    values = rate(model, [group for _, group, _ in waiting], tokenizer.vocab_size)
+                    ends = np.cumsum([sum(map(len, options.answers)) for options, _, _ in waiting])
+                    entries += [likelihoods_of(options, places, some) for (options, _, places), some in
+                                zip(waiting, np.split(values, ends[:-1]), strict=True)]
+                    progress.update(len(waiting))
+                    waiting, tokens = [], 0
+        return entries
+
+    rows = {row: [defaultdict(dict) for _ in range(count)] for row in shown}
+    for options, entry in zip(asked, share_out(asked, rate_part), strict=True):
+        rows[options.row][options.number][options.way] = entry
+    return {row: [dict(entries) for entries in some] for row, some in rows.items()}

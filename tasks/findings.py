@@ -18,7 +18,7 @@ FINDINGS = (
     "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices", "No Finding")
 FIVE = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")  # that are often reported alone
 RANKS = ("negative", "uncertain", "positive")  # of what a report says twice the later one counts
-JOINED_MOST = 16  # findings of a list that one "is not seen" denies
+NEAR, FEW = 80, 16  # characters, and findings or organs, that a word looks back over
 SCANNED = 100_000  # characters of a text
 
 TEMPORAL = frozenset("""
@@ -31,33 +31,35 @@ TEMPORAL = frozenset("""
 PHRASES = {
     "Enlarged Cardiomediastinum": r"(?:mediastinal|mediastinum) widening|pneumomediastinum",
     "Cardiomegaly": r"cardiomegaly",
-    "Lung Opacity": r"opaci\w+|(?:air ?|air-)space (?:disease|process|infiltrat\w+)|infiltrat\w+|interstitial (?:lung )?"
-                    r"(?:disease|process|abnormalit\w+|thickening|change\w*|prominence|markings|pattern)|reticul\w+|"
-                    r"(?:alveolar|lung|pulmonary|basilar|base|lobe|vague|ill-defined|hazy|patchy) densit\w+",
-    "Lung Lesion": r"nodul\w+(?: (?:opacit|densit)\w+)?|mass|masses|lesions?|tumou?rs?|neoplas\w+|carcinoma|metasta\w+|"
-                   r"malignan\w+|cavitat\w+|cavitary|cavity",
-    "Edema": r"o?edema|(?:pulmonary |central |mild |vascular |venous )+congestion|congestive (?:heart )?(?:failure|"
-             r"changes?)|(?:heart|cardiac) failure|chf|cephalization|vascular (?:prominence|engorgement|redistribution)|"
-             r"fluid overload|volume overload|kerley",
+    "Lung Opacity": r"opaci\w+|opaque|(?:air ?|air-)space (?:disease|process|infiltrat\w+)|infiltrat\w+|interstitial "
+                    r"(?:lung )?(?:disease|process|abnormalit\w+|thickening|change\w*|prominence|markings|pattern)|"
+                    r"reticul\w+|(?:alveolar|lung|pulmonary|basilar|base|lobe|vague|ill-defined|hazy|patchy) densit\w+",
+    "Lung Lesion": r"nodul\w+|mass|masses|lesions?|tumou?rs?|neoplas\w+|carcinoma|metasta\w+|malignan"
+                   r"\w+|cavitat\w+|cavitary|cavity",
+    "Edema": r"o?edema|(?:pulmonary|central|mild|vascular|venous) congestion|congestive (?:heart )?(?:failure|"
+             r"changes?)|(?:heart|cardiac) failure|chf|cephalization|vascular (?:prominence|engorgement|"
+             r"redistribution)|fluid overload|volume overload|kerley",
     "Consolidation": r"consolidat\w+",
     "Pneumonia": r"(?:broncho)?pneumonias?|pneumonitis|pneumonic|infecti\w+",
-    "Atelectasis": r"(?:micro)?atelecta\w+|(?:lobar|lung|lobe|basilar) collapse|volume loss",
-    "Pneumothorax": r"pneumothora\w+",
+    "Atelectasis": r"(?:micro)?atelecta\w+|(?:lobar|lung|lobe|basilar|complete) collapse|collapsed? of|volume loss",
+    "Pneumothorax": r"(?:hydro|hemo)?pneumothora\w+|pleural air(?: collections?)?",
     "Pleural Effusion": r"effusions?|pleural fluid|(?:pleural|right|left) fusions?|hydrothorax",
     "Pleural Other": r"pleural(?: \w+)? (?:thickening|plaques?|scar\w*|calcifi\w+|fibrosis|based)|"
                      r"(?:pleuro-?parenchymal|pleural-parenchymal) scar\w*|fibrothorax|thickening of the pleura",
     "Fracture": r"fractur\w+",
     "Support Devices": r"pacemakers?|pacers?|(?:aicd|icd|picc|mediport|port-?a-?cath|defibrillator|stimulator)\w*|"
                        r"catheters?|tubes?|cannula|(?:cardiac|pacer|pacemaker|pacing|pulse|left|right)? ?(?:generator|"
-                       r"leads?)|(?:central|venous|access|picc|arterial|subclavian|jugular|ij)(?: \w+)? lines?|lines and|"
-                       r"stents?|(?:aortic|mitral|prosthetic|artificial|\w+ic)? ?valve (?:replacement|prosthesis)|"
-                       r"prosthe\w+|prosthetic|hardware|arthroplast\w+|(?:medical|implanted|support|infusion) devices?|"
-                       r"(?:infusion|chest|power|subclavian) ports?|port tip|drains?|endotracheal|nasogastric",
+                       r"leads?)|(?:central|venous|access|picc|arterial|subclavian|jugular|ij)(?: \w+)? lines?|"
+                       r"lines and|stents?|valve (?:replacement|prosthesis)|"
+                       r"prosthe\w+|prosthetic|hardware|arthroplast\w+|(?:medical|implanted|support|infusion|closure) "
+                       r"devices?|occluder|(?:infusion|chest|power|subclavian) ports?|port tip|drains?|"
+                       r"endotracheal|nasogastric",
 }
 # What is another thing in words that a finding is named by
-OTHER = (r"pericardial (?:effusions?|fluid)|soft tissue (?:swelling|o?edema|mass\w*|lesions?)|(?:bony?|osseous|lytic|"
-         r"blastic|sclerotic|destructive|bone) (?:lesions?|mass\w*|cavity)|port(?:able|ion\w*)|nodes?|calcified "
-         r"lymph|chest wall|lung volumes?|lung disease|lung expansion|pulmonary (?:arter\w+|trunk)|aort\w+|hil\w+|"
+OTHER = (r"thyroid (?:mass|nodul)\w*|pericardial (?:effusions?|fluid)|soft tissue (?:swelling|o?edema|mass\w*|"
+         r"lesions?)|(?:bony?|osseous|lytic|blastic|sclerotic|destructive|bone) (?:lesions?|mass\w*|"
+         r"cavity)|port(?:able|ion\w*)|nodes?|calcified lymph|chest wall|lung (?:volumes?|disease|expansion)|pulmonary "
+         r"(?:arter\w+|trunk)|aort\w+|hil\w+|"
          r"trachea\w*|diaphragm\w*|hemidiaphragm\w*|spine|abdom\w+|thoracic cavity|inflation|ventric\w+|atri\w+")
 # An organ says nothing until something is said of it: (its findings, what it is called)
 HEART, MEDIASTINUM = ("Cardiomegaly",), ("Enlarged Cardiomediastinum",)
@@ -72,20 +74,19 @@ ORGANS = (
     (("Fracture",), r"osseous|bony|bones|skelet\w+|ribs?"),
     (("No Finding",), r"chest|thorax|exam\w*|study|radiographs?"),
 )
-NORMAL = (r"(?<!not )normal(?:ly)?|negative(?= chest)|unremarkable|clear(?! of)|intact|within (?:normal )?limits|sharp|well[- ]expanded and clear|"
-          r"preserved|well[- ]aerated")
+NORMAL = (r"(?<!not )normal(?:ly)?|upper limits|within (?:normal )?limits|negative(?= chest)|unremarkable|clear(?! of)|"
+          r"intact|sharp|preserved|well[- ]aerated")
 LARGE = r"enlarge\w*|widen\w*|prominent|prominence|increased in size|large|generous|accentuated|engorge\w*"
-LIMIT = (r"(?:(?:at |in )?(?:the )?)?(?:upper|high)(?: limits?)?(?: of)?(?: the)? normal(?: limits)?|top normal|"
-         r"borderline(?: (?:in size|enlarged|enlargement|large))?|(?:at )?(?:the )?upper limits?")
+LIMIT = r"borderline(?: (?:in size|enlarged|enlargement|large))?"
 ABNORMAL = r"abnormal\w*|findings?|disease|process(?:es)?|injur\w+"
 
 DENY = (r"no(?! longer)(?! (?:\w+ ){0,2}(?:changes?|increase|decrease)\b)|without(?! (?:\w+ )?changes?\b)|"
-        r"(?:free|clear|devoid) of|negative(?! chest)(?: for)?|(?:absence|lack|resolution|clearing|removal) of|not|nor|neither|"
-        r"none|never|denies|excludes?|rules? out")
+        r"(?:free|clear|devoid) of|negative(?! chest)(?: for)?|(?:absence|lack|resolution|clearing|removal) of|not|nor|"
+        r"neither|none|never|denies|excludes?|rules? out")
 DENY_BACK = (r"(?:is|are|was|were)? ?(?:no longer|not)(?: \w+ly)? (?:seen|identified|visuali[sz]ed|present|appreciated|"
              r"evident|demonstrated|noted|detected|apparent|visible)|(?:is|are) absent|no longer|(?:has|have) (?:\w+ly "
              r")?(?:resolved|cleared|disappeared)|(?:is|are) (?:now )?(?:\w+ly )?resolved|(?:has|have) (?:now |since )?"
-             r"been removed|(?:is|are|has been|have been) (?:excluded|ruled out)|(?:is|are) negative")
+             r"been removed|(?:is|are|has been|have been) (?:excluded|ruled out)|(?:is|are) negative(?! for)")
 DOUBT = (r"(?:may|might|could|can)(?: also| still| well| possibly| either)? (?:be|represent|reflect|indicate|suggest|"
          r"relate|have|signify)\w*|possib\w+|probabl\w+|likely|unlikely|suggest\w*|suspicio\w+|suspected|suspect|"
          r"concern\w*(?: for| of)?|question\w*|(?:cannot|can not|can't|could not|not|difficult to|unable to|hard to) "
@@ -93,27 +94,29 @@ DOUBT = (r"(?:may|might|could|can)(?: also| still| well| possibly| either)? (?:b
          r"worrisome|evaluate for|r/o|may|potential\w*|if there is|appears? to represent|favor\w*")
 DOUBT_BACK = (r"(?:cannot|can not|can't|could not|may not|not)(?: \w+ly)?(?: be)? (?:\w+ly )?(?:excluded|ruled out)|"
               r"(?:is|are|remains?) (?:\w+ly )?(?:possib\w+|probable|likely|unlikely|suspected|questioned|questionable|"
-              r"suggested|considered|difficult to exclude)|(?:may|might|could) (?:also )?be (?:present|considered|there)|"
-              r"not (?:entirely |completely )?excluded")
+              r"suggested|considered|difficult to exclude)|(?:may|might|could) (?:also )?be (?:present|considered|"
+              r"there)|may not be (?:seen|visible|demonstrated)|not (?:entirely |completely )?excluded")
+# What is denied or doubted ends before these: "no effusion, small pneumothorax", "no edema and the heart is enlarged"
+SOME = r"a|an|stable|unchanged|mild|minimal|small|moderate|persistent|associated|new|increased|increasing"
+SUBJECT = r"heart|cardiac silhouette|cardio\w+|lungs|mediastin\w+|bon[ey]\w*|osseous"
 EITHER = r"versus|vs|or"
 TURN = (r"but|however|although|though|except|aside from|other than|apart from|besides|while|whereas|yet|with the "
-        r"exception|there (?:is|are|has|have|remains?)|status post|otherwise|"
-        r"with (?:a |an )?(?:stable|mild|minimal|small|moderate|persistent|unchanged|associated|new|increas\w+)|"
-        r"(?:,|and|with) (?:the )?(?=(?:heart|cardiac silhouette|cardio\w+|lungs|mediastin\w+|bon[ey]\w*|osseous) )|"
-        r", (?=(?:a|an|stable|unchanged|small|mild|minimal|moderate|persistent|increased|new|bibasilar|bilateral|left|"
-        r"right) )")
-SIDES = {"left": "left", "right": "right", "lingula": "left", "lingular": "left", "middle lobe": "right"}  # others: both
+        r"exception|there (?:is|are|has|have|remains?)|status post|otherwise")
+SIDES = {"left": "left", "right": "right", "lingula": "left", "lingular": "left", "middle lobe": "right"}  # or both
 SIDE = r"(?:left|right)(?: and (?:left|right))?|bilateral\w*|both|bibasilar|bibasal|biapical|lingular?|middle lobe"
-STOP = r"[.;:!?\n](?!\d)"
+AFRESH = rf"(?:and|with)(?= (?:the )?(?:{SUBJECT}) )|with(?= (?:{SOME}|bilateral|bibasilar|left|right) )"
+COMMA = rf",(?= (?:(?:the )?(?:{SUBJECT})|{SOME}) )"
+STOP = r"[.;:!?](?!\d)"
 BEHIND = re.compile(r"\b(?:in|on|at|within|of|along|over|near|involving|to|throughout)\b")
-JOINED = re.compile(r"\W*(?:(?:and|or|nor|the|a|any|of|versus|vs|xxxx|\w*pleural|focal|\w+ed|acute|large|small|left|right|"
-                    r"bilateral|airspace|pulmonary)\W+)*", re.I)
+JOINED = re.compile(r"\W*(?:(?:and|or|nor|the|a|any|of|versus|vs|xxxx|\w*pleural|focal|\w+ed|acute|large|small|left|"
+                    r"right|bilateral|airspace|pulmonary)\W+)*")
 
-KINDS = {"turn": TURN, "deny_back": DENY_BACK, "doubt_back": DOUBT_BACK, "limit": LIMIT, "doubt": DOUBT, "deny": DENY,
+KINDS = {"turn": TURN, "afresh": AFRESH, "deny_back": DENY_BACK, "doubt_back": DOUBT_BACK, "limit": LIMIT,
+         "doubt": DOUBT, "deny": DENY,  # at the same word the first kind counts
          **{f"finding_{number}": PHRASES[name] for number, name in enumerate(FINDINGS[:-1])}, "other": OTHER,
          **{f"organ_{number}": words for number, (_, words) in enumerate(ORGANS)},
          "normal": NORMAL, "large": LARGE, "abnormal": ABNORMAL, "either": EITHER, "side": SIDE}
-TOKENS = re.compile(rf"(?P<stop>{STOP})|(?<!\w)(?:" + "|".join(
+TOKENS = re.compile(rf"(?P<stop>{STOP})|(?P<afresh_comma>{COMMA})|(?<!\w)(?:" + "|".join(
     f"(?P<{kind}>{words})" for kind, words in KINDS.items()) + r")(?!\w)")
 
 
@@ -125,6 +128,11 @@ class Mention:
     end: int
     status: str = ""
     sides: set = field(default_factory=set)
+
+
+def are_joined(mention, begin, text):
+    """Whether commas, "and", "or" and the like alone are between a mention and what begins behind it."""
+    return begin - mention.end <= NEAR and JOINED.fullmatch(text, mention.end, begin) is not None
 
 
 @dataclass
@@ -143,8 +151,8 @@ class Clause:
     def joined(self, text):
         """The last finding and those before it that commas, "and" and "or" join to it."""
         chain = []
-        for mention in reversed(self.mentions[-JOINED_MOST:]):
-            if chain and not JOINED.fullmatch(text, mention.end, chain[-1].begin):
+        for mention in reversed(self.mentions[-FEW:]):
+            if chain and not are_joined(mention, chain[-1].begin, text):
                 break
             chain.append(mention)
         return chain
@@ -161,7 +169,7 @@ def judge(mention, adjective, clause):
 
 def describe(kind, clause):
     """An adjective: of the organs before it that nothing was said of, or else of those behind it."""
-    waiting = [mention for mention in clause.mentions if not mention.status]
+    waiting = [mention for mention in clause.mentions[-FEW:] if not mention.status]
     clause.adjective = "" if waiting else kind
     for mention in waiting:
         judge(mention, kind, clause)
@@ -169,7 +177,7 @@ def describe(kind, clause):
 
 def deny_abnormality(clause, begin, end):
     """"No abnormality": of the bones, the pleura or the lungs that were named, or else of nothing in particular."""
-    waiting = [mention for mention in clause.mentions if not mention.status
+    waiting = [mention for mention in clause.mentions[-FEW:] if not mention.status
                and mention.findings[0] not in (*HEART, *MEDIASTINUM)]
     for mention in waiting or [Mention(("No Finding",), begin, end)]:
         mention.status = "negative"
@@ -181,7 +189,7 @@ def mention_finding(name, token, text, clause):
     mention = Mention((name,), *token.span(), clause.status(), sides)
     if clause.adjective == "limit" and not clause.denied:
         mention.status = "uncertain"
-    if clause.either and mention.status == "positive" and JOINED.fullmatch(text, clause.either.end, mention.begin):
+    if clause.either and mention.status == "positive" and are_joined(clause.either, mention.begin, text):
         mention.status = clause.either.status = "uncertain"
     clause.mentions.append(mention)
     clause.sides, clause.adjective, clause.either = set(), "", None
@@ -199,7 +207,8 @@ def mention_side(token, text, clause):
     """A side: of the findings before it where a word such as "in" leads to it, or else of the next one."""
     side = SIDES.get(token[0], "bilateral")
     last = clause.mentions[-1] if clause.mentions else None
-    if last and last.status and not last.sides and BEHIND.search(text, last.end, token.start()):
+    near = last and last.status and not last.sides and token.start() - last.end <= NEAR
+    if near and BEHIND.search(text, last.end, token.start()):
         for mention in clause.joined(text):
             mention.sides = mention.sides or {side}
     else:
@@ -225,12 +234,15 @@ def close(clause):
 
 def scan(text):
     """The mentions of a text, in order, in time that grows with its length."""
-    found, clause, text = [], Clause(), " ".join(text[:SCANNED].lower().split(" "))
+    found, clause = [], Clause()
+    text = " ".join(re.sub(r"\n\s*\n", ";", text[:SCANNED].lower()).split())  # an empty line ends a sentence
     for token in TOKENS.finditer(text):
         kind, _, which = token.lastgroup.partition("_")
         if kind in ("stop", "turn"):
             found += close(clause)
             clause = Clause()
+        elif kind == "afresh":
+            clause.denied = clause.doubted = False
         elif which == "back":
             look_back(kind, clause, text)
         elif kind == "deny":
@@ -238,7 +250,8 @@ def scan(text):
         elif kind == "doubt":
             clause.doubted = True
         elif kind == "either":
-            clause.either = clause.mentions[-1] if clause.mentions and clause.mentions[-1].status == "positive" else None
+            last = clause.mentions[-1] if clause.mentions else None
+            clause.either = last if last and last.status == "positive" else None
         elif kind == "finding":
             mention_finding(FINDINGS[int(which)], token, text, clause)
         elif kind == "organ":
@@ -262,8 +275,8 @@ def collect(text):
     {finding: (status, side)} of those that any text mentions; side: "left", "right", "bilateral" or "" for none.
 
     Of several statuses the one latest in RANKS counts, with the sides that stand beside it. "No Finding" is positive
-    where the text says anything of the kind and no other finding than Support Devices is positive or uncertain; else
-    it is not mentioned, and so it is in a text that says nothing.
+    where no finding but Support Devices is positive or uncertain and the text does say something of the others, were it
+    "no acute disease" alone; else it is not mentioned. So a text about nothing has no finding at all.
     """
     statuses, sides = {}, {}
     mentions = scan(text)
@@ -275,7 +288,8 @@ def collect(text):
             if rank == statuses[finding]:
                 sides[finding] |= mention.sides
     statuses.pop("No Finding", None)
-    if mentions and not any(rank for finding, rank in statuses.items() if finding != "Support Devices"):
+    said = any(mention.findings != ("Support Devices",) for mention in mentions)
+    if said and not any(rank for finding, rank in statuses.items() if finding != "Support Devices"):
         statuses["No Finding"], sides["No Finding"] = RANKS.index("positive"), set()
     return {finding: (RANKS[statuses[finding]], "bilateral" if len(sides[finding]) > 1 else "".join(sides[finding]))
             for finding in FINDINGS if finding in statuses}

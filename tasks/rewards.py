@@ -12,6 +12,7 @@ import re
 import numpy as np
 
 from plumbing.flags import UserError
+from tasks import findings
 from tasks.boxes import THRESHOLDS, assign, compare, iou, match, pair_up, read
 from tasks.ngrams import lcs_f1
 from tasks.vqa import exact_match, token_f1
@@ -138,8 +139,22 @@ def reward_report(record, text, progress):
     return best(rouge_l, record, text) if len(record["answer"].split()) >= LONG_TEXT else None
 
 
+def findings_f1(prediction, reference):
+    """F1 of what both say of CheXpert's findings, in 0..1, as findings.compare counts it."""
+    counts = findings.compare(prediction, reference)
+    return findings.f1(counts["matched"], counts["predicted"], counts["true"])
+
+
+def reward_findings(record, text, progress):
+    """F1 of a report's findings, each with its status and side; None of an answer that is short or has no finding."""
+    if len(record["answer"].split()) < LONG_TEXT or not findings.read(record["answer"]):
+        return None
+    return best(findings_f1, record, text)
+
+
 REWARDS = {"boxes": reward_boxes, "iou": reward_iou, "medmo": reward_medmo, "letter": reward_letter,
-           "labels": reward_labels, "exact": reward_exact, "f1": reward_f1, "report": reward_report}
+           "labels": reward_labels, "exact": reward_exact, "f1": reward_f1, "report": reward_report,
+           "findings": reward_findings}
 
 
 # ----------------------------------------------------------------------------- together

@@ -191,13 +191,13 @@ def cider_d(rows, references):
     rarity = {ngram: rarest - math.log(count) for ngram, count in documents.items()}
 
     def weigh(counts):
-        """The weighted n-grams of a text, the length of its vector for each order, and its number of pairs."""
-        vector, squares, pairs = {}, [0.0] * LONGEST, 0
+        """The weighted n-grams of a text, the length of its vector for each order, and its number of words."""
+        vector, squares, words = {}, [0.0] * LONGEST, 0
         for ngram, count in counts.items():
             weight = vector[ngram] = count * rarity.get(ngram, rarest)
             squares[len(ngram) - 1] += weight * weight
-            pairs += count * (len(ngram) == 2)
-        return vector, list(map(math.sqrt, squares)), pairs
+            words += count * (len(ngram) == 1)
+        return vector, list(map(math.sqrt, squares)), words
 
     weighed = [list(map(weigh, some)) for some in counted]
     return {row: np.array([10 * sum(similarity(one, other) for other in some) / len(some) for one, some in
@@ -207,11 +207,11 @@ def cider_d(rows, references):
 
 def similarity(predicted, wanted):
     """The mean over 1 to 4 words of the clipped cosine of two of weigh's vectors, less the longer they differ."""
-    vector, lengths, pairs = predicted
-    other, other_lengths, other_pairs = wanted
+    vector, lengths, words = predicted
+    other, other_lengths, other_words = wanted
     products = [0.0] * LONGEST
     for ngram in vector.keys() & other.keys():
         products[len(ngram) - 1] += min(vector[ngram], other[ngram]) * other[ngram]
     cosines = sum(product / (one * two) if one and two else 0.0
                   for product, one, two in zip(products, lengths, other_lengths))
-    return cosines / LONGEST * math.exp(-(pairs - other_pairs) ** 2 / (2 * SIGMA ** 2))
+    return cosines / LONGEST * math.exp(-(words - other_words) ** 2 / (2 * SIGMA ** 2))

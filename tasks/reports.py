@@ -242,8 +242,8 @@ def report(name, scored, images, records, seen, units, unit="images", seed=0):
                         [list(map(words_of, references_of(record))) for record in records])
     stacked = {row: stack(some, consensus[row]) for row, some in scored.items()}
     clinical = any(one["findings"]["true"] for one in next(iter(scored.values())))
-    print(f"\n{name}: {len(records):,} {'reports' if clinical else 'texts'} about {images:,} images; percent, CIDEr-D "
-          f"x 100, with 95% intervals over {unit}")
+    what = f"{'reports' if clinical else 'texts'}{f' about {images:,} images' if images else ''}"
+    print(f"\n{name}: {len(records):,} {what}; percent, CIDEr-D x 100, with 95% intervals over {unit}")
 
     def show(table):
         print_table(table, unit, clinical)

@@ -204,7 +204,7 @@ def mmlu_med(raw):
     """
     MMLU (Hendrycks et al. 2021), the six subjects that works on medicine report.
 
-    76 questions are in clinical_knowledge and in college_medicine, word for word; they stay, in groups. The five
+    78 questions are in clinical_knowledge and in college_medicine, word for word; they stay, in groups. The five
     "dev" questions of a subject are examples for a prompt, no validation split, and are not read.
     """
     rows = [(f"{subject}_{number:03d}", subject, *row) for subject in MMLU_SUBJECTS

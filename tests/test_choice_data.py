@@ -561,7 +561,7 @@ def test_a_real_file_has_its_counts(name, folder, count, letters, groups):
     hold_choices(records)
 
 
-def test_real_mmlu_has_its_subjects_and_asks_76_questions_in_two_of_them():
+def test_real_mmlu_has_its_subjects_and_asks_78_questions_in_two_of_them():
     records = [record for _, record in read("mmlu_med", real("mmlu"))]
     assert Counter(record.type for record in records) == dict(zip(MMLU_SUBJECTS, (135, 265, 144, 173, 100, 272)))
     most = Counter(record.answer[0] for record in records if record.type == "professional_medicine")
@@ -570,6 +570,8 @@ def test_real_mmlu_has_its_subjects_and_asks_76_questions_in_two_of_them():
     assert Counter(groups.values()) == {2: 76, 4: 1}
     assert {record.type for record in records if record.group} == {"clinical_knowledge", "college_medicine"}
     assert sum("\n" in record.question for record in records) == 17
+    asked = [(record.question, record.answer) for record in records]
+    assert Counter(Counter(asked).values()) == {1: 1089 - 2 * 78, 2: 78}
 
 
 def test_real_medbullets_agree_on_every_answer_that_they_join():

@@ -45,6 +45,8 @@ def test_flipped_signs_of_equal_sizes_are_the_binomial_test():
     assert flip_signs([0.1] * 3 + [-0.1] * 3 + [0.7, -0.7] * 10) == 1  # a sum of 0, but for rounding
     assert flip_signs([0.1, 0.2, -0.3] * 9) == 1 and flip_signs([0.0] * 40) == flip_signs([]) == 1
     assert flip_signs([1.0] * 400) == 1 / 10_001  # never 0
+    large = [1e9 / 3] * 9 + [-1e9 / 3] * 3  # rounded by more than small ones
+    assert flip_signs(large) == pytest.approx(stats.binomtest(9, 12).pvalue, abs=1e-12)
 
 
 def test_exact_and_drawn_signs_agree_where_they_meet():

@@ -11,9 +11,10 @@ from model import CONFIGS
 from plumbing.files import read_manifest
 from prepare.datasets import DATASETS
 from prepare.weights import WEIGHTS
-from tasks.box_tables import MORE, SCORES
+from tasks.box_tables import SIZES
 from tasks.evaluations import find_evaluations, read_evaluation
-from tasks.vqa import METRICS, cell_text
+from tasks.summary import HEADS, list_rows, name_of, sort_evaluations, text_cells
+from tasks.vqa import cell_text
 from weights import load_vlm
 from zoo.qwen3_files import CONFIGS as QWENS
 from zoo.qwen3_vl import Text
@@ -65,8 +66,9 @@ def make_public(record):
 HIDDEN = set("""
     run resume config shards_dir vision_weights language_weights workers recompute compile device log_every
     evaluate_every save_every save_minutes keep shard rank_timeout wandb micro_batch_tokens""".split())
-UNITS = {"count error": "count error, boxes", "sensitivity": "a box where there is one",
-         "specificity": "none where there is none"}  # of scores of boxes whose names do not say it
+METRICS_A_TABLE = 6
+UNITS = {"count error": "count error, boxes", "sensitivity": "a box where there is one", "specificity":
+         "none where there is none", **{size: f"IoU of {size} boxes" for size in SIZES}}  # whose names do not say it
 LLAVA = """a ViT
 of {vision:,} parameters ({per_image}), one linear
 projection of {projector:,}, a LLaMA of {language:,} with {pieces:,} pieces."""
@@ -127,10 +129,38 @@ def training_rows(public):
         yield f"| {' | '.join(cells)}, {'left out' if facts['leaks'] == 'drop' else 'kept'} |"
 
 
+def rename(results):
+    """The dict of a results.json, in which a private dataset has no name."""
+    ((name, tables),) = results["results"].items()
+    return results | {"results": {name if is_public(name.partition("/")[0]) else "a private dataset": tables}}
+
+
+def summary_lines(evaluations):
+    """The one table of all evaluations as Markdown; no line where none of them has a row in it."""
+    rows = list_rows(sort_evaluations(("", results) for results in evaluations))
+    if not rows:
+        return []
+    marks = ("--:" if head in ("questions", "unreadable", "leaks") else "---" for head in HEADS)
+    return ["", *(f"| {' | '.join(cells)} |" for cells in (HEADS, marks, *map(text_cells, rows))), "",
+            "*leaks*: questions that are not new to the model, whose words or image it was trained on; ?: not known."]
+
+
+def table_lines(title, table, unit):
+    """One table of an evaluation as Markdown, all of its metrics, so many beside one another."""
+    metrics, lines = list(next(iter(table["rows"].values()))), []
+    for begin in range(0, len(metrics), METRICS_A_TABLE):
+        some = metrics[begin:begin + METRICS_A_TABLE]
+        lines += ["", f"| {title}: {table['questions']:,}, over {unit} | "
+                  f"{' | '.join(UNITS.get(metric, metric) for metric in some)} |", "|---|" + "--:|" * len(some)]
+        for row, cells in table["rows"].items():
+            lines.append(f"| {row} | {' | '.join(cell_text(cells[metric]) for metric in some)} |")
+    return lines
+
+
 def describe_results(run, checkpoint):
     """The tables of all evaluations of a run's checkpoint as Markdown, or why there are none."""
     manifest = read_manifest(checkpoint)
-    evaluations = [results for results in map(read_evaluation, sorted(find_evaluations(run)))
+    evaluations = [rename(results) for results in map(read_evaluation, sorted(find_evaluations(run)))
                    if results["stands_on"]["checkpoint"] == manifest["checksum"]]
     if not evaluations:
         return f"Unknown: eval_vqa.py has not evaluated {checkpoint.name}."
@@ -139,21 +169,17 @@ def describe_results(run, checkpoint):
              f"{machine['commit'] or 'unknown'} on {machine['device'].strip()}.",
              "*image shuffled* is this model with the images exchanged among the questions,",
              "*question only* the most frequent training answer to the same words, of boxes the one that is most",
-             "like the others. Neither sees the right image: a score is worth what it has above them."]
+             "like the others; *no question*, *commonest option*, *constant report* and the like are asked or say it",
+             "without a look. None of them sees what it is asked: a score is worth what it has above them.",
+             *summary_lines(evaluations)]
     for results in evaluations:
-        flags = [f"--{flag}={value}" for flag, value in results["unusual_flags"].items()]
-        ((name, tables),) = results["results"].items()
-        name = " ".join([name if is_public(name.partition("/")[0]) else "a private dataset", *flags])
+        name, tables = name_of(results), results["results"][name_of(results)]
+        name = " ".join([name, *(f"--{flag}={value}" for flag, value in results["unusual_flags"].items())])
         for title, table in (("all questions", tables["all"]), ("those new to the run", tables["new"])):
             if isinstance(table, str):  # the reason names places and data
                 lines += ["", f"{name}, {title}: not known"]
-                continue
-            for scores in (SCORES, MORE) if "boxes" in table else (METRICS,):
-                heads = " | ".join(UNITS.get(score, score) for score in scores)
-                lines += ["", f"| {name}, {title}: {table['questions']:,}, over {tables['drawn']} | {heads} |",
-                          "|---|" + "--:|" * len(scores)]
-                for row, cells in table["rows"].items():
-                    lines.append(f"| {row} | {' | '.join(cell_text(cells[score]) for score in scores)} |")
+            else:
+                lines += table_lines(f"{name}, {title}", table, tables["drawn"])
     return "\n".join(lines)
 
 

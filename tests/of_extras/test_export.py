@@ -33,7 +33,7 @@ from plumbing.flags import UserError
 from plumbing.tensors import plain_names, tensor_shapes
 from prepare.leaks import guard
 from prepare.questions import train_sample_tokenizer
-from tasks import box_tables, boxes
+from tasks import boxes, choices
 from tasks.evaluations import choose_evaluations, find_evaluations, write_evaluation
 from tasks.vqa import METRICS, cell_text
 from test_encoders import CLIP_VIT, fill
@@ -333,10 +333,39 @@ def test_card_has_the_scores_of_boxes_and_the_blind_rows(runs, tmp_path):
         "machine": {"commit": "", "device": "cpu"}, "results": {"bccd/test": tables}}, {"model": []})
     written = write_card(run, tmp_path / "README.md").text
     for row, cells in tables["all"]["rows"].items():
-        for scores in (box_tables.SCORES, box_tables.MORE):
-            assert f"| {row} | {' | '.join(cell_text(cells[score]) for score in scores)} |" in written
+        assert len(cells) == 15
+        for begin in (0, 6, 12):
+            some = [cell_text(cell) for cell in cells.values()][begin:begin + 6]
+            assert f"| {row} | {' | '.join(some)} |" in written
     assert "| bccd/test, all questions: 6, over images | F-IoU | mean IoU |" in written and "BLEU-1" not in written
+    assert "| count error, boxes | unreadable |" in written and "| IoU of medium boxes |" in written
     assert "bccd/test, those new to the run: not known" in written
+
+
+def test_card_has_one_table_of_all_evaluations_first(runs, tmp_path):
+    run = shutil.copytree(runs["full"][0], tmp_path / "run", ignore=shutil.ignore_patterns("export"))
+    records = [{"question": f"which {n}? A. x B. y", "answer": "B. y", "choices": ["x", "y"], "type": ""}
+               for n in range(8)]
+    texts = {"model": ["B"] * 5 + ["A"] * 2 + ["?"], "longest option": ["A. x"] * 8}
+    scored = {row: [choices.score(*pair) for pair in zip(records, some)] for row, some in texts.items()}
+    tables = choices.report("st_anna/test", scored, 0, records, [""] * 6 + ["words"] * 2, np.arange(8), "questions")
+    own = {"stands_on": {"checkpoint": read_manifest(newest_checkpoint(run))["checksum"]}, "unusual_flags": {},
+           "machine": {"commit": "", "device": "cpu"}}
+    for name in ("st_anna/test", "med_qa/test"):
+        write_evaluation(run / "eval" / name.partition("/")[0], own | {"results": {name: tables}}, {"model": []})
+    older = {key: value for key, value in tables.items() if key != "summary"}
+    write_evaluation(run / "eval/older", own | {"results": {"vqa_rad/test": older}}, {"model": []})
+    results = write_card(run, tmp_path / "README.md").text.partition("## Results")[2].partition("## Training data")[0]
+    head, rule, *rows = [line for line in results.splitlines() if line.startswith("|")]
+    assert head == "| dataset | questions | metric | score | blind answers | image adds | unreadable | leaks |"
+    assert head.count("|") == rule.count("|") and set(rule) <= set("|-: ")
+    names = [row.split(" | ")[0].removeprefix("| ") for row in rows[:rows.index(next(
+        row for row in rows if "all questions" in row))]]
+    assert [name for name in names if name] == ["sample/test", "a private dataset", "med_qa/test"]
+    score = cell_text(tables["summary"]["lines"][0]["score"])
+    assert score[:4] == "62.5" and f"| a private dataset | 8 | accuracy | {score} | - | - | 12.5% | 2 |" in rows
+    assert "| med_qa/test, all questions: 8, over questions | accuracy | MedEvalKit's | letter | whole |" in results
+    assert "vqa_rad/test, all questions: 8" in results and "st_anna" not in results
 
 
 def test_card_of_a_run_with_rewards_says_so(runs, tmp_path):

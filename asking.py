@@ -34,8 +34,9 @@ def write_prompt(tokenizer, record, images):
     """
     parts = tuple(part if isinstance(part, str) else View(b"", part["image"], part["role"])
                   for part in record.get("parts", ()))
-    tokens, spans, _ = tokenizer.write(Record(
-        "", record["question"], "", b"" if images and not parts else None, context=record.get("context", ""), parts=parts))
+    image = b"" if images and not parts else None
+    tokens, spans, _ = tokenizer.write(
+        Record("", record["question"], image=image, context=record.get("context", ""), parts=parts))
     return [-1 - images[-1 - token] if token < 0 else token for token in tokens[:spans[-1][0]]]
 
 
@@ -88,7 +89,8 @@ def count_letter(answers):
 
 def group_options(shard, options, image_tokens):
     """The options as a data.Group behind their shared prompt, and where each of its K samples stands in the Options."""
-    samples = [Sample(np.array(options.prompt + answer), np.array([[len(options.prompt), len(options.prompt + answer)]]), 0)
+    begin = len(options.prompt)
+    samples = [Sample(np.array(options.prompt + answer), np.array([[begin, begin + len(answer)]]), 0)
                for answer in options.answers]
     # In an order of their own, so that options listed in another order are the same numbers to the last bit
     places = sorted(range(len(samples)), key=lambda place: options.answers[place])

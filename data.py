@@ -70,6 +70,7 @@ class Record:
     parts: tuple = ()  # texts and Views, in their order, before the first question
     turns: tuple = ()  # (question, answer) of the turns behind the first
     boxes: dict | None = None  # label -> (x1, y1, x2, y2)s, shares of the image; the answer is written from them
+    reasoning: str = ""  # that leads to the answer, see tasks/reasoning.py
     choices: tuple = ()  # texts of a multiple choice's options, which the question ends with, see tasks/choices.py
 
     def views(self):

@@ -127,8 +127,8 @@ def answer(model, tokenizer, shard, count, shown, config):
         for question, (text, cut) in zip(questions, given, strict=True):
             answers[question.row][question.number] = text
             notes[question.row][question.number] = {"cut": True} if cut else {}
-    for row in rows:  # of a question that cannot be put in other words the answer is the same
-        answers[row] = [own if text is None else text for text, own in zip(answers[row], answers.get("model", answers[row]))]
+    for row in {*rows} - {*shown}:  # to a question that cannot be put in other words the answer is the same
+        answers[row] = [own if text is None else text for text, own in zip(answers[row], answers["model"])]
     if task_of(shard) is choices:
         for row, entries in rate_options(model, tokenizer, shard, count, shown).items():
             notes[row] = [note | {"likelihoods": entry} for note, entry in zip(notes[row], entries, strict=True)]

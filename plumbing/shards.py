@@ -11,7 +11,8 @@ A shard is one split of one dataset, a folder of files that are mapped, never lo
     images.idx        one IMAGE record an image
     fingerprints.bin  one record an image, by which prepare/leaks.py finds it again elsewhere
     records.jsonl     the words: id, question, answer, type, image name, one line a sample; and where
-                      there are any: context, parts, turns, labels, references, group, boxes, choices
+                      there are any: context, parts, turns, labels, references, group, boxes, choices,
+                      reasoning
     manifest.json     written last: counts, settings, licence, and the size and hash of each file
     leaks.json        beside a training or validation split, see plumbing/leaks.py
 

@@ -36,6 +36,7 @@ class Config:
     max_pixels: Annotated[int, Range(0, 1 << 24)] = 0  # at most, with --resize=fit; 0: by --image_size
     box_format: Literal["medmo", "qwen"] = "medmo"  # how boxes are written: <box>[[...]]</box>, or JSON with bbox_2d
     report: Literal["both", "findings", "impression"] = "both"  # what of its report a study is answered with
+    reasoning: Literal["none", "before", "after"] = "none"  # where a choice's explanation stands, if at all
     augment: Annotated[int, Range(0, 100)] = 0  # copies of each training image with boxes, mirrored or cropped
     codec: Literal["jpeg", "png"] = "jpeg"  # of stored images; png is lossless and twice as large
     quality: Annotated[int, Range(1, 100)] = 97  # of jpeg; 97 alters a pixel by 1.1 of 255 levels on average
@@ -187,6 +188,7 @@ def prepare_dataset(dataset, config):
              "prompt_version": PROMPT_VERSION, "limit": config.limit, "image": asdict(image),
              "licence": dataset.licence}
     facts |= {"task": dataset.task} if dataset.task else {}
+    facts |= {"reasoning": config.reasoning} if dataset.task == "choices" else {}
     if dataset.kind == "boxes":
         facts |= {"box_format": config.box_format, "augment": config.augment}
     if "report" in inspect.signature(dataset.read).parameters:

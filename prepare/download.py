@@ -50,7 +50,8 @@ class Source:
 
     def raw(self, raw_dir):
         names = (self.folder or self.name, *self.also)
-        return next((Path(raw_dir) / name for name in names if (Path(raw_dir) / name).is_dir()), Path(raw_dir) / names[0])
+        folders = [Path(raw_dir) / name for name in names]
+        return next(filter(Path.is_dir, folders), folders[0])
 
     def find(self, raw_dir):
         """{relative name: path} of the first layout that is all there; empty if none is."""

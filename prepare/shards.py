@@ -36,7 +36,8 @@ from plumbing.shards import IMAGE, SAMPLE, hash_words, sample_checksum
 from prepare.augment import altered
 from prepare.download import hub_revision
 from prepare.looks import fingerprint
-from tasks import boxes
+from tasks import boxes, reasoning
+from tasks.choices import right_of
 from zoo.chatml import open_tokenizer
 
 FILES = ("tokens.bin", "samples.bin", "parts.bin", "images.bin", "images.idx", "fingerprints.bin", "records.jsonl")
@@ -98,13 +99,16 @@ def clean_record(record, box_format="medmo"):
     units = record.boxes and {clean(label): boxes.to_units(some) for label, some in record.boxes.items()}
     choices = tuple(clean(choice) for choice in record.choices)
     answer = record.answer if units is None else boxes.write(units, box_format)
-    return replace(record, question=clean(record.question), answer=clean(answer),
+    return replace(record, question=clean(record.question), answer=clean(answer), reasoning=clean(record.reasoning),
                    context=clean(record.context), parts=parts, boxes=units, choices=choices,
                    turns=tuple((clean(question), clean(answer)) for question, answer in record.turns))
 
 
-def words_of(record):
-    """A clean Record's line in records.jsonl, as a dict; what it has none of is left out."""
+def words_of(record, reasoning="none"):
+    """
+    A clean Record's line in records.jsonl, as a dict; what it has none of is left out. reasoning: where that stands in
+    the text that is trained on, "before" or "after" the answer, or "none".
+    """
     words = {"id": record.id, "question": record.question, "answer": record.answer, "type": record.type,
              "image": record.image_name or next((view.name for view in record.views()), "")}
     references = list(dict.fromkeys(filter(None, map(clean, record.references))))
@@ -112,7 +116,8 @@ def words_of(record):
             "parts": [{"image": part.name, "role": part.role} if isinstance(part, View) else part
                       for part in record.parts],
             "references": references if references != [record.answer] else [], "group": record.group,
-            "boxes": record.boxes, "choices": list(record.choices)}
+            "boxes": record.boxes, "choices": list(record.choices),
+            "reasoning": reasoning != "none" and record.reasoning and {"place": reasoning, "text": record.reasoning}}
     words |= {name: value for name, value in more.items() if value}
     return words | ({"labels": list(record.labels)} if record.labels is not None else {})
 
@@ -150,9 +155,9 @@ class Waiting:
 class SplitWriter:
     """Writes one split, a record at a time. `encode` submits an image file and gives a future."""
 
-    def __init__(self, folder, dataset, tokenizer, encode, images_ahead, box_format=None):
+    def __init__(self, folder, dataset, tokenizer, encode, images_ahead, box_format=None, reasoning="none"):
         folder.mkdir()
-        self.box_format = box_format
+        self.box_format, self.reasoning = box_format, reasoning
         self.folder, self.tokenizer = folder, tokenizer
         self.kind, self.asks, self.classes = dataset.kind, dataset.asks, dataset.classes
         self.multi_label = dataset.multi_label
@@ -172,9 +177,11 @@ class SplitWriter:
     def add(self, record):
         """Check and tokenize a record and send its images to be encoded, those that are new."""
         record = clean_record(record, self.box_format)
-        tokens, spans, cut = self.tokenizer.write(record) if self.asks else ([], [], (0, 0))
+        written = record if self.reasoning == "none" or not record.reasoning else replace(
+            record, answer=reasoning.write(record.answer, record.reasoning, self.reasoning))
+        tokens, spans, cut = self.tokenizer.write(written) if self.asks else ([], [], (0, 0))
         if reason := self.find_fault(record, spans):
-            return self.skip(reason, words_of(record))
+            return self.skip(reason, words_of(record, self.reasoning))
         assert max(tokens, default=-1) < self.vocab_size, record.id
         texts = [record.context, *(part if isinstance(part, str) else part.role for part in record.parts)]
         images, futures = [], {}
@@ -183,7 +190,7 @@ class SplitWriter:
             if images[-1] not in self.image_numbers:
                 self.image_numbers[images[-1]] = None
                 futures[images[-1]] = self.encode(view.image)
-        self.waiting.append(Waiting(words_of(record), tokens, spans, cut, texts, images, futures))
+        self.waiting.append(Waiting(words_of(record, self.reasoning), tokens, spans, cut, texts, images, futures))
         self.images_waiting += len(futures)
         while len(self.waiting) > RECORDS_AHEAD or self.images_waiting > self.images_ahead:
             self.write_next()
@@ -204,6 +211,7 @@ class SplitWriter:
                 "several labels" if len(labels) > 1 and not self.multi_label else
                 "image missing" if not views and not imageless or any(view.image is None for view in views) else
                 "unknown label" if labels - set(self.classes) else
+                "answer that is none of its choices" if record.choices and right_of(words_of(record)) < 0 else
                 "boxes that cannot be read back" if record.boxes is not None and not boxes.same(
                     boxes.read(record.answer), record.boxes) else "")
 
@@ -423,7 +431,8 @@ def write_dataset(target, dataset, raw, sources, tokenizer, facts, workers, need
                     if split not in ("train", "validation", "test"):  # it becomes a folder
                         raise UserError(f"{raw}: split {split!r:.80} is none of train, validation, test")
                     writers[split] = SplitWriter(partial / split, dataset, tokenizer, encode,
-                                                 IMAGES_AHEAD * workers, facts.get("box_format"))
+                                                 IMAGES_AHEAD * workers, facts.get("box_format"),
+                                                 facts.get("reasoning", "none"))
                 writers[split].add(record)
             for writer in writers.values():
                 writer.close(facts | {"splits": sorted(writers)})

@@ -57,8 +57,9 @@ def plain(text):
 
 def read(record, text):
     """
-    The place of the option that an answer names, or None. "B", "(b)", "B." and "B. heparin" name it by its letter, whose
-    text is not compared; "heparin" by its text, if it is that of one option alone. Nothing else is guessed.
+    The place of the option that an answer names, or None. "B", "(b)", "B." and "B. heparin" name it by its letter, and
+    the text behind that is not compared; "heparin" names it by its text, if one option alone has that. Nothing else is
+    guessed.
     """
     choices, letter = record["choices"], re.match(r"\(?([A-Ja-j])(?:[.):]+(?:\s|$)|$)", text.strip())
     if letter and stem_of(record)[1]:

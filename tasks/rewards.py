@@ -14,7 +14,9 @@ import numpy as np
 from plumbing.flags import UserError
 from tasks import findings
 from tasks.boxes import THRESHOLDS, assign, compare, iou, match, pair_up, read
+from tasks.choices import read as read_choice, right_of
 from tasks.ngrams import lcs_f1
+from tasks.reasoning import answer_of
 from tasks.vqa import exact_match, token_f1
 
 HEAVIEST = 1000  # a reward's weight
@@ -94,7 +96,9 @@ def letter_of(text):
 
 
 def reward_letter(record, text, progress):
-    """Whether the letter is that of a multiple choice's right answer, such as "B. text"; the text does not count."""
+    """Whether the option is a multiple choice's right one, by its letter or its text, as tasks/choices.py reads it."""
+    if record.get("choices"):
+        return float(read_choice(record, text) == right_of(record))
     if record.get("boxes") is not None or not re.match(r"[A-J]\. ", record["answer"]):
         return None
     return float(letter_of(text) == letter_of(record["answer"]))
@@ -187,6 +191,7 @@ def parse(text):
 
 def reward(chosen, record, text, progress):
     """The weighted mean of those rewards that the record is for, in [0, 1]; None where it is for none of them."""
+    text = answer_of(record, text)
     pairs = [(function(record, text, progress), weight) for _, function, weight in chosen if weight]
     pairs = [(value, weight) for value, weight in pairs if value is not None]
     return sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs) if pairs else None

@@ -13,6 +13,7 @@ from plumbing.devices import describe_machine, find_device
 from plumbing.files import find_run, hash_file
 from plumbing.flags import UserError
 from plumbing.shards import Shard
+from tasks import reasoning
 from tasks.compare import compare, match_lines, print_comparison, read_answers
 from tasks.evaluations import (lines_of, name_evaluation, place_of, read_evaluation, require_room, unusual_flags,
                                write_evaluation)
@@ -61,13 +62,15 @@ def conclude(shard, answers, notes, splits, trained, config):
         print(f"no row of question only: {splits}")
     cut = {row: [note.get("cut", False) for note in some] for row, some in notes.items()} if trained else None
     notes, answers = notes | {row: [{}] * count for row in blind}, answers | blind
-    scored = {row: [task.score(record | note, text) for record, note, text in
+    scored = {row: [task.score(record | note, reasoning.answer_of(record, text)) for record, note, text in
                     zip(records, notes[row], texts, strict=True)] for row, texts in answers.items()}
     seen = find_seen(shard, splits, trained) if trained else "these answers are of no run of this code"
     seen = seen if isinstance(seen, str) else seen[:count]
     unit, units = units_of(shard, records)
     sample, image = shard.image_pairs()
     tables = task.report(name, scored, len(np.unique(image[sample < count])), records, seen, units, unit, config.seed)
+    written = {row: texts for row, texts in answers.items() if row not in blind}
+    tables["reasoning"] = reasoning.report(written, records, scored, task.MAIN, units, config.seed)
     tables["answers"] = report_faults(answers, cut, answer_limit(shard, config))
     lines = lines_of(name, records, shard.samples["image"].tolist(), seen, answers, notes)
     return {name: tables | {"manifest": shard.manifest["checksum"]}}, lines
@@ -96,12 +99,13 @@ def score_predictions(config):
     """
     path = Path(config.predictions)
     named = [str(line.get("dataset", "")).partition("/")[0] for _, line in read_objects(path)]
-    datasets = [name.strip() for name in config.data.split(",") if name.strip()] or list(dict.fromkeys(filter(None, named)))
+    asked = [name.strip() for name in config.data.split(",")] if config.data else named
+    datasets = list(dict.fromkeys(filter(None, asked)))
     if not datasets:
         raise UserError(f"{path}: its lines name no dataset; say which one they answer, such as --data=vqa_rad")
     shards = open_named(datasets, config)
-    records = {f"{shard.folder.parent.name}/{shard.folder.name}":
-               [as_asked(record) for record in shard.read_records()[:count_questions(shard, config)]] for shard in shards}
+    records = {f"{shard.folder.parent.name}/{shard.folder.name}": list(map(
+        as_asked, shard.read_records()[:count_questions(shard, config)])) for shard in shards}
     given = read_foreign(path, records)
     out, evaluations = Path(config.out) if config.out else path.parent / "eval", []
     require_room(out, 2 * path.stat().st_size)
@@ -112,8 +116,9 @@ def score_predictions(config):
         facts = list_facts(hash_file(path), shard, splits, config)
         folder = place_of(out, name_evaluation(Path(path.stem), shard, config), facts)
         write_evaluation(folder, {
-            "checkpoint": path.name, "stands_on": facts, "flags": asdict(config), "unusual_flags": unusual_flags(config),
-            "seconds": None, "machine": describe_machine(find_device("cpu")), "results": results, "training": {}}, lines)
+            "checkpoint": path.name, "stands_on": facts, "flags": asdict(config),
+            "unusual_flags": unusual_flags(config), "seconds": None, "machine": describe_machine(find_device("cpu")),
+            "results": results, "training": {}}, lines)
         evaluations.append((folder, read_evaluation(folder)))
     write_summary(out, evaluations)
 
@@ -121,7 +126,10 @@ def score_predictions(config):
 # ----------------------------------------------------------------------------- two runs
 
 def compare_runs(config):
-    """Compare the newest evaluations of --run with those of --against, by each task's main score, question by question."""
+    """
+    Compare the newest evaluations of --run with those of --against, by each task's main score, question by question.
+    Raises UserError where they have no dataset in common, or other questions of it.
+    """
     run = config.run or str(find_run()[0])
     first, second = read_answers(run), read_answers(config.against)
     comparisons, metrics = {}, {}
@@ -134,12 +142,12 @@ def compare_runs(config):
         try:
             numbers = [places[line["id"], line["question"]] for line in first[name]]
         except KeyError:
-            raise UserError(f"{shard.folder}: other questions than were answered; {shard.again}, and evaluate both runs "
-                            "anew") from None
+            raise UserError(f"{shard.folder}: other questions than were answered; {shard.again}, and evaluate both "
+                            "runs anew") from None
         task = task_of(shard)
-        metrics[name] = task.MAIN
-        comparisons[name] = compare(*([task.score(line, line["prediction"])[task.MAIN] for line in some] for some in lines),
-                                    units[numbers], unit, config.seed)
+        scores = [[task.score(line, reasoning.answer_of(line, line["prediction"]))[task.MAIN] for line in some]
+                  for some in lines]
+        metrics[name], comparisons[name] = task.MAIN, compare(*scores, units[numbers], unit, config.seed)
     if not comparisons:
         raise UserError(f"--against={config.against}: no dataset that both have answered ({', '.join(first)}; "
                         f"{', '.join(second)}); evaluate both on the same --data")

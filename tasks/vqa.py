@@ -299,7 +299,8 @@ def print_types(tables, metric):
         rows = next(iter(tables.values()))["rows"]
         print_cells(f"{metric} by type", ("questions", *rows))
         for kind, table in list(tables.items())[:TYPES_SHOWN]:
-            print_cells(kind or "none", (f"{table['questions']:,}", *(cells[metric] for cells in table["rows"].values())))
+            cells = [row[metric] for row in table["rows"].values()]
+            print_cells(kind or "none", (f"{table['questions']:,}", *cells))
         if (more := len(tables) - TYPES_SHOWN) > 0:
             print(f"and {more} rarer types, in results.json")
 

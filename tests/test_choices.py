@@ -4,9 +4,11 @@ import json
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 import torch.nn.functional as F
 import transformers
@@ -19,10 +21,10 @@ from eval_vqa import Config
 from model import VLM, LlamaConfig, LLaMA, ViT, ViTConfig, init_weights
 from plumbing.shards import Shard
 from prepare.datasets import multiple_choice
+from prepare.leaks import guard
 from tasks.choices import (LETTERS, TURNS, answers_of, blind_rows, choose, read, read_loosely, report, right_of, score,
                            stem_of, ways_of)
 from tasks.evaluations import find_evaluations
-from tasks.splits import show_images
 from tasks.vqa import as_asked
 from test_eval import TOKENIZER, drawing, encoded, write_questions
 from test_evaluations import make_run
@@ -46,8 +48,9 @@ WORDS = {"id": "1", "question": "does it help?", "answer": "no", "choices": ["ye
 # ----------------------------------------------------------------------------- text
 
 @pytest.mark.parametrize("text, place", [
-    ("B", 1), ("b", 1), ("(B)", 1), ("B.", 1), ("B:", 1), ("b) heparin", 1), ("B. heparin", 1), ("B. aspirin", 1), (" C ", 2),
-    ("heparin", 1), ("Heparin.", 1), ("WARFARIN  sodium", 2), ("no treatment", 3), ("", None), ("E. none", None), ("J", None),
+    ("B", 1), ("b", 1), ("(B)", 1), ("B.", 1), ("B:", 1), ("b) heparin", 1), ("B. heparin", 1), ("B. aspirin", 1),
+    (" C ", 2), ("heparin", 1), ("Heparin.", 1), ("WARFARIN  sodium", 2), ("no treatment", 3), ("", None),
+    ("E. none", None), ("J", None),
     ("a drug", None), ("B12", None), ("aspirin or heparin", None), ("the answer is B", None), ("Bheparin", None),
     ("none", None), ("warfarin", None), ("I", None), ("B heparin", None)])
 def test_strict_reading_guesses_nothing(text, place):
@@ -55,7 +58,8 @@ def test_strict_reading_guesses_nothing(text, place):
 
 
 def test_strict_reading_of_words_and_of_options_that_are_alike():
-    assert [read(WORDS, text) for text in ("yes", "No.", "MAYBE", "B", "A. yes", "no, it does")] == [0, 1, 2, None, None, None]
+    assert [read(WORDS, text) for text in ("yes", "No.", "MAYBE")] == [0, 1, 2]
+    assert [read(WORDS, text) for text in ("B", "A. yes", "no, it does")] == [None] * 3
     twice = line(options=("lung", "Lung", "liver"), right=2)
     assert [read(twice, text) for text in ("lung", "liver", "B")] == [None, 2, 1]
 
@@ -65,8 +69,9 @@ def test_strict_reading_of_words_and_of_options_that_are_alike():
     ("The answer is: D. no treatment", 3), ("Answer: b", 1), ("I think it is warfarin", 2), ("none", 3), ("", 0),
     ("A\n\nbecause aspirin helps", 0), ("because\n\nD. yes", 3), ("C: warfarin", 2), ("**Answer**: C", 2),
     ("final answer: a", 0), ("no treatment.", 3), ("aspirin or heparin", 1), ("heparine", 1), ("B) heparin", 1),
-    ("the answer is obvious", 1), ("a", 0), ("x" * 400, 0), ("Answer: the answer is b", 1), ("e", 1), ("*answer*: d", 3),
-    ("**answer:** b", 1), ("D, no treatment", 3), ("warfarin sodium", 2), ("option C", 2), ("C\nwarfarin", 2)])
+    ("the answer is obvious", 1), ("a", 0), ("x" * 400, 0), ("Answer: the answer is b", 1), ("e", 1),
+    ("*answer*: d", 3), ("**answer:** b", 1), ("D, no treatment", 3),
+    ("warfarin sodium", 2), ("option C", 2), ("C\nwarfarin", 2)])
 def test_loose_reading_is_medevalkits(text, place):
     assert read_loosely(line(), text) == place
 
@@ -76,7 +81,8 @@ def test_a_question_is_its_stem_and_its_options():
     assert stem_of(record) == ("which drug?", True)
     assert answers_of(record) == ["A. aspirin", "B. heparin", "C. warfarin sodium", "D. no treatment"]
     assert right_of(record) == 1
-    assert stem_of(WORDS) == ("does it help?", False) and answers_of(WORDS) == ["yes", "no", "maybe"] and right_of(WORDS) == 1
+    assert stem_of(WORDS) == ("does it help?", False)
+    assert answers_of(WORDS) == ["yes", "no", "maybe"] and right_of(WORDS) == 1
     assert right_of({**record, "answer": "E. other"}) == -1
 
 
@@ -87,7 +93,6 @@ def test_ways_turn_the_options_and_leave_the_question_out():
     turned, order = ways["turned 1"]
     assert turned["question"] == "which drug? A. heparin B. warfarin sodium C. no treatment D. aspirin"
     assert order == [1, 2, 3, 0] and turned["choices"] == [DRUGS[place] for place in order]
-    assert sorted(order.index(1) for _, order in ways.values())[1:] != [1, 1, 1]
     assert {order[0] for name, (_, order) in ways.items() if name != "no question"} == {1, 2, 3}  # each is first once
     assert list(ways_of(WORDS)) == ["no question"] and ways_of(WORDS)["no question"][0]["question"] == ""
     two = ways_of(line(options=("yes", "no")))
@@ -95,9 +100,9 @@ def test_ways_turn_the_options_and_leave_the_question_out():
 
 
 def test_blind_rows_are_the_best_constant_and_the_longest():
-    records = [line(right=1), line(right=1), line(right=0), line(options=("a", "bb"), right=0)]
+    records = [line(right=1), line(right=1), line(right=1), line(options=("a", "bb"), right=0)]
     rows = blind_rows(None, records)
-    assert rows["commonest option"] == ["B. heparin"] * 3 + ["B. bb"] or rows["commonest option"][0] == "A. aspirin"
+    assert rows["commonest option"] == ["B. heparin"] * 3 + ["B. bb"]
     assert rows["longest option"] == ["C. warfarin sodium"] * 3 + ["B. bb"]
     assert blind_rows(None, [WORDS] * 3)["commonest option"] == ["no"] * 3
 
@@ -165,7 +170,7 @@ def test_a_model_that_favours_a_letter_is_shown_up(capsys):
     tables, text = tables_of(records, [knows(record) for record in records], ["?"] * 200, capsys)
     assert tables["orders"]["spread"] == 0 and tables["orders"]["same"] == 100
     rows = tables["all"]["rows"]
-    assert rows["model"]["letter"][0] == 100 and rows["model"]["accuracy"][0] == 0 and rows["model"]["unreadable"][0] == 100
+    assert [rows["model"][metric][0] for metric in ("letter", "accuracy", "unreadable")] == [100, 0, 100]
     assert rows["no question"]["accuracy"] == [None] * 3 and rows["question adds"]["letter"][0] == 0
     first, second = tables["summary"]["lines"]
     assert (first["metric"], first["score"][0], first["unreadable"]) == ("accuracy", 0, 100)
@@ -183,12 +188,8 @@ def test_tables_of_answers_alone_have_no_likelihoods(capsys):
 
 # ----------------------------------------------------------------------------- likelihoods
 
-LLAMA = LlamaConfig(Tokenizer.__init__ and 512, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                    num_attention_heads=4, num_key_value_heads=2)
-
-
 def words(generator, count):
-    return " ".join(generator.choice(("fever", "left", "lung", "cyst", "no", "pain", "A", "old", "what")) for _ in range(count))
+    return " ".join(generator.choices(("fever", "left", "lung", "cyst", "no", "pain", "A", "old", "what"), k=count))
 
 
 @pytest.fixture(scope="module")
@@ -202,16 +203,19 @@ def text_shards(tmp_path_factory):
             records.append(Record(str(number), words(generator, 8), "maybe", choices=("yes", "no", "maybe"),
                                   context=words(generator, 30)))
         else:
-            records.append(choice(number, words(generator, generator.randint(3, 40)), options, generator.randrange(len(options))))
+            stem, right = words(generator, generator.randint(3, 40)), generator.randrange(len(options))
+            records.append(choice(number, stem, options, right))
     write_questions(folder, "text", {"train": records[:3], "test": records}, "text questions", task="choices")
     return folder
 
 
-def build(seed=0, vocab=None):
-    torch.manual_seed(seed)
-    vocab = vocab or Tokenizer_size()
+def build():
+    """A model of the test tokenizer's vocabulary that answers at random."""
+    torch.manual_seed(0)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=TOKENIZER).get_piece_size()
     model = VLM(ViT(ViTConfig(image_size=32, width=64, depth=1)), LLaMA(LlamaConfig(
-        vocab, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)))
+        pieces, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2)))
     model.apply(init_weights)
     for parameter in model.language.parameters():  # so that likelihoods differ by more than noise
         parameter.data *= 3 if parameter.ndim > 1 else 1
@@ -223,14 +227,9 @@ def open_text(folder, tmp_path, name="text"):
     return Shard(folder / name / "test"), Tokenizer(tmp_path / "tokenizer.model")
 
 
-def Tokenizer_size():
-    import sentencepiece
-    return sentencepiece.SentencePieceProcessor(model_proto=TOKENIZER).get_piece_size()
-
-
 def test_likelihoods_are_those_of_transformers_one_option_at_a_time(text_shards, tmp_path):
     shard, tokenizer = open_text(text_shards, tmp_path)
-    model, config = build(), None
+    model = build()
     config = model.language.config
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=config.vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -249,7 +248,8 @@ def test_likelihoods_are_those_of_transformers_one_option_at_a_time(text_shards,
                 entry = rated[number]["as asked"]
                 assert entry["tokens"][place] == len(tokens)
                 letter = values[:len(tokenizer.encode("A"))].sum() if stem_of(record)[1] else values.sum()
-                worst = max(worst, abs(entry["whole"][place] - values.sum().item()), abs(entry["letter"][place] - letter.item()))
+                worst = max(worst, abs(entry["whole"][place] - values.sum().item()),
+                            abs(entry["letter"][place] - letter.item()))
     assert worst < 1e-4
 
 
@@ -264,13 +264,13 @@ def test_shared_prompts_are_unshared_ones_and_the_order_of_options_changes_no_bi
     for options in list(list_options(shard, tokenizer, 40, {"model": tokens})):
         group, places = group_options(shard, options, tokens)
         values = rate(model, [group], tokenizer.vocab_size)
-        alone = np.concatenate([rate(model, [group_options(shard, Options(
-            **{**vars(options), "answers": [options.answers[place]]}), tokens)[0]], tokenizer.vocab_size) for place in places])
+        alone = np.concatenate([rate(model, [group_options(shard, replace(
+            options, answers=[options.answers[place]]), tokens)[0]], tokenizer.vocab_size) for place in places])
         assert np.abs(values - alone).max() < 1e-5
         entry = likelihoods_of(options, places, values)
         order = random.Random(options.number).sample(range(len(places)), len(places))
-        moved = Options(**{**vars(options), "answers": [options.answers[place] for place in order],
-                           "order": [options.order[place] for place in order]})
+        moved = replace(options, answers=[options.answers[place] for place in order],
+                        order=[options.order[place] for place in order])
         group, places = group_options(shard, moved, tokens)
         again = likelihoods_of(moved, places, rate(model, [group], tokenizer.vocab_size))
         assert {**again, "order": 0} == {**entry, "order": 0}  # to the last bit that is written
@@ -279,16 +279,14 @@ def test_shared_prompts_are_unshared_ones_and_the_order_of_options_changes_no_bi
 def test_a_prompt_in_its_own_words_is_the_stored_one(tmp_path):
     image = encoded(drawing(1))
     records = [choice(0, "what is it?", DRUGS, 0, image=image, image_name="a.png"),
-               choice(1, "which of the two?", DRUGS, 1, parts=("Two films.", View(image, "a.png", "before"),
-                                                              View(encoded(drawing(2)), "b.png", "now")), context="old man"),
+               choice(1, "which of the two?", DRUGS, 1, context="old man", parts=(
+                   "Two films.", View(image, "a.png", "before"), View(encoded(drawing(2)), "b.png", "now"))),
                choice(2, "and without?", DRUGS, 2, image=image, image_name="a.png")]
     write_questions(tmp_path, "mixed", {"train": records, "test": records}, task="choices")
     shard, tokenizer = open_text(tmp_path, tmp_path, "mixed")
     for number, record in enumerate(shard.read_records()):
         prompt = shard.read_sample(number).prompt()
         assert write_prompt(tokenizer, record, (-1 - prompt[prompt < 0]).tolist()) == prompt.tolist()
-    shown = show_images(shard, 3, Config())
-    assert sorted(shown) == ["image shuffled", "model"] or list(shown) == ["model"]
     rated = rate_options(build(), tokenizer, shard, 3, {"model": np.arange(2), "image shuffled": np.array([1, 0])})
     assert list(rated["model"][0]) == ["as asked", "no question", *(f"turned {turn + 1}" for turn in range(TURNS))]
     assert list(rated["image shuffled"][0]) == ["as asked"]
@@ -336,12 +334,12 @@ def test_an_evaluation_of_choices_has_every_row(tmp_path, capsys):
                       image_name=f"{number}.png", type="drug" if number % 2 else "dose") for number in range(8)]
     shards = tmp_path / "shards"
     write_questions(shards, "quiz", {"train": records[:4], "test": records[4:]}, task="choices")
-    from prepare.leaks import guard
     guard(shards, "drop")
     run = make_run(tmp_path / "run", shards, "quiz")
     eval_vqa.main(Config(run=str(run), shards_dir=str(shards), data="quiz", max_new_tokens=4))
     text = capsys.readouterr().out
-    assert "quiz/test: 4 multiple-choice questions about 4 images" in text and "by letter, in 4 orders of the options" in text
+    assert "quiz/test: 4 multiple-choice questions about 4 images" in text
+    assert "by letter, in 4 orders of the options" in text
     (folder,) = find_evaluations(run)
     lines = [json.loads(row) for row in (folder / "predictions.jsonl").read_text().splitlines()]
     assert [list(one["likelihoods"]) for one in lines] == [

@@ -310,7 +310,8 @@ def test_loops_are_told(answer, loops):
 TOKENIZER = train_sample_tokenizer()
 
 
-def write_questions(shards, name, splits, kind="image questions", tokenizer=TOKENIZER, task="", **image):
+def write_questions(shards, name, splits, kind="image questions", tokenizer=TOKENIZER, task="", reasoning="none",
+                    **image):
     """A dataset of {split: [(question, answer, seed of a drawing), or a Record]}."""
     records = [(split, row if isinstance(row, Record) else
                 Record(f"{split}{number}", row[0], row[1], encoded(drawing(row[2])), f"{row[2]}.png"))
@@ -318,7 +319,7 @@ def write_questions(shards, name, splits, kind="image questions", tokenizer=TOKE
     dataset = Dataset(name=name, read=lambda raw: iter(records), kind=kind, licence="none", access="open",
                       megabytes=0, page="", layouts=(), counts={})
     facts = {"dataset": name, "shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION,
-             "limit": 0, "licence": "none", **({"task": task} if task else {}),
+             "limit": 0, "licence": "none", **({"task": task} if task else {}), "reasoning": reasoning,
              "image": {"size": 32, "resize": "squash", "codec": "png", "quality": 0, **image}}
     write_dataset(shards / name, dataset, shards, {}, tokenizer, facts, 1)
 

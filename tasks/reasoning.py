@@ -1,0 +1,65 @@
+"""
+Answers with their reasoning, before or behind them: how both are written as one text, and parted again.
+
+    before   Reasoning: heparin acts at once. Answer: B. heparin
+    after    B. heparin Reasoning: heparin acts at once.
+
+The answer alone is scored as a record's answer is. The reasoning is scored apart, by its likeness to the one that the
+dataset has: it may be right where the answer is wrong, and the other way round.
+"""
+
+import numpy as np
+
+from tasks.ngrams import lcs_f1, words_of
+from tasks.stats import intervals
+from tasks.vqa import cell_text
+
+REASONING, ANSWER = "Reasoning:", "Answer:"
+
+
+def write(answer, reasoning, place):
+    """An answer and its reasoning as one text; place: "before" or "after"."""
+    if place == "before":
+        return f"{REASONING} {reasoning} {ANSWER} {answer}"
+    return f"{answer} {REASONING} {reasoning}"
+
+
+def part(text, place):
+    """(answer, reasoning) of a text; the answer is "" where it should come behind a reasoning and never does."""
+    if place == "before":
+        reasoning, mark, answer = text.rpartition(ANSWER)
+        reasoning, answer = (reasoning, answer) if mark else (text, "")
+        return answer.strip(), reasoning.strip().removeprefix(REASONING).strip()
+    answer, _, reasoning = text.partition(REASONING)
+    return answer.strip(), reasoning.strip()
+
+
+def answer_of(record, text):
+    """The answer in a text given to a question: all of it, but for a reasoning where the record has one."""
+    return part(text, record["reasoning"]["place"])[0] if record.get("reasoning") else text
+
+
+def report(answers, records, scored, main, units, seed=0):
+    """
+    Print how the reasonings of each row's answers compare with those that the records have, and return it as a dict:
+    {row: {"given": percent of answers with one, "ROUGE-L": [mean, low, high], "right with it": percent}}; {} where no
+    record has one. scored, main: the rows' scores of their answers, and which of them says what is right.
+    """
+    chosen = np.array([bool(record.get("reasoning")) for record in records])
+    table = {}
+    for row, texts in answers.items() if chosen.any() else ():
+        alike, given, right = [], [], []
+        for record, text, one in zip(records, texts, scored[row], strict=True):
+            if record.get("reasoning"):
+                reasoning = part(text, record["reasoning"]["place"])[1]
+                alike.append(100 * lcs_f1(words_of(reasoning), words_of(record["reasoning"]["text"])))
+                given.append(bool(reasoning))
+                right.append(one[main])
+        given, right = np.array(given), np.array(right)
+        cell = intervals(np.array(alike)[:, None], units[chosen], seed)[0][0].tolist()
+        table[row] = {"given": 100 * float(given.mean()), "ROUGE-L": [None if x != x else x for x in cell],
+                      "right with it": float(right[given].mean()) if given.any() else None}
+        print(f"reasoning, {row}: in {table[row]['given']:.1f}% of {len(given):,} answers, ROUGE-L "
+              f"{cell_text(table[row]['ROUGE-L'])}" + (f", {main} with it {table[row]['right with it']:.1f}" if
+                                                       given.any() else ""))
+    return table

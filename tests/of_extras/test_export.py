@@ -338,7 +338,8 @@ def test_card_has_the_scores_of_boxes_and_the_blind_rows(runs, tmp_path):
             some = [cell_text(cell) for cell in cells.values()][begin:begin + 6]
             assert f"| {row} | {' | '.join(some)} |" in written
     assert "| bccd/test, all questions: 6, over images | F-IoU | mean IoU |" in written and "BLEU-1" not in written
-    assert "| F1 at 0.75 | count error, boxes |" in written and "| IoU of medium boxes | IoU of large boxes |" in written
+    for heads in ("F1 at 0.75 | count error, boxes |", "IoU of medium boxes | IoU of large boxes |"):
+        assert heads in written
     assert "bccd/test, those new to the run: not known" in written
 
 

@@ -49,11 +49,11 @@ def study_record(name, group, sections, views, report="both", prior=((), ()), ty
     sections are the answer; prior: sections and Views of the study before.
     """
     answer, found = join_sections({section: sections.get(section, "") for section in SECTIONS[report]})
-    asked = {"Indication": sections.get("indication") or sections.get("history", ""),
-             "Comparison": sections.get("comparison", "")}
+    asked = {title: next(filter(is_given, (sections.get(name, "") for name in names)), "")
+             for title, names in (("Indication", ("indication", "history")), ("Comparison", ("comparison",)))}
     before, prior_views = prior
     told, _ = join_sections(dict(before))
-    parts = (*(f"{title}: {text}" for title, text in asked.items() if is_given(text)),
+    parts = (*(f"{title}: {text}" for title, text in asked.items() if text),
              *(View(view.image, view.name, f"prior {view.role}") for view in prior_views),
              *([f"Prior report: {told}"] if told else ()),
              *sorted(views, key=lambda view: ROLES.index(view.role)))
@@ -79,9 +79,6 @@ class Study:
     time: float  # within the day
     films: list  # (role, name of the file) of each
 
-    def views(self, read, roles=ROLES):
-        return [View(read(file), file, role) for role, file in self.films if role in roles]
-
 
 def with_priors(studies):
     """
@@ -106,13 +103,19 @@ def timed_records(studies, read_sections, read, report):
     read_sections: Study -> {name: text}; read: name of a film -> its bytes, or None.
     """
     read_sections, read = (functools.lru_cache(maxsize=8)(reader) for reader in (read_sections, read))  # a prior's
+
+    def show(films):
+        return [View(read(file), file, role) for role, file in films]
+
     for study, prior in with_priors(studies):
-        before = (read_sections(prior), prior.views(read, ("frontal",))[:1]) if prior else ((), ())
-        yield study.split, study_record(study.name, study.patient, read_sections(study), study.views(read), report,
+        frontal = [film for film in prior.films if film[0] == "frontal"][:1] if prior else ()
+        before = (read_sections(prior) if prior else (), show(frontal))
+        yield study.split, study_record(study.name, study.patient, read_sections(study), show(study.films), report,
                                         before)
 
 
 def read_number(where, text):
+    """A finite number, by which something can be put in order."""
     try:
         number = float(text)
     except ValueError:
@@ -310,9 +313,9 @@ def mimic_summaries(raw):
 
 # ----------------------------------------------------------------------------- CheXpert Plus
 
-CHEXPERT_COLUMNS = ("path_to_image", "frontal_lateral", "deid_patient_id", "patient_report_date_order",
-                    "section_clinical_history", "section_history", "section_comparison", "section_findings",
-                    "section_impression", "split")
+CHEXPERT_SECTIONS = ("history", "comparison", "findings", "impression")
+CHEXPERT_COLUMNS = ("path_to_image", "frontal_lateral", "deid_patient_id", "patient_report_date_order", "split",
+                    "section_clinical_history", *(f"section_{name}" for name in CHEXPERT_SECTIONS))
 
 
 def chexpert_index(path):
@@ -325,8 +328,8 @@ def chexpert_index(path):
         if name not in studies:  # the reports of a study's films differ in what was taken out alone: the first counts
             order = read_number(f"{path}: patient_report_date_order", row["patient_report_date_order"])
             studies[name] = Study(name, row["deid_patient_id"], splits[row["split"]], order, 0, [])
-            sections[name] = {"indication": row["section_clinical_history"] or row["section_history"],
-                              **{part: row[f"section_{part}"] for part in ("comparison", "findings", "impression")}}
+            sections[name] = {"indication": row["section_clinical_history"],
+                              **{part: row[f"section_{part}"] for part in CHEXPERT_SECTIONS}}
         studies[name].films.append((roles.get(row["frontal_lateral"], "view"), row["path_to_image"]))
     return studies.values(), sections
 

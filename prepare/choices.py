@@ -146,7 +146,7 @@ def med_mcqa(raw):
     Its authors keep the answers of their test file to themselves, so that everybody reports the validation
     questions: these are our test split, and the file without answers is never read.
     """
-    columns = ("id", "question", "opa", "opb", "opc", "opd", "cop", "subject_name")
+    columns = ("id", "question", "opa", "opb", "opc", "opd", "cop", "exp", "subject_name")
     where, reads = open_med_mcqa(raw)
     numbers = [row["cop"].removesuffix(".0") for read in reads.values() for row in read({"cop": str})]
     # The hub's count from 0, the authors' own JSON from 1
@@ -157,7 +157,8 @@ def med_mcqa(raw):
         for row, group in zip(read(dict.fromkeys(columns, str)), groups):
             options = [row[name] for name in ("opa", "opb", "opc", "opd")]
             right = place(row["cop"].removesuffix(".0"), places)  # -1 or none: an empty answer
-            yield split, lettered(row["id"], row["question"], options, right, type=row["subject_name"], group=group)
+            yield split, lettered(row["id"], row["question"], options, right, type=row["subject_name"], group=group,
+                                  reasoning=row["exp"])
 
 
 # ----------------------------------------------------------------------------- MMLU
@@ -220,12 +221,13 @@ def read_medbullets(raw, count):
     """("test", Record)s of the file with so many options a question; ids are links, which both files have."""
     path = first_file(raw, (f"medbullets_op{count}.csv", f"medbullets/medbullets_op{count}.csv"))
     columns = [f"op{letter}" for letter in LETTERS[:count].lower()]
-    rows = list(read_csv(path, ("link", "question", *columns, "answer_idx", "answer")))
+    rows = list(read_csv(path, ("link", "question", *columns, "answer_idx", "answer", "explanation")))
     groups = group_equals([(row["link"], row["question"]) for row in rows])
     for number, (row, group) in enumerate(zip(rows, groups), 1):
         options = [row[column] for column in columns]
         right = right_place(f"{path}: row {number}", row["answer_idx"], options, row["answer"])
-        yield "test", lettered(row["link"], row["question"], options, right, group=group)
+        yield "test", lettered(row["link"], row["question"], options, right, group=group,
+                               reasoning=row["explanation"])
 
 
 MEDBULLETS = {"only_by_name": True, "kind": "text questions", "task": "choices", "access": "open", "megabytes": 1,

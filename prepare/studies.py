@@ -319,7 +319,7 @@ CHEXPERT_COLUMNS = ("path_to_image", "frontal_lateral", "deid_patient_id", "pati
 
 
 def chexpert_index(path):
-    """(Studies, {name of a study: sections}) of CheXpert Plus's table: some 400 MB for all of it."""
+    """(Studies, {name of a study: sections}) of CheXpert Plus's table, all of whose sections are held."""
     splits, roles = {"train": "train", "valid": "test"}, {"Frontal": "frontal", "Lateral": "lateral"}
     studies, sections = {}, {}
     for row in read_csv(path, CHEXPERT_COLUMNS):
@@ -353,7 +353,7 @@ def chexpert_plus(raw, report="both"):
     studies, sections = chexpert_index(paths[0])
 
     def read(name):
-        png = read_named_image(raw, f"PNG/{PurePosixPath(name).with_suffix('.png')}")
+        png = read_named_image(raw, f"PNG/{name.rpartition('.')[0]}.png")
         return read_named_image(raw, name) if png is None else png
 
     yield from timed_records(studies, lambda study: sections[study.name], read, report)

@@ -405,11 +405,11 @@ def test_each_medbullets_is_read_from_its_own_file(folder, tmp_path):
     assert list(four) == list(five)[::-1] == [f"https://a.b/{n}" for n in (1, 2, 3)]
     assert four["https://a.b/1"] == Record(
         "https://a.b/1", "A man falls. What is next? A. CT B. MRI C. Rest D. Splint", "B. MRI",
-        choices=("CT", "MRI", "Rest", "Splint"), group="https://a.b/1")
+        choices=("CT", "MRI", "Rest", "Splint"), group="https://a.b/1", reasoning="Long,\nand quoted.")
     assert [record.group for record in four.values()] == ["https://a.b/1", "", "https://a.b/1"]
     assert five["https://a.b/2"] == Record(
         "https://a.b/2", "Why does he fall? A. CT B. MRI C. Rest D. Splint E. X-ray", "C. Rest",
-        choices=("CT", "MRI", "Rest", "Splint", "X-ray"))
+        choices=("CT", "MRI", "Rest", "Splint", "X-ray"), reasoning="Long,\nand quoted.")
     path = raw / f"{folder}medbullets_op4.csv"
     path.write_text(path.read_text().replace(",B,MRI,", ",D,MRI,", 1))
     refused("medbullets_4", raw, f"{path}: row 1: its answer is 'MRI', and option D 'Splint'")

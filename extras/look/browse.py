@@ -6,8 +6,10 @@ Write one page to look at a model's answers: each image, its questions, and what
 needs an evaluation by `python eval_vqa.py`, and the prepared data for the images; of several it shows
 the newest of each dataset, and one alone where --run is its folder. The page is a single file that any
 browser opens and that loads nothing. It filters by right and wrong, dataset, type, words and F-IoU, and by
-whether the image helped; boxes are drawn over their image, true ones dashed. It contains the images: pass
-it on only where you may pass on the data. How it looks and works is in extras/look/browse.html.
+whether the image helped; boxes are drawn over their image, true ones dashed; of a multiple choice the right
+option is marked, and which one the model takes by each reading; a report stands beside its reference. It
+contains the images: pass it on only where you may pass on the data. How it looks and works is in
+extras/look/browse.html.
 """
 
 import sys
@@ -26,13 +28,16 @@ from PIL import Image
 
 from plumbing.flags import UserError, parse_command_line, run
 from plumbing.shards import Shard
-from tasks import boxes
+from tasks import boxes, choices, reports
 from tasks.evaluations import choose_evaluations, file_of, find_evaluations, read_predictions
+from tasks.foreign import read_note
+from tasks.splits import task_of
 from tasks.vqa import as_asked, bleu1, exact_match
 
 SIZE, QUALITY = 224, 80  # of the images: pixels of the longer side at most, and of the JPEG
 FIELDS = ("id", "dataset", "image", "question", "answer", "prediction", "type")
-BLIND = ("image shuffled", "question only")  # rows of eval_vqa.py's table beside the model's
+OTHERS = ("image shuffled", "prior left out", "order swapped", "question only", "constant report", "commonest option",
+          "longest option")  # rows of eval_vqa.py's tables beside the model's
 
 
 @dataclass(frozen=True)
@@ -114,10 +119,10 @@ def read_rows(folders):
     for folder in folders:
         lines = read_lines(folder / file_of("model"))
         rows["model"] |= lines
-        for row in BLIND:
+        for row in OTHERS:
             if (folder / file_of(row)).exists():
                 rows.setdefault(row, {}).update(read_blind(folder / file_of(row), lines))
-    return {row: rows[row] for row in ("model", *BLIND) if row in rows}
+    return {row: rows[row] for row in ("model", *OTHERS) if row in rows}
 
 
 def find_samples(lines, shards_dir, folder):
@@ -142,19 +147,40 @@ def references_of(line):
     return line.get("references") or [line["answer"]]
 
 
-def scored(line, record):
-    """
-    An answer as the page shows it. Of several references the best counts, for each score. Of boxes F-IoU counts, and
-    "boxes" are those of the answer, [label, corners] of each; None where it is unreadable.
-    """
+def scored_boxes(text, record):
+    """F-IoU, and the boxes of the answer, [label, corners] of each; None where it is unreadable."""
+    found = boxes.read(text)
+    pairs = boxes.pair_up(found or {}, record["boxes"])
+    return {"f_iou": round(boxes.score(record, text)[boxes.MAIN], 2), "boxes": None if found is None
+            else [[label, *box] for label, (some, _) in pairs.items() for box in some.clip(-9999, 9999).tolist()]}
+
+
+def scored_choice(line, record):
+    """The place of the option that an answer names, None where it names none, and {reading: that of the likeliest}."""
+    place = choices.read(record, line["prediction"])
+    note = read_note(line["dataset"], repr(line["id"]), line, record)
+    return {"option": place, "exact": place == choices.right_of(record),
+            "readings": choices.choose(note["likelihoods"]["as asked"]) if note else {}}
+
+
+def scored(line, record, task):
+    """An answer as the page shows it, by its task. Of several references the best counts, for each score."""
     text, references = line["prediction"], references_of(line)
-    if (true := record.get("boxes")) is not None:
-        found = boxes.read(text)
-        pairs = boxes.pair_up(found or {}, true)
-        return {"text": text, "f_iou": round(boxes.score(record, text)[boxes.MAIN], 2), "boxes": None if found is None
-                else [[label, *box] for label, (some, _) in pairs.items() for box in some.clip(-9999, 9999).tolist()]}
+    if "boxes" in record:
+        return {"text": text} | scored_boxes(text, record)
+    if task is choices and record.get("choices"):
+        return {"text": text} | scored_choice(line, record)
+    if task is reports:
+        return {"text": text, "rouge_l": round(reports.score(line, text)[reports.MAIN], 2)}
     return {"text": text, "bleu1": round(max(bleu1(text, other) for other in references), 4),
             "exact": any(exact_match(text, other) for other in references)}
+
+
+def options_of(record):
+    """A multiple choice as the page shows it: its question without options, the options, the right one's place."""
+    stem, lettered = choices.stem_of(record)
+    options = choices.letter_options(record["choices"]) if lettered else record["choices"]
+    return {"stem": stem, "options": options, "right": choices.right_of(record)}
 
 
 def true_boxes(record, shard, numbers):
@@ -216,7 +242,9 @@ def main(config):
             "image": images[shown][0] if numbers else -1, "context": words_before(record),
             "question": line["question"], "references": references_of(line), "seen": line.get("seen"),
             "boxes": true_boxes(record, shard, numbers) if "boxes" in record else None,
-            "answers": [scored(answered[key], record) if key in answered else None for answered in rows.values()]})
+            "choice": options_of(record) if task_of(shard) is choices and record.get("choices") else None,
+            "answers": [scored(answered[key], record, task_of(shard)) if key in answered else None
+                        for answered in rows.values()]})
     page = fill_in(Path(__file__).with_name("browse.html").read_text(encoding="utf-8"), {
         "run": folder.resolve().name, "rows": list(rows),
         "images": [content for _, content in images.values()], "questions": questions})

@@ -65,7 +65,7 @@ def picture(*seed):
     return stream.getvalue()
 
 
-def write_shard(shards_dir, name, rows, resize="squash"):
+def write_shard(shards_dir, name, rows, resize="squash", task=""):
     """A prepared test split of (image or None, type, question, answer), or of Records."""
     records = []
     for number, row in enumerate(rows):
@@ -77,8 +77,8 @@ def write_shard(shards_dir, name, rows, resize="squash"):
         words = (f"{name}{number}.png", "") if content else ("", "We tried <b>it</b>.")
         records.append(("test", Record(f"id{number}", question, answer, content, *words, kind)))
     dataset = Dataset(name=name, read=lambda raw: iter(records), kind="text questions", licence="none",
-                      access="open", megabytes=0, page="", layouts=(), counts={})
-    manifest = {"dataset": name, "shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION,
+                      access="open", megabytes=0, page="", layouts=(), counts={}, task=task)
+    manifest = {"dataset": name, "task": task, "shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION,
                 "limit": 0, "licence": "none",
                 "image": {"size": 256, "resize": resize, "codec": "png", "quality": 0}}
     write_dataset(shards_dir / name, dataset, shards_dir, {}, tokenizer(), manifest, 1)
@@ -500,6 +500,96 @@ def test_boxes_of_images_that_are_not_stored_whole_are_not_drawn(how, browse, tm
     assert page.locator(".box").count() == (2 if how == "squash" else 0)
     assert ("not drawn" in page.locator(".figure").inner_text()) == (how != "squash")
     assert page.locator("fieldset").count() == 0  # boxes alone: nothing is right or wrong
+
+
+# ----------------------------------------------------------------------------- choices and reports
+
+QUESTION = "which <b>drug? A. aspirin B. </ul>heparin C. none"
+LIKELY = {"letter": [-1, -2, -3], "whole": [-9, -8, -4.0], "tokens": [9, 4, 1]}  # A; C; A by token
+REPORTS = ("The lungs are clear. No effusion.", "the lungs are clear", "no effusion")
+
+
+@pytest.fixture(scope="module")
+def tasks_made(browse, tmp_path_factory):
+    """(page of multiple choices, about text alone, and of a report, their lines)."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [Record(f"id{n}", QUESTION, "B. </ul>heparin", choices=("aspirin", "</ul>heparin", "none"))
+            for n in range(3)]
+    rows.append(Record("id3", "is it?", "maybe", context="We tried.", choices=("yes", "no", "maybe")))
+    given = [("(b)", {"likelihoods": {"as asked": LIKELY}}), ("C. none", {"likelihoods": {"as asked": LIKELY}}),
+             ("who knows", {}), ("Maybe.", {})]
+    files = [], [], []
+    for record, (text, note) in zip(write_shard(folder, "exam", rows, task="choices"), given, strict=True):
+        line = {"dataset": "exam/test", "image": ""} | record
+        files[0].append(line | {"prediction": text} | note)
+        files[1].append(line | {"prediction": "A. aspirin" if record["id"] != "id3" else "yes"})
+    [record] = write_shard(folder, "films", [(0, "", "describe it", REPORTS[0])], task="reports")
+    for lines, text in zip((files[0], files[2]), REPORTS[1:]):
+        lines.append({"dataset": "films/test"} | record | {"prediction": text})
+    for name, lines in zip(("", "_commonest_option", "_constant_report"), files):
+        write_lines(folder / f"run/predictions{name}.jsonl", lines)
+    browse.main(browse.Config(run=str(folder / "run"), shards_dir=str(folder)))
+    return folder / "run/answers.html", files[0]
+
+
+def test_choices_and_reports_have_what_their_tasks_say(tasks_made):
+    content = content_of(tasks_made[0])
+    assert content["rows"] == ["model", "constant report", "commonest option"]
+    first, second, third, last, report = content["questions"]
+    assert first["choice"] == {"stem": "which <b>drug?", "right": 1,
+                               "options": ["A. aspirin", "B. </ul>heparin", "C. none"]}
+    assert last["choice"] == {"stem": "is it?", "right": 2, "options": ["yes", "no", "maybe"]}
+    readings = {"letter": 0, "whole": 2, "by token": 0}
+    assert [question["answers"][0] for question in (first, second, third, last)] == [
+        {"text": "(b)", "option": 1, "exact": True, "readings": readings},
+        {"text": "C. none", "option": 2, "exact": False, "readings": readings},
+        {"text": "who knows", "option": None, "exact": False, "readings": {}},
+        {"text": "Maybe.", "option": 2, "exact": True, "readings": {}}]
+    assert [one["option"] for one in first["answers"][2:]] == [0] and first["answers"][1] is None
+    assert report["choice"] is None and report["answers"][2] is None
+    scores = [answer.pop("rouge_l") for answer in report["answers"][:2]]
+    assert scores == [pytest.approx(100 * 2 * (words / 6) / (words / 6 + 1), abs=0.01) for words in (4, 2)]
+    assert [answer for answer in report["answers"][:2]] == [{"text": text} for text in REPORTS[1:]]
+
+
+def test_bad_likelihoods_of_a_choice_are_refused(browse, tasks_made, tmp_path):
+    page, lines = tasks_made
+    odd = lines[0] | {"likelihoods": {"as asked": LIKELY | {"whole": [1]}}}
+    write_lines(tmp_path / "run/predictions.jsonl", [odd, *lines[1:]])
+    with pytest.raises(UserError, match="exam/test: line 'id0': the likelihoods have not 3 finite numbers as whole"):
+        browse.main(browse.Config(run=str(tmp_path / "run"), shards_dir=str(page.parent.parent)))
+
+
+def test_options_are_marked_and_reports_stand_beside_their_reference(tasks_made, visit):
+    page = visit(tasks_made[0])
+    assert page.locator("#status").inner_text() == "5 of 5 questions, 50.0% accuracy, 80.0 ROUGE-L"
+    assert page.locator("h2").all_text_contents() == ["which <b>drug?"] * 3 + ["is it?", "describe it"]
+    marks = [[entry.inner_text().split("\n") for entry in some.locator("li").all()]
+             for some in page.locator(".options").all()]
+    likeliest = "likeliest by letter \u00b7 likeliest by token"
+    assert marks[:2] == [
+        [["A. aspirin", likeliest], ["B. </ul>heparin", "right \u00b7 the model's answer"],
+         ["C. none", "likeliest by whole"]],
+        [["A. aspirin", likeliest], ["B. </ul>heparin", "right"],
+         ["C. none", "the model's answer \u00b7 likeliest by whole"]]]
+    assert marks[3] == [["yes"], ["no"], ["maybe", "right \u00b7 the model's answer"]]
+    assert page.locator(".options li.right").count() == 4
+    assert page.locator(".model .verdict").all_inner_texts()[2:] == ["unreadable\nwrong", "right", "ROUGE-L 80"]
+    boxes = [page.locator(f"dl.beside dd.{kind}").bounding_box() for kind in ("reference", "model")]
+    assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
+    assert "Constant report" in page.locator("dl.beside").inner_text()
+    assert page.locator("#boxes, [name=f_iou]").count() == 0 and page.locator("#choices, #reports").count() == 2
+    page.locator("[name=show][value=right]").check(force=True)
+    assert shown(page) == [("exam/test", "id0"), ("exam/test", "id3")]  # a report is neither
+    page.click("#reset")
+    page.select_option("[name=sort]", "worst")
+    assert [number for _, number in shown(page)] == ["id1", "id2", "id0", "id0", "id3"]
+
+
+@pytest.mark.parametrize("width", [320, 800])
+def test_options_and_reports_need_no_scrolling_sideways(tasks_made, visit, width):
+    page = visit(tasks_made[0], width)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 # ----------------------------------------------------------------------------- without one

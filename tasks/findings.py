@@ -116,7 +116,7 @@ KINDS = {"turn": TURN, "afresh": AFRESH, "deny_back": DENY_BACK, "doubt_back": D
          **{f"finding_{number}": PHRASES[name] for number, name in enumerate(FINDINGS[:-1])}, "other": OTHER,
          **{f"organ_{number}": words for number, (_, words) in enumerate(ORGANS)},
          "normal": NORMAL, "large": LARGE, "abnormal": ABNORMAL, "either": EITHER, "side": SIDE}
-TOKENS = re.compile(rf"(?P<stop>{STOP})|(?P<afresh_comma>{COMMA})|(?<!\w)(?:" + "|".join(
+TOKENS = re.compile(rf"(?P<stop>{STOP})|(?P<afresh_comma>{COMMA})|(?<!\w)(?=\w)(?:" + "|".join(
     f"(?P<{kind}>{words})" for kind, words in KINDS.items()) + r")(?!\w)")
 
 

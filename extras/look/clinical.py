@@ -22,6 +22,7 @@ import csv
 import hashlib
 import importlib.util
 import json
+import time
 from dataclasses import dataclass
 
 from plumbing.flags import UserError, parse_command_line, run
@@ -85,7 +86,7 @@ def row_of(file):
 
 def count(pairs):
     """(precision, recall, F1, number that have it) of n (found, there) booleans."""
-    both, found, there = (sum(some) for some in zip(*((a and b, a, b) for a, b in pairs)))
+    both, found, there = (sum(some) for some in zip(*((one and other, one, other) for one, other in pairs)))
     return both / max(found, 1), both / max(there, 1), f1(both, found, there) if found or there else 0.0, there
 
 
@@ -175,8 +176,10 @@ def read_mesh(path, half):
                         and terms != ["No Indexing/"] and (row["findings"] + row["impression"]).strip()):
                     reports.append(({finding for finding, heads in MESH.items() if any(
                         term.startswith(f"{head}/") for term in terms for head in heads)}, text))
-    except (OSError, KeyError, ValueError, csv.Error):
-        raise UserError(f"{path}: not there or not the table; --mesh names IU X-Ray's indiana_reports.csv") from None
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, csv.Error):
+        reports = []
+    if not reports:
+        raise UserError(f"{path}: not there or not the table; --mesh names IU X-Ray's indiana_reports.csv")
     return reports
 
 
@@ -188,9 +191,11 @@ def pair_mesh(reports):
 
 def print_mesh(path):
     for half, note in ((0, "the rules were written on it"), (1, "no report of it was read for the rules")):
-        reports = read_mesh(path, half)
+        reports, begin = read_mesh(path, half), time.process_time()
         pairs = pair_mesh(reports)
-        print(f"\nhalf {half}: {len(reports):,} reports; {note}; \"positive\" beside MeSH terms, percent")
+        milliseconds = 1e3 * (time.process_time() - begin) / len(reports)
+        print(f"\nhalf {half}: {len(reports):,} reports, {milliseconds:.2f} ms each; {note}; \"positive\" beside MeSH "
+              "terms, percent")
         print_table({finding: count([(status == "positive", there) for status, there in some])
                      for finding, some in pairs.items()})
         print(f"{'':28}{'uncertain':>11}{'of MeSH':>9}{'negative':>10}{'of MeSH':>9}")

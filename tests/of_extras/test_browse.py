@@ -564,7 +564,7 @@ def test_options_are_marked_and_reports_stand_beside_their_reference(tasks_made,
     page = visit(tasks_made[0])
     assert page.locator("#status").inner_text() == "5 of 5 questions, 50.0% accuracy, 80.0 ROUGE-L"
     assert page.locator("h2").all_text_contents() == ["which <b>drug?"] * 3 + ["is it?", "describe it"]
-    marks = [[entry.inner_text().split("\n") for entry in some.locator("li").all()]
+    marks = [[entry.locator("span.text, .marks").all_text_contents() for entry in some.locator("li").all()]
              for some in page.locator(".options").all()]
     likeliest = "likeliest by letter \u00b7 likeliest by token"
     assert marks[:2] == [
@@ -572,9 +572,9 @@ def test_options_are_marked_and_reports_stand_beside_their_reference(tasks_made,
          ["C. none", "likeliest by whole"]],
         [["A. aspirin", likeliest], ["B. </ul>heparin", "right"],
          ["C. none", "the model's answer \u00b7 likeliest by whole"]]]
-    assert marks[3] == [["yes"], ["no"], ["maybe", "right \u00b7 the model's answer"]]
+    assert marks[3] == [["yes", ""], ["no", ""], ["maybe", "right \u00b7 the model's answer"]]
     assert page.locator(".options li.right").count() == 4
-    assert page.locator(".model .verdict").all_inner_texts()[2:] == ["unreadable\nwrong", "right", "ROUGE-L 80"]
+    assert page.locator(".model .verdict").all_text_contents()[2:] == ["unreadablewrong", "right", "ROUGE-L 80"]
     boxes = [page.locator(f"dl.beside dd.{kind}").bounding_box() for kind in ("reference", "model")]
     assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
     assert "Constant report" in page.locator("dl.beside").inner_text()

@@ -41,7 +41,8 @@ def list_facts(answerer, shard, splits, config, device="", dtype="", bits=""):
 
 def units_of(shard, records):
     """What a bootstrap is to draw of a shard's first questions, and the number of each one's, (n,)."""
-    return draw_units(shard.connect()[:len(records)], [record.get("group", "") for record in records])
+    unit, units = draw_units(shard.connect()[:len(records)], [record.get("group", "") for record in records])
+    return unit if len(shard.image_index) else "questions", units
 
 
 def conclude(shard, answers, notes, splits, trained, config):

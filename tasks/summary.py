@@ -68,6 +68,11 @@ def text_cells(row):
     return [row["dataset"], f"{row['questions']:,}", *own, "?" if leaks is None else f"{leaks:,}"]
 
 
+def seconds_of(results, form):
+    """How long the answers took, as text; "-" of those that were given elsewhere."""
+    return "-" if results["seconds"] is None else form.format(results["seconds"])
+
+
 def more_cells(evaluations, column):
     """One more column: column(results) of each evaluation in its first row, "" in the others."""
     return [column(results) if number == 0 else "" for _, results in evaluations
@@ -146,7 +151,7 @@ def write_text(evaluations, again, with_seconds=False):
     columns = [more_cells(evaluations, lambda results: "below" if published_for(name_of(results)) else "-")]
     if with_seconds:
         heads.append("seconds")
-        columns.append(more_cells(evaluations, lambda results: f"{results['seconds']:,.1f}"))
+        columns.append(more_cells(evaluations, lambda results: seconds_of(results, "{:,.1f}")))
     rows = [[*cells, *more] for cells, more in zip(rows, zip(*columns))]
     return "\n".join([*line_up(heads, rows), *list_notes(evaluations), *lines,
                       *published_lines(list_published(evaluations)), ""])
@@ -195,7 +200,7 @@ def write_summary(out, evaluations):
     evaluations, out = sort_evaluations(evaluations), Path(out)
     print("\n" + write_text(evaluations, again, with_seconds=True), end="")
     out.mkdir(parents=True, exist_ok=True)
-    seconds = [(label_of(results), round(results["seconds"], 1)) for _, results in evaluations]
+    seconds = [(label_of(results), seconds_of(results, "{:.1f}")) for _, results in evaluations]
     for name, content in (
             ("table.txt", write_text(evaluations, again).encode()), ("table.csv", write_numbers(evaluations)),
             ("table.tex", write_tex(evaluations).encode()), ("seconds.csv", write_csv(["dataset", "seconds"], seconds)),

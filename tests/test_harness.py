@@ -1,0 +1,231 @@
+"""One command for all prepared tests: stopped and gone on with, anybody's answers in a run's place, runs compared."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import eval_vqa
+from data import Record, Tokenizer, View
+from eval_vqa import Config
+from plumbing.flags import UserError
+from plumbing.shards import Shard
+from prepare.datasets import multiple_choice
+from prepare.leaks import guard
+from tasks.evaluations import find_evaluations, read_evaluation
+from tasks.splits import open_splits
+from test_eval import drawing, encoded, write_questions
+from test_evaluations import make_run
+
+ROOT = Path(__file__).resolve().parent.parent
+DRUGS = ("aspirin", "heparin", "nothing")
+BOX = {"cell": ((0.1, 0.1, 0.5, 0.5),)}
+
+
+def film(seed, role):
+    return View(encoded(drawing(seed)), f"{seed}.png", role)
+
+
+def a_study(number):
+    """A Record of a study, every other one with an earlier one."""
+    prior = (film(900 + number, "prior frontal"), "Prior report: there is an effusion.") if number % 2 else ()
+    findings = "there is no effusion on the left." if number % 3 else "the effusion is larger."
+    return Record(f"s{number}", "write the findings of this study.", findings, group=f"p{number}", type="findings",
+                  parts=("Indication: cough", *prior, film(800 + number, "frontal")))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(shards, run): five prepared tests of five kinds, and a tiny model that answers at random."""
+    folder = tmp_path_factory.mktemp("harness")
+    shards = folder / "shards"
+    quiz = [Record(str(number), *multiple_choice(f"which of {number}?", DRUGS, number % 3), choices=DRUGS)
+            for number in range(9)]
+    write_questions(shards, "learn", {"train": [("is it large?", "yes", 1), ("which organ?", "a lung", 2)],
+                                      "test": [("is it large?", "no", 11), ("which organ?", "a lung", 12)]})
+    write_questions(shards, "quiz", {"train": quiz[:4], "test": quiz[4:]}, "text questions", task="choices")
+    write_questions(shards, "studies", {"train": [a_study(n) for n in range(4)],
+                                        "test": [a_study(n) for n in range(4, 10)]}, "reports")
+    write_questions(shards, "found", {split: [
+        Record(f"{split}{seed}", "detect cell", "", encoded(drawing(seed)), f"{seed}.png", boxes=BOX)
+        for seed in seeds] for split, seeds in (("train", (70, 71)), ("test", (72, 73)))}, "boxes")
+    write_questions(shards, "captions", {split: [("what does this figure show?", f"a cell {seed} of the lung", seed)
+                                                 for seed in seeds]
+                                         for split, seeds in (("train", (60, 61)), ("test", (62, 63)))}, "captions")
+    guard(shards, "drop")
+    return shards, make_run(folder / "run", shards)
+
+
+def evaluate(made, **flags):
+    eval_vqa.main(Config(**{"run": str(made[1]), "shards_dir": str(made[0]), "data": "all", "max_new_tokens": 3,
+                            **flags}))
+
+
+TABLES = ("table.txt", "table.csv", "table.tex", "published.csv")
+
+
+def tables_in(out):
+    return {name: (out / name).read_bytes() for name in TABLES}
+
+
+# ----------------------------------------------------------------------------- all of them
+
+def test_all_prepared_tests_are_answered_and_in_one_table(made, tmp_path, capsys):
+    evaluate(made, out=str(tmp_path / "a"))
+    text = capsys.readouterr().out
+    names = {next(iter(read_evaluation(folder)["results"])) for folder in find_evaluations(tmp_path / "a")}
+    assert names == {f"{name}/test" for name in ("learn", "quiz", "studies", "found", "captions")}
+    table = (tmp_path / "a/table.txt").read_text()
+    for name, metric in (("learn", "BLEU-1"), ("quiz", "accuracy"), ("studies", "ROUGE-L"), ("found", "F-IoU")):
+        assert any(name in line and metric in line for line in table.splitlines()), (name, table)
+    assert "seconds" in text and "seconds" not in table
+    before = tables_in(tmp_path / "a")
+    evaluate(made, out=str(tmp_path / "a"))
+    assert capsys.readouterr().out.count("there already") == 5
+    assert tables_in(tmp_path / "a") == before
+
+
+def test_a_kill_in_the_middle_leaves_the_same_table_to_the_byte(made, tmp_path):
+    command = [sys.executable, ROOT / "eval_vqa.py", f"--run={made[1]}", f"--shards_dir={made[0]}", "--data=all",
+               "--max_new_tokens=3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole = subprocess.run([*command, f"--out={tmp_path}/whole"], env=environment, capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    with subprocess.Popen([*command, f"--out={tmp_path}/cut"], env=environment, stdout=subprocess.PIPE,
+                          text=True) as run:
+        for line in run.stdout:
+            if line.startswith("scores in"):
+                run.kill()
+                break
+    some = len(find_evaluations(tmp_path / "cut"))
+    assert 1 <= some < 5 and not (tmp_path / "cut/table.txt").exists()
+    again = subprocess.run([*command, f"--out={tmp_path}/cut"], env=environment, capture_output=True, text=True)
+    assert again.returncode == 0 and again.stdout.count("there already") >= 1
+    assert tables_in(tmp_path / "cut") == tables_in(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("spoil", ["predictions", "results"])
+def test_what_is_damaged_is_answered_again(made, tmp_path, capsys, spoil):
+    evaluate(made, out=str(tmp_path), blind="none")
+    before = tables_in(tmp_path)
+    (folder,) = [folder for folder in find_evaluations(tmp_path) if "_quiz_" in folder.name]
+    path = folder / ("predictions.jsonl" if spoil == "predictions" else "results.json")
+    path.write_bytes(path.read_bytes().replace(b"a", b"b", 1))
+    capsys.readouterr()
+    evaluate(made, out=str(tmp_path), blind="none")
+    assert capsys.readouterr().out.count("there already") == 4
+    assert tables_in(tmp_path) == before
+
+
+def test_other_code_or_other_flags_answer_again(made, tmp_path, capsys, monkeypatch):
+    evaluate(made, out=str(tmp_path), limit=1, blind="none")
+    monkeypatch.setattr(eval_vqa, "describe_machine", lambda device: {"commit": "other", "device": "cpu"})
+    capsys.readouterr()
+    evaluate(made, out=str(tmp_path), limit=1, blind="none")
+    assert "there already" not in capsys.readouterr().out
+    evaluate(made, out=str(tmp_path), limit=1, blind="none", seed=1)
+    assert "there already" not in capsys.readouterr().out
+
+
+def test_all_leaves_out_what_the_run_cannot_be_asked(made, tmp_path, capsys):
+    tokenizer = Tokenizer(made[1] / "tokenizer.model")
+    names = {data: {shard.folder.parent.name for shard in open_splits(data, "test", made[0], tokenizer)}
+             for data in ("all", "")}
+    assert names == {"all": {"learn", "quiz", "studies", "found", "captions"}, "": {"learn", "found"}}
+    other = shutil.copytree(made[0], tmp_path / "shards")
+    write_questions(other, "wide", {"test": [("is it large?", "no", 1)]}, size=64)
+    run_images = Shard(made[0] / "learn/test").manifest["image"]
+    shards = open_splits("all", "test", other, tokenizer, run_images)
+    assert {shard.folder.parent.name for shard in shards} == names["all"]
+    assert "not answered:" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------- studies
+
+def test_a_study_is_asked_without_its_prior_and_with_films_exchanged(made, tmp_path, capsys):
+    evaluate(made, out=str(tmp_path), data="studies")
+    text = capsys.readouterr().out
+    assert "3 of them of a patient with an earlier study" in text and "constant report" in text
+    (folder,) = find_evaluations(tmp_path)
+    assert {path.name for path in folder.glob("*.jsonl")} == {
+        f"predictions{row}.jsonl" for row in ("", "_image_shuffled", "_prior_left_out", "_order_swapped",
+                                              "_constant_report")}
+    rows = [[json.loads(line)["prediction"] for line in (folder / name).read_text().splitlines()]
+            for name in ("predictions.jsonl", "predictions_prior_left_out.jsonl")]
+    for number, (own, without) in enumerate(zip(*rows, strict=True)):
+        assert number % 2 or own == without  # those of even numbers have no earlier study
+
+
+# ----------------------------------------------------------------------------- anybody's answers
+
+def write_answers(made, path, change=lambda line: line, key="prediction", names=("quiz", "learn")):
+    lines = []
+    for name in names:
+        for record in Shard(made[0] / name / "test").read_records():
+            lines.append(change({"dataset": f"{name}/test", "id": record["id"], key: record["answer"]}))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines if line))
+    return path
+
+
+def test_anybodys_answers_get_the_same_tables(made, tmp_path, capsys):
+    path = write_answers(made, tmp_path / "theirs.jsonl", key="response")
+    eval_vqa.main(Config(predictions=str(path), shards_dir=str(made[0])))
+    text = capsys.readouterr().out
+    assert "7 answers, from 'response' of each line" in text
+    folders = {folder.name: read_evaluation(folder) for folder in find_evaluations(tmp_path)}
+    assert set(folders) == {"theirs_quiz_test", "theirs_learn_test"}
+    quiz = folders["theirs_quiz_test"]["results"]["quiz/test"]
+    assert quiz["all"]["rows"]["model"]["accuracy"][0] == 100 and "image shuffled" not in quiz["all"]["rows"]
+    assert quiz["all"]["rows"]["model"]["letter"] == [None] * 3 and quiz["summary"]["leaks"] is None
+    learn = folders["theirs_learn_test"]["results"]["learn/test"]
+    assert learn["all"]["rows"]["question only"]["exact match"][0] == 50  # what the training split here would say
+    table = (tmp_path / "eval/table.txt").read_text()
+    assert "100 [100 100]" in table and "seconds" not in table
+    capsys.readouterr()
+    evaluate(made, out=str(tmp_path / "own"), data="quiz")
+    own = json.loads((find_evaluations(tmp_path / "own")[0] / "results.json").read_text())["results"]["quiz/test"]
+    eval_vqa.main(Config(predictions=str(find_evaluations(tmp_path / "own")[0] / "predictions.jsonl"),
+                         shards_dir=str(made[0]), out=str(tmp_path / "again")))
+    again = read_evaluation(find_evaluations(tmp_path / "again")[0])["results"]["quiz/test"]
+    assert again["all"]["rows"] == own["all"]["rows"] and again["orders"] == own["orders"]
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda line: line | {"id": line["id"] + "x"}, "7 ids are of no question"),
+    (lambda line: None if line["id"] == "5" else line, "of 7 questions have no answer: '5'"),
+    (lambda line: line | {"dataset": "nothing/test"}, "nothing/test: not prepared"),
+    (lambda line: {"id": line["id"], "prediction": ""}, "its lines name no dataset"),
+    (lambda line: line | {"likelihoods": {"whole": [1], "letter": [1], "tokens": [1]}},
+     "line 1: the likelihoods have not 3"),
+    (lambda line: line | {"prediction": 3}, "lines whose prediction is no text")])
+def test_answers_that_do_not_fit_are_refused_in_one_line(made, tmp_path, change, message):
+    path = write_answers(made, tmp_path / "theirs.jsonl", change)
+    with pytest.raises(UserError, match=message.replace("(", r"\(")) as refused:
+        eval_vqa.main(Config(predictions=str(path), shards_dir=str(made[0])))
+    assert len(str(refused.value).splitlines()) == 1 and not (tmp_path / "eval").exists()
+
+
+# ----------------------------------------------------------------------------- two runs
+
+def test_two_runs_are_compared_question_by_question(made, tmp_path, capsys):
+    runs = [shutil.copytree(made[1], tmp_path / name) for name in "ab"]
+    shutil.rmtree(runs[1])
+    make_run(runs[1], made[0], seed=5)
+    for run in runs:
+        evaluate((made[0], run), data="quiz,studies")
+    capsys.readouterr()
+    eval_vqa.main(Config(run=str(runs[0]), against=str(runs[0]), shards_dir=str(made[0])))
+    text = capsys.readouterr().out
+    assert "0.0 [0.0 0.0]" in text and "quiz/test" in text and "ROUGE-L" in text
+    eval_vqa.main(Config(run=str(runs[0]), against=str(runs[1]), shards_dir=str(made[0])))
+    assert f"B: {runs[1]}" in capsys.readouterr().out
+    evaluate((made[0], runs[1]), data="learn")
+    evaluate((made[0], runs[0]), data="quiz", limit=2)
+    with pytest.raises(UserError, match="answers to other questions"):
+        eval_vqa.main(Config(run=str(runs[0]), against=str(runs[1]), shards_dir=str(made[0])))

@@ -6,6 +6,9 @@ What answers in words are worth without a look at an image, from public files al
 Reports: IU X-Ray's 296 studies of MedEvalKit, findings and impression joined as MedEvalKit joins them. The studies are
 split in half at random, and each half is answered with one report of the other half, that which is most like the
 others. A cell has the mean over several draws of the halves, and the lowest and the highest of them.
+
+Multiple choice: the option that is right most often in the test itself, so that no constant answer gets more, and the
+longest option.
 """
 
 import sys
@@ -20,6 +23,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from plumbing.flags import Count, UserError, parse_command_line, run
+from prepare.datasets import DATASETS
+from prepare.shards import clean_record, words_of as line_of
+from tasks.choices import blind_rows, read, right_of
 from tasks.ngrams import bleu, cider_d, count_matches, lcs_f1, rouge_l_sets, words_of
 from tasks.reports import cut_in_half, medoid, score, scores_of, stack
 from tasks.vqa import print_cells
@@ -91,7 +97,32 @@ def show_reports(raw, draws, seed):
             print_cells(pick, [[np.mean(each), min(each), max(each)] for each in values])
 
 
+# ----------------------------------------------------------------------------- multiple choice
+
+CHOICES = ("med_qa", "mediq", "med_mcqa", "mmlu_med", "medbullets_4", "medbullets_5", "med_xpert_qa_text",
+           "med_xpert_qa_mm", "pubmed_qa")
+
+
+def show_choices(raw):
+    """Print what the commonest and the longest option get in each dataset whose raw files are there."""
+    print("\nmultiple choice: percent right")
+    print_cells("", ("questions", "options", "commonest option", "longest option"))
+    for name in CHOICES:
+        try:
+            records = [line_of(clean_record(record)) for split, record in DATASETS[name].read(DATASETS[name].raw(raw))
+                       if split == "test"]
+        except UserError as error:
+            print(f"{name}: {error}")
+            continue
+        rows = blind_rows(None, records).values()
+        right = [100 * np.mean([read(*pair) == right_of(pair[0]) for pair in zip(records, texts)]) for texts in rows]
+        counts = [len(record["choices"]) for record in records]
+        options = f"{min(counts)}" if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+        print_cells(name, (f"{len(records):,}", options, *(f"{share:.1f}" for share in right)))
+
+
 def main(config):
+    show_choices(Path(config.raw_dir))
     show_reports(Path(config.raw_dir), config.draws, config.seed)
 
 

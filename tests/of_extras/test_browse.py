@@ -648,6 +648,7 @@ def test_colours_can_be_told_from_what_is_behind_them():
     for colours in (light, dark):
         pairs = [(front, back, 4.5) for front in ("text", "quiet") for back in ("page", "card")]
         pairs += [("right", "right-back", 4.5), ("wrong", "wrong-back", 4.5),
+                  ("text", "right-back", 4.5), ("quiet", "right-back", 4.5), ("wrong", "card", 4.5),
                   ("on-accent", "accent", 4.5), ("control", "card", 3), ("accent", "page", 3),
                   ("accent", "card", 3)]
         for front, back, least in pairs:

@@ -37,11 +37,11 @@ QUESTIONS = {"train": [(f"is figure {n} large?", "no" if n % 3 else "yes", n) fo
                  ("is figure 0 large?", "yes", 106), ("which organ?", "a lung", 107)]}
 
 
-def make_run(folder, shards, data="learn", step=1, seed=0, **facts):
+def make_run(folder, shards, data="learn", step=1, seed=0, size=32, **facts):
     """A run as train_vlm.py leaves it, of a tiny model that answers at random."""
     torch.manual_seed(seed)
     train = Shard(shards / data.split(",")[0] / "train")
-    model = VLM(ViT(ViTConfig(image_size=32, width=64, depth=1)),
+    model = VLM(ViT(ViTConfig(image_size=size, width=64, depth=1)),
                 LLaMA(LlamaConfig(train.manifest["vocab_size"], hidden_size=32, intermediate_size=32,
                                   num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)))
     model.apply(init_weights)

@@ -1,5 +1,6 @@
 """One command for all prepared tests: stopped and gone on with, anybody's answers in a run's place, runs compared."""
 
+import itertools
 import json
 import os
 import shutil
@@ -14,10 +15,14 @@ import pytest
 import eval_vqa
 from data import Record, Tokenizer, View
 from eval_vqa import Config
+from generate import Answer
 from plumbing.flags import UserError
 from plumbing.shards import Shard
+from prepare import sample
 from prepare.datasets import multiple_choice
 from prepare.leaks import guard
+from prepare.reports import join_sections
+from prepare.studies import study_record
 from tasks.evaluations import find_evaluations, read_evaluation
 from tasks.splits import open_splits
 from test_eval import drawing, encoded, write_questions
@@ -160,6 +165,61 @@ def test_a_study_is_asked_without_its_prior_and_with_films_exchanged(made, tmp_p
             for name in ("predictions.jsonl", "predictions_prior_left_out.jsonl")]
     for number, (own, without) in enumerate(zip(*rows, strict=True)):
         assert number % 2 or own == without  # those of even numbers have no earlier study
+
+
+# What a perfect reader of drawn studies would say: by the films that it is shown, in the order in which it is shown them
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """(shards, run, {pixels of a film: (side, size of its effusion)}) of 48 drawn studies, each case once."""
+    folder = tmp_path_factory.mktemp("drawn")
+    records = [record for split, record in itertools.islice(sample.study_records(study_record), 1200, 1248)]
+    write_questions(folder / "shards", "drawn", {"train": records[:2], "test": records}, "reports", size=64)
+    guard(folder / "shards", "drop")
+    shard, films = Shard(folder / "shards/drawn/test"), {}
+    for number in range(48):
+        side, before, now = sample.read_study_case(number)
+        tokens = shard.read_sample(number).tokens
+        sizes = [now] if before is None else [before, now]
+        for image, size in zip((-1 - tokens[tokens < 0]).tolist(), sizes, strict=True):
+            films[shard.read_image(image).tobytes()] = side, size
+    return folder / "shards", make_run(folder / "run", folder / "shards", "drawn", size=64), films
+
+
+@pytest.mark.parametrize("reads_prior", [True, False])
+def test_a_model_that_reads_the_prior_loses_what_it_should(drawn, tmp_path, monkeypatch, capsys, reads_prior):
+    shards, run, films = drawn
+    tokenizer = Tokenizer(run / "tokenizer.model")
+
+    def generate(model, groups, *rest, **more):
+        for group, (images, prompts) in enumerate(groups):
+            (side, now), *_ = [films[image.tobytes()] for image in images[::-1]]
+            before = films[images[0].tobytes()][1] if len(images) > 1 and reads_prior else None
+            side = side if now else films[images[0].tobytes()][0]
+            text, _ = join_sections(sample.write_study(side, before, now))
+            yield [Answer(group, place, len(prompts), None, tokenizer.encode(text), done=True, stop=2)
+                   for place in range(len(prompts))]
+
+    monkeypatch.setattr(eval_vqa, "generate", generate)
+    evaluate((shards, run), out=str(tmp_path), data="drawn", max_new_tokens=0)
+    (folder,) = find_evaluations(tmp_path)
+    rows = {row: {name: cell[0] for name, cell in cells.items()} for row, cells in read_evaluation(folder)[
+        "results"]["drawn/test"]["with a prior"]["rows"].items()}
+    if not reads_prior:  # the films of today alone: without the earlier one it says the same
+        assert rows["prior left out"] == rows["model"] and rows["the prior adds"]["temporal F1"] == 0
+        assert rows["model"]["temporal F1"] == 0
+        return
+    assert rows["model"]["ROUGE-L"] == rows["model"]["findings F1"] == rows["model"]["temporal F1"] == 100
+    assert rows["prior left out"]["temporal F1"] == 0 and rows["the prior adds"]["temporal F1"] == 100
+    assert 0 < rows["order swapped"]["temporal F1"] < 60  # unchanged and absent stay right, larger becomes smaller
+    texts = {name: [json.loads(line) for line in (folder / f"predictions{name}.jsonl").read_text().splitlines()]
+             for name in ("", "_order_swapped")}
+    kinds = {"larger": "smaller than before", "smaller": "larger than before", "new": "has resolved", "resolved": "is new",
+             "unchanged": "is unchanged"}
+    for own, swapped in zip(*texts.values(), strict=True):
+        if own["type"] in kinds:
+            assert kinds[own["type"]] in swapped["prediction"] and own["prediction"] == own["answer"]
 
 
 # ----------------------------------------------------------------------------- anybody's answers

@@ -79,6 +79,11 @@ def test_seconds_are_printed_and_are_in_a_file_of_their_own(written):
     assert not [name for name in files if name.startswith(".")]
 
 
+def test_answers_that_were_given_elsewhere_took_no_known_time(written):
+    files = written([evaluation("slake/test", line(), seconds=None)])
+    assert cells(files[""].splitlines()[2])[-1] == "-" and files["seconds.csv"] == "dataset,seconds\nslake/test,-\n"
+
+
 def test_the_same_answers_give_the_same_bytes_in_whatever_order_and_time(written):
     files = written(EVALUATIONS)
     again = written([(folder, results | {"seconds": 99.9}) for folder, results in EVALUATIONS[::-1]])

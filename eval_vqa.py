@@ -1,18 +1,22 @@
 """
 Answer the questions of test splits with a trained model, and score the answers.
 
-    python eval_vqa.py                       the newest run, on every prepared test split of questions
+    python eval_vqa.py                       the newest run, on every prepared test split about images
+    python eval_vqa.py --data=all            on every prepared test split, with one table of all; goes on where it stopped
     python eval_vqa.py --run=out/x --data=path_vqa --blind=none
     python eval_vqa.py --image=scan.png --question="what is shown?"       one answer, without scores
+    python eval_vqa.py --predictions=theirs.jsonl --data=med_qa           anybody's answers, in the same tables
+    python eval_vqa.py --run=out/x --against=out/y                        two runs, question by question
 
-Every score stands beside two that see no image: the same model with the images exchanged among the
-questions, and the most frequent training answer to the same question. What the model gains over
+Every score stands beside some that see no image: the same model with the images exchanged among the
+questions, and what words alone give, such as the most frequent training answer. What the model gains over
 them is what it saw. It stands twice: over all questions, and over those whose words and image were
 not trained on. A sample may have several images, or none; of a conversation its last turn is asked.
 
 Each dataset's evaluation is a folder in <run>/eval/, with results.json and predictions*.jsonl
 (tasks/evaluations.py), where extras/look/scales.py (other conventions) and extras/look/browse.py (a page to
-look at) find them. The metrics are in tasks/vqa.py, what a run has seen in tasks/seen.py.
+look at) find them. How answers are scored is in tasks/: vqa.py, choices.py, reports.py, boxes.py; what a run
+has seen in tasks/seen.py.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """
 What a dataset is, and how the raw files of datasets are read.
 
-The datasets themselves are in questions.py, reports.py, figures.py and classify.py. A dataset is
-one decorated function, from its raw folder to (split, Record) pairs:
+The datasets themselves are in questions.py, choices.py, reports.py, studies.py, figures.py, boxes.py and
+classify.py. A dataset is one decorated function, from its raw folder to (split, Record) pairs:
 
     @dataset(kind="image questions", licence="CC-BY-4.0", access="open", megabytes=120,
              page="https://example.org/toy", urls=("https://example.org/toy.json",),

@@ -109,6 +109,7 @@ from plumbing.signals import agree_on_stop, catch_signals, end_stopped
 from quantize import LowLinear
 from run import (device_of, learning_rate_at, load_optimizer, make_optimizer, make_trainable, require_images,
                  save_checkpoint, update)
+from tasks.reasoning import answer_of
 from tasks.rewards import parse
 from tasks.splits import answer_limit, task_of
 from weights import build_vlm, load_vlm, save_vlm
@@ -250,8 +251,9 @@ def held_out_scores(state, config):
             answered = share_out(prompts, lambda some, rank, ranks: roll_out(
                 state.model, state.tokenizer, some, 1, answer_limit(shard, config)))
         if prompts:
+            texts = [answer_of(prompt.record, rollout.text) for prompt, (rollout,) in zip(prompts, answered)]
             scores[shard.folder.parent.name] = float(np.mean([
-                task.score(prompt.record, rollout.text)[task.MAIN] for prompt, (rollout,) in zip(prompts, answered)]))
+                task.score(prompt.record, text)[task.MAIN] for prompt, text in zip(prompts, texts)]))
     return scores
 
 

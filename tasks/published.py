@@ -15,7 +15,7 @@ class Figure(NamedTuple):
     """One published number."""
     dataset: str
     metric: str  # as its source calls it
-    value: str  # as its source prints it, but accuracies and ROUGE as percent
+    value: str  # as its source prints it, shares as percent
     system: str
     source: str
     protocol: str

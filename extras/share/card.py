@@ -169,8 +169,8 @@ def describe_results(run, checkpoint):
              f"{machine['commit'] or 'unknown'} on {machine['device'].strip()}.",
              "*image shuffled* is this model with the images exchanged among the questions,",
              "*question only* the most frequent training answer to the same words, of boxes the one that is most",
-             "like the others; *no question*, *commonest option*, *constant report* and the like are asked or say it",
-             "without a look. None of them sees what it is asked: a score is worth what it has above them.",
+             "like the others; *commonest option*, *longest option* and *constant report* see no question, either.",
+             "None of them sees the right image: a score is worth what it has above them.",
              *summary_lines(evaluations)]
     for results in evaluations:
         name, tables = name_of(results), results["results"][name_of(results)]

@@ -148,7 +148,7 @@ def rate_by_harness(harness, asked, reading):
         return " ".join(map(str, tokens))
 
     requests = [Instance("loglikelihood", {}, (write(options.prompt), " " + write(
-        answer[:options.letter] if reading == "letter" else answer)), place)
+        answer[:options.letter or None] if reading == "letter" else answer)), place)
         for options in asked for place, answer in enumerate(options.answers)]
     values = [value for value, _ in harness.loglikelihood(requests, disable_tqdm=True)]
     return {reading: split(values, asked)}

@@ -76,3 +76,12 @@ def test_reasoning_is_trained_on_and_kept_apart(tmp_path, place):
     tables = json.loads((folder / "results.json").read_text())["results"]["quiz/test"]
     assert bool(tables["reasoning"]) == (place != "none")
     assert (run / "eval/table.txt").is_file()
+    if place != "none":  # what is right by its answer alone
+        lines = [{"dataset": "quiz/test", "id": line["id"], "prediction": write(line["answer"], "A. B.", place)}
+                 for line in lines]
+        (tmp_path / "theirs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        eval_vqa.main(Config(predictions=str(tmp_path / "theirs.jsonl"), shards_dir=str(shards)))
+        (folder,) = find_evaluations(tmp_path / "eval")
+        tables = json.loads((folder / "results.json").read_text())["results"]["quiz/test"]
+        assert tables["all"]["rows"]["model"]["accuracy"][0] >= 75  # the first has none, and is read as a whole
+        assert tables["reasoning"]["model"]["right with it"] == 100

@@ -10,9 +10,9 @@ from extras.look import blind_texts
 from plumbing.flags import UserError
 from tasks import reports
 from tasks.findings import FINDINGS, compare
-from tasks.ngrams import bleu, cider_d, count_matches, lcs_f1, words_of
+from tasks.ngrams import bleu, cider_d, count_matches, words_of
 from tasks.reports import (CLINICAL, MAIN, SCALES, WORDS, blind_rows, compare_findings, cut_in_half, f1, medoid,
-                           report, score)
+                           report, score, ways_of)
 from test_box_data import real
 
 ASK = "write the findings."
@@ -247,3 +247,22 @@ def test_a_constant_report_scores_high_on_real_reports(tmp_path):
     assert 32 < sets[MAIN] < points[MAIN] < 37 and 60 < sets["findings F1"] < 75 and sets["macro F1"] < 10
     answers = blind_rows(None, records)["constant report"]
     assert 33 < np.mean([score(*pair)[MAIN] for pair in zip(records, answers)]) < 38
+
+
+# ----------------------------------------------------------------------------- other ways to ask
+
+def a_study(*parts):
+    return {"id": "1", "question": "write the findings of this study.", "answer": "no effusion.", "type": "findings",
+            "parts": list(parts)}
+
+
+def test_a_study_is_put_without_its_prior_and_with_films_exchanged():
+    parts = ("Indication: cough", {"image": "a", "role": "prior frontal"}, "Prior report: an effusion.",
+             {"image": "b", "role": "frontal"}, {"image": "c", "role": "lateral"})
+    ways = ways_of(a_study(*parts))
+    assert list(ways) == ["prior left out", "order swapped"]
+    assert ways["prior left out"] == (a_study(parts[0], *parts[3:]), [1, 2])
+    assert ways["order swapped"] == (a_study(*parts), [1, 0, 2])
+    assert ways_of(a_study(parts[0], *parts[3:])) == ways_of({**a_study(), "parts": []}) == {}
+    lateral = ways_of(a_study({"image": "a", "role": "prior frontal"}, {"image": "c", "role": "lateral"}))
+    assert list(lateral) == ["prior left out"]  # nothing of the same view to exchange it with

@@ -32,6 +32,7 @@ RANKS, RUNS = "test_ranks.py::", "test_runs.py::"
 PACKED, MODEL, FOLDER = "test_packing.py::", "test_model.py::", "test_folder.py::"
 TOGETHER = "test_generate.py::test_generation_together_equals_uncached_generation_one_at_a_time"
 GRPO, BOXES = "test_grpo.py::", "test_boxes.py::"
+CHOICES, HARNESS = "test_choices.py::", "test_harness.py::"
 QWEN, GOLDEN = "test_qwen3_vl.py::", "test_qwen3_vl.py::test_golden_numbers_of_a_tiny_model"
 SCORES, BLEU = "test_cls_metrics.py::", "test_eval.py::test_bleu1_agrees_with_an_independent_statement"
 RANGES = "test_flags.py::test_a_value_out_of_its_range_is_named_in_one_line"
@@ -199,6 +200,41 @@ MUTANTS = [  # what is wrong, in which file, [(its words, the words instead), ..
     ("boxes: text behind the last box is passed over", "tasks/boxes.py",
      [("    if label.strip():\n", "    if False:\n")],
      f"{BOXES}test_what_cannot_be_read_is_no_answer"),
+    ("choices: a likelihood is of the place, not of the option", "asking.py",
+     [("letter[options.order[place]] =", "letter[place] =")], f"{CHOICES}test_a_likelihood_belongs_to_its_option_in_whatever_order"),
+    ("choices: options are rated in the order in which they are listed", "asking.py",
+     [("key=lambda place: options.answers[place])", "key=lambda place: place)")],
+     f"{CHOICES}test_shared_prompts_are_unshared_ones_and_the_order_of_options_changes_no_bit"),
+    ("choices: of a letter the token behind it counts, too", "asking.py",
+     [("range(1, min(map(len, answers)) + 1)", "range(3, min(map(len, answers)) + 1)")],
+     f"{CHOICES}test_likelihoods_are_those_of_transformers_one_option_at_a_time"),
+    ("choices: the exchanged images are not shown", "asking.py",
+     [("asked = exchanged(prompt, instead)", "asked = prompt.copy()")],
+     f"{CHOICES}test_a_prompt_in_its_own_words_is_the_stored_one"),
+    ("choices: what cannot be read is the first option", "tasks/choices.py",
+     [("return same[0] if len(same) == 1 else None", "return same[0] if len(same) == 1 else 0")],
+     f"{CHOICES}test_strict_reading_guesses_nothing"),
+    ("choices: turned options are compared where they are not", "tasks/choices.py",
+     [("order.index(right) if right >= 0 else -1", "right")],
+     f"{CHOICES}test_a_model_that_favours_a_letter_is_shown_up"),
+    ("choices: the question is left in", "tasks/choices.py",
+     [('{**record, "question": options, "context": ""}, own)', '{**record, "context": ""}, own)')],
+     f"{CHOICES}test_ways_turn_the_options_and_leave_the_question_out"),
+    ("reports: the prior's report is left in", "tasks/reports.py",
+     [('part.startswith("Prior report:") if', "False if")],
+     "test_report_task.py::test_a_study_is_put_without_its_prior_and_with_films_exchanged"),
+    ("reports: films are not exchanged", "tasks/reports.py",
+     [("order[now], order[before] = before, now", "order[now], order[before] = now, before")],
+     f"{HARNESS}test_a_model_that_reads_the_prior_loses_what_it_should"),
+    ("reasoning: what stands before the answer is scored with it", "tasks/scoring.py",
+     [("reasoning.answer_of(record, text)) for record, note", "text) for record, note")],
+     "test_reasoning.py::test_reasoning_is_trained_on_and_kept_apart"),
+    ("harness: an evaluation of other code is passed over", "tasks/evaluations.py",
+     [('and facts["machine"]["commit"] == machine["commit"]', "")],
+     f"{HARNESS}test_other_code_or_other_flags_answer_again"),
+    ("harness: damaged answers are passed over", "tasks/evaluations.py",
+     [('and hash_file(folder / name) == file["sha256"]', "")],
+     f"{HARNESS}test_what_is_damaged_is_answered_again"),
     # What others who wrote Qwen3-VL by hand got wrong
     ("Qwen: no DeepStack", "zoo/qwen3_vl.py", [("if layer < len(deepstack):", "if False:")], GOLDEN),
     ("Qwen: another base of the text's angles", "zoo/qwen3_vl.py", [("config.rope_theta **", "1e4 **")], GOLDEN),

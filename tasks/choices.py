@@ -22,7 +22,8 @@ MAIN = "accuracy"
 READINGS = ("letter", "whole", "by token")  # of likelihoods: of "B", of "B. heparin", and that by its tokens
 METRICS = (MAIN, "MedEvalKit's", *READINGS, "unreadable")
 LETTERS = "ABCDEFGHIJ"
-ANSWER_MARKS = re.compile(r"\*+answer(?:\*+:?|:\*+)|answer is|answer:|final answer")  # behind which MedEvalKit looks
+ANSWER_MARKS = ("**answer**:", "**answer**", "*answer*:", "**answer:**", "answer is", "answer:", "\u7b54\u6848:",
+                "final answer")  # behind the last of each MedEvalKit looks, in this order
 ROWS_BY_TYPE = ("model", "image shuffled", "the image adds", "commonest option")
 TURNS = 3  # other orders in which options are shown
 
@@ -58,30 +59,35 @@ def plain(text):
 def read(record, text):
     """
     The place of the option that an answer names, or None. "B", "(b)", "B." and "B. heparin" name it by its letter, and
-    the text behind that is not compared; "heparin" names it by its text, if one option alone has that. Nothing else is
-    guessed.
+    the text behind that is not compared; "heparin" names it by its text, if one option alone has that, and so does
+    "H. pylori" where that is an option. Nothing else is guessed.
     """
     choices, letter = record["choices"], re.match(r"\(?([A-Ja-j])(?:[.):]+(?:\s|$)|$)", text.strip())
-    if letter and stem_of(record)[1]:
-        place = LETTERS.index(letter[1].upper())
-        return place if place < len(choices) else None
-    same = [place for place, choice in enumerate(choices) if plain(choice) == plain(text)]
+    same = [place for place, choice in enumerate(choices) if plain(choice) == plain(text) != ""]
+    if letter and stem_of(record)[1] and (place := LETTERS.index(letter[1].upper())) < len(choices):
+        by_letter = letter[0] == text.strip() or plain(text) == plain(f"{letter[1]}. {choices[place]}")
+        if by_letter or len(same) != 1:
+            return place
     return same[0] if len(same) == 1 else None
 
 
 def read_loosely(record, text):
     """
     The place of the option that MedEvalKit takes an answer for (its judge_multi_choice): the letter or option in what
-    stands behind "answer is" and the like, up to the first point; else, whatever the answer says, the option whose
-    letters are most like it. It always takes one.
+    stands in <answer> or \\boxed{}, or behind "answer is" and the like, up to the first point; else, whatever the
+    answer says, the option whose letters are most like it. It always takes one.
     """
     options = [option.lower() for option in answers_of(record)]
-    letters = LETTERS.lower()[:len(options)]
-    first, last = text.lower().split("\n\n")[0], text.lower().split("\n\n")[-1].split(".")[0]
-    text = first if first and first in letters else last if last and last in letters else text.lower()
-    text = ANSWER_MARKS.split(text)[-1].strip().replace("\n", "")
+    letters = list(LETTERS.lower()[:len(options)])
+    text = (" ".join(re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)).strip() or text).lower()
+    first, last = text.split("\n\n")[0], text.split("\n\n")[-1].split(".")[0]
+    text = first if first in letters else last if last in letters else text
+    text = ([text] + re.findall(r"\\boxed\{([^{}]*)\}", text))[-1]
+    for mark in ANSWER_MARKS:
+        text = text.split(mark)[-1]
+    text = text.strip().replace("\n", "")
     short = text.split(".")[0].split(":")[-1]
-    if len(short) == 1 and short in letters:
+    if short in letters:
         return letters.index(short)
     if short in options:
         return options.index(short)
@@ -173,7 +179,7 @@ def columns_of(scored):
     model = scored.get("model", ())
     if any(one["ways"] for one in model):
         turned = mean_of(model, lambda one: [way for way in one["ways"] if way.startswith("turned")])
-        without = mean_of(model, lambda one: ["no question"])
+        without = mean_of(model, lambda one: [way for way in one["ways"] if way == "no question"])
         blank = dict.fromkeys(METRICS, nothing)
         table = table | {"no question": blank | without}
         if not np.isnan(turned["letter"]).all():
@@ -208,7 +214,7 @@ def report_orders(scored):
     several orders are there.
     """
     orders = ["as asked", *(f"turned {turn + 1}" for turn in range(TURNS))]
-    turned = [one for one in scored if orders[1] in one["ways"]]
+    turned = [one for one in scored if {*orders} <= {"as asked", *one["ways"]}]
     if not turned:
         return None
     pairs = [(one["stands"][way], one["shown"][way]) for one in turned for way in orders]

@@ -64,6 +64,20 @@ def test_strict_reading_of_words_and_of_options_that_are_alike():
     assert [read(twice, text) for text in ("lung", "liver", "B")] == [None, 2, 1]
 
 
+GERMS = ("H. pylori", "C. difficile", "B. cereus", "E")
+
+
+@pytest.mark.parametrize("text, place", [
+    ("H. pylori", 0), ("C. difficile", 1), ("b. cereus.", 2), ("E", 3), ("C. B. cereus", 2), ("B. C. difficile", 1),
+    ("B", 1), ("C.", 2), ("B. fragilis", 1), ("E. coli", None), ("H", None)])
+def test_an_option_that_looks_like_a_letter_is_read_by_its_text(text, place):
+    assert read(line(options=GERMS), text) == place
+
+
+def test_nothing_names_no_option():
+    assert [read({**WORDS, "choices": ["", "no"]}, text) for text in ("", ".", " ", "no")] == [None, None, None, 1]
+
+
 @pytest.mark.parametrize("text, place", [  # as MedEvalKit's judge_multi_choice (commit 9b12e3b3) reads them, run once
     ("B", 1), ("b.", 1), ("B. heparin", 1), ("(B)", 1), ("heparin", 1), ("the answer is C", 2),
     ("The answer is: D. no treatment", 3), ("Answer: b", 1), ("I think it is warfarin", 2), ("none", 3), ("", 0),
@@ -71,7 +85,9 @@ def test_strict_reading_of_words_and_of_options_that_are_alike():
     ("final answer: a", 0), ("no treatment.", 3), ("aspirin or heparin", 1), ("heparine", 1), ("B) heparin", 1),
     ("the answer is obvious", 1), ("a", 0), ("x" * 400, 0), ("Answer: the answer is b", 1), ("e", 1),
     ("*answer*: d", 3), ("**answer:** b", 1), ("D, no treatment", 3),
-    ("warfarin sodium", 2), ("option C", 2), ("C\nwarfarin", 2)])
+    ("warfarin sodium", 2), ("option C", 2), ("C\nwarfarin", 2),
+    ("The final answer is D", 3), ("Final answer: it is B. The final answer is C.", 2), ("bc", 1), ("ab. ", 0),
+    ("<think>A</think><answer>D</answer>", 3), ("so \\boxed{C} is right", 2)])
 def test_loose_reading_is_medevalkits(text, place):
     assert read_loosely(line(), text) == place
 
@@ -176,6 +192,18 @@ def test_a_model_that_favours_a_letter_is_shown_up(capsys):
     assert (first["metric"], first["score"][0], first["unreadable"]) == ("accuracy", 0, 100)
     assert second["metric"] == "letter" and second["score"][0] == 100 and second["blind"][0] == "commonest option"
     json.dumps(tables)
+
+
+@pytest.mark.parametrize("ways, rows", [
+    (["turned 1"], ["options turned"]), (["no question"], ["no question", "question adds"]), (["my way"], []),
+    (["no question", "turned 1", "turned 2", "turned 3"], ["no question", "options turned", "question adds"])])
+def test_tables_of_some_ways_to_ask(ways, rows, capsys):
+    records = [line(right=number % 4) for number in range(12)]
+    entries = [{"as asked": likelihoods([-1, -2, -3, -4]), **({way: likelihoods([-1, -2, -3, -4]) for way in ways}
+                                                              if number % 2 else {})} for number in range(12)]
+    tables, _ = tables_of(records, entries, ["B"] * 12, capsys)
+    known = {row for row, cells in tables["all"]["rows"].items() if cells["letter"][0] is not None}
+    assert known == {"model", *rows} and bool(tables["orders"]) == (len(ways) == 4)
 
 
 def test_tables_of_answers_alone_have_no_likelihoods(capsys):

@@ -25,8 +25,11 @@ def write(answer, reasoning, place):
 
 
 def part(text, place):
-    """(answer, reasoning) of a text; the answer is "" where it should come behind a reasoning and never does."""
-    if place == "before":
+    """
+    (answer, reasoning) of a text; the answer is "" where it should come behind a reasoning and never does. A text that
+    has neither of the words for them is an answer at once.
+    """
+    if place == "before" and (ANSWER in text or REASONING in text):
         reasoning, mark, answer = text.rpartition(ANSWER)
         reasoning, answer = (reasoning, answer) if mark else (text, "")
         return answer.strip(), reasoning.strip().removeprefix(REASONING).strip()

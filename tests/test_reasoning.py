@@ -28,7 +28,7 @@ def test_what_is_written_is_parted_again(place):
 
 @pytest.mark.parametrize("text, place, parted", [
     ("Reasoning: a. Answer: b. Answer: C", "before", ("C", "a. Answer: b.")),  # the last one is what it ends with
-    ("Reasoning: it goes on", "before", ("", "it goes on")), ("B", "before", ("", "B")), ("", "before", ("", "")),
+    ("Reasoning: it goes on", "before", ("", "it goes on")), ("B", "before", ("B", "")), ("", "before", ("", "")),
     ("B", "after", ("B", "")), ("Reasoning: x", "after", ("", "x")), ("Answer:", "before", ("", ""))])
 def test_texts_that_lack_a_part(text, place, parted):
     assert part(text, place) == parted
@@ -45,7 +45,7 @@ def test_a_reward_sees_the_answer_alone():
 
 def test_reasoning_is_scored_apart(capsys):
     records = [{"reasoning": {"place": "before", "text": "it acts at once"}}] * 2 + [{}]
-    answers = {"model": ["Reasoning: it acts at once Answer: A", "B", "A"]}
+    answers = {"model": ["Reasoning: it acts at once Answer: A", "Reasoning: B", "A"]}
     scored = {"model": [{"accuracy": 100.0}, {"accuracy": 0.0}, {"accuracy": 100.0}]}
     table = report(answers, records, scored, "accuracy", np.arange(3))
     assert table["model"]["given"] == 100  # of the second all is reasoning: it never answers
@@ -75,6 +75,7 @@ def test_reasoning_is_trained_on_and_kept_apart(tmp_path, place):
     (folder,) = find_evaluations(run)
     tables = json.loads((folder / "results.json").read_text())["results"]["quiz/test"]
     assert bool(tables["reasoning"]) == (place != "none")
+    assert tables["all"]["rows"]["commonest option"]["accuracy"][0] == 50  # whatever the data's answers begin with
     assert (run / "eval/table.txt").is_file()
     if place != "none":  # what is right by its answer alone
         lines = [{"dataset": "quiz/test", "id": line["id"], "prediction": write(line["answer"], "A. B.", place)}

@@ -133,7 +133,8 @@ def read_foreign(path, records):
 
     records: {"dataset/split": lines of records.jsonl} of all datasets that the file is to answer. Raises UserError for
     a line that is no JSON object, without an answer, of another dataset or question, or twice there; for likelihoods
-    that are not as many finite numbers as there are options; and for questions without an answer.
+    that are not as many finite numbers as there are options, or of a part of a dataset's questions; and for questions
+    without an answer.
     """
     lines = read_objects(path)
     key = find_key(path, lines)
@@ -143,7 +144,10 @@ def read_foreign(path, records):
     answers = {}
     for name, some in records.items():
         found = [named[name, str(record["id"])] for record in some]
-        answers[name] = ([line[key] for _, line in found],
-                         [read_note(path, number, line, record)
-                          for (number, line), record in zip(found, some, strict=True)])
+        notes = [read_note(path, number, line, record) for (number, line), record in zip(found, some, strict=True)]
+        if any(notes):
+            refuse(path, [number for (number, _), note in zip(found, notes) if not note],
+                   f"answers to {name} are without likelihoods, which others have; by number of the line",
+                   "give each question's, or none")
+        answers[name] = [line[key] for _, line in found], notes
     return answers

@@ -100,7 +100,7 @@ def score_predictions(config):
     """
     path = Path(config.predictions)
     named = [str(line.get("dataset", "")).partition("/")[0] for _, line in read_objects(path)]
-    asked = [name.strip() for name in config.data.split(",")] if config.data else named
+    asked = [name.strip() for name in config.data.split(",")] if config.data not in ("", "all") else named
     datasets = list(dict.fromkeys(filter(None, asked)))
     if not datasets:
         raise UserError(f"{path}: its lines name no dataset; say which one they answer, such as --data=vqa_rad")
@@ -146,8 +146,8 @@ def compare_runs(config):
             raise UserError(f"{shard.folder}: other questions than were answered; {shard.again}, and evaluate both "
                             "runs anew") from None
         task = task_of(shard)
-        scores = [[task.score(line, reasoning.answer_of(line, line["prediction"]))[task.MAIN] for line in some]
-                  for some in lines]
+        scores = [[task.score(records[number], reasoning.answer_of(line, line["prediction"]))[task.MAIN]
+                   for number, line in zip(numbers, some, strict=True)] for some in lines]
         metrics[name], comparisons[name] = task.MAIN, compare(*scores, units[numbers], unit, config.seed)
     if not comparisons:
         raise UserError(f"--against={config.against}: no dataset that both have answered ({', '.join(first)}; "

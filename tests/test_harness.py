@@ -263,12 +263,20 @@ def test_anybodys_answers_get_the_same_tables(made, tmp_path, capsys):
     (lambda line: {"id": line["id"], "prediction": ""}, "its lines name no dataset"),
     (lambda line: line | {"likelihoods": {"whole": [1], "letter": [1], "tokens": [1]}},
      "line 1: the likelihoods have not 3"),
+    (lambda line: line | ({"likelihoods": dict.fromkeys(("whole", "letter", "tokens"), [1, 1, 1])} if line["id"] == "5"
+                          else {}), "4 answers to quiz/test are without likelihoods, which others have"),
     (lambda line: line | {"prediction": 3}, "lines whose prediction is no text")])
 def test_answers_that_do_not_fit_are_refused_in_one_line(made, tmp_path, change, message):
     path = write_answers(made, tmp_path / "theirs.jsonl", change)
     with pytest.raises(UserError, match=message.replace("(", r"\(")) as refused:
         eval_vqa.main(Config(predictions=str(path), shards_dir=str(made[0])))
     assert len(str(refused.value).splitlines()) == 1 and not (tmp_path / "eval").exists()
+
+
+def test_all_datasets_that_the_lines_name_are_scored(made, tmp_path):
+    path = write_answers(made, tmp_path / "theirs.jsonl")
+    eval_vqa.main(Config(predictions=str(path), shards_dir=str(made[0]), data="all"))
+    assert {folder.name for folder in find_evaluations(tmp_path)} == {"theirs_quiz_test", "theirs_learn_test"}
 
 
 # ----------------------------------------------------------------------------- two runs
@@ -289,3 +297,16 @@ def test_two_runs_are_compared_question_by_question(made, tmp_path, capsys):
     evaluate((made[0], runs[0]), data="quiz", limit=2)
     with pytest.raises(UserError, match="answers to other questions"):
         eval_vqa.main(Config(run=str(runs[0]), against=str(runs[1]), shards_dir=str(made[0])))
+
+
+def test_answers_of_before_the_data_had_choices_are_compared(made, tmp_path, capsys):
+    old = shutil.copytree(made[0], tmp_path / "old")
+    quiz = [Record(record["id"], record["question"], record["answer"])
+            for record in Shard(old / "quiz/test").read_records()]
+    write_questions(old, "quiz", {"train": quiz, "test": quiz}, "text questions")
+    guard(old, "drop")
+    evaluate((old, made[1]), data="quiz", out=str(tmp_path / "a"))
+    evaluate(made, data="quiz", out=str(tmp_path / "b"))
+    capsys.readouterr()
+    eval_vqa.main(Config(run=str(tmp_path / "a"), against=str(tmp_path / "b"), shards_dir=str(made[0])))
+    assert "accuracy" in capsys.readouterr().out

@@ -1,8 +1,6 @@
 """What reports say of CheXpert's findings: rules by hand, sixty changed words, any text, and MeSH terms of IU X-Ray."""
 
-import os
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +8,6 @@ import pytest
 from tasks.findings import FINDINGS, FIVE, TEMPORAL, collect, compare, f1, read, sides, temporal
 from tasks.rewards import REWARDS, parse, reward
 from tasks.vqa import bleu1
-
-RAW = Path(os.environ.get("NANOMEDQ_RAW", "raw"))
 
 
 def said(text):

@@ -26,6 +26,7 @@ CLINICAL = ("findings F1", "macro F1", "temporal F1")  # of the second, where th
 SCALES = ("BLEU-2", "BLEU-3", "mean BLEU-4", "ROUGE-L coco", "ROUGE-L of sets", "words")  # of the last
 MEANS = (MAIN, "METEOR", "ROUGE-L coco", "ROUGE-L of sets", "words")  # over reports, as `score` has them
 ADDED = {"the image adds": "image shuffled", "the prior adds": "prior left out"}  # the row that the model is above
+ROWS_BY_TYPE = ("model", "image shuffled", "constant report")
 CANDIDATES, OTHERS = 256, 64  # reports among which the medoid is searched, and that each is compared with
 
 
@@ -207,9 +208,9 @@ def fit(cell):
     return text if len(text) < 17 else "{:.0f} [{:.0f} {:.0f}]".format(*cell)
 
 
-def print_table(table, unit, clinical):
-    """Print a table in its parts, that of the findings where the references have any."""
-    for title, names in (("", WORDS), *((("findings", CLINICAL),) if clinical else ()), ("other scales", SCALES)):
+def print_table(table, unit, parts):
+    """Print a table in parts, [(title, names of its scores)]."""
+    for title, names in parts:
         print_cells(title, names)
         for row, cells in table["rows"].items():
             print_cells(row, [fit(cells[name]) for name in names])
@@ -245,19 +246,19 @@ def report(name, scored, images, records, seen, units, unit="images", seed=0):
     what = f"{'reports' if clinical else 'texts'}{f' about {images:,} images' if images else ''}"
     print(f"\n{name}: {len(records):,} {what}; percent, CIDEr-D x 100, with 95% intervals over {unit}")
 
-    def show(table):
-        print_table(table, unit, clinical)
-
+    parts = [("", WORDS), *([("findings", CLINICAL)] if clinical else [])]
     tables = {"drawn": unit, "all": tabulate(stacked, np.full(len(records), True), units, seed)}
-    show(tables["all"])
+    print_table(tables["all"], unit, [*parts, ("other scales", SCALES)])
     tables["texts"] = report_texts(scored, seen, consensus)
-    tables["new"] = report_new(seen, lambda chosen: tabulate(stacked, chosen, units, seed), show)
+    tables["new"] = report_new(seen, lambda chosen: tabulate(stacked, chosen, units, seed),
+                               lambda table: print_table(table, unit, parts))
     types = np.array([record["type"] for record in records])
     if (later := np.array(list(map(has_prior, records)))).any():
         tables["with a prior"] = tabulate(stacked, later, units, seed)
         print(f"{tables['with a prior']['questions']:,} of them of a patient with an earlier study:")
-        show(tables["with a prior"])
-    tables["types"] = {kind: tabulate(stacked, types == kind, units, seed)
+        print_table(tables["with a prior"], unit, parts)
+    few = {row: stacked[row] for row in stacked if row in ROWS_BY_TYPE}
+    tables["types"] = {kind: tabulate(few, types == kind, units, seed)
                        for kind, _ in Counter(types.tolist()).most_common()}
     print_types(tables["types"], MAIN)
     added = next((row for row in ADDED if row in tables["all"]["rows"]), "")

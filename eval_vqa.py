@@ -2,7 +2,7 @@
 Answer the questions of test splits with a trained model, and score the answers.
 
     python eval_vqa.py                       the newest run, on every prepared test split about images
-    python eval_vqa.py --data=all            on every prepared test split, with one table of all; goes on where it stopped
+    python eval_vqa.py --data=all            on every prepared test split, in one table; goes on where it stopped
     python eval_vqa.py --run=out/x --data=path_vqa --blind=none
     python eval_vqa.py --image=scan.png --question="what is shown?"       one answer, without scores
     python eval_vqa.py --predictions=theirs.jsonl --data=med_qa           anybody's answers, in the same tables
@@ -63,7 +63,7 @@ from tqdm import tqdm
 from asking import rate_options, reword
 from data import Record
 from generate import Sampling, ask, finished_groups, generate
-from plumbing.devices import autocast_to, describe_machine, join_group, pick_device, share_out, together
+from plumbing.devices import agree, autocast_to, describe_machine, join_group, pick_device, share_out, together
 from plumbing.files import read_manifest
 from run import open_trained_run
 from tasks import choices
@@ -132,7 +132,9 @@ def answer(model, tokenizer, shard, count, shown, config):
             answers[question.row][question.number] = text
             notes[question.row][question.number] = {"cut": True} if cut else {}
     for row in {*rows} - {*shown}:  # to a question that cannot be put in other words the answer is the same
-        answers[row] = [own if text is None else text for text, own in zip(answers[row], answers["model"])]
+        same = [text is None for text in answers[row]]
+        for some in (answers, notes):
+            some[row] = [own if alike else one for one, own, alike in zip(some[row], some["model"], same)]
     if task_of(shard) is choices:
         for row, entries in rate_options(model, tokenizer, shard, count, shown).items():
             notes[row] = [note | {"likelihoods": entry} for note, entry in zip(notes[row], entries, strict=True)]
@@ -189,8 +191,8 @@ def main(config):
     for shard in shards:
         count, begin = count_questions(shard, config), time.perf_counter()
         facts = list_facts(hash, shard, splits, config, device.type, str(dtype), model.base_bits)
-        folders.append(together(lambda: place_of(out, name_evaluation(checkpoint, shard, config), facts)))
-        if config.data == "all" and together(lambda: is_done(folders[-1], facts, describe_machine(device))):
+        folders.append(agree(lambda: place_of(out, name_evaluation(checkpoint, shard, config), facts)))
+        if config.data == "all" and agree(lambda: is_done(folders[-1], facts, describe_machine(device))):
             print(f"{folders[-1]}: there already")
             continue
         with autocast_to(device, dtype):

@@ -15,7 +15,7 @@ import io
 from collections import defaultdict
 from pathlib import Path
 
-from plumbing.files import write_whole
+from plumbing.files import lock, write_whole
 from tasks.published import TITLE, Figure, describe, published_for
 from tasks.vqa import cell_text
 
@@ -111,8 +111,8 @@ def list_notes(evaluations):
         drawn[summary_of(results)["unit"]].append(name_of(results))
     units = "; ".join(f"{unit} ({', '.join(names)})" if len(drawn) > 1 else unit for unit, names in drawn.items())
     return [f"[low high]: 95% intervals by resampling {units}",
-            "blind answers see no image; image adds: the score above that with other images, of a study with a prior "
-            "that without it",
+            "blind answers see no image; image adds: the score above that with other images, with --blind=none that of "
+            "studies above that without the earlier one",
             "leaks: questions that are not new to the run, whose words or image it was trained on; ?: not known",
             *list_differences(evaluations)]
 
@@ -201,9 +201,10 @@ def write_summary(out, evaluations):
     print("\n" + write_text(evaluations, again, with_seconds=True), end="")
     out.mkdir(parents=True, exist_ok=True)
     seconds = [(label_of(results), seconds_of(results, "{:.1f}")) for _, results in evaluations]
-    for name, content in (
-            ("table.txt", write_text(evaluations, again).encode()), ("table.csv", write_numbers(evaluations)),
-            ("table.tex", write_tex(evaluations).encode()), ("seconds.csv", write_csv(["dataset", "seconds"], seconds)),
-            ("published.csv", write_csv(Figure._fields, list_published(evaluations)))):
-        write_whole(out / name, content)
+    files = {"table.txt": write_text(evaluations, again).encode(), "table.csv": write_numbers(evaluations),
+             "table.tex": write_tex(evaluations).encode(), "seconds.csv": write_csv(["dataset", "seconds"], seconds),
+             "published.csv": write_csv(Figure._fields, list_published(evaluations))}
+    with lock(out / ".lock", "writing an evaluation", wait=True):
+        for name, content in files.items():
+            write_whole(out / name, content)
     print(f"the table is in {out}/table.txt, .csv and .tex")

@@ -242,7 +242,7 @@ def test_likelihoods_of_the_options_alone_are_those_as_asked(tmp_path):
     lines = [line | {"likelihoods": LIKELY} for line in LINES]
     _, notes = read(tmp_path / "a.jsonl", lines)["scans/test"]
     assert notes == [{"likelihoods": {"as asked": LIKELY}}] * 5
-    with pytest.raises(UserError, match="2 answers to scans/test are without likelihoods, .* by number of the line: 4, 5"):
+    with pytest.raises(UserError, match="2 answers to scans/test are without likelihoods, .* of the line: 4, 5"):
         read(tmp_path / "a.jsonl", lines[:3] + LINES[3:])
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import eval_vqa
 from data import Record, Tokenizer, View
@@ -27,6 +28,7 @@ from tasks.evaluations import find_evaluations, read_evaluation
 from tasks.splits import open_splits
 from test_eval import drawing, encoded, write_questions
 from test_evaluations import make_run
+from test_ranks import together
 
 ROOT = Path(__file__).resolve().parent.parent
 DRUGS = ("aspirin", "heparin", "nothing")
@@ -151,6 +153,13 @@ def test_all_leaves_out_what_the_run_cannot_be_asked(made, tmp_path, capsys):
     assert "not answered:" in capsys.readouterr().out
 
 
+def test_the_first_of_two_processes_knows_what_is_there(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_vqa, "is_done", lambda *_: torch.distributed.get_rank() == 1)
+    told = together(2, Config(run=str(shutil.copytree(made[1], tmp_path / "run")), shards_dir=str(made[0]), data="all",
+                              max_new_tokens=3, limit=1, blind="none"), eval_vqa.main)
+    assert told.count("scores in") == 5 and "there already" not in told
+
+
 # ----------------------------------------------------------------------------- studies
 
 def test_a_study_is_asked_without_its_prior_and_with_films_exchanged(made, tmp_path, capsys):
@@ -161,13 +170,13 @@ def test_a_study_is_asked_without_its_prior_and_with_films_exchanged(made, tmp_p
     assert {path.name for path in folder.glob("*.jsonl")} == {
         f"predictions{row}.jsonl" for row in ("", "_image_shuffled", "_prior_left_out", "_order_swapped",
                                               "_constant_report")}
-    rows = [[json.loads(line)["prediction"] for line in (folder / name).read_text().splitlines()]
+    rows = [[json.loads(line) for line in (folder / name).read_text().splitlines()]
             for name in ("predictions.jsonl", "predictions_prior_left_out.jsonl")]
     for number, (own, without) in enumerate(zip(*rows, strict=True)):
-        assert number % 2 or own == without  # those of even numbers have no earlier study
+        assert number % 2 or own == without and own["cut"]  # those of even numbers have no earlier study
 
 
-# What a perfect reader of drawn studies would say: by the films that it is shown, in the order in which it is shown them
+# What a perfect reader of drawn studies would say: by the films that it is shown, in the order in which they are shown
 
 
 @pytest.fixture(scope="module")
@@ -215,8 +224,8 @@ def test_a_model_that_reads_the_prior_loses_what_it_should(drawn, tmp_path, monk
     assert 0 < rows["order swapped"]["temporal F1"] < 60  # unchanged and absent stay right, larger becomes smaller
     texts = {name: [json.loads(line) for line in (folder / f"predictions{name}.jsonl").read_text().splitlines()]
              for name in ("", "_order_swapped")}
-    kinds = {"larger": "smaller than before", "smaller": "larger than before", "new": "has resolved", "resolved": "is new",
-             "unchanged": "is unchanged"}
+    kinds = {"larger": "smaller than before", "smaller": "larger than before", "new": "has resolved",
+             "resolved": "is new", "unchanged": "is unchanged"}
     for own, swapped in zip(*texts.values(), strict=True):
         if own["type"] in kinds:
             assert kinds[own["type"]] in swapped["prediction"] and own["prediction"] == own["answer"]
@@ -263,8 +272,8 @@ def test_anybodys_answers_get_the_same_tables(made, tmp_path, capsys):
     (lambda line: {"id": line["id"], "prediction": ""}, "its lines name no dataset"),
     (lambda line: line | {"likelihoods": {"whole": [1], "letter": [1], "tokens": [1]}},
      "line 1: the likelihoods have not 3"),
-    (lambda line: line | ({"likelihoods": dict.fromkeys(("whole", "letter", "tokens"), [1, 1, 1])} if line["id"] == "5"
-                          else {}), "4 answers to quiz/test are without likelihoods, which others have"),
+    (lambda line: line | ({"likelihoods": dict.fromkeys(("whole", "letter", "tokens"), [1, 1, 1])}
+                          if line["id"] == "5" else {}), "4 answers to quiz/test are without likelihoods"),
     (lambda line: line | {"prediction": 3}, "lines whose prediction is no text")])
 def test_answers_that_do_not_fit_are_refused_in_one_line(made, tmp_path, change, message):
     path = write_answers(made, tmp_path / "theirs.jsonl", change)

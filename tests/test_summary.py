@@ -79,6 +79,13 @@ def test_seconds_are_printed_and_are_in_a_file_of_their_own(written):
     assert not [name for name in files if name.startswith(".")]
 
 
+def test_no_two_evaluations_write_the_table_at_once(written, monkeypatch):
+    held = []
+    monkeypatch.setattr("tasks.summary.write_whole", lambda path, _: held.append((path.parent / ".lock").exists()))
+    written([evaluation("slake/test", line())])
+    assert held == [True] * 5
+
+
 def test_answers_that_were_given_elsewhere_took_no_known_time(written):
     files = written([evaluation("slake/test", line(), seconds=None)])
     assert cells(files[""].splitlines()[2])[-1] == "-" and files["seconds.csv"] == "dataset,seconds\nslake/test,-\n"

@@ -167,7 +167,7 @@ def test_summary():
     tables, _ = made(rows, texts, seen=["words"] * 4 + ["words and image", "image"] + [""] * 24)
     summary, table = tables["summary"], tables["all"]["rows"]
     assert [summary[name] for name in ("n", "unit", "leaks")] == [30, "images", 6]
-    assert [line["metric"] for line in summary["lines"]] == [MAIN, "BLEU-4", "CIDEr-D", "findings F1"]
+    assert [line["metric"] for line in summary["lines"]] == [MAIN, "BLEU-4", "CIDEr-D", "findings F1", "macro F1"]
     for line in summary["lines"]:
         name = line["metric"]
         assert line["score"] == table["model"][name] and line["adds"] == table["the image adds"][name]

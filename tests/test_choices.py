@@ -191,6 +191,7 @@ def test_a_model_that_favours_a_letter_is_shown_up(capsys):
     first, second = tables["summary"]["lines"]
     assert (first["metric"], first["score"][0], first["unreadable"]) == ("accuracy", 0, 100)
     assert second["metric"] == "letter" and second["score"][0] == 100 and second["blind"][0] == "commonest option"
+    assert second["unreadable"] is None
     json.dumps(tables)
 
 

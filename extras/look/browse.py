@@ -31,6 +31,7 @@ from plumbing.shards import Shard
 from tasks import boxes, choices, reports
 from tasks.evaluations import choose_evaluations, file_of, find_evaluations, read_predictions
 from tasks.foreign import read_note
+from tasks.reasoning import answer_of
 from tasks.splits import task_of
 from tasks.vqa import as_asked, bleu1, exact_match
 
@@ -157,7 +158,7 @@ def scored_boxes(text, record):
 
 def scored_choice(line, record):
     """The place of the option that an answer names, None where it names none, and {reading: that of the likeliest}."""
-    place = choices.read(record, line["prediction"])
+    place = choices.read(record, answer_of(line, line["prediction"]))
     note = read_note(line["dataset"], repr(line["id"]), line, record)
     return {"option": place, "exact": place == choices.right_of(record),
             "readings": choices.choose(note["likelihoods"]["as asked"]) if note else {}}

@@ -552,6 +552,13 @@ def test_choices_and_reports_have_what_their_tasks_say(tasks_made):
     assert [answer for answer in report["answers"][:2]] == [{"text": text} for text in REPORTS[1:]]
 
 
+def test_a_choice_is_read_behind_its_reasoning(browse):
+    record = {"id": "1", "question": "which? A. a B. b", "answer": "B. b", "choices": ["a", "b"],
+              "reasoning": {"place": "before", "text": "it is"}}
+    line = record | {"dataset": "quiz/test", "prediction": "Reasoning: A. is not. Answer: B. b"}
+    assert browse.scored_choice(line, record) == {"option": 1, "exact": True, "readings": {}}
+
+
 def test_bad_likelihoods_of_a_choice_are_refused(browse, tasks_made, tmp_path):
     page, lines = tasks_made
     odd = lines[0] | {"likelihoods": {"as asked": LIKELY | {"whole": [1]}}}

@@ -173,7 +173,8 @@ def read_evaluation(folder):
     """The dict of an evaluation's results.json. Raises UserError where it is damaged."""
     results = read_manifest(folder, RESULTS)
     if results is None or "predictions" not in results:
-        raise UserError(f"{folder}/{RESULTS}: damaged, or of another version of this code; {again(folder)}")
+        raise UserError(f"{folder}/{RESULTS}: damaged, or of another version of this code; delete that folder and "
+                        f"{again(folder)}")
     return results
 
 

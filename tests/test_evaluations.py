@@ -275,7 +275,7 @@ def test_every_damage_of_an_evaluation_is_told_in_a_line(evaluate):
     with pytest.raises(UserError, match="not a part of the evaluation beside it"):
         read_predictions(folder / "predictions_mine.jsonl")
     (folder / "results.json").write_text(json.dumps({"checkpoint": "step_1", "results": {}}))
-    with pytest.raises(UserError, match="results.json: damaged, or of another version of this code; run"):
+    with pytest.raises(UserError, match="results.json: damaged, or of another version of this code; delete that "):
         choose_evaluations(evaluate.run)
 
 

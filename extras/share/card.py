@@ -13,7 +13,7 @@ from prepare.datasets import DATASETS
 from prepare.weights import WEIGHTS
 from tasks.box_tables import SIZES
 from tasks.evaluations import find_evaluations, read_evaluation
-from tasks.summary import HEADS, list_rows, name_of, sort_evaluations, text_cells
+from tasks.summary import HEADS, list_rows, name_of, sort_evaluations, summary_of, text_cells
 from tasks.vqa import cell_text
 from weights import load_vlm
 from zoo.qwen3_files import CONFIGS as QWENS
@@ -177,7 +177,8 @@ def describe_results(run, checkpoint):
         name = " ".join([name, *(f"--{flag}={value}" for flag, value in results["unusual_flags"].items())])
         for title, table in (("all questions", tables["all"]), ("those new to the run", tables["new"])):
             if isinstance(table, str):  # the reason names places and data
-                lines += ["", f"{name}, {title}: not known"]
+                none = (summary_of(results) or {}).get("leaks") == tables["all"]["questions"]
+                lines += ["", f"{name}, {title}: {'none' if none else 'not known'}"]
             else:
                 lines += table_lines(f"{name}, {title}", table, tables["drawn"])
     return "\n".join(lines)

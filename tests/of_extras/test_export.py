@@ -354,6 +354,8 @@ def test_card_has_one_table_of_all_evaluations_first(runs, tmp_path):
            "machine": {"commit": "", "device": "cpu"}}
     for name in ("st_anna/test", "med_qa/test"):
         write_evaluation(run / "eval" / name.partition("/")[0], own | {"results": {name: tables}}, {"model": []})
+    leaked = choices.report("slake/test", scored, 0, records, ["image"] * 8, np.arange(8), "questions")
+    write_evaluation(run / "eval/slake", own | {"results": {"slake/test": leaked}}, {"model": []})
     older = {key: value for key, value in tables.items() if key != "summary"}
     write_evaluation(run / "eval/older", own | {"results": {"vqa_rad/test": older}}, {"model": []})
     results = write_card(run, tmp_path / "README.md").text.partition("## Results")[2].partition("## Training data")[0]
@@ -362,7 +364,9 @@ def test_card_has_one_table_of_all_evaluations_first(runs, tmp_path):
     assert head.count("|") == rule.count("|") and set(rule) <= set("|-: ")
     names = [row.split(" | ")[0].removeprefix("| ") for row in rows[:rows.index(next(
         row for row in rows if "all questions" in row))]]
-    assert [name for name in names if name] == ["sample/test", "a private dataset", "med_qa/test"]
+    assert [name for name in names if name] == ["sample/test", "a private dataset", "med_qa/test",
+                                                    "slake/test"]
+    assert "slake/test, those new to the run: none\n" in results
     score = cell_text(tables["summary"]["lines"][0]["score"])
     assert score[:4] == "62.5" and f"| a private dataset | 8 | accuracy | {score} | - | - | 12.5% | 2 |" in rows
     assert "| med_qa/test, all questions: 8, over questions | accuracy | MedEvalKit's | letter | whole |" in results

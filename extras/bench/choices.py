@@ -18,7 +18,8 @@ generate on what our encoder makes of the same images, padded on the left (peers
 
 A round is each way once, in turns. All have to agree: on each option's log-probability, and on the reports' tokens.
 Tokens, and those whose logits are computed, are counted as the model is given them, padding included. On a machine
-that others use, too, processor time tells more than the clock. Needs tests/requirements.txt, and for lm_eval that.
+that others use, too, processor time tells more than the clock, with --threads=1, since threads that wait for one
+another use it, too. Needs tests/requirements.txt; lm_eval is measured where it is installed.
 """
 
 import sys
@@ -211,7 +212,7 @@ def answer_ours(model, studies, stops, config):
               for number in range(studies.count)]
     passes = generate(model, read_groups(studies, groups), config.new_tokens, Sampling(stops=stops),
                       config.batch_size, log_probabilities=False)
-    return [answer.tokens for _, (answer,) in sorted(finished_groups(passes), key=lambda pair: pair[0])]
+    return [answer.tokens for _, (answer,) in finished_groups(passes)]  # as long as one another, they end in order
 
 
 def ways_to_report(model, peer, studies, stops, config):

@@ -63,6 +63,7 @@ def test_all_ways_find_the_same_options_equally_likely_and_their_work_is_counted
     given, logits = work["ours"]
     assert logits == sum(map(sum, answers)) and given < work["one forward an option, batch of 1"][0] / 2
     assert all(some.shape == (2, 2) and (some > 0).all() for some in seconds.values())
+    assert not model.language._forward_hooks and not llama._forward_hooks
 
 
 def test_ours_asks_in_one_order_alone(parts, monkeypatch):

@@ -102,7 +102,7 @@ def group_options(shard, options, image_tokens):
 def rate(model, groups, vocab_size):
     """Log-probabilities, (M,) float32, of all supervised tokens of data.Groups, in one pass of the model."""
     device = next(model.projector.parameters()).device
-    batch = to_device(make_batch(groups), device)
+    batch = to_device(make_batch(groups, 128 if device.type == "cuda" else 1), device)  # as train_vlm.py pads it
     logits = model(batch)[:, :vocab_size]  # (M, V)
     return -F.cross_entropy(logits, batch.targets, reduction="none").cpu().numpy()
 

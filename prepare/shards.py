@@ -199,7 +199,7 @@ class SplitWriter:
         """Why a clean record cannot be used, in words; "" where it can."""
         assert not isinstance(record.references, str), record.id  # one text is no tuple of texts
         assert not (record.parts and record.image), record.id  # the image would not be shown
-        assert not (record.turns and record.boxes), record.id  # of which answer they are would not be known
+        assert not (record.turns and (record.boxes or record.choices)), record.id  # of which answer is not known
         labels, views = set(record.labels or ()), record.views()
         questions, answers = zip((record.question, record.answer), *record.turns)
         imageless = self.kind == "text questions" and not record.image_name

@@ -16,7 +16,7 @@ import transformers
 import asking
 import eval_vqa
 from asking import Options, group_options, likelihoods_of, list_options, rate, rate_options, write_prompt
-from data import Record, Tokenizer, View
+from data import Record, Tokenizer, View, make_batch
 from eval_vqa import Config
 from model import VLM, LlamaConfig, LLaMA, ViT, ViTConfig, init_weights
 from plumbing.shards import Shard
@@ -333,6 +333,22 @@ def test_micro_batches_change_nothing(text_shards, tmp_path, monkeypatch):
         for way in first:
             assert np.allclose(first[way]["whole"], second[way]["whole"], atol=2e-5)
             assert first[way]["tokens"] == second[way]["tokens"] and first[way].get("order") == second[way].get("order")
+
+
+def test_padding_to_whole_blocks_changes_nothing(text_shards, tmp_path, monkeypatch):
+    """As on a GPU, where FlexAttention sees blocks of 128 tokens."""
+    shard, tokenizer = open_text(text_shards, tmp_path)
+    model, shown = build(), {"model": np.zeros(0, int)}
+    whole = rate_options(model, tokenizer, shard, 10, shown)["model"]
+    monkeypatch.setattr(asking, "make_batch", lambda groups, multiple: make_batch(groups, 128))
+    for first, second in zip(whole, rate_options(model, tokenizer, shard, 10, shown)["model"], strict=True):
+        assert all(np.allclose(first[way]["whole"], second[way]["whole"], atol=2e-5) for way in first)
+
+
+def test_options_are_of_no_conversation(tmp_path):
+    record = choice(0, "which?", DRUGS, 1, turns=(("and now?", "none"),))
+    with pytest.raises(AssertionError):
+        write_questions(tmp_path, "quiz", {"test": [record]}, "text questions", task="choices")
 
 
 class FavoursA(VLM):

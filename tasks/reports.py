@@ -66,8 +66,13 @@ def score(record, prediction):
 
 # ----------------------------------------------------------------------------- other ways to ask
 
+def is_prior(part):
+    """Whether a part of a study is of the one before: a film by its role, or its report."""
+    return part.startswith("Prior report:") if isinstance(part, str) else part["role"].startswith("prior ")
+
+
 def has_prior(record):
-    return any(part["role"].startswith("prior ") for part in record.get("parts", ()) if isinstance(part, dict))
+    return any(map(is_prior, record.get("parts", ())))
 
 
 def ways_of(record):
@@ -80,8 +85,7 @@ def ways_of(record):
     roles = [part["role"] for part in parts if isinstance(part, dict)]
     if not has_prior(record):
         return {}
-    own = [part for part in parts if not (part.startswith("Prior report:") if isinstance(part, str) else
-                                          part["role"].startswith("prior "))]
+    own = [part for part in parts if not is_prior(part)]
     ways = {"prior left out": ({**record, "parts": own},
                                [place for place, role in enumerate(roles) if not role.startswith("prior ")])}
     if {"frontal", "prior frontal"} <= set(roles):

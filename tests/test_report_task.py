@@ -264,5 +264,8 @@ def test_a_study_is_put_without_its_prior_and_with_films_exchanged():
     assert ways["prior left out"] == (a_study(parts[0], *parts[3:]), [1, 2])
     assert ways["order swapped"] == (a_study(*parts), [1, 0, 2])
     assert ways_of(a_study(parts[0], *parts[3:])) == ways_of({**a_study(), "parts": []}) == {}
+    told, film = "Prior report: clear.", {"image": "a", "role": "frontal"}  # of a study without a frontal film
+    (way, (line, order)), = ways_of(a_study(told, film)).items()
+    assert (way, line["parts"], order) == ("prior left out", [film], [0])
     lateral = ways_of(a_study({"image": "a", "role": "prior frontal"}, {"image": "c", "role": "lateral"}))
     assert list(lateral) == ["prior left out"]  # nothing of the same view to exchange it with

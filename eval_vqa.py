@@ -163,6 +163,8 @@ def load(checkpoint, shards, device, dtype, bits):
 def main(config):
     if (config.top_k or config.top_p < 1) and not config.temperature:
         raise UserError("--top_k and --top_p: for sampled answers; give a --temperature, too, such as 0.7")
+    if sum(map(bool, (config.question or config.image, config.predictions, config.against))) > 1:
+        raise UserError("--question, --predictions and --against: one at a time")
     if config.question or config.image:
         return print(answer_one(config))
     if config.predictions:

@@ -128,13 +128,15 @@ def score_predictions(config):
 
 def compare_runs(config):
     """
-    Compare the newest evaluations of --run with those of --against, by each task's main score, question by question.
-    Raises UserError where they have no dataset in common, or other questions of it.
+    Compare the newest evaluations of --run with those of --against, by each task's main score, question by question:
+    of --data, or of all that both have. Raises UserError where they have none in common, or other questions of it.
     """
     run = config.run or str(find_run()[0])
     first, second = read_answers(run), read_answers(config.against)
-    comparisons, metrics = {}, {}
+    comparisons, metrics, asked = {}, {}, [name.strip() for name in config.data.split(",")]
     for name in [name for name in first if name in second]:
+        if config.data not in ("", "all") and name.partition("/")[0] not in asked:
+            continue
         shard = Shard(Path(config.shards_dir) / name)
         records = [as_asked(record) for record in shard.read_records()]
         places = {(record["id"], record["question"]): number for number, record in enumerate(records)}

@@ -302,6 +302,10 @@ def test_two_runs_are_compared_question_by_question(made, tmp_path, capsys):
     assert "0.0 [0.0 0.0]" in text and "quiz/test" in text and "ROUGE-L" in text
     eval_vqa.main(Config(run=str(runs[0]), against=str(runs[1]), shards_dir=str(made[0])))
     assert f"B: {runs[1]}" in capsys.readouterr().out
+    eval_vqa.main(Config(run=str(runs[0]), against=str(runs[1]), shards_dir=str(made[0]), data="studies"))
+    assert "quiz" not in (text := capsys.readouterr().out) and "corrected for 1 dataset" in text
+    with pytest.raises(UserError, match="one at a time"):
+        eval_vqa.main(Config(run=str(runs[0]), against=str(runs[1]), predictions="theirs.jsonl"))
     evaluate((made[0], runs[1]), data="learn")
     evaluate((made[0], runs[0]), data="quiz", limit=2)
     with pytest.raises(UserError, match="answers to other questions"):

@@ -38,8 +38,15 @@ def part(text, place):
 
 
 def answer_of(record, text):
-    """The answer in a text given to a question: all of it, but for a reasoning where the record has one."""
-    return part(text, record["reasoning"]["place"])[0] if record.get("reasoning") else text
+    """
+    The answer in a text given to a question: all of it, but for a reasoning where the record has one, or where the
+    text gives one to a multiple choice: whoever was trained to reason does so where the data has no reasoning, too.
+    """
+    if record.get("reasoning"):
+        return part(text, record["reasoning"]["place"])[0]
+    if record.get("choices") and REASONING in text:
+        return part(text, "before" if text.lstrip().startswith(REASONING) else "after")[0]
+    return text
 
 
 def report(answers, records, scored, main, units, seed=0):

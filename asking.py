@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from data import Group, Record, View, make_batch, shared_prefix
 from plumbing.devices import share_out, to_device
+from plumbing.flags import UserError
 from plumbing.shards import Sample
 from tasks import reports
 from tasks.choices import answers_of, stem_of, ways_of
@@ -100,11 +101,18 @@ def group_options(shard, options, image_tokens):
 
 @torch.no_grad()
 def rate(model, groups, vocab_size):
-    """Log-probabilities, (M,) float32, of all supervised tokens of data.Groups, in one pass of the model."""
+    """
+    Log-probabilities, (M,) float32, of all supervised tokens of data.Groups, in one pass of the model. Raises UserError
+    where they are no numbers.
+    """
     device = next(model.projector.parameters()).device
     batch = to_device(make_batch(groups, 128 if device.type == "cuda" else 1), device)  # as train_vlm.py pads it
     logits = model(batch)[:, :vocab_size]  # (M, V)
-    return -F.cross_entropy(logits, batch.targets, reduction="none").cpu().numpy()
+    values = -F.cross_entropy(logits, batch.targets, reduction="none").cpu().numpy()
+    if not np.isfinite(values).all():
+        raise UserError("the model finds options likely by no number; its weights are damaged, or float16 is too narrow "
+                        "for them: try --dtype=bfloat16 or float32")
+    return values
 
 
 def likelihoods_of(options, places, values):

@@ -19,6 +19,7 @@ from asking import Options, group_options, likelihoods_of, list_options, rate, r
 from data import Record, Tokenizer, View, make_batch
 from eval_vqa import Config
 from model import VLM, LlamaConfig, LLaMA, ViT, ViTConfig, init_weights
+from plumbing.flags import UserError
 from plumbing.shards import Shard
 from prepare.datasets import multiple_choice
 from prepare.leaks import guard
@@ -343,6 +344,14 @@ def test_padding_to_whole_blocks_changes_nothing(text_shards, tmp_path, monkeypa
     monkeypatch.setattr(asking, "make_batch", lambda groups, multiple: make_batch(groups, 128))
     for first, second in zip(whole, rate_options(model, tokenizer, shard, 10, shown)["model"], strict=True):
         assert all(np.allclose(first[way]["whole"], second[way]["whole"], atol=2e-5) for way in first)
+
+
+def test_likelihoods_that_are_no_numbers_choose_nothing(text_shards, tmp_path):
+    shard, tokenizer = open_text(text_shards, tmp_path)
+    model = build()
+    model.language.lm_head.weight.data[5] = math.nan
+    with pytest.raises(UserError, match="by no number"):
+        rate_options(model, tokenizer, shard, 2, {"model": np.zeros(0, int)})
 
 
 def test_options_are_of_no_conversation(tmp_path):

@@ -110,7 +110,7 @@ def rate(model, groups, vocab_size):
     logits = model(batch)[:, :vocab_size]  # (M, V)
     values = -F.cross_entropy(logits, batch.targets, reduction="none").cpu().numpy()
     if not np.isfinite(values).all():
-        raise UserError("the model finds options likely by no number; its weights are damaged, or float16 is too narrow "
+        raise UserError("the model finds options likely by no number; its weights are damaged, or float16 too narrow "
                         "for them: try --dtype=bfloat16 or float32")
     return values
 

@@ -15,8 +15,8 @@ from plumbing.flags import UserError
 from plumbing.shards import Shard
 from tasks import reasoning
 from tasks.compare import compare, match_lines, print_comparison, read_answers
-from tasks.evaluations import (lines_of, name_evaluation, place_of, read_evaluation, require_room, unusual_flags,
-                               write_evaluation)
+from tasks.evaluations import (choose_evaluations, lines_of, name_evaluation, place_of, read_evaluation, require_room,
+                               unusual_flags, write_evaluation)
 from tasks.foreign import read_foreign, read_objects
 from tasks.seen import find_seen, training_answers
 from tasks.splits import answer_limit, count_questions, task_of
@@ -126,6 +126,10 @@ def score_predictions(config):
 
 # ----------------------------------------------------------------------------- two runs
 
+def flags_text(flags):
+    return " ".join(f"--{flag}={value}" for flag, value in flags.items()) or "as usual"
+
+
 def compare_runs(config):
     """
     Compare the newest evaluations of --run with those of --against, by each task's main score, question by question:
@@ -155,3 +159,8 @@ def compare_runs(config):
         raise UserError(f"--against={config.against}: no dataset that both have answered ({', '.join(first)}; "
                         f"{', '.join(second)}); evaluate both on the same --data")
     print_comparison((run, config.against), comparisons, metrics)
+    for name in comparisons:
+        flags = [evaluations[name][1].get("unusual_flags", {}) for evaluations in map(
+            choose_evaluations, (run, config.against))]
+        if flags[0] != flags[1]:
+            print(f"{name}: answered with other flags: A {flags_text(flags[0])}, B {flags_text(flags[1])}")

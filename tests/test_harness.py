@@ -304,6 +304,11 @@ def test_two_runs_are_compared_question_by_question(made, tmp_path, capsys):
     assert f"B: {runs[1]}" in capsys.readouterr().out
     eval_vqa.main(Config(run=str(runs[0]), against=str(runs[1]), shards_dir=str(made[0]), data="studies"))
     assert "quiz" not in (text := capsys.readouterr().out) and "corrected for 1 dataset" in text
+    assert "other flags" not in text
+    evaluate((made[0], runs[1]), data="quiz", temperature=0.7)
+    eval_vqa.main(Config(run=str(runs[0]), against=str(runs[1]), shards_dir=str(made[0])))
+    assert "quiz/test: answered with other flags: A --max_new_tokens=3, B --max_new_tokens=3 --temperature=0.7" in (
+        capsys.readouterr().out)
     with pytest.raises(UserError, match="one at a time"):
         eval_vqa.main(Config(run=str(runs[0]), against=str(runs[1]), predictions="theirs.jsonl"))
     evaluate((made[0], runs[1]), data="learn")

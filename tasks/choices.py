@@ -46,6 +46,11 @@ def answers_of(record):
     return list(map(clean, letter_options(record["choices"]))) if stem_of(record)[1] else record["choices"]
 
 
+def lists_its_answer(record):
+    """Whether a question that may have no choices looks as if it had: it lists its answer with a letter."""
+    return bool(re.match(r"[A-J]\. ", record["answer"])) and f" {record['answer']}" in record["question"]
+
+
 def right_of(record):
     """The place of the right option; -1 where the answer is none of them."""
     answers = answers_of(record)

@@ -13,7 +13,7 @@ from plumbing.devices import describe_machine, find_device
 from plumbing.files import find_run, hash_file
 from plumbing.flags import UserError
 from plumbing.shards import Shard
-from tasks import reasoning
+from tasks import choices, reasoning
 from tasks.compare import compare, match_lines, print_comparison, read_answers
 from tasks.evaluations import (choose_evaluations, lines_of, name_evaluation, place_of, read_evaluation, require_room,
                                unusual_flags, write_evaluation)
@@ -57,6 +57,8 @@ def conclude(shard, answers, notes, splits, trained, config):
     name, count = f"{shard.folder.parent.name}/{shard.folder.name}", count_questions(shard, config)
     task = task_of(shard)
     records = [as_asked(record) for record in shard.read_records()[:count]]
+    if task is not choices and all(map(choices.lists_its_answer, records)):
+        print(f"{name}: multiple choice that was prepared without its options, scored as free text; {shard.again}")
     pairs = None if isinstance(splits, str) else training_answers(splits, shard.folder.parent.name)
     blind = task.blind_rows(pairs, records)
     if pairs is None and not blind:

@@ -323,8 +323,9 @@ def test_answers_of_before_the_data_had_choices_are_compared(made, tmp_path, cap
             for record in Shard(old / "quiz/test").read_records()]
     write_questions(old, "quiz", {"train": quiz, "test": quiz}, "text questions")
     guard(old, "drop")
-    evaluate((old, made[1]), data="quiz", out=str(tmp_path / "a"))
+    evaluate((old, made[1]), data="quiz,learn", out=str(tmp_path / "a"))
+    assert capsys.readouterr().out.count("quiz/test: multiple choice that was prepared without its options") == 1
     evaluate(made, data="quiz", out=str(tmp_path / "b"))
-    capsys.readouterr()
+    assert "without its options" not in capsys.readouterr().out
     eval_vqa.main(Config(run=str(tmp_path / "a"), against=str(tmp_path / "b"), shards_dir=str(made[0])))
     assert "accuracy" in capsys.readouterr().out

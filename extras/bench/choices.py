@@ -71,6 +71,7 @@ class Config:
     what: Literal["both", "choices", "reports"] = "both"  # is measured
     data: str = "med_qa"  # prepared dataset of multiple choice; of its tokens are the reports, too
     shards_dir: str = "shards"  # where prepare/all.py put it
+    peers: str = ""  # of multiple choice: those whose name has these words; none: all
     limit: Whole = 0  # only the first so many questions; 0: all
     studies: Count = 296  # as many as MedEvalKit asks of IU X-Ray
     new_tokens: Count = 60  # of each report
@@ -161,8 +162,8 @@ def split(values, asked):
     return [some.tolist() for some in np.split(np.array(values), ends)]
 
 
-def ways_to_rate(model, llama, tokenizer, shard, count):
-    """{way: a function that rates the first `count` questions}."""
+def ways_to_rate(model, llama, tokenizer, shard, count, peers=""):
+    """{way: a function that rates the first `count` questions}: ours, and the peers whose name has these words."""
     asked = list(list_options(shard, tokenizer, count, {ROW: np.arange(len(shard.image_index))}))
     ways = {"ours": partial(rate_ours, model, tokenizer, shard, count)}
     ways |= {f"one forward an option, batch of {size}": partial(rate_each, llama, asked, size) for size in (1, 8)}
@@ -174,7 +175,11 @@ def ways_to_rate(model, llama, tokenizer, shard, count):
             for size in (1, 8):
                 harness = HFLM(pretrained=llama, tokenizer=words, batch_size=size)
                 ways[f"lm_eval{name}, batch of {size}"] = partial(rate_by_harness, harness, asked, reading)
-    return ways | {"prompt kept": partial(rate_kept, llama, asked)}
+    ways["prompt kept"] = partial(rate_kept, llama, asked)
+    chosen = {way: rate for way, rate in ways.items() if way == "ours" or peers in way}
+    if len(chosen) < 2:
+        raise UserError(f"--peers={peers}: in no name of {', '.join(list(ways)[1:])}")
+    return chosen
 
 
 def require_alike(rated):
@@ -267,9 +272,10 @@ def print_table(seconds, work, count, what):
 
 def compare_choices(config, shard, tokenizer, model):
     count, llama = min(config.limit or len(shard), len(shard)), make_llama(model).eval()
-    ways = ways_to_rate(model, llama, tokenizer, shard, count)
+    ways = ways_to_rate(model, llama, tokenizer, shard, count, config.peers)
     if count > FIRST:  # before much is waited for
-        require_alike({way: rate() for way, rate in ways_to_rate(model, llama, tokenizer, shard, FIRST).items()})
+        first = ways_to_rate(model, llama, tokenizer, shard, FIRST, config.peers)
+        require_alike({way: rate() for way, rate in first.items()})
     seconds, work, rated = measure(ways, (model.language, llama), config.rounds)
     print(f"\n{count:,} questions of {config.data}, {sum(map(len, rated['ours']['whole'])):,} options, whose "
           f"log-probabilities are the same in all ways, to {require_alike(rated):.0e}\n")

@@ -87,7 +87,7 @@ def test_nothing_names_no_option():
     ("the answer is obvious", 1), ("a", 0), ("x" * 400, 0), ("Answer: the answer is b", 1), ("e", 1),
     ("*answer*: d", 3), ("**answer:** b", 1), ("D, no treatment", 3),
     ("warfarin sodium", 2), ("option C", 2), ("C\nwarfarin", 2),
-    ("The final answer is D", 3), ("Final answer: it is B. The final answer is C.", 2), ("bcd", 2), ("abcd. ", 2),
+    ("The final answer is D", 3), ("Final answer: it is B. The final answer is C.", 2), ("bcd", 2), ("abcd. ", 0),
     ("<think>A</think><answer>D</answer>", 3), ("so \\boxed{C} is right", 2)])
 def test_loose_reading_is_medevalkits(text, place):
     assert read_loosely(line(), text) == place

@@ -39,7 +39,7 @@ class Config:
     out: str = ""  # where evaluations are written, a folder each; none: eval/ in the run's folder
     blind: Literal["both", "none", "shuffle"] = "both"  # images: right and exchanged, right, exchanged
     batch_size: BatchSize = 32  # images, or studies, answered together, with all their questions
-    max_new_tokens: Annotated[int, Range(0, 1 << 16)] = 0  # longest answer; 0: 32, what boxes need, 512 of --question
+    max_new_tokens: Annotated[int, Range(0, 1 << 16)] = 0  # longest answer; 0: 32, or what boxes and reports need
     temperature: Annotated[float, Range(0, 1e3)] = 0.0  # 0: greedy; else the batch counts, too
     top_k: Whole = 0  # with a temperature: among the so many likeliest tokens; 0: all
     top_p: Share = 1.0  # with a temperature: among the fewest likeliest tokens with this much of the probability

@@ -258,6 +258,6 @@ def report(name, scored, images, records, seen, units, unit="images", seed=0):
     unreadable = tables["all"]["rows"].get("model", {}).get("unreadable", [None])[0]
     metrics = (MAIN, READINGS[0]) if any("as asked" in one["chosen"] for one in scored.get("model", ())) else (MAIN,)
     tables["summary"] = summary(tables, seen, metrics, "commonest option", unreadable=unreadable)
-    for line in tables["summary"]["lines"][1:]:  # likelihoods, of which none is unreadable
-        line["unreadable"] = None
+    for line in tables["summary"]["lines"][1:]:  # likelihoods: none is unreadable, and a blind answer is what it is
+        line |= {"unreadable": None, "blind": tables["summary"]["lines"][0]["blind"]}
     return tables

@@ -156,8 +156,14 @@ def published_for(dataset):
     return [figure for figure in FIGURES if figure.dataset == name and split != "train"]
 
 
-def describe(figure):
-    """A Figure as a line of text."""
-    doubt = f"; in doubt: {figure.doubt}" if figure.doubt else ""
-    return (f"{figure.value}{'*' * figure.second_hand} {figure.metric}: {figure.system} ({figure.source}; "
-            f"{figure.protocol}{doubt})")
+def describe(figures):
+    """Figures as lines of text, a dataset at a time, and behind them their sources and protocols, numbered."""
+    lines, notes = [], {}
+    for figure in figures:
+        if figure.dataset not in lines:
+            lines.append(figure.dataset)
+        number = notes.setdefault(f"{figure.source}; {figure.protocol}", len(notes) + 1)
+        doubt = f"; in doubt: {figure.doubt}" if figure.doubt else ""
+        lines.append(f"    {figure.value}{'*' * figure.second_hand} {figure.metric}: {figure.system} [{number}]{doubt}")
+    lines += [f"[{number}] {note}" for note, number in notes.items()]
+    return lines + ["* second-hand: not read in its source itself"] * any(one.second_hand for one in figures)

@@ -96,14 +96,15 @@ def task_of(shard):
 
 def answer_limit(shard, config):
     """
-    Tokens that an answer may have: --max_new_tokens, else 32 to a plain question, and to others half more than the
-    split's longest answer has.
+    Tokens that an answer may have: --max_new_tokens, else 32 to a plain question, of boxes half more than the split's
+    longest answer has, and of choices and reports the larger of both.
     """
+    least = 0 if task_of(shard) is boxes else 32
     if config.max_new_tokens or task_of(shard) is vqa:
-        return config.max_new_tokens or 32
+        return config.max_new_tokens or least
     first, images, spans = (shard.samples[name].astype(np.int64) for name in ("parts", "images", "spans"))
     begin = first + images + 2 * (spans - 1)  # (n,) where parts.bin has each last answer's span
-    return 3 * int((shard.parts[begin + 1] - shard.parts[begin]).max()) // 2
+    return max(least, 3 * int((shard.parts[begin + 1] - shard.parts[begin]).max()) // 2)
 
 
 def count_questions(shard, config):

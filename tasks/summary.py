@@ -127,10 +127,7 @@ def published_lines(figures):
     """The block of published scores, a dataset at a time, as lines; none where there are none."""
     if not figures:
         return []
-    lines = ["", f"{TITLE}: no comparison, for their prompts, parsers, judges and splits are others"]
-    for dataset in dict.fromkeys(figure.dataset for figure in figures):
-        lines += [dataset, *(f"    {describe(figure)}" for figure in figures if figure.dataset == dataset)]
-    return lines + ["* second-hand: not read in its source itself"] * any(one.second_hand for one in figures)
+    return ["", f"{TITLE}: no comparison, for their prompts, parsers, judges and splits are others", *describe(figures)]
 
 
 # ----------------------------------------------------------------------------- texts

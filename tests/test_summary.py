@@ -188,9 +188,11 @@ def test_published_scores_stand_apart_and_in_no_row(written):
     assert not values & set(re.split(r"[ \n\[\]]+", table)) and not any(value in files["table.csv"] for value in values)
     rows = block.splitlines()
     assert [row for row in rows if re.fullmatch(r"\w+", row)] == ["path_vqa", "slake", "med_qa"]
-    place = rows.index("slake")
-    assert rows[place + 1:place + 1 + len(published_for("slake"))] == [
-        f"    {describe(one)}" for one in published_for("slake")]
+    place, slake = rows.index("slake"), published_for("slake")
+    for row, one in zip(rows[place + 1:], slake):
+        number = re.search(rf"^    {one.value}\*? {one.metric}: {re.escape(one.system)} \[(\d+)\]", row)[1]
+        assert f"[{number}] {one.source}; {one.protocol}" in rows
+    assert not rows[place + 1 + len(slake)].startswith("    ")
     found = list(csv.reader(files["published.csv"].splitlines()))
     assert found[0] == list(Figure._fields) and len(found) == 1 + sum(
         len(published_for(name)) for name in ("path_vqa", "slake", "med_qa"))
@@ -220,6 +222,8 @@ def test_sources_that_do_not_agree_are_in_doubt():
         same[one.dataset, one.metric, one.system].append(one)
     differ = [some for some in same.values() if len({one.value for one in some}) > 1]
     assert len(differ) == 7 and all(one.doubt for one in itertools.chain(*differ))
-    assert "; in doubt: " in describe(differ[0][0])
+    assert "; in doubt: " in describe(differ[0])[1]
     [quoted] = [one for one in FIGURES if one.value == "52.2"]
-    assert describe(quoted).startswith("52.2* RaTEScore: MedGPT-oss 20B (")
+    dataset, line, source, note = describe([quoted])
+    assert line.startswith("    52.2* RaTEScore: MedGPT-oss 20B [1]") and source.startswith(f"[1] {quoted.source}; ")
+    assert note == "* second-hand: not read in its source itself"

@@ -276,7 +276,8 @@ def mimic_index(raw):
     for row in read_csv(path, columns):
         key = row["subject_id"], row["study_id"]
         if key not in splits:
-            raise UserError(f"{path}: study {key[1]!r:.40} of {key[0]!r:.40} is not in {MIMIC_SPLIT}; fetch both anew")
+            raise UserError(f"{path}: study {key[1]!r:.40} of {key[0]!r:.40} is not in {raw / MIMIC_SPLIT}; fetch both "
+                            "anew")
         # A time of 8:30 is 83000.0, and less than 213000.5 as a number alone
         day, time = (read_number(f"{path}: {name}", row[name]) for name in columns[-2:])
         study = studies.setdefault(key, Study(f"s{key[1]}", f"p{key[0]}", splits[key], day, time, []))

@@ -107,14 +107,17 @@ SPLIT = {"train": [{"id": "CXR1_1_IM-0001", "report": "x"}], "val": [{"id": "CXR
          "test": [{"id": "CXR3_IM-1384"}]}
 
 
-@pytest.fixture
-def iu(tmp_path):
-    raw = tmp_path / "iu_xray"
+def write_iu(raw):
     put(raw / "indiana_projections.csv", TABLE)
     put(raw / "r2gen/annotation.json", json.dumps(SPLIT))
     write_tar(raw / "NLMCXR_reports.tgz", {f"ecgen-radiology/{number}.xml": xml for number, xml in XMLS.items()})
     write_tar(raw / "NLMCXR_png.tgz", {f"{name}.png": picture(number) for number, name in enumerate(IMAGES)})
-    return raw
+
+
+@pytest.fixture
+def iu(tmp_path):
+    write_iu(tmp_path / "iu_xray")
+    return tmp_path / "iu_xray"
 
 
 def test_iu_studies_are_read_in_full(iu):
@@ -185,10 +188,16 @@ def test_an_image_that_an_archive_has_twice_makes_no_second_sample(iu):
     assert read("iu_studies", iu) == once
 
 
-def test_medevalkits_studies_have_its_texts_and_images(iu):
-    put(iu / "medevalkit/datas/IU_XRAY/test.json", json.dumps([
+def write_iu_medevalkit(raw):
+    write_iu(raw)
+    put(raw / "medevalkit/datas/IU_XRAY/test.json", json.dumps([
         {"id": "open_i_1", "image": ["CXR1_1_IM-0001-3001.png", "CXR1_1_IM-0001-4001.png"], "findings": "Small heart.",
          "impression": "Normal chest x-XXXX."}]))
+
+
+
+def test_medevalkits_studies_have_its_texts_and_images(iu):
+    write_iu_medevalkit(iu)
     assert read("iu_medevalkit", iu) == [("test", Record(
         "open_i_1", BOTH, "Findings: Small heart. Impression: Normal chest x-XXXX.", group="open_i_1",
         type="findings and impression", parts=(View(picture(0), "CXR1_1_IM-0001-4001.png", "frontal"),
@@ -254,10 +263,8 @@ def write_gzip(path, rows):
         writer.writerows(rows)
 
 
-@pytest.fixture
-def mimic(tmp_path):
-    raw = tmp_path / "mimic_cxr"
-    raw.mkdir()
+def write_mimic(raw):
+    raw.mkdir(parents=True, exist_ok=True)
     rows = []
     with zipfile.ZipFile(raw / MIMIC_REPORTS, "w") as archive:
         for patient, study, split, day, time, films, report in STUDIES:
@@ -270,7 +277,12 @@ def mimic(tmp_path):
                              "ViewPosition": position, "StudyDate": day, "StudyTime": time})
     write_gzip(raw / MIMIC_SPLIT, [{name: row[name] for name in list(row)[:4]} for row in rows])
     write_gzip(raw / MIMIC_METADATA, [{name: row[name] for name in row if name != "split"} for row in rows])
-    return raw
+
+
+@pytest.fixture
+def mimic(tmp_path):
+    write_mimic(tmp_path / "mimic_cxr")
+    return tmp_path / "mimic_cxr"
 
 
 def test_mimics_studies_have_their_films_and_what_was_before(mimic):
@@ -359,10 +371,8 @@ CHEXPERT = [chexpert_row("7", "1", 1, "10", findings="Tenth.", impression="Ten\n
             chexpert_row("64600", "1", 1, "1", "valid", findings="Test.", comparison="None.")]
 
 
-@pytest.fixture
-def chexpert(tmp_path):
-    raw = tmp_path / "chexpert_plus"
-    raw.mkdir()
+def write_chexpert(raw):
+    raw.mkdir(parents=True, exist_ok=True)
     with open(raw / "df_chexpert_plus_240401.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, CHEXPERT[0])
         writer.writeheader()
@@ -370,7 +380,27 @@ def chexpert(tmp_path):
     for number, row in enumerate(CHEXPERT):
         path = Path(row["path_to_image"])
         put(raw / "PNG" / path.with_suffix(".png") if number else raw / path, str(number).encode())
-    return raw
+
+
+@pytest.fixture
+def chexpert(tmp_path):
+    write_chexpert(tmp_path / "chexpert_plus")
+    return tmp_path / "chexpert_plus"
+
+
+def only(write, *unread):
+    """A function that writes what another does, but for the files that a dataset does not read."""
+    def write_read(raw):
+        write(raw)
+        for name in unread:
+            (raw / name).unlink()
+    return write_read
+
+
+WRITERS = {
+    "iu_studies": write_iu, "iu_summaries": only(write_iu, "NLMCXR_png.tgz", "indiana_projections.csv"),
+    "iu_medevalkit": only(write_iu_medevalkit, "NLMCXR_reports.tgz", "r2gen/annotation.json"),
+    "mimic_studies": write_mimic, "mimic_summaries": only(write_mimic, MIMIC_METADATA), "chexpert_plus": write_chexpert}
 
 
 def test_chexpert_plus_is_read_in_full(chexpert):

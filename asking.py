@@ -47,9 +47,9 @@ def reword(shard, tokenizer, count):
         return []
     questions = []
     for number, record in enumerate(shard.read_records()[:count]):
+        prompt = shard.read_sample(number).prompt()
+        images = (-1 - prompt[prompt < 0]).tolist()
         for row, (line, order) in reports.ways_of(record).items():
-            prompt = shard.read_sample(number).prompt()
-            images = (-1 - prompt[prompt < 0]).tolist()
             questions.append(Question(row, number, write_prompt(tokenizer, line, [images[place] for place in order])))
     return questions
 

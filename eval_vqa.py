@@ -184,17 +184,17 @@ def main(config):
         write_evaluation(folder, {
             "checkpoint": checkpoint.name, "stands_on": facts, "flags": asdict(config),
             "unusual_flags": unusual_flags(config), "seconds": seconds,
-            "machine": describe_machine(device), "results": results, "training": {
+            "machine": machine, "results": results, "training": {
                 name: fact for name, fact in trained.items()
                 if name not in ("files", "checksum", "name")}}, lines)
         print(f"scores in {folder}/results.json, answers in predictions*.jsonl beside it")
 
-    folders, hash = [], read_manifest(checkpoint)["checksum"]
+    folders, hash, machine = [], read_manifest(checkpoint)["checksum"], describe_machine(device)
     for shard in shards:
         count, begin = count_questions(shard, config), time.perf_counter()
         facts = list_facts(hash, shard, splits, config, device.type, str(dtype), model.base_bits)
         folders.append(agree(lambda: place_of(out, name_evaluation(checkpoint, shard, config), facts)))
-        if config.data == "all" and agree(lambda: is_done(folders[-1], facts, describe_machine(device))):
+        if config.data == "all" and agree(lambda: is_done(folders[-1], facts, machine)):
             print(f"{folders[-1]}: there already")
             continue
         with autocast_to(device, dtype):

@@ -51,7 +51,6 @@ if __name__ == "__main__":
 
 import difflib
 import functools
-import inspect
 import os
 import re
 import time
@@ -191,7 +190,7 @@ def prepare_dataset(dataset, config):
     facts |= {"reasoning": config.reasoning} if dataset.task == "choices" else {}
     if dataset.kind == "boxes":
         facts |= {"box_format": config.box_format, "augment": config.augment}
-    if "report" in inspect.signature(dataset.read).parameters:
+    if dataset.sections:
         facts["report"] = config.report
         dataset = replace(dataset, read=functools.partial(dataset.read, report=config.report))
     own_words = dataset.train_tokenizer and not names_chat_model(config)  # which has to be asked in its words

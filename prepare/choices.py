@@ -13,8 +13,8 @@ from collections import Counter
 
 from data import Record, View
 from plumbing.flags import UserError
-from prepare.datasets import (HUB_IMAGE, NO_NAME, count_from, dataset, expect, multiple_choice, place, read_csv,
-                              read_json, read_json_lines, read_parquets, refuse_damage, require_known,
+from prepare.datasets import (HUB_IMAGE, NO_NAME, count_from, dataset, expect, lettered, place, read_csv, read_json,
+                              read_json_lines, read_parquets, refuse_damage, require_known,
                               require_splits)
 from prepare.questions import open_folder
 from tasks.choices import LETTERS
@@ -23,12 +23,6 @@ FOUR = ("A", "B", "C", "D")
 
 
 # ----------------------------------------------------------------------------- a question
-
-def lettered(identifier, question, options, right, **more):
-    """The Record of a question and the texts of its options, of which the right one is at the place `right`."""
-    asked, answer = multiple_choice(question, options, right)
-    return Record(identifier, asked, answer, choices=tuple(options), **more)
-
 
 def right_place(where, letter, options, answer):
     """The place of the option with this letter, -1 if none has it; UserError if the answer's text is not its text."""

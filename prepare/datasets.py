@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
+from data import Record
 from plumbing.claims import lfs_pointer
 from plumbing.flags import UserError
 from prepare.download import Source
@@ -53,6 +54,7 @@ class Dataset(Source):
     multi_label: bool = False  # an image may have several of them, or none; else each has exactly one
     shared_ids: str = ""  # a collection whose ids its image names, or those of its texts, are
     drawn: bool = False  # its reader draws the images; its second argument is their size in pixels
+    sections: bool = False  # its reader takes --report, the sections of an answer, as report=
     task: str = ""  # "choices" where each question has options to choose from; none: what its kind says
     one_pattern: bool = False  # its images are drawn so alike that their looks do not tell them apart
     known_leaks: tuple = ()  # (part of an image's name, the dataset whose test split has such images)
@@ -262,6 +264,12 @@ def multiple_choice(question, options, right):
         return question, ""
     lettered = letter_options(options)
     return f"{question} {' '.join(lettered)}", lettered[right]
+
+
+def lettered(identifier, question, options, right, **more):
+    """The Record of a question and the texts of its options, of which the right one is at the place `right`."""
+    asked, answer = multiple_choice(question, options, right)
+    return Record(identifier, asked, answer, choices=tuple(options), **more)
 
 
 def read_json_lines(path, form, **optional):

@@ -2,7 +2,7 @@
 
 from data import Record
 from prepare.datasets import (CAPTION_QUESTION, HUB_IMAGE, NO_NAME, dataset, expect, find_folder,
-                              multiple_choice, open_zip, parse_json, place, read_csv, read_json_lines,
+                              lettered, open_zip, parse_json, place, read_csv, read_json_lines,
                               read_member, read_parquets, refuse_damage, require_columns, require_splits)
 
 
@@ -95,11 +95,9 @@ def omni_med_vqa(raw):
                 options = [row[f"option_{letter}"].strip() for letter in "ABCD"]
                 options = [option for option in options if option]
                 right = place(row["gt_answer"].strip(), options)
-                question, answer = multiple_choice(row["question"], options, right)
                 member = f"{root}{row['image_path'] or NO_NAME}"
-                yield "train", Record(row["question_id"], question, answer,
-                                      read_member(archive, member), member, type=row["question_type"],
-                                      choices=tuple(options))
+                yield "train", lettered(row["question_id"], row["question"], options, right, type=row["question_type"],
+                                        image=read_member(archive, member), image_name=member)
 
 
 def read_pmc_vqa(raw, tables, images, label):
@@ -113,10 +111,9 @@ def read_pmc_vqa(raw, tables, images, label):
                 options = [row[f"Choice {letter}"].strip().removeprefix(f"{letter}:").strip()
                            for letter in letters]  # " A:Focal uptake "
                 right = place(row[label].strip(), letters)
-                question, answer = multiple_choice(row["Question"], options, right)
                 member = f"{folder}{row['Figure_path']}"
-                yield split, Record(f"{split}_{number:06d}", question, answer,
-                                    read_member(archive, member), member, choices=tuple(options))
+                yield split, lettered(f"{split}_{number:06d}", row["Question"], options, right,
+                                      image=read_member(archive, member), image_name=member)
 
 
 @dataset(kind="image questions", task="choices", licence="CC-BY-SA", access="open", megabytes=18940,
@@ -155,8 +152,6 @@ def ubench(raw):
                 asked = expect(f"{path}: {key!r}", asked,
                                {"question": str, "options": [str], "answer": str})
                 if asked["question"]:  # each image has all keys, if not a question for each
-                    question, answer = multiple_choice(asked["question"], asked["options"],
-                                                       place(asked["answer"], asked["options"]))
-                    yield "train", Record(f"{name}_{key}", question, answer, image["bytes"],
-                                          image["path"] or name or NO_NAME, type=key,
-                                          choices=tuple(asked["options"]))
+                    yield "train", lettered(f"{name}_{key}", asked["question"], asked["options"],
+                                            place(asked["answer"], asked["options"]), type=key, image=image["bytes"],
+                                            image_name=image["path"] or name or NO_NAME)

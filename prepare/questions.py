@@ -124,7 +124,8 @@ def sample_boxes(raw, size=224):
 
 @dataset(only_by_name=True, kind="reports", licence="MIT", access="part of this repository", megabytes=0,
          page="prepare/sample.py", folder=Path(__file__).parent, layouts=(("sample.py",),),
-         counts={"train": 1200, "test": 240}, train_tokenizer=train_sample_tokenizer, one_pattern=True, drawn=True)
+         counts={"train": 1200, "test": 240}, train_tokenizer=train_sample_tokenizer, one_pattern=True, drawn=True,
+         sections=True)
 def sample_studies(raw, size=224, report="both"):
     """Drawn chest films, three of four with a film and a report of before: whether an effusion has grown."""
     from prepare import sample as drawn

@@ -202,8 +202,8 @@ def iu_records(raw, studies, report):
     yield from (make(number) for number, keys in enumerate(lacking) if keys or not studies[number][2])
 
 
-@dataset(only_by_name=True, kind="reports", licence=IU_LICENCE, access="open", megabytes=1400, page=IU_PAGE,
-         folder="iu_xray", urls=IU_URLS, counts={"train": 2069, "validation": 296, "test": 590},
+@dataset(only_by_name=True, kind="reports", sections=True, licence=IU_LICENCE, access="open", megabytes=1400,
+         page=IU_PAGE, folder="iu_xray", urls=IU_URLS, counts={"train": 2069, "validation": 296, "test": 590},
          layouts=tuple((IU_REPORTS, images, *more) for more in (
              (ANNOTATION, PROJECTIONS), (ANNOTATION,), (PROJECTIONS,), ()) for images in IU_IMAGES))
 def iu_studies(raw, report="both"):
@@ -216,8 +216,8 @@ def iu_studies(raw, report="both"):
     yield from iu_records(raw, iu_reports(raw), report)
 
 
-@dataset(only_by_name=True, kind="reports", licence=IU_LICENCE, access="open", megabytes=1400, page=IU_PAGE,
-         folder="iu_xray", counts={"test": 296},
+@dataset(only_by_name=True, kind="reports", sections=True, licence=IU_LICENCE, access="open", megabytes=1400,
+         page=IU_PAGE, folder="iu_xray", counts={"test": 296},
          layouts=tuple((MEDEVALKIT, images, *more) for more in ((PROJECTIONS,), ()) for images in IU_IMAGES))
 def iu_medevalkit(raw, report="both"):
     """MedEvalKit's 296 studies of IU X-Ray, which are R2Gen's validation split; without indications, as it asks."""
@@ -286,8 +286,8 @@ def mimic_index(raw):
     return studies.values()
 
 
-@dataset(only_by_name=True, kind="reports", megabytes=570000, layouts=((MIMIC_SPLIT, MIMIC_REPORTS, MIMIC_METADATA),),
-         **MIMIC)
+@dataset(only_by_name=True, kind="reports", sections=True, megabytes=570000,
+         layouts=((MIMIC_SPLIT, MIMIC_REPORTS, MIMIC_METADATA),), **MIMIC)
 def mimic_studies(raw, report="both"):
     """
     MIMIC-CXR (Johnson et al. 2019) by studies, each with the frontal film and report of its prior study.
@@ -335,7 +335,7 @@ def chexpert_index(path):
     return studies.values(), sections
 
 
-@dataset(only_by_name=True, kind="reports", licence="Stanford University Dataset Research Use Agreement",
+@dataset(only_by_name=True, kind="reports", sections=True, licence="Stanford University Dataset Research Use Agreement",
          access="an account at Stanford AIMI and its agreement", megabytes=0,
          page="https://aimi.stanford.edu/datasets/chexpert-plus", layouts=(("df_chexpert_plus_*.csv",),),
          counts={"train": 187511, "test": 200})

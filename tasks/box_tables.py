@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from tasks.stats import draw_counts
-from tasks.vqa import TYPES_SHOWN, print_cells, print_lacking
+from tasks.vqa import print_cells, print_lacking
 
 THRESHOLDS = (0.3, 0.5, 0.75)  # of F1
 SIZES = {"small": 1, "medium": 10, "large": 100}  # of a true box: below so many percent of the image; large: any
@@ -124,16 +124,3 @@ def print_table(table, unit):
         for row, cells in table["rows"].items():
             print_cells(row, [cells[name] for name in names])
     print_lacking(table, unit)
-
-
-def print_labels(tables):
-    """Print F-IoU by label, where there are several, the most frequent first."""
-    if len(tables) > 1:
-        order = sorted(tables, key=lambda label: -tables[label]["questions"])
-        rows = tables[order[0]]["rows"]
-        print_cells("F-IoU by label", ("questions", *rows))
-        for label in order[:TYPES_SHOWN]:
-            cells = tables[label]["rows"].values()
-            print_cells(label, (f"{tables[label]['questions']:,}", *(each["F-IoU"] for each in cells)))
-        if (more := len(tables) - TYPES_SHOWN) > 0:
-            print(f"and {more} rarer labels, in results.json")

@@ -15,8 +15,8 @@ from collections import defaultdict
 
 import numpy as np
 
-from tasks.box_tables import SCORES, SIZES, THRESHOLDS, print_labels, print_table, tabulate
-from tasks.vqa import report_new, summary
+from tasks.box_tables import SCORES, SIZES, THRESHOLDS, print_table, tabulate
+from tasks.vqa import plain, print_types, question_only, report_new, summary
 
 MAIN = "F-IoU"
 RANKED = 100  # boxes of one question and label that AP50 counts, COCO's limit
@@ -54,11 +54,6 @@ def write(boxes, form="medmo"):
         return json.dumps([{"bbox_2d": box, "label": label} for label, some in boxes.items() for box in some],
                           ensure_ascii=False)
     return " ".join(f"{label} <box>{json.dumps(some)}</box>".lstrip() for label, some in boxes.items())
-
-
-def plain(label):
-    """A label as labels are compared: case and the number of spaces aside."""
-    return " ".join(label.lower().split())
 
 
 def is_box(value):
@@ -271,9 +266,7 @@ def score(record, prediction):
 
 def blind_rows(train, records):
     """{row of the table: answers that look at no image}; train: (question, answer) pairs, None where not known."""
-    if train is None:
-        return {}
-    return {"question only": guess_blindly(train, [record["question"] for record in records])}
+    return question_only(guess_blindly, train, records)
 
 
 def medoid(answers, generator):
@@ -323,7 +316,7 @@ def report(name, scored, images, records, seen, units, unit="images", seed=0):
     labels = np.array([", ".join(record["boxes"]) for record in records])
     tables["types"] = {label: tabulate(scored, labels == label, units, seed)
                        for label in dict.fromkeys(labels.tolist())}
-    print_labels(tables["types"])
+    print_types(dict(sorted(tables["types"].items(), key=lambda pair: -pair[1]["questions"])), MAIN, "label")
     unreadable = tables["all"]["rows"].get("model", {}).get("unreadable", [None])[0]
     tables["summary"] = summary(tables, seen, SCORES[:2], unreadable=unreadable)
     return tables

@@ -16,7 +16,7 @@ from collections import Counter
 import numpy as np
 
 from plumbing.own import clean
-from tasks.vqa import print_cells, print_lacking, print_types, report_new, summarise, summary
+from tasks.vqa import plain, print_cells, print_lacking, report_new, report_types, summarise, summary
 
 MAIN = "accuracy"
 READINGS = ("letter", "whole", "by token")  # of likelihoods: of "B", of "B. heparin", and that by its tokens
@@ -57,8 +57,9 @@ def right_of(record):
     return answers.index(record["answer"]) if record["answer"] in answers else -1
 
 
-def plain(text):
-    return " ".join(text.lower().split()).rstrip(".")
+def bare(text):
+    """A text as options are compared: case, the number of spaces and points at its end aside."""
+    return plain(text).rstrip(".")
 
 
 def read(record, text):
@@ -68,9 +69,9 @@ def read(record, text):
     "H. pylori" where that is an option. Nothing else is guessed.
     """
     choices, letter = record["choices"], re.match(r"\(?([A-Ja-j])(?:[.):]+(?:\s|$)|$)", text.strip())
-    same = [place for place, choice in enumerate(choices) if plain(choice) == plain(text) != ""]
+    same = [place for place, choice in enumerate(choices) if bare(choice) == bare(text) != ""]
     if letter and stem_of(record)[1] and (place := LETTERS.index(letter[1].upper())) < len(choices):
-        by_letter = letter[0] == text.strip() or plain(text) == plain(f"{letter[1]}. {choices[place]}")
+        by_letter = letter[0] == text.strip() or bare(text) == bare(f"{letter[1]}. {choices[place]}")
         if by_letter or len(same) != 1:
             return place
     return same[0] if len(same) == 1 else None
@@ -250,11 +251,8 @@ def report(name, scored, images, records, seen, units, unit="images", seed=0):
     tables["orders"] = report_orders(scored.get("model", ()))
     tables["new"] = report_new(seen, lambda chosen: tabulate(columns, chosen, units, seed),
                                lambda table: print_table(table, unit))
-    types = np.array([record["type"] for record in records])
     few = {row: columns[row] for row in columns if row in ROWS_BY_TYPE}
-    tables["types"] = {kind: tabulate(few, types == kind, units, seed)
-                       for kind, _ in Counter(types.tolist()).most_common()}
-    print_types(tables["types"], MAIN)
+    tables["types"] = report_types(records, lambda chosen: tabulate(few, chosen, units, seed), MAIN)
     unreadable = tables["all"]["rows"].get("model", {}).get("unreadable", [None])[0]
     metrics = (MAIN, READINGS[0]) if any("as asked" in one["chosen"] for one in scored.get("model", ())) else (MAIN,)
     tables["summary"] = summary(tables, seen, metrics, "commonest option", unreadable=unreadable)

@@ -337,6 +337,12 @@ def compare(prediction, reference):
                            for finding in FINDINGS if finding in found or finding in wanted}}
 
 
+def compare_findings(prediction, references):
+    """What `compare` counts beside the reference whose findings are the nearest; of several alike the first."""
+    return max((compare(prediction, reference) for reference in references),
+               key=lambda one: f1(one["matched"], one["predicted"], one["true"]))
+
+
 def f1(matched, predicted, true):
     """2 x matched / (predicted + true) in 0..1; 1.0 where there are neither."""
     return 2 * matched / (predicted + true) if predicted + true else 1.0

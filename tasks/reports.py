@@ -9,16 +9,16 @@ docs/reports.md has the scores.
 """
 
 import random
-from collections import Counter, defaultdict
+from collections import defaultdict
 
 import numpy as np
 
 from tasks.box_tables import cell_of
-from tasks.boxes import plain
-from tasks.findings import FINDINGS, compare
+from tasks.findings import FINDINGS, compare_findings
 from tasks.ngrams import bleu, cider_d, count_matches, lcs_f1, meteor, rouge_l_coco, rouge_l_sets, words_of
 from tasks.stats import resampled_sums
-from tasks.vqa import cell_text, print_cells, print_lacking, print_types, report_new, summary
+from tasks.vqa import (cell_text, plain, print_cells, print_lacking, references_of, report_new, report_types,
+                       summary)
 
 MAIN = "ROUGE-L"
 WORDS = (MAIN, "BLEU-1", "BLEU-4", "METEOR", "CIDEr-D")  # of the first table
@@ -32,20 +32,10 @@ CANDIDATES, OTHERS = 256, 64  # reports among which the medoid is searched, and 
 
 # ----------------------------------------------------------------------------- score
 
-def references_of(record):
-    return record.get("references") or [record["answer"]]
-
-
 def f1(matched, predicted, true):
     """2 x matched / (predicted + true) in percent, nan where there are neither; of numbers or arrays."""
     counted = np.asarray(predicted) + true
     return np.where(counted > 0, 200 * np.asarray(matched) / np.maximum(counted, 1), np.nan)
-
-
-def compare_findings(prediction, references):
-    """What tasks/findings.py counts, with the reference whose findings are the nearest; of several alike the first."""
-    return max((compare(prediction, reference) for reference in references),
-               key=lambda one: np.nan_to_num(f1(one["matched"], one["predicted"], one["true"]), nan=100))
 
 
 def score(record, prediction):
@@ -256,15 +246,12 @@ def report(name, scored, images, records, seen, units, unit="images", seed=0):
     tables["texts"] = report_texts(scored, seen, consensus)
     tables["new"] = report_new(seen, lambda chosen: tabulate(stacked, chosen, units, seed),
                                lambda table: print_table(table, unit, parts))
-    types = np.array([record["type"] for record in records])
     if (later := np.array(list(map(has_prior, records)))).any():
         tables["with a prior"] = tabulate(stacked, later, units, seed)
         print(f"{tables['with a prior']['questions']:,} of them of a patient with an earlier study:")
         print_table(tables["with a prior"], unit, parts)
     few = {row: stacked[row] for row in stacked if row in ROWS_BY_TYPE}
-    tables["types"] = {kind: tabulate(few, types == kind, units, seed)
-                       for kind, _ in Counter(types.tolist()).most_common()}
-    print_types(tables["types"], MAIN)
+    tables["types"] = report_types(records, lambda chosen: tabulate(few, chosen, units, seed), MAIN)
     added = next((row for row in ADDED if row in tables["all"]["rows"]), "")
     metrics = (MAIN, "BLEU-4", "CIDEr-D", *CLINICAL[:2 * clinical])
     tables["summary"] = summary(tables, seen, metrics, "constant report", added)

@@ -17,7 +17,7 @@ from tasks.boxes import THRESHOLDS, assign, compare, iou, match, pair_up, read
 from tasks.choices import read as read_choice, right_of
 from tasks.ngrams import lcs_f1
 from tasks.reasoning import answer_of
-from tasks.vqa import exact_match, token_f1
+from tasks.vqa import exact_match, references_of, token_f1
 
 HEAVIEST = 1000  # a reward's weight
 LONG_TEXT = 8  # words of an answer from which on it is a report
@@ -120,7 +120,7 @@ def best(function, record, text):
     """The best of function(text, reference) over what counts as right; None of a record of boxes."""
     if record.get("boxes") is not None:
         return None
-    return max(function(text, reference) for reference in record.get("references") or [record["answer"]])
+    return max(function(text, reference) for reference in references_of(record))
 
 
 def reward_exact(record, text, progress):

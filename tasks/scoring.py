@@ -161,8 +161,8 @@ def compare_runs(config):
         raise UserError(f"--against={config.against}: no dataset that both have answered ({', '.join(first)}; "
                         f"{', '.join(second)}); evaluate both on the same --data")
     print_comparison((run, config.against), comparisons, metrics)
+    evaluations = list(map(choose_evaluations, (run, config.against)))
     for name in comparisons:
-        flags = [evaluations[name][1].get("unusual_flags", {}) for evaluations in map(
-            choose_evaluations, (run, config.against))]
+        flags = [some[name][1].get("unusual_flags", {}) for some in evaluations]
         if flags[0] != flags[1]:
             print(f"{name}: answered with other flags: A {flags_text(flags[0])}, B {flags_text(flags[1])}")

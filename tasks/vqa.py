@@ -59,12 +59,22 @@ def is_closed(reference):
     return reference.lower().strip() in ("yes", "no")
 
 
+def plain(text):
+    """A text as labels and questions are compared: case and the number of spaces aside."""
+    return " ".join(text.lower().split())
+
+
+def references_of(record):
+    """Every answer that counts as right."""
+    return record.get("references") or [record["answer"]]
+
+
 def score(record, prediction):
     """
     One answer's METRICS in percent, {metric: score}, the best over all references that count as right;
     closed accuracy of a yes/no question alone and open recall of any other, nan where it has none.
     """
-    references = record.get("references") or [record["answer"]]
+    references = references_of(record)
 
     def best(function):
         return 100 * max(function(prediction, reference) for reference in references)
@@ -112,9 +122,12 @@ def as_asked(record):
 
 def blind_rows(train, records):
     """{row of the table: answers that look at no image}; train: (question, answer) pairs, None where not known."""
-    if train is None:
-        return {}
-    return {"question only": guess_blindly(train, [record["question"] for record in records])}
+    return question_only(guess_blindly, train, records)
+
+
+def question_only(guess, train, records):
+    """The row of guess(train, questions); none where training is not known."""
+    return {} if train is None else {"question only": guess(train, [record["question"] for record in records])}
 
 
 def guess_blindly(train, questions):
@@ -242,7 +255,7 @@ def report(name, scored, images, records, seen, units, unit="images", seed=0):
     print_table(tables["all"], unit)
     tables["new"] = report_new(seen, lambda chosen: tabulate(scores, chosen, units, seed),
                                lambda table: print_table(table, unit))
-    tables["types"] = report_types(scores, types, units, seed)
+    tables["types"] = report_types(records, lambda chosen: tabulate(scores, chosen, units, seed), MAIN)
     tables["summary"] = summary(tables, seen, METRICS[:2])
     return tables
 
@@ -285,24 +298,27 @@ def summary(tables, seen, metrics, blind="question only", added="the image adds"
                        "unreadable": unreadable} for metric in metrics]}
 
 
-def report_types(scores, types, units, seed):
-    """Print BLEU-1 by question type, where there are several; returns all scores of all types as a dict."""
-    tables = {kind: tabulate(scores, np.array([one == kind for one in types]), units, seed)
-              for kind, _ in Counter(types).most_common()}
-    print_types(tables, MAIN)
+def report_types(records, tabulate, metric):
+    """
+    Print one metric by question type, where there are several; returns the tables of all types as a dict. tabulate:
+    (n,) bool, which questions are chosen -> their table.
+    """
+    types = np.array([record["type"] for record in records])
+    tables = {kind: tabulate(types == kind) for kind, _ in Counter(types.tolist()).most_common()}
+    print_types(tables, metric)
     return tables
 
 
-def print_types(tables, metric):
-    """Print one metric by question type, where there are several. tables: {type: its table}, the frequent first."""
+def print_types(tables, metric, what="type"):
+    """Print one metric by type, or by what else, where there are several. tables: {type: table}, the frequent first."""
     if len(tables) > 1:
         rows = next(iter(tables.values()))["rows"]
-        print_cells(f"{metric} by type", ("questions", *rows))
+        print_cells(f"{metric} by {what}", ("questions", *rows))
         for kind, table in list(tables.items())[:TYPES_SHOWN]:
             cells = [row[metric] for row in table["rows"].values()]
             print_cells(kind or "none", (f"{table['questions']:,}", *cells))
         if (more := len(tables) - TYPES_SHOWN) > 0:
-            print(f"and {more} rarer types, in results.json")
+            print(f"and {more} rarer {what}s, in results.json")
 
 
 def report_faults(answers, cut, max_new_tokens):

@@ -33,7 +33,7 @@ from tasks.evaluations import choose_evaluations, file_of, find_evaluations, rea
 from tasks.foreign import read_note
 from tasks.reasoning import answer_of
 from tasks.splits import task_of
-from tasks.vqa import as_asked, bleu1, exact_match
+from tasks.vqa import as_asked, bleu1, exact_match, references_of
 
 SIZE, QUALITY = 224, 80  # of the images: pixels of the longer side at most, and of the JPEG
 FIELDS = ("id", "dataset", "image", "question", "answer", "prediction", "type")
@@ -143,10 +143,6 @@ def find_samples(lines, shards_dir, folder):
 
 
 # ----------------------------------------------------------------------------- the page
-
-def references_of(line):
-    return line.get("references") or [line["answer"]]
-
 
 def scored_boxes(text, record):
     """F-IoU, and the boxes of the answer, [label, corners] of each; None where it is unreadable."""

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 from plumbing.flags import UserError, parse_command_line, run
 from tasks.evaluations import choose_evaluations, read_predictions
-from tasks.findings import FINDINGS, FIVE, compare, f1, read
+from tasks.findings import FINDINGS, FIVE, compare_findings, f1, read
 from tasks.rewards import LONG_TEXT
 
 SAID = ("positive", "uncertain")
@@ -108,14 +108,8 @@ def print_table(table):
         print(f"{name:28}{100 * precision:11.1f}{100 * recall:9.1f}{100 * score:7.1f}{there:9,}")
 
 
-def nearest(prediction, references):
-    """What `compare` counts beside the reference whose findings are the most alike."""
-    return max((compare(prediction, text) for text in references),
-               key=lambda one: f1(one["matched"], one["predicted"], one["true"]))
-
-
 def print_rules(pairs):
-    counts = [nearest(*pair) for pair in pairs]
+    counts = [compare_findings(*pair) for pair in pairs]
     print_table(tabulate([tuple({finding: both[side] for finding, both in one["by finding"].items()}
                                 for side in (0, 1)) for one in counts]))
     for name, before in (("findings F1", ""), ("temporal F1", "temporal ")):

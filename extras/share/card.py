@@ -13,7 +13,7 @@ from prepare.datasets import DATASETS
 from prepare.weights import WEIGHTS
 from tasks.box_tables import SIZES
 from tasks.evaluations import find_evaluations, read_evaluation
-from tasks.summary import HEADS, list_rows, name_of, sort_evaluations, summary_of, text_cells
+from tasks.summary import HEADS, label_of, list_rows, name_of, sort_evaluations, summary_of, text_cells
 from tasks.vqa import cell_text
 from weights import load_vlm
 from zoo.qwen3_files import CONFIGS as QWENS
@@ -173,8 +173,7 @@ def describe_results(run, checkpoint):
              "None of them sees the right image: a score is worth what it has above them.",
              *summary_lines(evaluations)]
     for results in evaluations:
-        name, tables = name_of(results), results["results"][name_of(results)]
-        name = " ".join([name, *(f"--{flag}={value}" for flag, value in results["unusual_flags"].items())])
+        name, tables = label_of(results), results["results"][name_of(results)]
         for title, table in (("all questions", tables["all"]), ("those new to the run", tables["new"])):
             if isinstance(table, str):  # the reason names places and data
                 none = (summary_of(results) or {}).get("leaks") == tables["all"]["questions"]

@@ -69,7 +69,7 @@ def test_each_row_of_an_evaluation_has_its_table(tmp_path, capsys):
 
 
 def test_of_several_references_the_nearest_counts():
-    assert clinical.nearest("Edema.", ["No edema. Effusion.", "Edema. Effusion."])["matched"] == 1
+    assert clinical.compare_findings("Edema.", ["No edema. Effusion.", "Edema. Effusion."])["matched"] == 1
 
 
 def test_radeval_is_called_by_its_public_interface(tmp_path, capsys, monkeypatch):

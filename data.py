@@ -45,7 +45,7 @@ BOS, EOS = 1, 2  # LLaMA's ids; PMC-LLaMA's config.json says 0 and 1, which its 
 @dataclass
 class View:
     """One of several images of a record."""
-    image: bytes  # the encoded file
+    image: bytes  # the encoded file; or a scans.frames.Frame, decoded where it is stored
     name: str = ""  # of the file
     role: str = ""  # in words, written before the image: "frontal", "prior frontal"
 
@@ -67,6 +67,7 @@ class Record:
     labels: tuple | None = None  # names of the image's classes, where a dataset has them
     references: tuple = ()  # every answer that counts as right, where `answer` is not the only one
     group: str = ""  # such as its patient: what is never divided when images are held out
+    study: str = ""  # whose images a classifier may judge together, such as the slices of one scan
     parts: tuple = ()  # texts and Views, in their order, before the first question
     turns: tuple = ()  # (question, answer) of the turns behind the first
     boxes: dict | None = None  # label -> (x1, y1, x2, y2)s, shares of the image; the answer is written from them

@@ -5,15 +5,18 @@ prepare/folder.py makes that dataset; here it is found, and made by a command of
 older than the images.
 """
 
+import hmac
 import os
+import secrets
 import subprocess
 import sys
 from pathlib import Path
 
-from plumbing.files import read_manifest
+from plumbing.files import read_manifest, write_whole
 from plumbing.flags import UserError
 
 TABLES = (".csv", ".tsv")
+SECRET = ".patients.key"  # a file in a folder of one's own, with which its patients are hashed
 PREPARE = Path(__file__).resolve().parent.parent / "prepare" / "all.py"
 
 
@@ -43,6 +46,28 @@ def files_below(folder, above=()):
             yield from files_below(path, (*above, real))
         else:  # a hidden folder counts as one file
             yield path
+
+
+# ----------------------------------------------------------------------------- patients
+
+def secret_of(path):
+    """
+    The secret by which patients of a folder or file are hashed: a file that stays in the folder, or beside the file,
+    made where there is none. Raises UserError where it cannot be made.
+    """
+    place = (path if path.is_dir() else path.parent) / SECRET
+    try:
+        if not place.exists():
+            write_whole(place, (secrets.token_hex(32) + "\n").encode())
+        return place.read_bytes().strip()
+    except OSError as error:
+        raise UserError(f"{place}: patients are hashed with a secret in it, which cannot be read or made "
+                        f"({error.strerror}); make the folder writable, or work on a copy") from None
+
+
+def hash_id(secret, text):
+    """What stands in a shard for the id of a patient or study: the same for the same, 16 hexadecimal digits."""
+    return hmac.new(secret, text.encode("utf-8", "replace"), "sha256").hexdigest()[:16]
 
 
 # ----------------------------------------------------------------------------- the dataset of a folder
@@ -82,7 +107,7 @@ def prepare_own(path, shards_dir, image_size):
     Have prepare/all.py bring the dataset of a folder or csv up to date, a process that says itself what it
     does. Returns the dataset's name. Raises UserError with the reason that it ends with.
     """
-    command = [sys.executable, str(PREPARE), f"--folder={path}", f"--shards_dir={shards_dir}",
+    command = [sys.executable, str(PREPARE), f"--own={path}", f"--shards_dir={shards_dir}",
                f"--image_size={image_size}"]
     process, error = subprocess.Popen(command, stderr=subprocess.PIPE), b""
     while words := process.stderr.read1():  # its progress, passed on as it comes, or its last line

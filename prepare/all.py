@@ -18,7 +18,13 @@ from typing import Annotated, Literal
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: `data` lies above it
 
-from plumbing.flags import Range, Text, Threads, UserError, Whole, parse_command_line, run
+from plumbing.flags import Form, Name, Range, Text, Threads, UserError, Whole, parse_command_line, run
+
+WINDOW = r"(file|lung|soft|bone|brain|-?\d+(\.\d+)?/\d+(\.\d+)?)"
+Window = Annotated[str, Form(rf"auto|{WINDOW}(,{WINDOW},{WINDOW})?",
+                             "auto, file, lung, soft, bone, brain, centre/width, or three of these with commas")]
+Slices = Annotated[str, Form(r"all|middle|every:[1-9]\d{0,3}|[1-9]\d{0,3}", "all, middle, every:5, or a number")]
+Tiles = Annotated[str, Form(r"(\d{1,2}:[1-9]\d{1,4})?", "a level and pixels, as 1:512")]
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,15 @@ class Config:
     codec: Literal["jpeg", "png"] = "jpeg"  # of stored images; png is lossless and twice as large
     quality: Annotated[int, Range(1, 100)] = 97  # of jpeg; 97 alters a pixel by 1.1 of 255 levels on average
     leaks: Literal["", "drop", "keep"] = ""  # test images in --only to train on; none: as it was, or drop
-    folder: str = ""  # a folder or csv of your own images with labels or boxes: prepare it, and stop
+    own: str = ""  # a folder or file of your own images, questions or studies: prepare it, and stop
+    name: Name = ""  # with --own: of its dataset; none: the folder's or file's
+    columns: Text = ""  # with --own: what columns are, as image:filename,question:q; else by name
+    window: Window = "auto"  # of CT and MR: auto, lung, soft, bone, brain or centre/width; three of them: as colours
+    slices: Slices = "all"  # of a volume: all, middle, every:5, or so many at even distances
+    tiles: Tiles = ""  # of a pyramidal slide: level:pixels, as 1:512; none: its overview
+    folds: Annotated[int, Range(0, 100)] = 0  # with --own: parts by patient, each the test split of a dataset; 0: none
+    fold: Annotated[int, Range(-1, 99)] = -1  # of these the one to prepare; -1: all
+    dry_run: bool = False  # with --own: write a page of the first samples, and prepare nothing
     convert: str = ""  # a LLaMA's hub folder of pickles: write it as safetensors into weights_dir, and stop
     list: bool = False  # show the datasets and stop
 
@@ -56,7 +70,7 @@ import re
 import time
 import traceback
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from plumbing.files import find_tokenizer, hash_file
 from plumbing.own import own_path
@@ -171,11 +185,11 @@ def image_settings(config):
 
 def prepare_own(config):
     """Prepare a folder or csv of one's own: with boxes, if something in it says where they are, else with labels."""
-    sources = find_sources(own_path(config.folder))
+    sources = find_sources(own_path(config.own))
     if not sources:
-        return prepare_folder(config.folder, config.shards_dir, config.image_size, config.workers)
+        return prepare_folder(config.own, config.shards_dir, config.image_size, config.workers)
     prepare_tokenizer(config.tokenizer)
-    return prepare_boxes(config.folder, sources, config.shards_dir, image_settings(config),
+    return prepare_boxes(config.own, sources, config.shards_dir, image_settings(config),
                          open_tokenizer(config.tokenizer, config.system), config.box_format, config.workers,
                          config.augment)
 
@@ -184,7 +198,7 @@ def prepare_dataset(dataset, config):
     """Prepare one dataset unless it is up to date. Returns its status and a message."""
     target, image = Path(config.shards_dir) / dataset.name, image_settings(config)
     facts = {"dataset": dataset.name, "shard_version": SHARD_VERSION,
-             "prompt_version": PROMPT_VERSION, "limit": config.limit, "image": asdict(image),
+             "prompt_version": PROMPT_VERSION, "limit": config.limit, "image": image.facts(),
              "licence": dataset.licence}
     facts |= {"task": dataset.task} if dataset.task else {}
     facts |= {"reasoning": config.reasoning} if dataset.task == "choices" else {}
@@ -313,7 +327,7 @@ def main(config):
     require_flags_that_fit(config)
     if config.list:
         return print_list(select(config.only) if config.only else [*DATASETS, *WEIGHTS], config)
-    if config.folder:
+    if config.own:
         return prepare_own(config)
     if config.convert:
         with locked(Path(config.weights_dir) / Path(config.convert).resolve().name, "converting it"):

@@ -21,7 +21,6 @@ import os
 import re
 from collections import Counter, defaultdict
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
 from pathlib import Path
 
 from data import Record
@@ -267,6 +266,6 @@ def prepare_folder(path, shards_dir, image_size=224, workers=0):
         require_classes(path, listing.items, listing.names)
         facts = {"listing": digest(listing.items + listing.unlabelled),
                  "grouped_by": listing.grouped_by or "alike images", "multi_label": listing.multi_label,
-                 "image": asdict(ImageSettings(image_size, "squash", "jpeg", 97))}  # as prepare/all.py
+                 "image": ImageSettings(image_size, "squash", "jpeg", 97).facts()}  # as prepare/all.py
         return prepare_listing(path, shards_dir, facts,
                                lambda target, facts: write(target, path, listing, facts, workers))

@@ -17,7 +17,6 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -271,7 +270,7 @@ def read_boxes(path, sources):
     images, notes, patients = Images(path if path.is_dir() else path.parent), [], {}
     if form == "csv":
         if len(files) > 1:
-            raise UserError(f"{path}: boxes in {files[0].name} and in {files[1].name}; name one as --folder={files[0]}")
+            raise UserError(f"{path}: boxes in {files[0].name} and in {files[1].name}; name one as --own={files[0]}")
         rows, splits, patients = from_table(files[0], images, notes)
     else:
         rows, splits = {"Pascal VOC": from_voc, "COCO": from_coco, "YOLO": from_yolo}[form](files, images, notes)
@@ -369,7 +368,7 @@ def prepare_boxes(path, sources, shards_dir, image, tokenizer, box_format="medmo
         boxes.notes.insert(0, how)
         items = [Item(splits[name], name, boxes.files[name] or path / name, tuple(sorted(some.items())),
                       boxes.patients.get(name, "")) for name, some in found.items()]
-        facts = {"listing": digest(items), "box_format": box_format, "augment": augment, "image": asdict(image),
+        facts = {"listing": digest(items), "box_format": box_format, "augment": augment, "image": image.facts(),
                  "tokenizer_sha256": tokenizer.sha256}
         facts |= {"system": tokenizer.system} if tokenizer.system else {}
         return prepare_listing(path, shards_dir, facts, lambda target, facts: write(

@@ -22,7 +22,7 @@ import zlib
 from array import array
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from tqdm import tqdm
@@ -31,11 +31,12 @@ from data import View
 from plumbing.files import TOKENIZERS, hash_file, lock, manifest_checksum, read_manifest
 from plumbing.flags import UserError
 from plumbing.own import clean
-from plumbing.pixels import DEEP_PIXELS, SMART_LEAST, Unreadable, load_image, open_stored, resize_image
+from plumbing.pixels import DEEP_PIXELS, SMART_LEAST, Unreadable, open_stored, resize_image
 from plumbing.shards import IMAGE, SAMPLE, hash_words, sample_checksum
 from prepare.augment import altered
 from prepare.download import hub_revision
 from prepare.looks import fingerprint
+from scans.frames import decode_picture, picture_key
 from tasks import boxes, reasoning
 from tasks.choices import right_of
 from zoo.chatml import open_tokenizer
@@ -53,11 +54,16 @@ class ImageSettings:
     codec: str
     quality: int  # of JPEG, 1 to 100; 0 for PNG, which is lossless
     deep: str = DEEP_PIXELS  # what becomes of more than 8 bits, in words, so that another rule is noticed
+    window: str = ""  # of scans, as --window says; none: there are no scans among them
+
+    def facts(self):
+        """As a dict for manifests, without what does not apply."""
+        return {name: value for name, value in asdict(self).items() if name != "window" or value}
 
 
 def encode_image(content, settings):
     """
-    Decode, resize and encode one image file, in a worker process.
+    Decode, resize and encode one image file, or a Frame of one, in a worker process.
 
     Returns the encoded bytes, the image's (height, width), their pixel error, which is the mean absolute
     difference in grey levels (0 to 255) that the codec makes, and the image's fingerprint; where it cannot
@@ -66,7 +72,7 @@ def encode_image(content, settings):
     try:
         # Decoding at no less than twice the size alters a pixel less than the codec does. Where the size is the
         # pixels of a whole image (smart), no JPEG has so many along a side, and all of it is decoded
-        source = load_image(content, at_least=2 * settings.size)
+        source = decode_picture(content, at_least=2 * settings.size)
         image = resize_image(source, settings.size, settings.resize)
         mark = fingerprint(source)
     except Unreadable as error:
@@ -115,7 +121,7 @@ def words_of(record, reasoning="none"):
     more = {"context": record.context, "turns": [list(turn) for turn in record.turns],
             "parts": [{"image": part.name, "role": part.role} if isinstance(part, View) else part
                       for part in record.parts],
-            "references": references if references != [record.answer] else [], "group": record.group,
+            "references": references if references != [record.answer] else [], "group": record.group, "study": record.study,
             "boxes": record.boxes, "choices": list(record.choices),
             "reasoning": reasoning != "none" and record.reasoning and {"place": reasoning, "text": record.reasoning}}
     words |= {name: value for name, value in more.items() if value}
@@ -186,7 +192,7 @@ class SplitWriter:
         texts = [record.context, *(part if isinstance(part, str) else part.role for part in record.parts)]
         images, futures = [], {}
         for view in record.views():
-            images.append(hashlib.sha256(view.image).digest())
+            images.append(picture_key(view.image))
             if images[-1] not in self.image_numbers:
                 self.image_numbers[images[-1]] = None
                 futures[images[-1]] = self.encode(view.image)

@@ -32,7 +32,7 @@ def tokenizer(tmp_path_factory):
 def prepared(path, tokenizer, **flags):
     """{split: lines of records.jsonl} of a folder or csv."""
     shards = path.parent / "shards"
-    config = Config(folder=str(path), shards_dir=str(shards), tokenizer=str(tokenizer), image_size=16, workers=1,
+    config = Config(own=str(path), shards_dir=str(shards), tokenizer=str(tokenizer), image_size=16, workers=1,
                     **flags)
     name = prepare_own(config)
     return {folder.name: Shard(folder).read_records() for folder in (shards / name).iterdir() if folder.is_dir()}
@@ -306,7 +306,7 @@ def test_two_forms_or_none_that_can_be_read_are_refused(tmp_path, tokenizer):
     put(tmp_path / "table/a.csv", "image,label,x1,y1,x2,y2\n0.png,a,0,0,1\n")
     refused(tmp_path / "table", tokenizer, "a.csv: row 2: '' is no number")
     put(tmp_path / "table/b.csv", "image,label,x1,y1,x2,y2\n0.png,a,0,0,1,1\n")
-    refused(tmp_path / "table", tokenizer, "a.csv", "b.csv", "--folder=")
+    refused(tmp_path / "table", tokenizer, "a.csv", "b.csv", "--own=")
 
 
 def test_a_name_that_is_two_images_is_refused_and_none_leads_out_of_the_folder(tmp_path, tokenizer):

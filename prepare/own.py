@@ -1,0 +1,38 @@
+"""
+Your own folder or file as a prepared dataset, whatever of a dozen layouts it has: `python prepare/all.py --own=path`.
+
+    prepare/folder.py          images with labels: a folder a class, or a csv (read by listing.py)
+    prepare/own_boxes.py       images with boxes: VOC, COCO, YOLO, csv
+    prepare/own_questions.py   a csv, JSON or JSON lines of questions
+    prepare/own_chats.py       conversations: LLaVA's and ShareGPT's, messages with content parts
+    prepare/own_studies.py     studies with reports: a folder each, or a csv
+    prepare/own_pictures.py    the pictures that they name: image files, scans, slices of volumes
+    prepare/own_splits.py      splits and folds by patient, and patients' hashed names
+    prepare/own_page.py        --dry_run: the first samples with their pictures, on a page
+
+A reader returns an Own: Drafts, which name their pictures and hold none. Here it is recognised which reader reads,
+splits are made, pictures found, and all of it written.
+"""
+
+from typing import NamedTuple
+
+from data import Record
+
+
+class Draft(NamedTuple):
+    """A sample before its pictures are read."""
+    record: Record  # its views name their pictures, as the source does, and have no bytes; no group yet
+    split: str = ""  # train, validation or test; "" where none is given
+    patient: str = ""  # as it is written; "" where none is named
+    where: str = ""  # for messages: "questions.csv: row 3"
+
+
+class Own(NamedTuple):
+    """What a folder or file says."""
+    form: str  # in words: "a csv of questions"
+    kind: str  # of the dataset: image questions, text questions, captions, reports, boxes
+    task: str  # choices, or "" where the kind says it
+    sources: list  # files that were read
+    drafts: list  # of Draft
+    grouped_by: str  # where patients come from; "" where none is named
+    notes: list  # lines about how it was understood

@@ -5,7 +5,6 @@ Nothing is decoded here. What can only be a slip is refused; what was understood
 said, in the Listing's notes.
 """
 
-import csv
 import os
 import re
 from collections import Counter, defaultdict
@@ -18,13 +17,13 @@ from plumbing.flags import UserError
 from plumbing.own import files_below, printable, written
 from plumbing.pixels import FORMATS, SUFFIXES
 from prepare.datasets import require_columns
+from prepare.own_tables import NOTHING, find_column, read_rows
 
 SPLITS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
           "val": "validation", "test": "test", "testing": "test"}
 PATHS, LABELS = ("path", "file", "image", "filename"), ("label", "labels")  # names that a column may have,
 PATIENTS = ("patientid", "patient", "pid", "mrn", "subjectid", "subject", "caseid", "case", "studyid",
             "study", "groupid", "group")  # without capitals, spaces and signs; the first that is there counts
-NOTHING = ("", "nan", "null", "none", "-", "?", "n/a", "#n/a", "<na>")  # what programs write for nothing
 
 
 class Item(NamedTuple):
@@ -93,36 +92,6 @@ def read_folder(folder):
 
 
 # ----------------------------------------------------------------------------- tables
-
-def read_rows(path):
-    """A csv's header, in small letters, and its rows that are not empty: (number of the row, its cells)."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            delimiter = max(",;\t", key=file.readline().count)  # Excel's depends on the country
-            file.seek(0)
-            header, *rows = [[cell.strip() for cell in row] for row in csv.reader(file, delimiter=delimiter)
-                             ] or [[]]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a csv in UTF-8 ({error}); save it as one") from None
-    for number, row in enumerate(rows, start=2):
-        if any(row[len(header):]):
-            raise UserError(f"{path}: row {number} has {len(row)} cells, but there are {len(header)} columns; "
-                            "quote a cell that has the sign between cells in it")
-    width = len(header)
-    return [name.lower() for name in header], [
-        (number, (row + [""] * width)[:width]) for number, row in enumerate(rows, start=2) if any(row)]
-
-
-def find_column(path, header, known):
-    """The place of the first of these columns that the header has, or None; refused where it is there twice."""
-    names = [re.sub(r"[\W_]", "", name) for name in header]
-    for name in known:
-        if names.count(name) > 1:
-            raise UserError(f"{path}: {names.count(name)} columns are named {name!r}; leave one of them")
-        if name in names:
-            return names.index(name)
-    return None
-
 
 def read_patients(path, header, rows):
     """Each row's patient, "" where none is named; the place of the column, or None; and what is to be said."""

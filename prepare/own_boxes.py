@@ -29,7 +29,8 @@ from prepare.boxes import ask_image
 from prepare.classify import read_lines
 from prepare.datasets import Dataset, read_image, refuse_damage
 from prepare.folder import compared, digest, prepare_listing, require_names
-from prepare.listing import SPLITS, Item, find_column, is_image, read_patients, read_rows
+from prepare.listing import SPLITS, Item, is_image, read_patients
+from prepare.own_tables import find_column, read_rows
 from prepare.shards import write_dataset
 
 IMAGES, LABELS = ("image", "path", "file", "filename", "imagepath", "imageid"), ("label", "class", "name", "category")

@@ -663,7 +663,7 @@ def test_a_folder_is_refused_in_one_line(files, wanted, tmp_path):
      "no image of class 'c' to train on"),
     (["path,label,split,patient", "0.png,a,train,p1", "1.png,b,train,p2", "2.png,b,test,p2",
       "3.png,a,test,p3"], "patient p2 (by column patient) is in train and in test"),
-    (["path,label", "0.png,a", "é.png,b"], "not a csv in UTF-8")])
+    (["path,label", "0.png,a", "\x81.png,b"], "not a csv in UTF-8")])
 def test_a_csv_is_refused_in_one_line(lines, wanted, tmp_path):
     table = write_csv(tmp_path / "film", *lines, count=12)
     if "UTF-8" in wanted:

@@ -8,6 +8,7 @@ other figures for the same answers, by up to 40 points; extras/look/scales.py ha
 
 import math
 import re
+import unicodedata
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -16,6 +17,8 @@ from tasks.stats import intervals
 
 METRICS = ("BLEU-1", "exact match", "token F1", "closed accuracy", "open recall")
 MAIN = "BLEU-1"  # the one that a training watches
+ENGLISH = ("yes", "no")
+CLOSED = frozenset([*ENGLISH, *"ja nein oui non sí si sì sim não да нет 是 是的 有 否 不是 没有".split()])
 TYPES_SHOWN = 10
 MANY_CUT = 0.01  # share of the answers from which on a longer limit is advised
 MANY_LACKING = 0.05  # share of the resamples without any such question, from which on it is said
@@ -55,8 +58,24 @@ def token_f1(prediction, reference):
     return 2 * recall * precision / (recall + precision) if recall else 0.0
 
 
+def bare_word(text):
+    """A yes or no as one is compared: case, how accents are encoded, and a point at its end aside."""
+    return unicodedata.normalize("NFC", text).lower().strip().rstrip(".!。！")
+
+
 def is_closed(reference):
-    return reference.lower().strip() in ("yes", "no")
+    """Whether an answer is a yes or no, in one of the languages of CLOSED."""
+    return bare_word(reference) in CLOSED
+
+
+def closed_match(prediction, reference):
+    """
+    Whether an answer is the yes or no that is right, 1.0 or 0.0; "ja" is not "yes". A plain English one is compared
+    as exact_match does, as published figures are; of others "Ja." is "ja".
+    """
+    if reference.lower().strip() in ENGLISH:
+        return exact_match(prediction, reference)
+    return float(bare_word(prediction) == bare_word(reference))
 
 
 def plain(text):
@@ -79,9 +98,9 @@ def score(record, prediction):
     def best(function):
         return 100 * max(function(prediction, reference) for reference in references)
 
-    exact, closed = best(exact_match), all(map(is_closed, references))
-    return {"BLEU-1": best(bleu1), "exact match": exact, "token F1": best(token_f1),
-            "closed accuracy": exact if closed else math.nan,
+    closed = all(map(is_closed, references))
+    return {"BLEU-1": best(bleu1), "exact match": best(exact_match), "token F1": best(token_f1),
+            "closed accuracy": best(closed_match) if closed else math.nan,
             "open recall": math.nan if closed else best(open_recall)}
 
 

@@ -84,6 +84,19 @@ def test_the_best_reference_counts():
     assert math.isnan(half["closed accuracy"]) and half["open recall"] == 100
 
 
+@pytest.mark.parametrize("answer, prediction, closed", [
+    ("ja", "Ja.", 100), ("Ja.", "ja", 100), ("nein", "ja", 0), ("oui", "Oui", 100), ("Sí", "si\u0301.", 100),
+    ("não", "NÃO", 100), ("да", "Да.", 100), ("是", "是。", 100), ("是", "否", 0), ("Sì", "sì", 100), ("ja", "yes", 0),
+    ("yes", "ja", 0), ("ja", "ja, links", 0), ("Yes", "yes", 100), ("no", "No", 100),
+    ("yes", "Yes.", 0), ("no", "no.", 0),  # as ever: English's are compared as published figures are
+    ("links", "links.", None), ("ja, links", "ja", None), ("nonsense", "non", None), ("", "", None)])
+def test_yes_and_no_of_several_languages(answer, prediction, closed):
+    scores = score({"answer": answer}, prediction)
+    assert math.isnan(scores["closed accuracy"]) if closed is None else scores["closed accuracy"] == closed
+    assert math.isnan(scores["open recall"]) == (closed is not None)
+    assert scores["exact match"] == 100 * (answer.lower().split() == prediction.lower().split())  # as it was
+
+
 def test_bleu1_agrees_with_an_independent_statement():
     """Counting by removing matched words from a list, and the penalty from the lengths' ratio."""
     rng = np.random.default_rng(0)

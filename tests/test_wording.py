@@ -34,7 +34,7 @@ def test_likeness_by_hand(familiar, question, likeness):
     assert familiar.nearest(question)[0] == pytest.approx(likeness)
 
 
-@pytest.mark.parametrize("question", ["Is there an effusion?", "which organ is it?", "图像中有什么器官"])
+@pytest.mark.parametrize("question", ["Is there an effusion?", "which organ is it?", "is there any fluid?", "图像中有什么器官"])
 def test_nothing_is_said_of_questions_like_those_of_training(familiar, question):
     assert familiar.remark(question) == ""
 
@@ -43,6 +43,7 @@ def test_what_is_unlike_is_said_with_the_nearest(familiar):
     remark = familiar.remark("how many grams of aspirin are given in a day?")
     assert remark.startswith("unlike any question that it was trained on; the nearest is \"")
     assert 0 < familiar.nearest("how many grams of aspirin are given in a day?")[0] < LIKE
+    assert familiar.remark("which side is it?") and familiar.nearest("which side is it?")[0] == pytest.approx(7 / 29)
     assert familiar.remark("боль?") == "unlike any question that it was trained on"
 
 

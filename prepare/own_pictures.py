@@ -5,30 +5,26 @@ The pictures that a table or a file of boxes names, whatever it calls them: imag
     C:\\study\\images\\0001.png  /data/old/0001.png    a path of another machine: what its end is here
     ct_12                                           a folder of one DICOM series
 
-Capitals count where two names differ in nothing else, and é is one letter however it is written. Where two pictures
-could be meant, none is taken: that is refused.
+A path that is there is taken as it is. Else all pictures below the folder are looked through, once. Capitals count
+where two names differ in nothing else, and é is one letter however it is written. Where two pictures could be meant,
+none is taken: that is refused.
 """
 
+import functools
 import os
 import re
 import unicodedata
-from collections import Counter, defaultdict
-from dataclasses import replace
+from collections import defaultdict
 from pathlib import Path
 
 from data import View
 from plumbing.flags import UserError
 from plumbing.own import files_below, hash_id, printable, written
 from prepare.datasets import read_image
-from scans.frames import Frame, Scan, ScanSettings, find_scans
+from scans.frames import Frame, ScanSettings, find_scans
 
-LEFT_BY_PROGRAMS = ("thumbs.db", "desktop.ini", "ehthumbs.db", "dicomdir")
-KINDS = re.compile(r"(\.nii)?\.[a-z][a-z0-9]{1,4}(\.gz)?$", re.I)  # the end of a name that says what the file is
-
-
-def is_left_by_programs(file):
-    """Whether a file's name alone says that it is no picture: hidden, or written by what shows folders."""
-    return file.name[0] == "." or file.name.lower() in LEFT_BY_PROGRAMS
+LEFT_BY_PROGRAMS = ("thumbs.db", "ehthumbs.db", "desktop.ini")
+ENDING = re.compile(r"(\.nii)?\.[a-z][a-z0-9]{1,4}$", re.I)  # the end of a name that says what the file is
 
 
 def file_of(source):
@@ -36,8 +32,14 @@ def file_of(source):
     return source.file if isinstance(source, Frame) else source
 
 
-def same_letters(name):
-    return unicodedata.normalize("NFC", name)
+def is_left_by_programs(file):
+    """Whether a file's name alone says that it is no picture: hidden, or written by what shows folders."""
+    return file.name[0] == "." or file.name.lower() in LEFT_BY_PROGRAMS
+
+
+def plain(name):
+    """A name or path as it is compared: é is one letter, and / parts folders."""
+    return unicodedata.normalize("NFC", written(name).replace("\\", "/"))
 
 
 class Pictures:
@@ -46,113 +48,121 @@ class Pictures:
     def __init__(self, folder, settings=ScanSettings(), outside=True):
         """settings: ScanSettings; outside: whether a path may lead out of the folder."""
         self.folder, self.settings, self.outside = folder, settings, outside
-        files = list(files_below(folder))
-        self.passed = [written(file.relative_to(folder).as_posix()) for file in files if is_left_by_programs(file)]
-        scans, self.refused = find_scans([file for file in files if not is_left_by_programs(file)], settings, folder)
-        self.warnings, self.by_name_alone = Counter(), {}  # what a table calls a picture -> another path's name
-        self.scans, self.folders = {}, defaultdict(list)  # name of a file -> its Scan; of a folder -> Scans in it
-        self.called, self.without_case = defaultdict(set), defaultdict(set)  # what may be written -> names of files
+        self.refused, self.passed = {}, []  # Path -> why; names of files that were not looked at
+        self.warned = defaultdict(set)  # kind of a warning -> files
+        self.read, self.by_name_alone = {}, {}  # Path -> its Scans; what a table calls a picture -> its Path
+
+    def name_of(self, file):
+        """A path from the folder, as it is written."""
+        return written(Path(os.path.relpath(file, self.folder)).as_posix())
+
+    def read_files(self, files):
+        """The Scans of files."""
+        scans, refused = find_scans(files, self.settings, self.folder)
+        self.refused |= refused
         for scan in scans:
-            self.enter(scan)
+            for warning in scan.warnings:
+                self.warned[warning].add(file_of(scan.sources[0]))
+        return scans
 
-    def enter(self, scan):
-        """Take a Scan into the index, by the names of its files and of their folders."""
-        self.warnings.update(scan.warnings)
-        for file in dict.fromkeys(map(file_of, scan.sources)):
-            name = same_letters(written(file.relative_to(self.folder).as_posix()))
-            self.scans[name] = scan
-            last = name.rpartition("/")[2]
-            for key in {name, last, KINDS.sub("", name), KINDS.sub("", last)}:
-                self.called[key].add(name)
-                self.without_case[key.casefold()].add(name)
-        for folder in {file_of(source).parent for source in scan.sources}:
-            self.folders[same_letters(written(folder.relative_to(self.folder).as_posix()))].append(scan)
+    @functools.cached_property
+    def files(self):
+        """{name: Path} of all pictures below the folder."""
+        files = list(files_below(self.folder))
+        self.passed += [self.name_of(file) for file in files if is_left_by_programs(file)]
+        scans, found = self.read_files([file for file in files if not is_left_by_programs(file)]), {}
+        for scan in scans:
+            of = dict.fromkeys(map(file_of, scan.sources))
+            found |= {self.name_of(file): file for file in of}
+            if len(of) == 1:
+                self.read[next(iter(of))] = [scan]
+        return found
 
-    def look_up(self, where, key, near):
-        """The name of the one file that is called so, "" where none is. near: the folder whose files come first."""
-        found = self.called.get(key) or self.without_case.get(key.casefold()) or ()
-        if len(found) > 1 and key not in found:
-            found = [name for name in found if name.rpartition("/")[0] == near] or found
-            if len(found) > 1:
-                raise UserError(f"{where}: {len(found)} images are called {key!r:.80}; name it by its path")
-        return key if key in found else next(iter(found), "")
+    @functools.cached_property
+    def called(self):
+        """{what may be written: Paths} of all pictures below the folder, and of the folders that they are in."""
+        called = defaultdict(set)
+        for name, file in self.files.items():
+            key = plain(name)
+            folder, _, last = key.rpartition("/")
+            for key in {key, last, ENDING.sub("", key), ENDING.sub("", last)}:
+                called[key].add(file)
+                called["any case", key.casefold()].add(file)
+            if folder:
+                called["folder", folder].add(file.parent)
+        return called
 
-    def name(self, where, called, beside=None):
+    # ------------------------------------------------------------------------- one of them
+
+    def look_up(self, where, key, beside):
+        """The Path of the file or folder that is called so; None where none is. beside: whose files come first."""
+        found = self.called.get(key) or self.called.get(("any case", key.casefold())) or self.called.get(
+            ("folder", key)) or ()
+        if len(found) > 1:
+            exact = [file for file in found if plain(self.name_of(file)) == key]
+            found = exact or [file for file in found if file.parent == beside] or found
+        if len(found) > 1:
+            raise UserError(f"{where}: {len(found)} images are called {key!r:.80}; name it by its path")
+        return next(iter(found), None)
+
+    def place(self, where, called, beside=None):
         """
-        The name of the file, or of the folder of a series, that is called so; "" where there is none. Raises
-        UserError where two could be meant.
-
-        beside: the folder from which paths start, besides the one that was looked through.
+        The Path of the file, or of the folder of a series, that is called so; None where none is there. Raises
+        UserError where two could be meant. beside: the folder in which paths start; none: the one looked through.
         """
-        called = same_letters(written(called.strip()).replace("\\", "/"))
+        called, beside = called.strip(), beside or self.folder
         if not called or "\0" in called:
-            return ""
-        inside = os.path.relpath(beside or self.folder, self.folder)
-        near = same_letters("" if inside == "." else inside)
-        real = os.path.abspath(os.path.join(self.folder, called))
-        starts = [os.path.normpath(os.path.join(near, called)), os.path.relpath(real, self.folder)]
-        parts = [part for part in called.split("/") if part not in ("", ".", "..") and not part.endswith(":")]
+            return None
+        direct = Path(os.path.normpath(os.path.join(beside, called)))
+        if (self.outside or direct.is_relative_to(self.folder)) and direct != self.folder and os.path.exists(direct):
+            return direct
+        parts = [part for part in plain(called).split("/") if part not in ("", ".", "..") and not part.endswith(":")]
         ends = ["/".join(parts[place:]) for place in range(len(parts))]
-        for key in dict.fromkeys([*starts, *ends, *(KINDS.sub("", end) for end in ends[-1:])]):
-            if found := self.look_up(where, key, near):
-                asked, there = ("/".join(KINDS.sub("", name).casefold().split("/")) for name in (ends[0], found))
-                if not f"/{asked}".endswith(f"/{there}") and not f"/{there}".endswith(f"/{asked}"):
+        for key in dict.fromkeys([*ends, *(ENDING.sub("", end) for end in ends[-1:])]):
+            if found := self.look_up(where, key, beside):
+                asked, there = (ENDING.sub("", f"/{plain(text)}".casefold()) for text in (ends[0], self.name_of(found)))
+                if not asked.endswith(there) and not there.endswith(asked):
                     self.by_name_alone.setdefault(called, found)
                 return found
-            if len(self.folders.get(key, ())) > 1:
-                raise UserError(f"{where}: {len(self.folders[key])} series or images are in {key!r:.80}; name one")
-            if key in self.folders:
-                return key
-        return ""
+        return None
 
     def find(self, where, called, beside=None):
         """
         The Scan that a table calls so; None where there is none. Of a file that is a part of a series its slices
-        alone. Raises UserError where two could be meant. where: for messages; beside: as `name` takes it.
+        alone. Raises UserError where two could be meant. where: for messages; beside: as `place` takes it.
         """
-        name = self.name(where, called, beside)
-        if name in self.scans:
-            scan, sources = self.scans[name], [*zip(self.scans[name].sources, self.scans[name].labels)]
-            of = [(source, label) for source, label in sources
-                  if same_letters(written(file_of(source).relative_to(self.folder).as_posix())) == name]
-            return scan if len(of) == len(sources) else replace(
-                scan, name=name, sources=tuple(source for source, _ in of), labels=tuple(label for _, label in of))
-        if name:
-            return self.folders[name][0]
-        return self.find_outside(called, beside) if self.outside and called.strip() else None
-
-    def find_outside(self, called, beside):
-        """The Scan of a path that leads out of the folder, or to a slice that --slices leaves out; None: neither."""
-        path = Path(os.path.normpath(os.path.join(beside or self.folder, called.strip())))
-        if not os.path.isfile(path):
+        place = self.place(where, called, beside)
+        if place is None:
             return None
-        scans, refused = find_scans([path], self.settings, path.parent)
-        self.refused |= refused
-        for scan in scans:
-            self.warnings.update(scan.warnings)
-        return scans[0] if scans else None
+        if place not in self.read:
+            files = sorted(filter(os.path.isfile, place.iterdir())) if place.is_dir() else [place]
+            self.read[place] = self.read_files([file for file in files if not is_left_by_programs(file)])
+        if len(self.read[place]) > 1:
+            raise UserError(f"{where}: {len(self.read[place])} images or series are in {called!r:.80}; name one")
+        return next(iter(self.read[place]), None)
 
     def notes(self):
         """Lines about what was found: what cannot be used, is not looked at, or is worth a look."""
-        return notes_of(self.refused, self.passed, self.warnings, self.folder) + ([
-            f"{len(self.by_name_alone):,} pictures are found by the name of their file alone, "
-            f"{' for '.join(map(printable, next(iter(self.by_name_alone.items()))[::-1])):.160} the first"
-        ] if self.by_name_alone else [])
+        alone = [f"{len(self.by_name_alone):,} pictures are found by the name of their file alone: "
+                 f"{printable(self.name_of(found)):.80} is taken for {printable(called):.80}, the first"
+                 for called, found in list(self.by_name_alone.items())[:1]]
+        return alone + notes_of(self.refused, self.passed, self.warned, self.name_of)
 
 
-def notes_of(refused, passed, warnings, folder):
+def notes_of(refused, passed, warned, name_of):
     """
-    Lines about what find_scans said of the files below a folder: {Path: why}, names of files that were not looked
-    at, and {kind of a warning: count}.
+    Lines about what find_scans said: {Path: why}, names of files that were not looked at, {kind of a warning: files};
+    name_of: how a file is called.
     """
     reasons = defaultdict(list)
     for file, why in refused.items():
-        reasons[why].append(written(os.path.relpath(file, folder)))
-    notes = [f"{len(files):,} files cannot be used, {printable(files[0]):.80} the first: {why}"
+        reasons[why].append(file)
+    notes = [f"{len(files):,} files cannot be used, {printable(name_of(files[0])):.80} the first: {why}"
              for why, files in reasons.items()]
     notes += [f"{len(passed):,} files passed over, {printable(passed[0]):.80} the first: hidden, or left by programs"
               ] if passed else []
-    return notes + [f"{count:,} scans {kind}" for kind, count in warnings.items()]
+    return notes + [f"{len(files):,} scans {kind}, {printable(name_of(min(files))):.80} the first"
+                    for kind, files in warned.items()]
 
 
 # ----------------------------------------------------------------------------- into records
@@ -164,8 +174,8 @@ def read_source(source):
 
 def written_name(scan, name, secret):
     """
-    The name under which a Scan is written: what its files are called, but where a header names a patient a hash of it,
-    for names of such files are made of patients' names and dates.
+    The name under which a Scan is written: as the source calls it, but where a header names a patient a hash of
+    that, for the files of archives are called by patients' names and dates of birth.
     """
     return f"scan {hash_id(secret, name)}" if scan.patient else name
 

@@ -208,14 +208,17 @@ def is_anothers(target, path):
     return target.exists() and clean(str(path)) not in origins(target)
 
 
-def prepare_listing(path, shards_dir, facts, write):
+def prepare_listing(path, shards_dir, facts, write, name="", ending=""):
     """
     Have write(target, facts) prepare what a folder or csv lists, unless it is there with these facts. Returns
-    the dataset's name.
+    the dataset's name: the given one, or else the path's, with this ending, such as that of a fold.
     """
+    if name.lower() in DATASETS:
+        raise UserError(f"--name={name}: a public dataset is called so; choose another")
     facts = {"shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION, "limit": 0, "licence": "yours",
              "path": clean(str(path)), **facts}
-    for name in names_for(path):
+    for name in [name] if name else names_for(path):
+        name += ending
         target, reason = shards_dir / name, ""
         if is_anothers(target, path):
             continue

@@ -1,7 +1,8 @@
 """
 Pictures that are not simply an image file: slices of a volume, frames of a DICOM file, pages of a TIFF, tiles of a
-slide. `find_pictures` lists what a file holds; each is decoded where it is needed, with the window that is wanted.
+slide. `find_scans` lists what files hold; each picture is decoded where it is needed, with the window that is wanted.
 
+    scans/windows.py  numbers to greys
     scans/dicom.py    DICOM through pydicom: physical units, windows, orientation, series in the order of position
     scans/nifti.py    NIfTI through nibabel
     scans/pages.py    TIFF, GIF, APNG and WebP of several pages
@@ -11,10 +12,16 @@ Nothing of a header leaves this room but pixels, the place of a slice, and what 
 """
 
 import hashlib
+import importlib
+import os
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from plumbing.pixels import load_image
+from plumbing.own import written
+from plumbing.pixels import SUFFIXES, load_image
+
+EXPLICIT = (b"CS", b"UI", b"UL", b"DA", b"LO", b"SH", b"OB", b"US")  # types of a DICOM file's first element
 
 
 @dataclass(frozen=True)
@@ -32,18 +39,27 @@ class Frame:
 
 
 def picture_key(source):
-    """sha256 of what a picture is, bytes of an image file or a Frame: two with one key are one picture."""
+    """
+    sha256 of what a picture is, bytes or Path of an image file or a Frame: two with one key are one picture.
+    """
+    if isinstance(source, Path):
+        source = source.read_bytes()
     return hashlib.sha256(source.key() if isinstance(source, Frame) else source).digest()
 
 
 def decode_picture(source, at_least=0):
     """
-    An upright 8-bit RGB PIL image of bytes of an image file or of a Frame; at_least: as plumbing.pixels.load_image
-    takes it. Raises Unreadable, with the reason.
+    An upright 8-bit RGB PIL image of bytes or Path of an image file or of a Frame; at_least: as
+    plumbing.pixels.load_image takes it. Raises Unreadable, with the reason.
     """
-    if not isinstance(source, Frame):
-        return load_image(source, at_least)
-    raise NotImplementedError(source.kind)
+    if isinstance(source, Frame):
+        return module_of(source.kind).decode(source)
+    return load_image(source.read_bytes() if isinstance(source, Path) else source, at_least)
+
+
+def module_of(kind):
+    """The module of this folder that reads files of a kind. It imports this one, and so is imported late."""
+    return importlib.import_module(f"scans.{kind}")
 
 
 @dataclass(frozen=True)
@@ -66,9 +82,63 @@ class Scan:
     warnings: tuple = ()  # kinds that are counted: "may have text burned in"
 
 
+def choose_slices(pictures, slices):
+    """
+    Of a volume's pictures, in order, those that --slices says, as a tuple: all; the middle, of an even number the
+    one before it; every:5, the first and each fifth after it; a number, so many at even distances, the first and
+    the last among them, but for one alone, which is the middle.
+    """
+    count, last = len(pictures), len(pictures) - 1
+    if slices.startswith("every:"):
+        return tuple(pictures[::int(slices[6:])])
+    if slices == "all" or slices != "middle" and int(slices) >= count:
+        return tuple(pictures)
+    if slices in ("middle", "1"):
+        return tuple(pictures[last // 2:last // 2 + 1])
+    wanted = int(slices) - 1
+    return tuple(pictures[(2 * number * last + wanted) // (2 * wanted)] for number in range(wanted + 1))
+
+
+def kind_of(path):
+    """Of which kind a file's pictures are: "dicom", "nifti", ..., "plain" for an image file, "" where it has none."""
+    name = path.name.lower()
+    with open(path, "rb") as file:
+        head = file.read(132)
+    if head[128:] == b"DICM" or name == "dicomdir":
+        return "dicom"
+    if name.endswith((".nii", ".nii.gz")):
+        return "nifti"
+    if path.suffix.lower() in SUFFIXES:
+        return "plain"
+    # Old files begin with their first element, of group 2 or 8, whose type or length is small
+    bare = head[:2] in (b"\2\0", b"\x08\0") and (head[4:6] in EXPLICIT or head[5:8] == bytes(3))
+    return "dicom" if bare else ""
+
+
+def is_scan(path):
+    """Whether a file's pictures are Frames, and not simply an image."""
+    return kind_of(path) not in ("plain", "")
+
+
 def find_scans(files, settings=ScanSettings(), folder=None):
     """
-    ([Scan], {Path: why it cannot be used}) of these files; those of one DICOM series become one Scan. folder: names
-    are relative to it. A file that is no picture at all is not mentioned in either.
+    ([Scan], {Path: why it cannot be used}) of these files; those of one DICOM series in one folder become one Scan.
+    folder: names are relative to it. A file that is no picture at all is not mentioned in either. Raises UserError
+    where a package that reads them is missing.
     """
-    raise NotImplementedError
+    def name_of(path):
+        return written(os.path.relpath(path, folder) if folder else path)
+
+    of_kind, refused = defaultdict(list), {}
+    for path in files:
+        try:
+            of_kind[kind_of(path)].append(path)
+        except OSError as error:
+            refused[path] = f"cannot be read: {error.strerror}"
+    of_kind.pop("", None)
+    scans = [Scan(name_of(path), (path,), ("",)) for path in of_kind.pop("plain", ())]
+    for kind, paths in of_kind.items():
+        found, why = module_of(kind).find(paths, settings, name_of)
+        scans += found
+        refused |= why
+    return sorted(scans, key=lambda scan: scan.name), refused

@@ -5,6 +5,7 @@ Train the vision-language model: images and questions in, next-token cross-entro
     python train_vlm.py --model=sample --data=sample --language=full      from scratch, on a laptop
     python train_vlm.py --start=out/captions --data=path_vqa     begin with another run's parts
     python train_vlm.py --config=out/sample/config.json          the flags of another run, once more
+    python train_vlm.py --data=own --seeds=3 --run=out/own       three runs, in out/own/seed_0 and so on
 
 A run is a folder, see run.py; eval_vqa.py loads its checkpoints. The same command with --resume=true goes
 on from the newest, bit for bit: the samples of a step, and any random number it draws, depend on seed and
@@ -55,6 +56,7 @@ class Config:
     beta2: ShareBelow1 = 0.999  # AdamW's second-moment decay
     clip: Scale = 1.0  # largest norm of the gradient; 0: no clipping
     seed: Whole = 0  # of initialisation, order and dropout
+    seeds: Annotated[int, Range(1, 1000)] = 1  # runs, in seed_0, seed_1, ... of --run, of this seed and those behind it
     device: Device = "auto"  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: on a GPU bfloat16, else float16
     run: str = ""  # folder of this run; none: out/<model>_<date>
@@ -76,7 +78,7 @@ if __name__ == "__main__":
 import contextlib
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -87,9 +89,9 @@ from data import Mixture, open_shards
 from plumbing.devices import (LossScale, agree, autocast_to, gather, join_group, pick_device,
                               split_among_ranks, sum_of_ranks, to_device, usable_cores)
 from plumbing.files import lock, lowest_held_out_loss, read_manifest, sync
-from plumbing.runs import (choose_folder, describe_run, image_settings, learnt_before, open_log, open_run,
+from plumbing.runs import (choose_folders, describe_run, image_settings, learnt_before, open_log, open_run,
                            require_same_inputs, write_run)
-from plumbing.signals import agree_on_stop, catch_signals, end_stopped
+from plumbing.signals import agree_on_stop, between_runs, catch_signals, end_stopped
 from plumbing.sources import find_start, settle, weights_of
 from run import (device_of, even_out, learning_rate_at, load_optimizer, lora_settings, make_optimizer,
                  make_trainable, require_images, save_checkpoint, update)
@@ -195,13 +197,17 @@ def main(config):
     if config.shard and (ranks == 1 or config.language == "frozen"):
         raise UserError("--shard=true: for torchrun's processes, with --language=full or --language=lora")
     config = settle(config)
-    folder = agree(lambda: choose_folder(config.run, Path(config.model).name, config.resume))
-    with lock(folder / ".lock", "training") if rank == 0 else contextlib.nullcontext():
-        train(config, folder, rank, ranks, device, dtype)
+    runs = agree(lambda: choose_folders(config.run, Path(config.model).name, config.resume, config.seeds))
+    for number, folder in enumerate(runs):
+        with lock(folder / ".lock", "training") if rank == 0 else contextlib.nullcontext():
+            one = replace(config, seed=config.seed + number, seeds=1)
+            stopped = train(one, folder, rank, ranks, device, dtype)
+        if folder != runs[-1]:
+            between_runs(folder, stopped)
 
 
 def train(config, folder, rank, ranks, device, dtype):
-    """All steps of a run, or those that are left of it."""
+    """All steps of a run, or those that are left of it. Returns the number of a signal that came in the last one."""
     torch.manual_seed(config.seed)
     checkpoint = agree(lambda: open_run(folder, config, FREE_ON_RESUME, RESTATED))
     opened = open_shards(config.data, config.shards_dir, "train")  # what is wrong with them is told
@@ -229,7 +235,7 @@ def train(config, folder, rank, ranks, device, dtype):
     if rank == 0:
         write_run(folder, record, tokenizer, checkpoint)
     log = open_log(folder, first, config.wandb and asdict(config)) if rank == 0 else lambda entry: None
-    take_steps(config, folder, model, mixture, optimizer, scale, record, first, steps, log, dtype)
+    return take_steps(config, folder, model, mixture, optimizer, scale, record, first, steps, log, dtype)
 
 
 def take_steps(config, folder, model, mixture, optimizer, scale, record, first, steps, log, dtype):
@@ -276,6 +282,7 @@ def take_steps(config, folder, model, mixture, optimizer, scale, record, first, 
         since += time.perf_counter() - pause  # samples/s are those of training alone
     bar.close()
     print(f"{folder}: finished{validation}; now run `python eval_vqa.py --run={folder}`")
+    return stopped
 
 
 def explain(step, error, folder, log):

@@ -212,6 +212,12 @@ def checkpoints(run):
     return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
 
 
+def seeds_of(folder):
+    """The runs of train_vlm.py --seeds in a folder that have a checkpoint, in order of their seeds."""
+    folders = [path for path in Path(folder).glob("seed_*") if path.name[5:].isdecimal() and checkpoints(path)]
+    return sorted(folders, key=lambda path: int(path.name[5:]))
+
+
 def newest_checkpoint(run):
     """
     The newest checkpoint of a run that is whole; of newer ones a line on stderr says what is wrong with
@@ -245,9 +251,9 @@ def best_checkpoint(run):
 
 
 def newest_run():
-    """The folder in out/ with the newest checkpoint. Raises UserError where there is none."""
-    runs = sorted((path for path in Path("out").glob("*/step_*") if path.name[5:].isdecimal()),
-                  key=lambda path: path.stat().st_mtime)
+    """The run in out/, or a seed's, with the newest checkpoint. Raises UserError where there is none."""
+    runs = sorted((path for place in ("*", "*/seed_*") for path in Path("out").glob(f"{place}/step_*")
+                   if path.name[5:].isdecimal()), key=lambda path: path.stat().st_mtime)
     if not runs:
         raise UserError("no run in out/; run `python train_vlm.py`")
     return runs[-1].parent
@@ -266,6 +272,8 @@ def find_run(name="", checkpoint=""):
         return folder.parent, folder
     if not folder.is_dir() and (near := nearest_run(folder)):
         raise UserError(f"{folder}: no such run; did you mean {near}?")
+    if seeds := [] if checkpoints(folder) else seeds_of(folder):
+        raise UserError(f"{folder}: holds {len(seeds)} runs, of a seed each; name one, such as --run={seeds[0]}")
     if checkpoint in ("", "newest"):
         return folder, newest_checkpoint(folder)
     chosen = best_checkpoint(folder) if checkpoint == "best" else folder / checkpoint

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from plumbing.devices import describe_machine
 from plumbing.files import (TOKENIZERS, checkpoints, differences, find_run, hash_json, nearest_run, newest_checkpoint,
-                            read_manifest, require_writable, sync, write_manifest, write_whole)
+                            read_manifest, require_writable, seeds_of, sync, write_manifest, write_whole)
 from plumbing.flags import UserError
 from plumbing.pixels import resize_flags
 
@@ -33,6 +33,21 @@ def choose_folder(run, name, resume):
     for path in {folder, *new}:
         sync(path.absolute().parent)  # else a power cut may take the whole run along
     return folder
+
+
+def choose_folders(run, name, resume, seeds):
+    """
+    The folders of as many runs as --seeds says: that of choose_folder, or seed_0, seed_1, ... in it; all of them are
+    there when this returns. UserError where a run of the other kind lies there.
+    """
+    folder = choose_folder(run, name, resume)
+    there = seeds_of(folder)
+    if seeds == 1 and there:
+        raise UserError(f"--run={folder}: holds {len(there)} runs of a seed each; add --seeds={len(there)}, or name one, "
+                        f"such as --run={there[0]}")
+    if seeds > 1 and checkpoints(folder):
+        raise UserError(f"--run={folder}: holds a run already; leave --seeds out, or choose another --run")
+    return [choose_folder(folder / f"seed_{number}", "", False) for number in range(seeds)] if seeds > 1 else [folder]
 
 
 def open_run(folder, config, free=(), restated=()):
@@ -153,7 +168,7 @@ def open_log(folder, first, wandb_settings=None):
             import wandb
         except ImportError:
             raise UserError("--wandb=true: run `pip install wandb` first") from None
-        wandb.init(project="nanomedq", name=folder.name, config=wandb_settings, dir=str(folder))
+        wandb.init(project="nanomedq", name=folder.name, config=wandb_settings, dir=str(folder), reinit=True)
 
     def write_log(entry):
         log.write(json.dumps(entry) + "\n")

@@ -48,6 +48,16 @@ def end_stopped(folder, step, number):
     sys.exit(128 + number)
 
 
+def between_runs(folder, number):
+    """Let signals end the process at once again, as before a run; end it where one came in a run's last step."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if number:
+        print(f"{folder}: finished; stopped by {signal.Signals(number).name} before the next one, with which the same "
+              "command goes on with --resume=true")
+        sys.exit(128 + number)
+
+
 @contextlib.contextmanager
 def time_limit(seconds):
     """Raise TimeoutError in a block of Python that takes longer, in a process's main thread."""

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import prepare.all as all_py
 import train_vlm
 from data import Tokenizer
 from generate import ask
+from plumbing.files import find_run
 from plumbing.flags import UserError, parse_command_line, parse_flags, run
 from plumbing.shards import Shard
 from tasks.evaluations import choose_evaluations
@@ -84,6 +86,52 @@ def test_resumed_run_equals_undisturbed(shards, tmp_path, monkeypatch, changes):
             assert torch.equal(whole[name], cut[name]), (file, name)
     losses = [entry["loss"] for entry in read_log(tmp_path / "whole") if "loss" in entry]
     assert losses == [entry["loss"] for entry in read_log(tmp_path / "cut") if "loss" in entry]
+
+
+def test_seeds_are_runs_of_their_own_and_go_on_where_they_stopped(shards, tmp_path, monkeypatch, capsys):
+    short = dict(max_steps=2, save_every=1, evaluate_every=2, seed=4)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after_saving(patch, 3)  # in the middle of the second
+        train_vlm.main(flags(shards, tmp_path / "some", seeds=3, **short))
+    assert sorted(path.parent.name for path in tmp_path.glob("some/*/step_*")) == ["seed_0", "seed_0", "seed_1"]
+    with pytest.raises(UserError, match="seed_0: holds a run already; add --resume=true"):
+        train_vlm.main(flags(shards, tmp_path / "some", seeds=3, **short))
+    before = (tmp_path / "some/seed_0/log.jsonl").read_bytes()
+    train_vlm.main(flags(shards, tmp_path / "some", seeds=3, resume=True, **short))
+    assert "seed_0: steps 2 to 2" in (told := capsys.readouterr().out) and "seed_1: steps 1 to 2" in told
+    assert (tmp_path / "some/seed_0/log.jsonl").read_bytes() == before
+    train_vlm.main(flags(shards, tmp_path / "one", **short | {"seed": 5}))  # is the second
+    files = sorted(path.name for path in tmp_path.glob("one/step_000002/*.safetensors"))
+    assert len(files) > 1 and all((tmp_path / "one/step_000002" / name).read_bytes() == (
+        tmp_path / "some/seed_1/step_000002" / name).read_bytes() for name in files)
+    records = [json.loads((tmp_path / f"some/seed_{seed}/config.json").read_text()) for seed in range(3)]
+    assert [record["flags"]["seed"] for record in records] == [4, 5, 6] and records[2]["flags"]["seeds"] == 1
+    train_vlm.main(flags(shards, tmp_path / "some/seed_2", resume=True, **short | {"seed": 6, "max_steps": 3}))
+    with pytest.raises(UserError, match="some: holds 3 runs of a seed each; add --seeds=3, or name one, such as --run"):
+        train_vlm.main(flags(shards, tmp_path / "some", resume=True, **short))
+    with pytest.raises(UserError, match="one: holds a run already; leave --seeds out"):
+        train_vlm.main(flags(shards, tmp_path / "one", resume=True, seeds=2, **short))
+    with pytest.raises(UserError, match="some: holds 3 runs, of a seed each; name one, such as --run=.*some/seed_0"):
+        find_run(tmp_path / "some")
+
+
+@pytest.mark.parametrize("step, left", [(1, ["seed_0/step_000001"]), (2, ["seed_0/step_000001", "seed_0/step_000002"])])
+def test_a_signal_ends_all_seeds(shards, tmp_path, monkeypatch, capsys, step, left):
+    take = train_vlm.train_step
+
+    def signalled(model, optimizer, now, *arguments):
+        if now.number + 1 == step:
+            signal.raise_signal(signal.SIGTERM)
+        return take(model, optimizer, now, *arguments)
+
+    monkeypatch.setattr(train_vlm, "train_step", signalled)
+    with pytest.raises(SystemExit) as ended:
+        train_vlm.main(flags(shards, tmp_path / "run", seeds=2, max_steps=2, save_every=1, held_out=0))
+    assert ended.value.code == 128 + signal.SIGTERM and "--resume=true" in capsys.readouterr().out
+    assert sorted(f"{path.parent.name}/{path.name}" for path in tmp_path.glob("run/*/step_*")) == left
+    if step == 2:
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # between two runs one ends the process
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def test_micro_batches_change_rounding_only(shards, tmp_path):

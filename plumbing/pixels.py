@@ -73,18 +73,19 @@ teach_pillow()
 
 # ----------------------------------------------------------------------------- a file's bytes
 
-def load_image(content, at_least=0):
+def load_image(content, at_least=0, page=None):
     """
     Decode an image file's bytes to an upright 8-bit RGB PIL image, whatever its mode.
 
     at_least: pixels along each side that suffice; a larger JPEG may be decoded at 1/2, 1/4 or 1/8
-    of its size, which is several times as fast. Pixels of 8 bits are what they were. Deeper ones are
+    of its size, which is several times as fast. page: the number of one of several, which may be all
+    of one colour. Pixels of 8 bits are what they were. Deeper ones are
     stretched, as DEEP_PIXELS says. An alpha channel is laid over black, as a scan's surrounding is; a
     single colour that a file declares transparent stays that colour. Raises Unreadable, with the
     reason: what is broken, has several pages, or is all of one colour.
     """
     try:
-        image = decode(content, at_least)
+        image = decode(content, at_least, page)
     except (Unreadable, MemoryError):
         raise
     except Image.DecompressionBombError:
@@ -93,15 +94,15 @@ def load_image(content, at_least=0):
         raise Unreadable(DAMAGED) from error
     # Nearly all images differ on their diagonal already; to look at all pixels takes longer.
     first = image.getpixel((0, 0))
-    if all(image.getpixel((image.width * eighth // 8, image.height * eighth // 8)) == first
+    if page is None and all(image.getpixel((image.width * eighth // 8, image.height * eighth // 8)) == first
            for eighth in (4, 3, 5, 2, 6, 1, 7)) and all(low == high for low, high in image.getextrema()):
         raise Unreadable(EVEN)
     return image
 
 
-def decode(content, at_least):
+def decode(content, at_least, page=None):
     """load_image without its check of the result; raises what Pillow raises, too."""
-    image = open_page(content)
+    image = open_page(content, page)
     tags = image.tag_v2 if image.format == "TIFF" else {}
     tile = image.tile[0] if image.format in ("PNG", "TIFF") and image.tile else None
     raw = "" if tile is None else tile.args if isinstance(tile.args, str) else tile.args[0]
@@ -109,7 +110,7 @@ def decode(content, at_least):
     if re.search(r"[a-zA-Z]{2};16", raw) or tags.get(BITS) == (16, 16):
         if image.width * image.height * len(image.mode) > 2 * Image.MAX_IMAGE_PIXELS:  # twice as many bytes
             raise Unreadable(TOO_LARGE)
-        pixels = stretch_channels(*read_channels(content, image, raw), inverted)
+        pixels = stretch_channels(*read_channels(content, image, raw, page), inverted)
         return lay_over_black(Image.fromarray(pixels))
     if tags and tile.codec_name == "libtiff":  # which gives numbers in the machine's order of bytes
         unpack(image, re.sub(r"^([IF];(?:16|32|64))B?([SF]?)$", r"\1N\2", raw))
@@ -130,17 +131,24 @@ def decode(content, at_least):
     return lay_over_black(image)
 
 
-def open_page(content):
-    """The one page of an image file as a PIL image, not decoded yet. Raises Unreadable, or as Pillow does."""
+def open_page(content, page=None):
+    """
+    The one page of an image file, or that of a number, as a PIL image, not decoded yet. Raises Unreadable, or as
+    Pillow does.
+    """
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
     except UnidentifiedImageError:  # Pillow's words name an object in memory
         raise Unreadable(UNKNOWN_TIFF if content[:4] in TiffImagePlugin.PREFIXES else UNKNOWN) from None
     if image.format == "TIFF":
-        image.seek(only_page(content))
+        image.seek(only_page(content) if page is None else page)
         refuse_tiff(image)
     elif image.format in ("PNG", "GIF", "WEBP") and image.is_animated:  # a JPEG's further ones are previews
-        raise Unreadable(SEVERAL)
+        if page is None:
+            raise Unreadable(SEVERAL)
+        if image.format == "PNG" and "16" in str(image.tile[0].args):  # Pillow lays the high bytes over one another
+            raise Unreadable(DEEP_COLOUR)
+        image.seek(page)
     elif image.format == "PPM" and image.mode == "RGB" and max(
             [value for value in image.tile[0].args if isinstance(value, int)], default=0) > 255:
         raise Unreadable(DEEP_COLOUR)
@@ -158,14 +166,26 @@ def open_page(content):
 def only_page(content):
     """
     Number of a TIFF's one page that is no thumbnail, overview or mask of another. Raises Unreadable
-    where there are more, and struct.error where the list of pages leads out of the file.
+    where there are more, and as whole_pages does.
+    """
+    pages = whole_pages(content, most=64)  # no pyramid is that high, and each page takes time
+    if len(pages) > 1:
+        raise Unreadable(SEVERAL)
+    return pages[0]
+
+
+def whole_pages(content, most):
+    """
+    Numbers of a TIFF's pages that are no thumbnail, overview or mask of another; where all say that they are, of all
+    of them. Raises Unreadable where it has more than `most`, and struct.error where the list of pages leads out of
+    the file.
     """
     order, large = "<" if content[:2] == b"II" else ">", content[2] == 43  # large: a BigTIFF
     count_type, offset_type, field_size = ("Q", "Q", 20) if large else ("H", "I", 12)
     (place,) = struct.unpack_from(order + offset_type, content, 8 if large else 4)
     whole, places = [], []
     while place and place not in places:
-        if len(places) == 64:  # no pyramid is that high, and each takes time
+        if len(places) == most:
             raise Unreadable(SEVERAL)
         (count,) = struct.unpack_from(order + count_type, content, place)
         first = place + struct.calcsize(order + count_type)
@@ -180,9 +200,7 @@ def only_page(content):
             whole.append(len(places))
         places.append(place)
         (place,) = struct.unpack_from(order + offset_type, content, end)
-    if len(whole) > 1 or not whole and len(places) > 1:
-        raise Unreadable(SEVERAL)
-    return whole[0] if whole else 0
+    return whole or list(range(len(places))) or [0]
 
 
 def refuse_tiff(image):
@@ -209,7 +227,7 @@ def unpack(image, raw):
     return image
 
 
-def read_channels(content, image, raw):
+def read_channels(content, image, raw, page=None):
     """
     Channels of 16 bits: colour (H, W) or (H, W, 3) uint16, and alpha (H, W) uint16 or None.
 
@@ -224,7 +242,7 @@ def read_channels(content, image, raw):
     else:
         other = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}[raw[-1]]
         pixels = np.asarray(ImageOps.exif_transpose(unpack(image, raw))).astype(np.uint16) << 8
-        pixels |= np.asarray(ImageOps.exif_transpose(unpack(open_page(content), raw[:-1] + other)))
+        pixels |= np.asarray(ImageOps.exif_transpose(unpack(open_page(content, page), raw[:-1] + other)))
     if pixels.shape[-1] == 3:
         return pixels, None
     colour = pixels[..., 0] if pixels.shape[-1] == 2 else pixels[..., :3]

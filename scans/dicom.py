@@ -205,7 +205,8 @@ def scan_of(header, shots, settings, name_of, in_folder):
     first, count = shots[0].frame.file, len(shots)
     whole = len(files_of(shots)) > 1 and in_folder[first.parent] == 1
     kind = "slice" if shots[0].position is not None or header.get("Modality") in STACKED else "frame"
-    labelled = [(shot.frame, f"{kind} {number} of {count}" if count > 1 else "") for number, shot in enumerate(shots, 1)]
+    labelled = [(shot.frame, f"{kind} {number} of {count}" if count > 1 else "")
+                for number, shot in enumerate(shots, 1)]
     frames, labels = zip(*choose_slices(labelled, settings.slices))
     return Scan(name_of(first.parent if whole else first), frames, labels, patient_of(header),
                 str(header.get("StudyInstanceUID") or ""), time_of(header), tuple(warnings_of(header, shots, settings)))
@@ -287,7 +288,7 @@ def colours(stored, facts):
         bits = 8 * stored.itemsize
     else:
         bits = facts.BitsStored
-    return stored.astype(np.uint8) if bits == 8 else (stored.astype(np.float64) * 255 / (2 ** bits - 1)).astype(np.uint8)
+    return stored.astype(np.uint8) if bits == 8 else (stored * (255 / (2 ** bits - 1))).round().astype(np.uint8)
 
 
 def greys(stored, facts, window):

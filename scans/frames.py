@@ -18,10 +18,14 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image, TiffImagePlugin
+
 from plumbing.own import written
 from plumbing.pixels import SUFFIXES, load_image
 
 EXPLICIT = (b"CS", b"UI", b"UL", b"DA", b"LO", b"SH", b"OB", b"US")  # types of a DICOM file's first element
+SLIDES = (".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide")
+TILE_WIDTH = 322  # number of a TIFF's tag
 
 
 @dataclass(frozen=True)
@@ -108,11 +112,30 @@ def kind_of(path):
         return "dicom"
     if name.endswith((".nii", ".nii.gz")):
         return "nifti"
+    if name.endswith(SLIDES):
+        return "slides"
     if path.suffix.lower() in SUFFIXES:
-        return "plain"
+        return kind_of_image(path, head)
     # Old files begin with their first element, of group 2 or 8, whose type or length is small
     bare = head[:2] in (b"\2\0", b"\x08\0") and (head[4:6] in EXPLICIT or head[5:8] == bytes(3))
     return "dicom" if bare else ""
+
+
+def kind_of_image(path, head):
+    """kind_of of an image file that begins with `head`: "plain", "pages" or "slides"."""
+    if not head.startswith((*TiffImagePlugin.PREFIXES, b"GIF8", b"\x89PNG", b"RIFF")):
+        return "plain"
+    try:
+        with Image.open(path, formats=("TIFF", "PNG", "GIF", "WEBP")) as image:
+            if image.format != "TIFF":
+                return "pages" if image.is_animated else "plain"
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS and TILE_WIDTH in image.tag_v2:
+                return "slides"
+            return "pages" if image.n_frames > 1 and len(module_of("pages").pages_of(path)) > 1 else "plain"
+    except Image.DecompressionBombError:
+        return "slides" if head[:4] in TiffImagePlugin.PREFIXES else "plain"
+    except Exception:  # as a plain image it is refused with the reason
+        return "plain"
 
 
 def is_scan(path):

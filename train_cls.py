@@ -11,9 +11,9 @@ The head reads the class token and the mean of the patch tokens side by side, Li
 the validation split is the one that is tested. A run that was killed goes on where it stopped when the same
 command is given again, and one that is finished is not made twice.
 
-Each run is a folder <out>/<dataset>/<name>/seed_<n>: model/ (encoder, head, classes), log.jsonl, test.csv
-(probabilities) and, written last, result.json (scores). What a run stands on, its images, labels and
-encoder, is written down with it, and a command that finds it changed is refused.
+Each run is a folder <out>/<dataset>/<name>/seed_<n>: model/ (encoder, head, classes, temperature), log.jsonl,
+validation.csv and test.csv (calibrated probabilities) and, written last, result.json (scores). What a run stands on,
+its images, labels and encoder, is written down with it, and a command that finds it changed is refused.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Config:
     seeds: Annotated[int, Range(1, 10_000)] = 1  # runs, each with another seed
     seed: Whole = 0  # the first one's: of the head, the order and the augmentation
     epochs: Annotated[int, Range(1, 1_000_000)] = 100  # passes over the training images
-    batch_size: BatchSize = 64  # images in an optimiser step
+    batch_size: BatchSize = 64  # images in an optimiser step, or predicted at a time
     learning_rate: Scale = 5e-5  # peak
     warmup: Share = 0.05  # share of the steps in which it rises from 0; then a cosine down to 0
     weight_decay: Scale = 0.01  # of matrices and convolutions
@@ -51,7 +51,7 @@ class Config:
     device: Device = "auto"  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: on a GPU the half that it has
     report: bool = False  # print the table of all runs and stop
-    predict: str = ""  # folder or file of new images: write a csv of the model's probabilities and stop
+    predict: str = ""  # folder or file of new images or scans: write csv files of probabilities and stop
 
 
 if __name__ == "__main__":
@@ -81,9 +81,11 @@ from plumbing.files import (checkpoints, find_run, read_manifest, require_writab
                             write_whole)
 from plumbing.tensors import hash_weights, tensors_of
 from run import learning_rate_at, load_optimizer, make_optimizer, save_checkpoint, update
-from tasks.encoders import Run, open_run, print_run, report, require_its_model, run_folder, write_csv
-from tasks.labelled import (choose_few, find_datasets, image_files, open_dataset, read_images,
-                            require_same_dataset)
+from tasks.calibration import compare_errors, conform, fit_temperature, probabilities_of
+from tasks.encoders import (Run, open_run, print_run, report, require_its_model, run_folder, write_predictions,
+                            write_split)
+from tasks.labelled import (choose_few, find_datasets, find_model_datasets, find_pictures, open_dataset,
+                            read_pictures, require_same_dataset)
 from tasks.labels import decide, guess_blindly, macro_f1, score, tune_thresholds
 from weights import load_classifier, load_encoder, load_trained_encoder, save_classifier
 from zoo.classifier import Classifier, augment
@@ -217,14 +219,25 @@ def train(model, run, few, autocast, scale=None):
 
 
 def evaluate(model, splits, config, autocast):
-    """The Classifier's scores on the test split, its probabilities there, and thresholds tuned on validation."""
-    validation, probabilities = (model.predict(splits[name].pixels, config.batch_size, autocast)
-                                 for name in ("validation", "test"))
-    thresholds = tune_thresholds(validation, splits["validation"].labels) if model.multi_label else None
-    actual, classes = splits["test"].labels, splits["test"].shard.manifest["classes"]
-    blind = guess_blindly(splits["train"].labels, len(actual), model.multi_label)
-    scores = score(probabilities, actual, thresholds, classes, splits["test"].groups)
-    return scores | {"blind_macro_f1": macro_f1(blind, actual, model.multi_label)}, probabilities, thresholds
+    """
+    The Classifier's scores on the test split, {split: its probabilities} of validation and test, and what is chosen on
+    validation, facts of the model: its temperature, thresholds, and where an image is uncertain.
+    """
+    (validation, known), (test, actual) = ((model.judge(split.pixels, config.batch_size, autocast), split.labels)
+                                           for split in (splits["validation"], splits["test"]))
+    several, classes, groups = model.multi_label, splits["test"].shard.manifest["classes"], splits["test"].groups
+    model.temperature = fit_temperature(validation, known, several)
+    before, probabilities = (probabilities_of(logits, model.temperature, several) for logits in (validation, test))
+    thresholds = tune_thresholds(before, known) if several else None
+    blind = guess_blindly(splits["train"].labels, len(actual), several)
+    scores = score(probabilities, actual, thresholds, classes, groups)
+    scores |= {"blind_macro_f1": macro_f1(blind, actual, several),
+               "calibration": {"temperature": model.temperature, "validation_images": len(known),
+                               **compare_errors(test, actual, model.temperature, several, groups)},
+               "conformal": conform(before, known, (probabilities, actual, decide(probabilities, thresholds)), several)}
+    chosen = {"thresholds": None if thresholds is None else thresholds.tolist(), "temperature": model.temperature,
+              "conformal": {name: scores["conformal"][name] for name in ("coverage", "threshold", "validation_images")}}
+    return scores, {"validation": before, "test": probabilities}, chosen
 
 
 def make_run(run, encoder, device, dtype):
@@ -248,19 +261,17 @@ def make_run(run, encoder, device, dtype):
     write_manifest(folder, "config.json", {"flags": run.flags, "inputs": run.inputs, "shards": run.shards})
     autocast, scale = autocast_to(device, dtype), LossScale() if dtype == torch.float16 else None
     best_epoch, best = train(model, run, few, autocast, scale)
-    scores, probabilities, thresholds = evaluate(model, splits, config, autocast)
+    scores, probabilities, chosen = evaluate(model, splits, config, autocast)
     entry = {"dataset": run.flags["dataset"], "name": folder.parent.name, "seed": config.seed,
              "best_epoch": best_epoch, "validation": best, "test": scores, "train_images": len(few.names),
              "seconds": round(time.perf_counter() - start, 1), "flags": run.flags, "inputs": run.inputs,
              "shards": run.shards, "machine": describe_machine(device)}
     with sealed(folder / "model") as partial:
-        save_classifier(model, partial, {"classes": classes, "image": run.inputs["image"],
-                                         "thresholds": None if thresholds is None else thresholds.tolist()})
+        save_classifier(model, partial, {"classes": classes, "image": run.inputs["image"], **chosen})
         shutil.rmtree(folder / "model", ignore_errors=True)  # of a run that was killed before its result
     entry["model"] = read_manifest(folder / "model")["checksum"]
-    write_csv(folder / "test.csv", ["image", "labels", *classes], [
-        [image, "|".join(np.array(classes)[labels]), *(f"{p:.6f}" for p in row)]
-        for image, labels, row in zip(splits["test"].names, splits["test"].labels, probabilities)])
+    for name, some in probabilities.items():
+        write_split(folder / f"{name}.csv", splits[name], some, classes)
     write_manifest(folder, "result.json", entry)
     for leftover in [*folder.glob("damaged_*"), *checkpoints(folder)]:
         shutil.rmtree(leftover, ignore_errors=True)
@@ -270,34 +281,32 @@ def make_run(run, encoder, device, dtype):
 # ----------------------------------------------------------------------------- new images
 
 def predict_new(dataset, config, device, dtype):
-    """Write a csv of a trained model's probabilities for the image that --predict names, or all below it."""
+    """Write a trained model's probabilities for the images or scans that --predict names, or all below it."""
     folder = run_folder(config.out, dataset, config.name or config.encoder, config.seed)
     model, facts = load_classifier(folder, device)
     require_its_model(folder)
     require_same_dataset(dataset, config.shards_dir, facts)
     source, autocast = Path(config.predict), autocast_to(device, dtype)
-    files = image_files(source)
     try:
         require_writable(folder, "out")
     except UserError as error:
         raise UserError(f"{error}, with a copy of the run in it") from None
-    classes, thresholds, rows, unreadable = np.array(facts["classes"]), facts["thresholds"], [], []
-    for name, pixels, why in read_images(files, **facts["image"]):
-        if why:
-            unreadable.append(why)
-            continue
-        probabilities = model.predict(pixels[None], 1, autocast)  # (1, m)
-        labels = classes[decide(probabilities, thresholds and np.array(thresholds))[0]]
-        rows.append([name, "|".join(labels), *(f"{p:.6f}" for p in probabilities[0])])
-    if not rows:
-        raise UserError(f"--predict={source}: {len(files):,} files, none of them an image that can be read, "
-                        f"the first: {unreadable[0]}")
+    pictures, unreadable, others = find_pictures(source, facts["image"], folder)
+    read, probabilities = [], []
+    for batch, pixels, why in read_pictures(pictures, facts["image"], config.batch_size):
+        read, unreadable = read + batch, unreadable + why
+        if batch:
+            probabilities.append(model.predict(pixels, config.batch_size, autocast))
+    if not read:
+        raise UserError(f"--predict={source}: {len(unreadable) + len(others):,} files, none of them an image that can "
+                        f"be read, the first: {(unreadable + others)[0]}")
     # Two folders of the same name are told apart by a hash of where they are
     where = hashlib.sha256(os.fsencode(source.resolve())).hexdigest()[:8]
     target = folder / f"predicted_{source.resolve().stem}_{where}.csv"
-    write_csv(target, ["image", "predicted", *classes], rows)
-    print(f"{target}: {len(rows):,} images, {len(unreadable):,} files that could not be read"
-          + ", see above" * bool(unreadable))
+    write_predictions(target, read, np.concatenate(probabilities), facts)
+    if unreadable or others:
+        print(f"{len(unreadable):,} could not be read" + ", see above" * bool(unreadable)
+              + f"; {len(others):,} files are no pictures" + (f", such as {others[0]}" if others else ""))
 
 
 def main(config):
@@ -305,11 +314,12 @@ def main(config):
         return report(config.out)
     device, dtype = pick_device(config.device, config.dtype)
     rank, ranks, device = join_group(device, timeout=30 * 24 * 3600)  # each is done when it is done
+    if config.predict:
+        names = agree(lambda: find_model_datasets(config.dataset, config.shards_dir))
+        return together(lambda: [predict_new(name, config, device, dtype) for name in names[rank::ranks]])
     encoder, encoder_facts = together(lambda: make_encoder(config))
     image_size = encoder.config.image_size
     names = agree(lambda: find_datasets(config.dataset, config.shards_dir, image_size))
-    if config.predict:
-        return together(lambda: [predict_new(name, config, device, dtype) for name in names[rank::ranks]])
     pairs = list(itertools.product(names, range(config.seed, config.seed + config.seeds)))
     mine = [(name, [seed for _, seed in group])
             for name, group in itertools.groupby(pairs[rank::ranks], key=lambda pair: pair[0])]

@@ -114,6 +114,7 @@ def load_classifier(folder, device="cpu"):
     model = Classifier(load_encoder(path / "encoder.safetensors"), len(facts["classes"]),
                        facts["thresholds"] is not None)
     load_exactly(model.head, [path / "head.safetensors"], torch.float32, "cpu")
+    model.temperature = facts.get("temperature")  # None, too, of an earlier version's
     return model.to(device).eval(), facts
 
 

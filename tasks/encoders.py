@@ -1,5 +1,5 @@
 """
-What is recorded of train_cls.py's runs, and the table of all.
+What is recorded of train_cls.py's runs, what they say of new images, and the table of all.
 
 A run is the folder <out>/<dataset>/<name>/seed_<n>. While it trains it holds checkpoints, step_<epoch>/; once
 it is finished, result.json. Both say by which flags it was made and what it stands on, its `inputs`: nested
@@ -21,7 +21,8 @@ from plumbing.files import (checkpoints, differences, hash_json, lock, newest_ch
                             require_writable, write_whole)
 from plumbing.flags import UserError
 from plumbing.runs import sweep
-from tasks.labels import sign_flip
+from tasks.calibration import are_uncertain
+from tasks.labels import decide, sign_flip
 
 EIGHT = ("cxr8", "med_fmc_chest", "med_fmc_colon", "med_fmc_endo", "busi", "chaoyang", "cbis_ddsm",
          "mendeley_cxray")
@@ -123,6 +124,14 @@ def write_csv(path, header, rows):
     write_whole(path, text.getvalue().encode("utf-8", "backslashreplace"))  # a file's name need not be UTF-8
 
 
+def write_split(path, split, probabilities, classes):
+    """Write a csv of a Split's images: what each is, and the (n, m) calibrated probabilities."""
+    names = np.array(classes, object)
+    write_csv(path, ["image", "group", "labels", *classes], [
+        [image, group, "|".join(names[labels]), *(f"{p:.6f}" for p in row)]
+        for image, group, labels, row in zip(split.names, split.groups, split.labels, probabilities)])
+
+
 def print_run(entry):
     """A run's metrics, its classes, and, where an image has one class, its confusion matrix."""
     test = entry["test"]
@@ -141,12 +150,92 @@ def print_run(entry):
     width = max(map(len, test["classes"]))
     confusion = test.get("confusion", [[]] * len(test["classes"]))
     taken_for = "   taken for, in this order" * bool(confusion[0])
+    if "calibration" in test:  # no earlier version's
+        print_trust(test["calibration"], test["conformal"], test["images"])
     print(f"  {'':{width}}     F1  recall  AUROC  images{taken_for}")
     for (name, scores), counts in zip(test["classes"].items(), confusion):
         row = "  ".join(f"{count:4}" for count in counts)
         area = math.nan if scores["auroc"] is None else scores["auroc"]
         print(f"  {name:{width}}  {scores['f1']:.3f}   {scores['recall']:.3f}  {area:.3f}  "
               f"{scores['images']:6,}   {row}")
+
+
+def print_trust(calibration, conformal, images):
+    """How far a run's probabilities are from what is true, and how right it is where it is uncertain."""
+    before, after = calibration["before"], calibration["after"]
+    changes = ", ".join(f"{words} {before[name]['value']:.3f} -> {after[name]['value']:.3f}"
+                        for name, words in (("ece", "calibration error"), ("nll", "NLL"), ("brier", "Brier")))
+    print(f"  {describe_temperature(calibration['temperature'], calibration['validation_images'])}; {changes}; of true "
+          f"probabilities the calibration error would be {after['ece_by_chance']:.3f}")
+    if conformal["threshold"] is None:
+        print(f"  {too_few(conformal)}")
+    else:
+        said, others = (f"{math.nan if conformal[name] is None else conformal[name]:.3f}"
+                        for name in ("accuracy_flagged", "accuracy_others"))
+        print(f"  uncertain: {conformal['flagged']:,} of {images:,}, accuracy {said}, of the others {others}; what is "
+              f"true conforms in {conformal['covered']:.1%}, wanted {conformal['coverage']:.0%}")
+
+
+def describe_temperature(temperature, images):
+    return (f"not calibrated: none of {images:,} validation images is wrong" if temperature is None else
+            f"temperature {temperature:.2f}, of {images:,} validation images")
+
+
+def too_few(conformal):
+    return f"uncertain ones cannot be told: {conformal['validation_images']} validation images are too few"
+
+
+# ----------------------------------------------------------------------------- new images
+
+def prediction_rows(probabilities, facts):
+    """(n, m) probabilities as rows of a csv: predicted labels, "yes" where uncertain ("" unknown), and the numbers."""
+    thresholds, threshold = facts["thresholds"], facts.get("conformal", {}).get("threshold")
+    predicted, names = decide(probabilities, thresholds and np.array(thresholds)), np.array(facts["classes"], object)
+    flags = [""] * len(predicted)
+    if threshold is not None:
+        flagged = are_uncertain(probabilities, predicted, threshold, thresholds is not None)
+        flags = ["yes" if flag else "no" for flag in flagged]
+    return [["|".join(names[labels]), flag, *(f"{p:.6f}" for p in row)]
+            for labels, flag, row in zip(predicted, flags, probabilities)]
+
+
+def write_predictions(path, pictures, probabilities, facts):
+    """
+    Write a csv of labelled.Pictures and their (n, m) probabilities, and beside it <name>_studies.csv and
+    <name>_patients.csv, of means over the pictures of one, where any has several. Says what it wrote, and how many
+    are uncertain. Pictures without a patient are in no patient's mean.
+    """
+    header = ["predicted", "uncertain", *facts["classes"]]
+    rows = prediction_rows(probabilities, facts)
+    write_csv(path, ["image", *header], [[picture.name, *row] for picture, row in zip(pictures, rows)])
+    told = [f"{path}: {len(rows):,} images{count_uncertain(rows)}"]
+    for unit, plural in (("study", "studies"), ("patient", "patients")):
+        places = defaultdict(list)
+        for place, picture in enumerate(pictures):
+            places[getattr(picture, unit)].append(place)
+        unknown, table = len(places.pop("", [])), path.with_name(f"{path.stem}_{plural}.csv")
+        if all(len(some) == 1 for some in places.values()):
+            table.unlink(missing_ok=True)  # of an earlier prediction
+            continue
+        rows = prediction_rows(np.array([probabilities[some].mean(0) for some in places.values()]), facts)
+        write_csv(table, [unit, "images", "first image", *header], [
+            [name, len(some), pictures[some[0]].name, *row] for (name, some), row in zip(places.items(), rows)])
+        told.append(f"{table}: {len(rows):,} {plural}{count_uncertain(rows)}"
+                    + f"; {unknown:,} images are of no known {unit}" * bool(unknown))
+    print("\n".join([*told, describe_trust(facts)]))
+
+
+def count_uncertain(rows):
+    return "" if rows[0][1] == "" else f", {sum(row[1] == 'yes' for row in rows):,} uncertain"
+
+
+def describe_trust(facts):
+    """What a model's facts say of its probabilities, in a line."""
+    if "conformal" not in facts:
+        return "probabilities are not calibrated: the model is of an earlier version; train again for calibrated ones"
+    images, more = facts["conformal"]["validation_images"], facts["conformal"]["threshold"] is None
+    return "probabilities: " + describe_temperature(facts["temperature"], images) + (
+        f"; {too_few(facts['conformal'])}" if more else "")
 
 
 # ----------------------------------------------------------------------------- all runs
@@ -186,18 +275,43 @@ def read_results(out):
     return results
 
 
+def folds_of(result):
+    """The fact "folds" of a run whose dataset is one part of a cross-validation; else None."""
+    return result.get("inputs", {}).get("folds")
+
+
+def row_of(dataset, result):
+    """The row of the table that a run is shown in: its dataset's, or that of all folds of one."""
+    folds = folds_of(result)
+    return f"{folds['of']} ({folds['folds']} folds)" if folds else dataset
+
+
+def missing_folds(results):
+    """{(row, name): "3 of 5 folds"} of the rows in which an encoder lacks some."""
+    there, wanted = defaultdict(set), {}
+    for (dataset, name, _), result in results.items():
+        if folds := folds_of(result):
+            there[row_of(dataset, result), name].add(folds["fold"])
+            wanted[row_of(dataset, result), name] = folds["folds"]
+    return {key: f"{len(there[key])} of {count} folds" for key, count in wanted.items() if len(there[key]) < count}
+
+
 def measured(results):
     """
-    {group: {encoder: (macro-F1 on test, its standard deviation over seeds)}}, a group being a dataset or
-    the mean of the eight, and the names of the encoders, each in the order in which they are shown.
+    {group: {encoder: (macro-F1 on test, its standard deviation over seeds)}}, a group being a dataset, all folds of
+    one, or the mean of the eight, and the names of the encoders, each in the order in which they are shown.
 
     What was not run is not among them. The mean of the eight is there for encoders that were run on all
-    of them; its deviation is that of the means of the seeds that all of them have. A deviation is
-    NaN where there is one seed.
+    of them; its deviation is that of the means of the seeds that all of them have. Of folds each is the mean over its
+    seeds, and the deviation is over folds. A deviation is NaN where there is one number.
     """
-    scores = defaultdict(lambda: defaultdict(dict))
+    draws = defaultdict(list)  # (row, encoder, seed or fold) -> macro-F1
     for (dataset, name, seed), entry in results.items():
-        scores[dataset][name][seed] = entry["test"]["macro_f1"]
+        folds = folds_of(entry)
+        draws[row_of(dataset, entry), name, folds["fold"] if folds else seed].append(entry["test"]["macro_f1"])
+    scores = defaultdict(lambda: defaultdict(dict))
+    for (row, name, draw), values in draws.items():
+        scores[row][name][draw] = np.mean(values)
     names = sorted({name for _, name, _ in results}, key=lambda name: ([*PAPER, name].index(name), name))
     groups = {}
     for dataset in [*filter(scores.get, EIGHT), *sorted(scores.keys() - set(EIGHT))]:
@@ -219,13 +333,17 @@ def deviation(values):
 
 def blind_scores(results):
     """
-    {dataset: macro-F1 of guessing without an image}, and {MEAN: ...} where all of the eight have one. It is the
-    same for all runs on the same images and labels; where they are several, that of the lowest name and seed.
+    {row: macro-F1 of guessing without an image}, of folds their mean, and {MEAN: ...} where all of the eight have one.
+    It is the same for all runs on the same images and labels; where they are several, that of the lowest name and seed.
     """
-    scores = {}
+    firsts = {}  # (row, dataset) -> macro-F1
     for (dataset, _, _), result in sorted(results.items()):
         if "blind_macro_f1" in result["test"]:  # not of an earlier version
-            scores.setdefault(dataset, result["test"]["blind_macro_f1"])
+            firsts.setdefault((row_of(dataset, result), dataset), result["test"]["blind_macro_f1"])
+    scores = defaultdict(list)
+    for (row, _), value in firsts.items():
+        scores[row].append(value)
+    scores = {row: np.mean(values) for row, values in scores.items()}
     return scores | ({MEAN: np.mean([scores[name] for name in EIGHT])} if scores.keys() >= set(EIGHT) else {})
 
 
@@ -235,10 +353,11 @@ def report(out):
     if not results:
         raise UserError(f"{out}: no run yet; make one with --dataset and --encoder")
     groups, names = measured(results)
-    means, blind = groups.pop(MEAN, {}), blind_scores(results)
+    means, blind, missing = groups.pop(MEAN, {}), blind_scores(results), missing_folds(results)
     rows = [["macro-F1 on test", *names]]
     for group, scores in groups.items():
         cells = {name: f"{mean:.3f}" + ("" if math.isnan(spread) else f" ± {spread:.3f}")
+                 + (f", {missing[group, name]}" if (group, name) in missing else "")
                  for name, (mean, spread) in scores.items()}
         rows.append([group, *(cells.get(name, "") for name in names)])
     rows += [[MEAN, *(f"{means[name][0]:.3f}" if name in means else "" for name in names)],
@@ -251,6 +370,9 @@ def report(out):
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
     print("mean over seeds ± their standard deviation; a mean of the eight where all eight were run")
+    if any(map(folds_of, results.values())):
+        print("of folds: mean over folds ± their standard deviation; they share training images, so that it is no "
+              "standard error")
     if blind:
         print("blind: the most frequent class in training, or of several labels those that most images have")
     for other in names[1:]:
@@ -265,19 +387,21 @@ def data_of(result):
 def compare(results, one, other):
     """
     Print how two encoders differ, a dataset at a time, each the mean over the seeds that both have, and how
-    likely that is by chance. Seeds of a dataset share its test images: they are no samples of their own.
+    likely that is by chance. Seeds of a dataset share its test images, and folds their training images: they are no
+    samples of their own.
     """
     apart, others = defaultdict(list), 0
     for (dataset, name, seed), result in results.items():
         twin = results.get((dataset, other, seed))
         if name == one and twin and data_of(result) == data_of(twin):
-            apart[dataset].append(result["test"]["macro_f1"] - twin["test"]["macro_f1"])
+            apart[row_of(dataset, result)].append(result["test"]["macro_f1"] - twin["test"]["macro_f1"])
         others += bool(name == one and twin and data_of(result) != data_of(twin))
     if others:
         print(f"{one} - {other}: {others} pairs of runs are left out, whose images or labels differ")
     if apart:
+        unit = "seed(s) or fold(s)" if any(map(folds_of, results.values())) else "seed(s)"
         means, counts = [np.mean(values) for values in apart.values()], sorted(set(map(len, apart.values())))
         print(f"{one} - {other}: {np.mean(means):+.3f} over n = {len(means)} dataset(s), each the mean of "
-              f"{' or '.join(map(str, counts))} seed(s), higher in {sum(mean > 0 for mean in means)}, "
+              f"{' or '.join(map(str, counts))} {unit}, higher in {sum(mean > 0 for mean in means)}, "
               + (f"p = {sign_flip(means):.3f} (whole datasets' signs flipped)" if len(means) > 1 else
                  "p not known from one dataset"))

@@ -1,13 +1,14 @@
 """
 The images that classifiers learn from and are asked about: what is read of a prepared dataset's splits, held out
-for validation, and left out; and new images, in files.
+for validation, and left out; and new images and scans, in files.
 """
 
 import os
-from collections import defaultdict
+from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -17,10 +18,13 @@ from plumbing.files import differences, hash_json, read_manifest
 from plumbing.flags import UserError
 from plumbing.leaks import read_leaks
 from plumbing.order import random_keys
-from plumbing.own import files_below, find_prepared, prepare_own, written
-from plumbing.pixels import load_pixels
+from plumbing.own import clean, files_below, find_prepared, hash_id, origins, own_path, prepare_own, secret_of, written
+from plumbing.pixels import resize_image
 from plumbing.shards import Shard
+from scans.frames import ScanSettings, decode_picture, find_scans
 from tasks.encoders import EIGHT
+
+SCANNED = tuple(item.name for item in fields(ScanSettings))
 
 
 @dataclass
@@ -150,6 +154,27 @@ def find_datasets(wanted, shards_dir, image_size):
                               for name in names))
 
 
+def find_model_datasets(wanted, shards_dir):
+    """The same for --predict, which needs no look at the images of a folder or csv of one's own."""
+    if wanted == "all":
+        return list(EIGHT)
+    names = []
+    for name in filter(None, map(str.strip, wanted.split(","))):
+        mine = clean(str(own_path(name)))
+        found = find_prepared(name, shards_dir) or min(
+            (target.name for target in Path(shards_dir).glob("*") if mine in origins(target)), key=len, default=None)
+        if found is None:
+            raise UserError(f"--dataset={name}: no dataset in {shards_dir} is made of it; run the same command without "
+                            "--predict first, or name the dataset as it is called in --out")
+        names.append(found)
+    return list(dict.fromkeys(names))
+
+
+def image_facts(image):
+    """What of a manifest's image settings new images are brought to size with: window and the like only of scans."""
+    return {name: image[name] for name in ("size", "resize", *SCANNED) if name in image}
+
+
 def open_dataset(folder, image_size, leaks="recorded", images_per_class=0):
     """
     {name: Split} of train, validation and test, without pixels, and what a run on them stands on, as nested
@@ -174,47 +199,98 @@ def open_dataset(folder, image_size, leaks="recorded", images_per_class=0):
     manifest = splits["train"].shard.manifest
     require_learnable(folder, splits, manifest["classes"], images_per_class)
     facts = {name: split.describe() for name, split in splits.items()} | {
-        "classes": manifest["classes"], "image": {key: manifest["image"][key] for key in ("size", "resize")},
+        "classes": manifest["classes"], "image": image_facts(manifest["image"]),
         "multi_label": manifest["multi_label"], "leaks": left_out["train"], "held out of train": not given}
-    return splits, facts
+    return splits, facts | ({"folds": manifest["folds"]} if "folds" in manifest else {})
 
 
 # ----------------------------------------------------------------------------- new images
 
+class Picture(NamedTuple):
+    """A picture that --predict names: an image file, or one of a scan's."""
+    name: str  # in the csv: the file's, and which of its pictures
+    source: object  # as scans.frames.decode_picture takes it
+    study: str  # what is judged together: a hash of the header's study, or the name of its file or series
+    patient: str  # a hash of the header's; "" where none is known
+
+
 def image_files(source):
-    """The files of --predict, a folder or a file, as (name in the csv, path); hidden ones are passed over."""
+    """The files of --predict, a folder or a file; hidden ones are passed over."""
     if source.is_dir():
-        files = [(written(path.relative_to(source).as_posix()), path) for path in files_below(source)
-                 if path.name[0] != "."]
+        files = [path for path in files_below(source) if path.name[0] != "."]
         if not files:
             raise UserError(f"--predict={source}: an empty folder")
         return files
     if not os.path.lexists(source):
         raise UserError(f"--predict={source}: no such folder or file")
-    return [(source.name, source)]
+    return [source]
 
 
-def read_images(files, size, resize):
+def find_pictures(source, image, folder):
     """
-    Yield (name, (size, size, 3) uint8 pixels, "") of each image file, and (name, None, why) of one that cannot be
-    read, which is printed, too. files: as image_files has them.
+    The Pictures of --predict, a folder or a file; why other files cannot be read, lines that are printed, too; and the
+    files that are no pictures. image: settings as image_facts gives them. folder: the run's, in which the secret lies
+    that patients are hashed with where `source` cannot be written to.
     """
-    for name, path in tqdm(files, unit=" images", leave=False):
+    files = image_files(source)
+    settings = ScanSettings(**{name: image[name] for name in SCANNED if name in image})
+    scans, reasons = find_scans(files, settings, source if source.is_dir() else source.parent)
+    secret = None
+    if any(scan.patient or scan.study for scan in scans):
         try:
-            if not path.is_file():
-                raise ValueError("no file, or a link to none")
-            pixels, why = load_pixels(path, size, resize), ""
-        except Exception as error:  # each decoder has its own ways to fail on a broken file
-            pixels, why = None, f"{written(path)}: not an image that can be read ({error})"
-            print(why)
-        yield name, pixels, why
+            secret = secret_of(source)
+        except UserError:
+            secret = secret_of(folder)
+    pictures, used = [], set(reasons)
+    for scan in scans:
+        study = hash_id(secret, scan.study) if scan.study else scan.name
+        patient = hash_id(secret, scan.patient) if scan.patient else ""
+        for label, picture in zip(scan.labels, scan.sources):
+            pictures.append(Picture(f"{scan.name} {label}".strip(), picture, study, patient))
+            used.add(getattr(picture, "file", picture))
+    unreadable = [unreadable_line(path, why) for path, why in reasons.items()]
+    return pictures, unreadable, [path for path in files if path not in used]
+
+
+def unreadable_line(name, why):
+    """Say that a file or picture cannot be read; returns the line."""
+    line = f"{written(name)}: not an image that can be read ({why})"
+    print(line)
+    return line
+
+
+def read_picture(source, image):
+    """(size, size, 3) uint8 pixels of a Picture's source, or why it cannot be read, in words."""
+    try:
+        return np.array(resize_image(decode_picture(source, 2 * image["size"]), image["size"], image["resize"]))
+    except Exception as error:  # each decoder has its own ways to fail on a broken file
+        return str(error)
+
+
+def read_pictures(pictures, image, batch_size):
+    """
+    Yield, a batch at a time, the Pictures that can be read, their (n, size, size, 3) uint8 pixels, and why others
+    cannot, which is printed, too. Threads read the next two batches while one is worked on.
+    """
+    batches = [pictures[begin:begin + batch_size] for begin in range(0, len(pictures), batch_size)]
+    with ThreadPoolExecutor(usable_cores()) as pool, tqdm(total=len(pictures), unit=" images", leave=False) as bar:
+        ahead = deque()
+        for number, batch in enumerate(batches):
+            while len(ahead) < min(3, len(batches) - number):
+                ahead.append([pool.submit(read_picture, picture.source, image)
+                              for picture in batches[number + len(ahead)]])
+            read = [future.result() for future in ahead.popleft()]
+            good = [place for place, pixels in enumerate(read) if not isinstance(pixels, str)]
+            why = [unreadable_line(picture.name, pixels) for picture, pixels in zip(batch, read)
+                   if isinstance(pixels, str)]
+            yield [batch[place] for place in good], np.array([read[place] for place in good]), why
+            bar.update(len(batch))
 
 
 def require_same_dataset(name, shards_dir, facts):
     """Raise UserError where a model has other classes or image settings than its dataset, if that is here."""
     if manifest := read_manifest(Path(shards_dir) / name / "train"):
-        image = {key: manifest["image"][key] for key in ("size", "resize")}
-        now = {"classes": manifest["classes"], "image": image}
+        now = {"classes": manifest["classes"], "image": image_facts(manifest["image"])}
         if changed := differences({key: facts[key] for key in now}, now):
             raise UserError(f"--predict: of the model's dataset {name} {', '.join(changed)}; train again "
                             "under another --name")

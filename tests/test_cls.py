@@ -117,7 +117,8 @@ def test_a_run_learns_what_there_is_to_see_and_leaves_a_model(toy, capsys):
     assert re.search(r"toy +1\.000 ± 0\.000 +0\.333\n", printed)  # the table, after several seeds
     assert printed.count("blind: the most frequent class") == 1
     folder = toy / "cls/toy/scratch/seed_0"
-    assert sorted(os.listdir(folder)) == ["config.json", "log.jsonl", "model", "result.json", "test.csv"]
+    assert sorted(os.listdir(folder)) == ["config.json", "log.jsonl", "model", "result.json", "test.csv",
+                                          "validation.csv"]
     rows = list(csv.DictReader(open(folder / "test.csv")))
     assert len(rows) == 8 and all(float(row[row["labels"]]) > 0.5 for row in rows)
     main(config)  # finished: nothing is made twice
@@ -266,7 +267,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(killed_in, toy, monke
             main(settings(toy, out=out, **{**flags, "learning_rate": 0.1}))
     main(settings(toy, out=out, **flags))
     for name in ("model/encoder.safetensors", "model/head.safetensors", "model/config.json", "test.csv",
-                 "log.jsonl"):
+                 "validation.csv", "log.jsonl"):
         assert (stopped / name).read_bytes() == (undisturbed / name).read_bytes(), name
     one, other = (read_results(folder)["toy", "scratch", 0]
                   for folder in (out, str(toy / "cls")))
@@ -399,9 +400,9 @@ def test_own_images_are_trained_on_and_new_ones_predicted(kind, tmp_path, capsys
     assert list(results["test"]["classes"]) == ["broken", "whole"] if kind == "folder" else ["broken", "old", "whole"]
     main(parse_flags(Config, [*words, f"--predict={new}"]))
     told = capsys.readouterr().out
-    assert "notes.txt: not an image" in told
     assert "even.png: not an image that can be read (even: all pixels alike)" in told
-    assert "2 images, 2 files that could not be read" in told
+    assert f"1 could not be read, see above; 1 files are no pictures, such as {new}/notes.txt" in told
+    assert re.search(r"predicted_new_\w{8}\.csv: 2 images", told)
     for path in (source / "whole").glob("*0.png"):  # prepared anew, as they have changed: another run's images
         path.write_bytes(picture(7, 60) + b" ")
     message = refused(parse_flags(Config, words))

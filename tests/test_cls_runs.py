@@ -311,8 +311,8 @@ def test_new_images_of_folders_files_and_links_are_predicted(trained, tmp_path, 
     printed = capsys.readouterr().out
     found = {name: rows for name, rows in tables(trained).items() if name not in before}
     assert sorted(found.values()) == [["1.png"], ["2.png", "3.png"], ["4.png"], ["5.png", "linked/4.png"]]
-    assert "2 images, 2 files that could not be read, see above" in printed and "cut.png: not an image" in printed
-    assert "gone.png: not an image that can be read (no file, or a link to none)" in printed
+    assert "2 could not be read, see above; 0 files are no pictures\n" in printed and "cut.png: not an image" in printed
+    assert "gone.png: not an image that can be read (cannot be read: No such file or directory)" in printed
 
 
 def test_what_cannot_be_predicted_is_refused_and_leaves_what_there_was(trained, tmp_path, shards):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from model import normalise
 from plumbing.devices import to_device
+from tasks.calibration import probabilities_of
 
 
 class Classifier(nn.Module):
@@ -22,6 +23,7 @@ class Classifier(nn.Module):
         self.encoder = encoder
         self.head = nn.Linear(2 * encoder.config.width, classes)
         self.multi_label = multi_label  # an image may have several labels, or none
+        self.temperature = None  # of its probabilities, see tasks/calibration.py; None: 1, not calibrated
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
@@ -39,15 +41,18 @@ class Classifier(nn.Module):
         return F.cross_entropy(logits, labels.int().argmax(1))
 
     @torch.no_grad()
-    def predict(self, pixels, batch_size, autocast):
-        """(n, m) float32 probabilities of (n, H, W, 3) uint8 images; arrays of numpy."""
-        probabilities = []
+    def judge(self, pixels, batch_size, autocast):
+        """(n, m) float32 logits of (n, H, W, 3) uint8 images; arrays of numpy."""
+        logits = []
         for begin in range(0, len(pixels), batch_size):
             images = normalise(to_device(pixels[begin:begin + batch_size], self.head.weight.device))
             with autocast:
-                logits = self(images)
-            probabilities.append(logits.sigmoid() if self.multi_label else logits.softmax(1))
-        return torch.cat(probabilities).cpu().numpy()
+                logits.append(self(images))
+        return torch.cat(logits).cpu().numpy()
+
+    def predict(self, pixels, batch_size, autocast):
+        """(n, m) float64 probabilities, at its temperature, of (n, H, W, 3) uint8 images; arrays of numpy."""
+        return probabilities_of(self.judge(pixels, batch_size, autocast), self.temperature, self.multi_label)
 
     def rates(self, layer_decay):
         """

@@ -6,7 +6,6 @@ a mirror makes of "left" and "right" is exchanged in all of a record's words.
 """
 
 import functools
-import hashlib
 import io
 import re
 from dataclasses import replace
@@ -14,7 +13,8 @@ from dataclasses import replace
 import numpy as np
 from PIL import ImageOps
 
-from plumbing.pixels import Unreadable, load_image
+from plumbing.pixels import Unreadable
+from scans.frames import decode_picture, picture_key
 
 LEAST_SIDE = 0.7  # of a crop, as a share of the image's side
 LEAST_AREA = 0.5  # of a box that a crop has to leave; else the box is dropped
@@ -38,10 +38,10 @@ def exchange(text):
 @functools.lru_cache(maxsize=16)  # the questions about an image follow one another
 def redraw(content, mirror, corner, size):
     """
-    An image file's part from `corner` on, of `size`, both shares (x, y), mirrored or not, as a PNG's bytes, and
+    A picture's part from `corner` on, of `size`, both shares (x, y), mirrored or not, as a PNG's bytes, and
     what was cut, to whole pixels: (x1, y1, x2, y2) in shares. Raises Unreadable.
     """
-    image = load_image(content)
+    image = decode_picture(content)
     sides = np.array(image.size)
     low = np.floor(np.array(corner) * sides).astype(int)
     high = np.minimum(low + np.maximum(np.ceil(np.array(size) * sides).astype(int), 1), sides)
@@ -101,7 +101,7 @@ def altered(records, copies, seed=0):
             continue
         record = replace(record, group=record.group or f"image {record.image_name}")
         yield split, record
-        drawn = int(hashlib.sha256(record.image).hexdigest()[:16], 16)
+        drawn = int.from_bytes(picture_key(record.image)[:8], "big")
         for number in range(copies):
             try:
                 copy = alter(record, np.random.default_rng([seed, drawn, number]))

@@ -19,10 +19,11 @@ from PIL import Image
 
 from data import Record
 from plumbing.flags import UserError
-from plumbing.pixels import FORMATS, load_image
+from plumbing.pixels import FORMATS
 from prepare.datasets import (DATASETS, count_from, dataset, find_folder, open_zip, read_csv, read_image,
                               read_json, read_member, read_named_image, read_tar, refuse_damage)
 from prepare.looks import FINGERPRINT, SIDE, alike, fingerprint
+from scans.frames import decode_picture
 
 HELD_OUT = {"train": 0.9, "validation": 0.1}  # of a training part that has no validation split
 
@@ -60,17 +61,17 @@ def split_by_group(groups, labels, shares, seed=0):
     return [chosen[str(group)] for group in groups]
 
 
-def group_alike(paths):
-    """For each image file the number of the first of those that it is alike, and of those that they are."""
-    def look(path):
+def group_alike(sources):
+    """For each picture (Path, bytes or Frame) the number of the first of those that it is alike, and that they are."""
+    def look(source):
         try:
-            return np.frombuffer(fingerprint(load_image(path.read_bytes())), FINGERPRINT)["look"]
+            return np.frombuffer(fingerprint(decode_picture(source)), FINGERPRINT)["look"]
         except Exception:  # each decoder has its own ways to fail on a broken file
             return np.zeros((1, SIDE, SIDE), np.uint8)  # like no other
 
     with ThreadPoolExecutor() as pool:  # Pillow lets go of the interpreter lock
-        looks = np.concatenate([np.zeros((0, SIDE, SIDE), np.uint8), *pool.map(look, paths)])
-    group = np.arange(len(paths))
+        looks = np.concatenate([np.zeros((0, SIDE, SIDE), np.uint8), *pool.map(look, sources)])
+    group = np.arange(len(sources))
     for one, other in alike(looks, looks):
         group[group == group[other]] = group[one]
     return group.tolist()

@@ -4,15 +4,19 @@ A folder of your own images, or a csv that lists them, as a prepared classificat
     scans/benign/1.png  scans/malignant/2.png          a folder a class; the split is made here
     scans/benign/ann/1.png  scans/malignant/bob/2.png  with a folder a patient in each
     scans/train/benign/1.png  scans/test/benign/2.png  the same in train, test and perhaps validation
-    scans.csv                                          path,label and perhaps split and patient
+    scans/benign/ct_1/*.dcm  scans/malignant/2.nii.gz  scans, of which each slice is an image
+    scans.csv                                          path,label and perhaps split, patient and study
 
-Class folders are searched to any depth. A csv's paths start at its own folder or at /. Several labels are
-joined by | or ;, and beside images with several one without any has no finding; where no image has several,
-a row without one is skipped. A patient may also be called subject, case, study or group, or patient_id etc.
+Class folders are searched to any depth. A csv's paths start at its own folder or at /; prepare/own_pictures.py
+says what else may stand there. Several labels are joined by | or ;, and beside images with several one without
+any has no finding; where no image has several, a row without one is skipped. A patient may also be called
+subject, case, study or group, or patient_id etc.; where neither folders nor a column name any, headers do.
 
 Where no split is given, one is made, 70 : 10 : 20 in each class: by patient, or where none is named
 so that images that are alike stay together. A split that is given needs train and test; where it
 has no validation, train_cls.py holds out a part of train, and divides no patient for that either.
+
+Patients and studies are written as hashes, see plumbing/own.py, also where their ids are a part of a file's name.
 """
 
 import contextlib
@@ -29,12 +33,15 @@ from plumbing.own import clean, origins, own_path, printable
 from plumbing.pixels import SUFFIXES
 from plumbing.shards import PROMPT_VERSION, SHARD_VERSION, Shard
 from prepare.classify import group_alike, split_by_group
-from prepare.datasets import DATASETS, Dataset, read_image
+from prepare.datasets import DATASETS, Dataset
 from prepare.leaks import guard
 from prepare.listing import SPLITS, read_folder, read_table
+from prepare.own_page import write_page
+from prepare.own_pictures import file_of, read_source
+from prepare.own_splits import SHARES, divide, fold_targets, group_names, hash_names, hide
 from prepare.shards import ImageSettings, locked, recover, why_stale, write_dataset
+from scans.frames import Frame, ScanSettings
 
-SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
 LONGEST_NAME = 50  # letters of a dataset's name: four bytes each at most, of the 255 that a disk takes
 
 
@@ -82,18 +89,35 @@ def require_classes(path, items, names):
 
 # ----------------------------------------------------------------------------- groups and splits
 
-def give_groups(items, grouped_by):
+def give_groups(path, items, grouped_by):
     """
-    Each Item's group, which is never divided: its patient, or where none is named what it is alike.
+    Each Item's group, which is never divided: its patient, or where none is named what it is alike. The middle
+    slice stands for all of its scan.
 
     Says how many images are alike, and how many of them have other labels than those.
     """
-    numbers = group_alike([item.file for item in items])
+    scans = defaultdict(list)
+    for item in items:
+        scans[item.scan or item.name].append(item)
+    shown = [some[len(some) // 2] for some in scans.values()]
+    number_of = dict(zip(scans, group_alike([item.source for item in shown])))
     alike, owners = defaultdict(list), {}
-    for item, number in zip(items, numbers):
+    for item in shown:
+        number = number_of[item.scan or item.name]
         alike[number].append(item)
         if item.patient:
             owners.setdefault(number, item.patient)
+    say_alike(alike)
+    unnamed = sum(not item.patient for item in items) if grouped_by else 0
+    if unnamed:
+        print(f"  {unnamed:,} images name no patient: each stays with those that it is like")
+    numbers = [number_of[item.scan or item.name] for item in items]
+    patients = [item.patient or owners.get(number, "") for item, number in zip(items, numbers)]
+    return [group or f"like {alike[number][0].name}" for group, number in zip(group_names(path, patients), numbers)]
+
+
+def say_alike(alike):
+    """Say how many images are alike, and how many of those have other labels. alike: number -> its Items."""
     count = sum(len(group) for group in alike.values() if len(group) > 1)
     print(f"  {count:,} images are like another one")
     crossing = [group for group in alike.values() if len({item.labels for item in group}) > 1]
@@ -102,12 +126,6 @@ def give_groups(items, grouped_by):
         other = next(item for item in crossing[0] if item.labels != one.labels)
         print(f"  {sum(map(len, crossing)):,} of them are like one with another label, {printable(one.name)} and "
               f"{printable(other.name)} the first: what is one image has one label")
-    unnamed = sum(not item.patient for item in items) if grouped_by else 0
-    if unnamed:
-        print(f"  {unnamed:,} images name no patient: each stays with those that it is like")
-    patients = [item.patient or owners.get(number, "") for item, number in zip(items, numbers)]
-    return [f"patient {patient}" if patient else f"like {alike[number][0].name}"
-            for patient, number in zip(patients, numbers)]
 
 
 def keep_split(path, items, grouped_by):
@@ -120,10 +138,13 @@ def keep_split(path, items, grouped_by):
                             "one is made by patient")
 
 
+def how_divided(grouped_by):
+    return f"by patient ({grouped_by})" if grouped_by else "alike images on one side"
+
+
 def make_split(path, items, names, groups, grouped_by):
     """The Items in train, validation and test, 70 : 10 : 20. Raises UserError where that cannot be."""
-    how = f"by patient ({grouped_by})" if grouped_by else "alike images on one side"
-    print(f"  a split is made, 70 : 10 : 20, {how}")
+    print(f"  a split is made, 70 : 10 : 20, {how_divided(grouped_by)}")
     splits = split_by_group(groups, [item.labels for item in items], SHARES)
     items = [item._replace(split=split) for item, split in zip(items, splits)]
     try:
@@ -155,32 +176,54 @@ def digest(items):
     """A text that changes with any label, split or file, by the files' sizes and times alone."""
     checksum = hashlib.sha256()
     for item in items:
-        state = os.stat(item.file) if os.path.isfile(item.file) else None
+        file = file_of(item.source)
+        state = os.stat(file) if os.path.isfile(file) else None
         checksum.update(ascii((*item, state and (state.st_size, state.st_mtime_ns))).encode())
     return f"{len(items):,} images, {checksum.hexdigest()[:16]}"
 
 
+def records_of(path, items, groups):
+    """Yield (split, Record) of Items, which have patients' and studies' hashes in place of their ids."""
+    patients = hash_names(path, [item.patient for item in items])
+    studies = hash_names(path, [item.study for item in items])
+    headers = hash_names(path, [item.header and item.name for item in items])
+    for item, group, patient, study, header in zip(items, groups, patients, studies, headers):
+        name = f"scan {header}" if header else hide(item.name, item.patient, patient)
+        if item.labels is None:  # skipped and counted
+            yield item.split or "train", Record(name, image_name=name)
+        else:
+            yield item.split, Record(name, image=read_source(item.source), image_name=name, labels=item.labels,
+                                     group=group, study=study)
+
+
+def arrange(path, listing, facts):
+    """The Items of a Listing with their splits, as they are given, or by folds, or made; and their groups."""
+    items, folds = listing.items, facts.get("folds")
+    if given := any(item.split for item in items):
+        keep_split(path, items, listing.grouped_by)
+    groups = give_groups(path, items, listing.grouped_by)
+    if folds:
+        splits = divide(path, groups, [item.labels for item in items], [item.split for item in items], folds["folds"],
+                        folds["fold"])
+        items = [item._replace(split=split) for item, split in zip(items, splits)]
+        require_classes(path, items, listing.names)
+        print(f"  fold {folds['fold']} of {folds['folds']} is the test split, {how_divided(listing.grouped_by)}")
+    elif not given:
+        items = make_split(path, items, listing.names, groups, listing.grouped_by)
+    return items, groups
+
+
 def write(target, path, listing, facts, workers):
     """Split and write what is listed, and say what each split then holds of each class, and skipped."""
-    def records(raw):
-        for item, group in zip(items, groups):
-            yield item.split, Record(item.name, image=read_image(item.file), image_name=item.name,
-                                     labels=item.labels, group=group)
-        for item in listing.unlabelled:  # skipped and counted
-            yield item.split or "train", Record(item.name, image_name=item.name)
-
     for note in listing.notes:
         print(f"  {note}", flush=True)
-    items, given = listing.items, any(item.split for item in listing.items)
-    if given:
-        keep_split(path, items, listing.grouped_by)
-    groups = give_groups(items, listing.grouped_by)
-    if not given:
-        items = make_split(path, items, listing.names, groups, listing.grouped_by)
+    items, groups = arrange(path, listing, facts)
     counts = Counter(item.split for item in items)
-    dataset = Dataset(name=target.name, read=records, kind="classification", licence=facts["licence"],
-                      access="yours", megabytes=0, page="", layouts=(), counts=counts,
-                      classes=tuple(sorted(map(printable, listing.names))), multi_label=listing.multi_label)
+    more = listing.unlabelled
+    dataset = Dataset(name=target.name, read=lambda raw: records_of(path, items + more, groups + [""] * len(more)),
+                      kind="classification", licence=facts["licence"], access="yours", megabytes=0, page="", layouts=(),
+                      counts=counts, classes=tuple(sorted(map(printable, listing.names))),
+                      multi_label=listing.multi_label)
     # Each worker first loads what the running script does, such as torch: too much for few images.
     workers = workers or min(os.cpu_count(), 1 + len(items) // 200)
     write_dataset(target, dataset, path, {}, b"", facts, workers, needed=("train", "test"))
@@ -217,8 +260,10 @@ def prepare_listing(path, shards_dir, facts, write, name="", ending=""):
         raise UserError(f"--name={name}: a public dataset is called so; choose another")
     facts = {"shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION, "limit": 0, "licence": "yours",
              "path": clean(str(path)), **facts}
-    for name in [name] if name else names_for(path):
-        name += ending
+    for base in [name] if name else names_for(path):
+        name = base + ending
+        if "folds" in facts:
+            facts["folds"] = {"of": base} | facts["folds"]
         target, reason = shards_dir / name, ""
         if is_anothers(target, path):
             continue
@@ -255,20 +300,44 @@ def compared(path, shards_dir):
         raise UserError(printable(str(error))) from None
 
 
-def prepare_folder(path, shards_dir, image_size=224, workers=0):
+def prepare_folder(path, shards_dir, image_size=224, workers=0, settings=ScanSettings(), name="", given=None, folds=0,
+                   fold=-1, dry_run=False):
     """
     Prepare a folder or a csv into shards_dir, unless it is there unchanged, and compare it with all
-    test splits there. Returns the dataset's name.
+    test splits there. Returns the dataset's name, of several folds the last one's.
 
-    workers: processes that decode images; 0: one a core, or fewer for few images. Raises UserError.
+    workers: processes that decode images; 0: one a core, or fewer for few images; settings: ScanSettings; name: of
+    the dataset, in place of the folder's; given: {role: column}, by --columns; folds, fold: as flags of
+    prepare/all.py; dry_run: write a page of the first samples, and nothing else. Raises UserError.
     """
     path, shards_dir = own_path(path), Path(shards_dir)
     with compared(path, shards_dir):
-        listing = (read_folder if path.is_dir() else read_table)(path)
+        listing = read_folder(path, settings) if path.is_dir() else read_table(path, settings, given)
         require_names(path, listing.names)
         require_classes(path, listing.items, listing.names)
-        facts = {"listing": digest(listing.items + listing.unlabelled),
-                 "grouped_by": listing.grouped_by or "alike images", "multi_label": listing.multi_label,
-                 "image": ImageSettings(image_size, "squash", "jpeg", 97).facts()}  # as prepare/all.py
-        return prepare_listing(path, shards_dir, facts,
-                               lambda target, facts: write(target, path, listing, facts, workers))
+        scans = any(isinstance(item.source, Frame) for item in listing.items)
+        image = ImageSettings(image_size, "squash", "jpeg", 97, window=settings.window * scans)  # as prepare/all.py
+        facts = {"listing": digest(listing.items + listing.unlabelled), "grouped_by":
+                 listing.grouped_by or "alike images", "multi_label": listing.multi_label, "image": image.facts()}
+        names = []
+        for ending, number in fold_targets("", folds, fold):
+            more = {"folds": {"fold": number, "folds": folds}} if folds else {}
+            if dry_run:
+                return show(path, listing, facts | more, image, name)
+            names.append(prepare_listing(path, shards_dir, facts | more, lambda target, facts: write(
+                target, path, listing, facts, workers), name, ending))
+        return names[-1]
+
+
+def show(path, listing, facts, image, name):
+    """Write the page of --dry_run. Returns the dataset's name, were it prepared."""
+    for note in listing.notes:
+        print(f"  {note}", flush=True)
+    items, groups = arrange(path, listing, facts)
+    labels = Counter(label for item in items for label in item.labels or ("of none",))
+    counts = dict(Counter(item.split for item in items)) | dict(sorted(labels.items()))
+    spread = slice(None, None, max(len(items) // 10, 1))  # so that each class is seen
+    page = write_page(name or names_for(path)[0], path, image, listing.notes, counts,
+                      records_of(path, items[spread], groups[spread]))
+    print(f"  {page}: some samples; nothing is prepared")
+    return name or names_for(path)[0]

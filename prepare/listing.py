@@ -1,7 +1,7 @@
 """
 What a folder of images, or a csv that lists them, says: each image's labels, its split and its patient.
 
-Nothing is decoded here. What can only be a slip is refused; what was understood in one of several ways is
+No picture is decoded here. What can only be a slip is refused; what was understood in one of several ways is
 said, in the Listing's notes.
 """
 
@@ -11,28 +11,34 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
 from plumbing.flags import UserError
 from plumbing.own import files_below, printable, written
-from plumbing.pixels import FORMATS, SUFFIXES
 from prepare.datasets import require_columns
-from prepare.own_tables import NOTHING, find_column, read_rows
+from prepare.own_pictures import Pictures, file_of, is_left_by_programs
+from prepare.own_tables import NOTHING, find_column, find_roles, plain_name, read_rows
+from scans.frames import Frame, ScanSettings
 
 SPLITS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
           "val": "validation", "test": "test", "testing": "test"}
-PATHS, LABELS = ("path", "file", "image", "filename"), ("label", "labels")  # names that a column may have,
 PATIENTS = ("patientid", "patient", "pid", "mrn", "subjectid", "subject", "caseid", "case", "studyid",
-            "study", "groupid", "group")  # without capitals, spaces and signs; the first that is there counts
+            "study", "groupid", "group")  # the first that is there, and not empty, counts
+ROLES = {  # names that a column may have, without capitals, spaces and signs; the first that is there counts
+    "image": ("path", "file", "image", "filename", "imageindex", "imagepath", "imagename", "imageid", "filepath"),
+    "label": ("label", "labels", "findinglabels"), "split": ("split",), "patient": PATIENTS,
+    "study": ("studyid", "study", "studyinstanceuid", "examid", "exam", "accession", "accessionnumber")}
+MASK = re.compile(r"[ _-](mask|seg|segmentation|gt)([ _-]?\d+)?(?=(\.nii)?\.[^.]+$)", re.I)
 
 
 class Item(NamedTuple):
-    """An image as a folder or a csv lists it."""
+    """A picture as a folder or a csv lists it."""
     split: str  # "" where none is given
-    name: str  # its path in the folder or the csv
-    file: Path
+    name: str  # its path in the folder or the csv, and its place in its file
+    source: Path | Frame
     labels: tuple
     patient: str = ""  # "" where none is named
+    header: str = ""  # the patient, or study, that the file's header names
+    study: str = ""  # whose pictures may be judged together
+    scan: str = ""  # whose slices it is one of; "": a picture alone
 
 
 class Listing(NamedTuple):
@@ -45,62 +51,109 @@ class Listing(NamedTuple):
     notes: list  # lines about how it was understood
 
 
+# ----------------------------------------------------------------------------- pictures
+
+def items_of(scan, name_of, split, labels, patient="", study=""):
+    """The Items of a Scan's pictures. name_of: Path -> name of a file."""
+    files = Counter(map(file_of, scan.sources))
+    several = name_of(file_of(scan.sources[0])) if len(scan.sources) > 1 else ""
+    header = scan.patient or scan.study and f"study {scan.study}"
+    for source, label in zip(scan.sources, scan.labels):
+        file = file_of(source)
+        yield Item(split, name_of(file) if files[file] == 1 else f"{name_of(file)} {label}", source, labels, patient,
+                   header, study or scan.study or several, several)
+
+
+def group_by_headers(items, notes):
+    """The Items with the patients that their headers name, and where those come from; "": none is named."""
+    patients = {item.header for item in items} - {""}
+    studies = {item.study for item in items if item.header}
+    if len(patients) == 1 and len(studies) > 1:
+        notes.append(f"the headers of all scans name one patient, as programs write it that take names out: their "
+                     f"{len(studies):,} studies count as patients")
+        items = [item._replace(header=item.header and f"study {item.study}") for item in items]
+    if not patients:
+        return items, ""
+    return [item._replace(patient=item.header) for item in items], "the headers of scans"
+
+
+def keep_studies(items, notes):
+    """The Items, their study "" where it has one picture, or pictures of several labels or splits."""
+    of = defaultdict(list)
+    for item in items:
+        of[item.study].append((item.labels, item.split))
+    mixed = {study for study, some in of.items() if study and len(set(some)) > 1}
+    if mixed:
+        notes.append(f"{len(mixed):,} studies or scans have pictures of several labels: each of these is judged alone")
+    return [item if len(of[item.study]) > 1 and item.study not in mixed else item._replace(study="") for item in items]
+
+
 # ----------------------------------------------------------------------------- folders
 
 def folders_in(folder):
     return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
 
 
-def is_image(file):
-    """Whether a file is an image by its name or, where the end of that says nothing, by its first bytes."""
-    if file.name[0] == "." or not os.path.isfile(file):
-        return False
-    if file.suffix.lower() in SUFFIXES:
-        return True
-    try:
-        with Image.open(file, formats=FORMATS):
-            return True
-    except Exception:  # each decoder has its own ways to fail on another file
-        return False
+def is_mask(file, names):
+    """Whether a file is called as the mask of an image that is beside it; names: of all files."""
+    plain = MASK.sub("", file.name)
+    return plain != file.name and file.with_name(plain) in names
 
 
-def read_folder(folder):
+def read_folder(folder, settings=ScanSettings()):
     """The Listing of a folder with one a class, perhaps in train and test, perhaps with one a patient in it."""
     splits = [path for path in folders_in(folder) if path.name.lower() in SPLITS]
-    items, others, depth = [], [], 1 if splits else 0
-    inside = defaultdict(set)  # split and class -> names of the folders in it
-    for file in files_below(folder):
-        parts = [written(part) for part in file.relative_to(folder).parts]
-        if len(parts) <= depth + 1 or not is_image(file):
-            others.append(printable("/".join(parts)))
-            continue
-        split = SPLITS.get(parts[0].lower(), parts[0]) if splits else ""
-        patient = printable(parts[depth + 1]).casefold() if len(parts) > depth + 2 else ""
-        items.append(Item(split, "/".join(parts), file, (printable(parts[depth]),), patient))
-        inside[split, parts[depth]].add(patient)
+    files, pictures, depth = list(files_below(folder)), Pictures(folder, settings), 1 if splits else 0
+    names, masks, others, classes = set(files), [], [], defaultdict(list)
+    for file in files:
+        parts = tuple(written(part) for part in file.relative_to(folder).parts)
+        masked = is_mask(file, names)
+        if len(parts) <= depth + 1 or is_left_by_programs(file) or masked:
+            (masks if masked else others).append(file)
+        else:
+            classes[parts[:depth + 1]].append(file)
+    items, inside = [], defaultdict(set)  # split and class -> names of the folders in it
+    for parts, some in classes.items():
+        split, label = SPLITS.get(parts[0].lower(), parts[0]) if splits else "", printable(parts[depth])
+        for scan in pictures.read_files(some):
+            more = [written(part) for part in file_of(scan.sources[0]).relative_to(folder).parts[depth + 1:]]
+            patient = printable(more[0]).casefold() if len(more) > 1 else ""
+            items += items_of(scan, pictures.name_of, split, (label,), patient)
+            inside[parts].add(patient)
+    if not items and pictures.refused:
+        raise UserError(f"{folder}: no picture in it can be used: {pictures.notes()[0]}")
+    used = {file_of(item.source) for item in items} | set(masks) | pictures.refused.keys()
+    others = [file for file in files if file not in used]
     notes, grouped_by, patients = [], "", set().union(*inside.values()) - {""}
     if others:
-        notes.append(f"{len(others):,} files passed over, {others[0]:.80} the first: hidden, no image, or in "
-                     "no class's folder")
+        chosen = "left out by --slices, " * (settings.slices != "all")
+        notes.append(f"{len(others):,} files passed over, {printable(pictures.name_of(others[0])):.80} the first: "
+                     f"hidden, no image, {chosen}or in no class's folder")
+    if masks:
+        notes.append(f"{len(masks):,} masks passed over, {printable(pictures.name_of(masks[0])):.80} the first: each "
+                     "is called as an image beside it")
     if len(patients) > 1 and all(names - {""} for names in inside.values()):
         grouped_by = "folders inside classes"
         notes.append(f"folders inside classes are taken for patients: {len(patients):,} of them")
     else:  # one layer for all of them, or classes of which some have folders in them
-        items = [item._replace(patient="") for item in items]
+        items, grouped_by = group_by_headers([item._replace(patient="") for item in items], notes)
     names = {written(path.name) for top in splits or [folder] for path in folders_in(top)}
-    return Listing(items, [], names, False, grouped_by, notes)
+    return Listing(keep_studies(items, notes), [], names, False, grouped_by, notes + pictures.notes())
 
 
 # ----------------------------------------------------------------------------- tables
 
-def read_patients(path, header, rows):
-    """Each row's patient, "" where none is named; the place of the column, or None; and what is to be said."""
+def read_patients(path, header, rows, known=PATIENTS):
+    """
+    Each row's patient, "" where none is named; the place of the column, or None; and what is to be said. known: names
+    that the column may have.
+    """
     def column(place):
         cells = [printable(cells[place]).casefold() for _, cells in rows]
         cells = [re.sub(r"^(\d+)\.0+$", r"\1", cell) for cell in cells]  # pandas's beside an empty cell
         return ["" if cell in NOTHING else cell for cell in cells]
 
-    places = [find_column(path, header, [name]) for name in PATIENTS]
+    places = [find_column(path, header, [name]) for name in known]
     columns = {place: column(place) for place in places if place is not None}
     columns = {place: cells for place, cells in columns.items() if any(cells)}
     if not columns:
@@ -137,37 +190,66 @@ def read_labels(rows, place):
     return [None if lost else classes for classes, lost in zip(labels, unknown)], multi_label, notes
 
 
-def read_table(path):
-    """The Listing of a csv."""
-    header, rows = read_rows(path)
-    places = {kind: find_column(path, header, known)
-              for kind, known in (("path", PATHS), ("label", LABELS), ("split", ["split"]))}
-    require_columns(path, header, [kind for kind in ("path", "label") if places[kind] is None])
-    labels, multi_label, notes = read_labels(rows, places["label"])
-    patients, chosen, more = read_patients(path, header, rows)
-    used = {*places.values(), chosen}
-    unused = [printable(name) or "one without a name" for place, name in enumerate(header) if place not in used]
+def read_table(path, settings=ScanSettings(), given=None):
+    """The Listing of a csv. given: {role: column}, by --columns."""
+    (header, rows), notes = read_rows(path), []
+    given = find_roles(path, header, {}, given or {})
+    known = {role: [plain_name(given[role])] if role in given else names for role, names in ROLES.items()}
+    places = {role: find_column(path, header, known[role]) for role in ("image", "label", "split", "study")}
+    require_columns(path, header, [role for role in ("image", "label") if places[role] is None])
+    labels, multi_label, more = read_labels(rows, places["label"])
+    patients, places["patient"], still = read_patients(path, header, rows, known["patient"])
+    unused = [printable(name) or "one without a name" for place, name in enumerate(header)
+              if place not in places.values()]
     if unused:
         notes.append(f"columns that are not used: {', '.join(unused):.500}")
-    items = []
-    for (_, cells), classes, patient in zip(rows, labels, patients):
-        name, split = (cells[places[kind]] if places[kind] is not None else "" for kind in ("path", "split"))
-        items.append(Item(SPLITS.get(split.lower(), split), name, path.parent / name, classes, patient))
-    for place, count in Counter(os.path.normpath(item.file) for item in items).items():
-        if count > 1:
-            name = next(item.name for item in items if os.path.normpath(item.file) == place)
-            raise UserError(f"{path}: {count} rows of {name:.80}; give it one, its labels joined by |")
+    items, pictures = [], Pictures(path.parent, settings)
+    for (number, cells), classes, patient in zip(rows, labels, patients):
+        name, split, study = (cells[places[role]] if places[role] is not None else ""
+                              for role in ("image", "split", "study"))
+        split, study = SPLITS.get(split.lower(), split), "" if study.lower() in NOTHING else f"{patient} {study}"
+        items += table_items(pictures, f"{path}: row {number}", name, split, classes, patient, study)
+    require_once(path, items)
+    grouped_by = "" if places["patient"] is None else f"column {printable(header[places['patient']])}"
+    if not grouped_by:
+        items, grouped_by = group_by_headers(items, notes)
+    items = keep_studies(items, notes)
     known = [item for item in items if item.labels is not None]
     if rows and not known:
         raise UserError(f"{path}: none of its {len(rows):,} rows has a label")
-    missing = [item.file for item in known if not os.path.isfile(item.file)]
-    if missing and 10 * len(missing) >= len(known):  # fewer are skipped and counted
-        raise UserError(f"{path}: {len(missing):,} of its {len(known):,} files are not there, the first "
-                        f"{str(missing[0]):.200}; paths start at the folder of the csv")
+    require_files(path, known)
     names = {label for item in known for label in item.labels}
     if len(names) > 10 and 2 * len(names) > len(known):
         raise UserError(f"{path}: {len(names):,} classes for {len(known):,} images, {min(names)!r:.40} among "
                         "them; put what is measured, or said in words, into few classes")
-    grouped_by = "" if chosen is None else f"column {printable(header[chosen])}"
     return Listing(known, [item for item in items if item.labels is None], names, multi_label, grouped_by,
-                   notes + more)
+                   more + notes + still + pictures.notes())
+
+
+def table_items(pictures, where, name, split, labels, patient, study):
+    """The Items of the picture that a row names, or one whose file is not there."""
+    scan = pictures.find(where, name, pictures.folder)
+    if scan is None:
+        return [Item(split, name, pictures.folder / name, labels, patient, "", study)]
+
+    def name_of(file):
+        return pictures.name_of(file) if file.is_relative_to(pictures.folder) else name
+
+    return list(items_of(scan, name_of, split, labels, patient, study))
+
+
+def require_once(path, items):
+    """Raise UserError where two rows are of one picture."""
+    places = [(os.path.normpath(file_of(item.source)), getattr(item.source, "place", ())) for item in items]
+    counts = Counter(places)
+    for item, place in zip(items, places):
+        if counts[place] > 1:
+            raise UserError(f"{path}: {counts[place]} rows of {item.name:.80}; give it one, its labels joined by |")
+
+
+def require_files(path, items):
+    """Raise UserError where a tenth of the files is not there; fewer are skipped and counted."""
+    missing = [item.source for item in items if not os.path.isfile(file_of(item.source))]
+    if missing and 10 * len(missing) >= len(items):
+        raise UserError(f"{path}: {len(missing):,} of its {len(items):,} files are not there, the first "
+                        f"{str(missing[0]):.200}; paths start at the folder of the csv")

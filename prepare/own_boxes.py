@@ -17,21 +17,27 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from plumbing.flags import UserError
 from plumbing.own import TABLES, files_below, own_path, printable, written
+from plumbing.pixels import Unreadable
 from plumbing.shards import Shard
 from prepare.box_files import (LARGEST_TEXT, from_corner, gather, image_size, number, read_coco, read_voc, read_yolo,
                                to_shares)
 from prepare.boxes import ask_image
 from prepare.classify import read_lines
 from prepare.datasets import Dataset, read_image, refuse_damage
-from prepare.folder import compared, digest, prepare_listing, require_names
-from prepare.listing import SPLITS, Item, is_image, read_patients
+from prepare.folder import compared, digest, names_for, prepare_listing, require_names
+from prepare.listing import SPLITS, Item, read_patients
+from prepare.own_page import write_page
+from prepare.own_pictures import Pictures, read_source
+from prepare.own_splits import divide, fold_targets, hash_names, hide
 from prepare.own_tables import find_column, read_rows
 from prepare.shards import write_dataset
+from scans.frames import Frame, ScanSettings, decode_picture, picture_key
 
 IMAGES, LABELS = ("image", "path", "file", "filename", "imagepath", "imageid"), ("label", "class", "name", "category")
 CORNERS = (("x1", "y1", "x2", "y2"), ("xmin", "ymin", "xmax", "ymax"))
@@ -44,9 +50,11 @@ class Boxes(NamedTuple):
     form: str  # in words
     sources: list  # files that say where the boxes are
     rows: list  # (image's name, label, box in shares or None), as gather takes them
-    files: dict  # image's name -> Path
+    pictures: dict  # image's name -> Path or Frame; None where it is missing
     splits: dict  # image's name -> split, where one is given
     patients: dict  # image's name -> patient, where one is named
+    films: dict  # image's name -> film that it is a copy of, where names say so
+    headers: set  # images whose header names a patient
     notes: list  # lines about how it was understood
 
 
@@ -101,37 +109,35 @@ def find_sources(path):
 
 # ----------------------------------------------------------------------------- images
 
-class Images:
-    """The images below a folder, found by what a file of boxes calls them."""
+class Images(Pictures):
+    """The images below a folder, each of one picture, found by what a file of boxes calls them."""
 
-    def __init__(self, folder):
-        self.folder, self.files, self.called = folder, {}, defaultdict(set)
-        for file in files_below(folder):
-            if is_image(file):
-                name = written(file.relative_to(folder).as_posix())
-                self.files[name] = file
-                for called in (name, file.name, file.stem):
-                    self.called[called].add(name)
+    def called_so(self, where, called, beside):
+        """The name of the image that a file of boxes calls so; what leads to none stands for itself."""
+        place = self.place(where, called, beside)
+        return self.name_of(place) if place else written(called.replace("\\", "/").strip()) or "no name"
 
-    def find(self, where, called, beside):
-        """
-        The name of the image that a file of boxes calls so: its path from there or from the folder, else its file's
-        name, with or without its end, where that is one image's. A path that leads to none stands for itself.
-        """
-        called = called.replace("\\", "/").strip()
-        near = os.path.normpath(os.path.join(os.path.relpath(beside, self.folder), called))
-        for name in (near, called, called.rpartition("/")[2], called.rpartition("/")[2].rpartition(".")[0]):
-            found = self.called.get(name, ())
-            if len(found) > 1 and name in self.files:
-                return name
-            if len(found) > 1:
-                alike = [other for other in found if Path(other).parent == Path(os.path.relpath(beside, self.folder))]
-                if len(alike) == 1:
-                    return alike[0]
-                raise UserError(f"{where}: {len(found)} images are called {name!r:.80}; name it by its path")
-            if found:
-                return next(iter(found))
-        return written(called) or "no name"
+    def scan(self, name):
+        """The Scan of an image; None where there is none of this name."""
+        return next(iter(self.scans_at(self.files[name])), None) if name in self.files else None
+
+    def source(self, name):
+        """The Path or Frame of an image; None where there is none of this name. UserError where it has several."""
+        scan = self.scan(name)
+        if scan and len(scan.sources) > 1:
+            raise UserError(f"{self.folder / name}: {len(scan.sources)} pictures in it, and boxes do not say on which "
+                            "of them they are; save each as a file of its own")
+        return scan and scan.sources[0]
+
+    def size(self, name):
+        """(width, height) of an image as it is shown; None where it cannot be read."""
+        source = self.source(name)
+        if not isinstance(source, Frame):
+            return image_size(source and read_image(source))
+        try:
+            return decode_picture(source).size
+        except Unreadable:
+            return None
 
 
 def split_of(parts):
@@ -146,22 +152,25 @@ def from_voc(sources, images, notes):
     rows, odd = [], []
     for path in sources:
         called, width, height, boxes = read_voc(path, read_image(path))
-        name = images.find(path, called or path.stem, path.parent)
+        name = images.called_so(path, called or path.stem, path.parent)
         if name not in images.files and path.stem in images.called:  # many a program writes another name
-            name = images.find(path, path.stem, path.parent)
-        if name in images.files and is_odd(name, read_image(images.files[name]), (width, height)):
+            name = images.called_so(path, path.stem, path.parent)
+        if name in images.files and is_odd(name, images.size(name), (width, height)):
             odd.append(name)
         rows += [(name, "", None), *((name, label or "no label", box) for label, box in boxes)]
     note_sizes(odd, notes)
-    return rows, {}
+    names, splits = {Path(name).stem: name for name, *_ in rows}, {}
+    for path in sorted(images.folder.glob("**/ImageSets/Main/*.txt")):
+        if path.stem.lower() in SPLITS:  # beside them are lists of several splits, and of each class
+            splits |= {names[stem]: SPLITS[path.stem.lower()] for stem in read_lines(path) if stem in names}
+    return rows, splits
 
 
-def is_odd(name, content, size):
+def is_odd(name, upright, size):
     """
     Whether an image is of another (width, height) than its boxes' file says. UserError where that has the size before
     the image's EXIF tag turns it: then the boxes are of other pixels than those that are shown.
     """
-    upright = image_size(content)
     if upright and upright[0] != upright[1] and tuple(size) == upright[::-1]:
         raise UserError(f"{name}: shown upright it is {upright[0]} x {upright[1]} pixels, by its boxes' file "
                         f"{size[0]} x {size[1]}; turn the image, its EXIF tag and its boxes alike")
@@ -179,9 +188,9 @@ def from_coco(sources, images, notes):
     for path in sources:
         about, boxes = read_coco(path)
         split = split_of([*path.relative_to(images.folder).parent.parts, *re.split(r"[\W_]+", path.stem)])
-        names = {key: images.find(path, called, path.parent) for key, (called, *_) in about.items()}
+        names = {key: images.called_so(path, called, path.parent) for key, (called, *_) in about.items()}
         for key, name in names.items():
-            if name in images.files and is_odd(name, read_image(images.files[name]), about[key][1:]):
+            if name in images.files and is_odd(name, images.size(name), about[key][1:]):
                 odd.append(name)
             if split:
                 splits[name] = split
@@ -246,12 +255,12 @@ def from_table(path, images, notes):
               f" in {'shares of the image' if shares else 'pixels'}: the largest is {largest:g}", *more]
     rows, splits, patients, sizes = [], {}, {}, {}
     for (place, row), box, patient in zip(table, boxes, people):
-        where, name = f"{path}: row {place}", images.find(f"{path}: row {place}", row[image], path.parent)
+        where, name = f"{path}: row {place}", images.called_so(f"{path}: row {place}", row[image], path.parent)
         if box and sides in SIZES:
             box = from_corner(box)
         if box and not shares:
             if name not in sizes:
-                sizes[name] = image_size(read_image(images.files[name])) if name in images.files else None
+                sizes[name] = images.size(name)
             box = sizes[name] and to_shares(where, box, *sizes[name])  # else its image is missing or unreadable
         rows += [(name, "", None)] + ([(name, row[label], tuple(box))] if box else [])
         if patients.setdefault(name, patient) != patient:
@@ -262,13 +271,13 @@ def from_table(path, images, notes):
     return rows, splits, {name: patient for name, patient in patients.items() if patient}
 
 
-def read_boxes(path, sources):
+def read_boxes(path, sources, settings=ScanSettings()):
     """The Boxes of a folder or csv, from the files that find_sources found. Raises UserError."""
     if len(sources) > 1:
         firsts = " and ".join(f"{files[0].name} ({form})" for form, files in sources.items())
         raise UserError(f"{path}: boxes in more than one form, {firsts}; leave one of them")
     (form, files), = sources.items()
-    images, notes, patients = Images(path if path.is_dir() else path.parent), [], {}
+    images, notes, patients = Images(path if path.is_dir() else path.parent, settings, outside=False), [], {}
     if form == "csv":
         if len(files) > 1:
             raise UserError(f"{path}: boxes in {files[0].name} and in {files[1].name}; name one as --own={files[0]}")
@@ -282,37 +291,43 @@ def read_boxes(path, sources):
     by_folder = {name: split_of(name.split("/")[:-1]) for name in names}
     splits = {name: split for name, split in (by_folder | splits).items() if split}
     films = {name: Path(name).name.split(".rf.")[0] for name in names if ".rf." in name}
-    return Boxes(form, files, rows, {name: images.files.get(name) for name in names}, splits, patients or films, notes)
+    scans = {name: scan for name in names if (scan := images.scan(name)) and (scan.patient or scan.study)}
+    patients = patients or {name: scan.patient or f"study {scan.study}" for name, scan in scans.items()}
+    pictures = {name: images.source(name) for name in names}
+    return Boxes(form, files, rows, pictures, splits, patients, {} if patients else films, set(scans),
+                 notes + images.notes())
 
 
 # ----------------------------------------------------------------------------- splits
 
-def divide_own(path, boxes):
+def divide_own(path, boxes, folds=0, fold=0):
     """{image: split} of Boxes, and a line that says how it came about. Raises UserError where it cannot be."""
     for name, split in boxes.splits.items():
         if split not in SPLITS.values():
             raise UserError(f"{path}: {name:.80} is of split {split!r:.40}, none of train, validation and test")
-    lost = [name for name in boxes.files if boxes.splits and name not in boxes.splits]
+    lost = [name for name in boxes.pictures if boxes.splits and name not in boxes.splits]
     if lost:
         raise UserError(f"{path}: {lost[0]:.80} is in none of train, validation and test, though others are; give it "
                         "a split, or give none and one is made")
-    if boxes.splits:
+    groups = {name: group_of(boxes, name) for name in boxes.pictures}
+    by = "patient" if boxes.patients else "film" if boxes.films else "a hash of each image"
+    if folds or boxes.splits and boxes.patients:  # which are not divided
+        parts = divide(path, list(groups.values()), [()] * len(groups), [boxes.splits.get(name, "") for name in groups],
+                       folds, fold)
+        splits = dict(zip(groups, parts))
+        how = f"fold {fold} of {folds} is the test split, by {by}" if folds else "the split is the one that is given"
+    elif boxes.splits:
         sides = defaultdict(set)
-        for name, patient in boxes.patients.items():
-            sides[patient].add(boxes.splits[name])
-        torn = [patient for patient, splits in sides.items() if len(splits) > 1]
+        for name, film in boxes.films.items():
+            sides[film].add(boxes.splits[name])
+        torn = [film for film, splits in sides.items() if len(splits) > 1]
         splits, how = boxes.splits, "the split is the one that is given"
         if torn:
-            how += f"; {len(torn):,} patients or films are in several of its parts, {printable(torn[0]):.40} the first"
+            how += f"; {len(torn):,} films are in several of its parts, {printable(torn[0]):.40} the first"
     else:
-        def key(name, file):
-            if name in boxes.patients:
-                return boxes.patients[name].encode("utf-8", "replace")
-            return (read_image(file) if file else None) or name.encode("utf-8", "replace")
-
-        splits = {name: "test" if hashlib.sha256(key(name, file)).digest()[0] % 5 == 0 else "train"
-                  for name, file in boxes.files.items()}
-        how = f"a split is made, 80 : 20, by {'patient or film' if boxes.patients else 'a hash of each image'}"
+        splits = {name: "test" if hashlib.sha256(group.encode("utf-8", "replace")).digest()[0] % 5 == 0 else "train"
+                  for name, group in groups.items()}
+        how = f"a split is made, 80 : 20, by {by}"
     counts = Counter(splits.values())
     if not counts["train"] or not (counts["test"] or counts["validation"]):
         raise UserError(f"{path}: {counts['train']:,} images to train on and {counts['test']:,} to test with; bring "
@@ -320,25 +335,41 @@ def divide_own(path, boxes):
     return splits, how
 
 
+def group_of(boxes, name):
+    """What is not divided: an image's patient or film, or what it is, so that equal ones stay together."""
+    if patient := boxes.patients.get(name):
+        return f"patient {patient}"
+    if name in boxes.films:
+        return boxes.films[name]
+    picture = boxes.pictures[name]
+    return name if picture is None else picture_key(picture).hex()
+
+
 # ----------------------------------------------------------------------------- what is written
+
+def records_of(path, boxes, found, splits):
+    """Yield (split, Record) of images with their boxes, which have patients' hashes in place of their ids."""
+    labels, names = sorted({label for some in found.values() for label in some}), list(found)
+    patients = hash_names(path, [boxes.patients.get(name, "") for name in names])
+    headers = hash_names(path, [name if name in boxes.headers else "" for name in names])
+    for name, patient, header in zip(names, patients, headers):
+        shown = f"scan {header}" if header else hide(name, boxes.patients.get(name, ""), patient)
+        content = boxes.pictures[name] and read_source(boxes.pictures[name])
+        group = f"patient {patient}" if patient else boxes.films.get(name, "")
+        for record in ask_image(shown, content, found[name], labels, group):
+            yield splits[name], record
+
 
 def write(target, path, boxes, found, splits, tokenizer, facts, workers):
     """Write what is gathered, {image: {label: boxes}}, and say what each split then holds, and skipped."""
     labels = sorted({label for some in found.values() for label in some})
-
-    def records(raw):
-        for name, some in found.items():
-            content = read_image(boxes.files[name]) if boxes.files[name] else None
-            for record in ask_image(name, content, some, labels, boxes.patients.get(name, "")):
-                yield splits[name], record
-
     count = sum(len(some) for of_image in found.values() for some in of_image.values())
     print(f"  {boxes.form} in {len(boxes.sources):,} file{'s' * (len(boxes.sources) > 1)}: {count:,} boxes of "
           f"{len(labels):,} labels ({printable(', '.join(labels)):.200}) on {len(found):,} images")
     for note in boxes.notes:
         print(f"  {printable(note)}", flush=True)
-    dataset = Dataset(name=target.name, read=records, kind="boxes", licence="yours", access="yours", megabytes=0,
-                      page="", layouts=(), counts={})
+    dataset = Dataset(name=target.name, read=lambda raw: records_of(path, boxes, found, splits), kind="boxes",
+                      licence="yours", access="yours", megabytes=0, page="", layouts=(), counts={})
     workers = workers or min(os.cpu_count(), 1 + len(found) // 200)  # each first loads what the script does
     write_dataset(target, dataset, path, {}, tokenizer.path.read_bytes(), facts, workers, needed=("train",))
     for split in (split for split in ("train", "validation", "test") if split in splits.values()):
@@ -349,28 +380,39 @@ def write(target, path, boxes, found, splits, tokenizer, facts, workers):
         print(f"  {split}: {len(shard):,} questions about {shard.manifest['images']:,} images{skipped}")
 
 
-def prepare_boxes(path, sources, shards_dir, image, tokenizer, box_format="medmo", workers=0, augment=0):
+def prepare_boxes(path, sources, shards_dir, image, tokenizer, box_format="medmo", workers=0, augment=0,
+                  settings=ScanSettings(), name="", folds=0, fold=-1, dry_run=False):
     """
     Prepare a folder or csv of images with boxes into shards_dir, unless it is there unchanged, and compare it
-    with all test splits there. Returns the dataset's name.
+    with all test splits there. Returns the dataset's name, of several folds the last one's.
 
     sources: what find_sources found; image: ImageSettings; tokenizer: of zoo.chatml.open_tokenizer; workers:
     processes that decode images, 0: one a core, or fewer for few images; augment: altered copies of each training
-    sample. Raises UserError.
+    sample; the others as prepare_folder takes them. Raises UserError.
     """
     path, shards_dir = own_path(path), Path(shards_dir)
     with compared(path, shards_dir):
-        boxes = read_boxes(path, sources)
+        boxes = read_boxes(path, sources, settings)
         found = gather(path.name, boxes.rows)
         require_names(path, {label for some in found.values() for label in some})
         if not any(found.values()):
             raise UserError(f"{path}: {boxes.form}, but not one box in it")
-        splits, how = divide_own(path, boxes)
-        boxes.notes.insert(0, how)
-        items = [Item(splits[name], name, boxes.files[name] or path / name, tuple(sorted(some.items())),
-                      boxes.patients.get(name, "")) for name, some in found.items()]
-        facts = {"listing": digest(items), "box_format": box_format, "augment": augment, "image": image.facts(),
-                 "tokenizer_sha256": tokenizer.sha256}
-        facts |= {"system": tokenizer.system} if tokenizer.system else {}
-        return prepare_listing(path, shards_dir, facts, lambda target, facts: write(
-            target, path, boxes, found, splits, tokenizer, facts, workers))
+        if any(isinstance(picture, Frame) for picture in boxes.pictures.values()):
+            image = replace(image, window=settings.window)
+        facts = {"box_format": box_format, "augment": augment, "image": image.facts(),
+                 "tokenizer_sha256": tokenizer.sha256} | ({"system": tokenizer.system} if tokenizer.system else {})
+        names = []
+        for ending, part in fold_targets("", folds, fold):
+            splits, how = divide_own(path, boxes, folds, part)
+            divided = boxes._replace(notes=[how, *boxes.notes])
+            items = [Item(splits[name], name, boxes.pictures[name] or path / name, tuple(sorted(some.items())),
+                          boxes.patients.get(name, "")) for name, some in found.items()]
+            more = {"listing": digest(items)} | ({"folds": {"fold": part, "folds": folds}} if folds else {})
+            if dry_run:
+                page = write_page(name or names_for(path)[0], path, image, divided.notes, Counter(splits.values()),
+                                  records_of(path, boxes, found, splits))
+                print(f"  {page}: the first samples; nothing is prepared")
+                return name or names_for(path)[0]
+            names.append(prepare_listing(path, shards_dir, facts | more, lambda target, facts: write(
+                target, path, divided, found, splits, tokenizer, facts, workers), name, ending))
+        return names[-1]

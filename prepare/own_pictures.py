@@ -11,17 +11,21 @@ none is taken: that is refused.
 """
 
 import functools
+import itertools
 import os
 import re
 import unicodedata
 from collections import defaultdict
 from pathlib import Path
 
+from PIL import Image
+
 from data import View
 from plumbing.flags import UserError
 from plumbing.own import files_below, hash_id, printable, written
+from plumbing.pixels import FORMATS
 from prepare.datasets import read_image
-from scans.frames import Frame, ScanSettings, find_scans
+from scans.frames import Frame, Scan, ScanSettings, find_scans
 
 LEFT_BY_PROGRAMS = ("thumbs.db", "ehthumbs.db", "desktop.ini")
 ENDING = re.compile(r"(\.nii)?\.[a-z][a-z0-9]{1,4}$", re.I)  # the end of a name that says what the file is
@@ -30,6 +34,15 @@ ENDING = re.compile(r"(\.nii)?\.[a-z][a-z0-9]{1,4}$", re.I)  # the end of a name
 def file_of(source):
     """The Path of a picture's file."""
     return source.file if isinstance(source, Frame) else source
+
+
+def is_image(file):
+    """Whether a file whose name does not say so is an image by its first bytes."""
+    try:
+        with Image.open(file, formats=FORMATS):
+            return True
+    except Exception:  # each decoder has its own ways to fail on another file
+        return False
 
 
 def is_left_by_programs(file):
@@ -51,14 +64,18 @@ class Pictures:
         self.refused, self.passed = {}, []  # Path -> why; names of files that were not looked at
         self.warned = defaultdict(set)  # kind of a warning -> files
         self.read, self.by_name_alone = {}, {}  # Path -> its Scans; what a table calls a picture -> its Path
+        self.entered = {}  # name -> Scan, of those that a reader found itself
 
     def name_of(self, file):
         """A path from the folder, as it is written."""
         return written(Path(os.path.relpath(file, self.folder)).as_posix())
 
     def read_files(self, files):
-        """The Scans of files."""
+        """The Scans of files, of which none was left by programs."""
+        files = [file for file in files if os.path.isfile(file)]  # a link may lead nowhere
         scans, refused = find_scans(files, self.settings, self.folder)
+        seen = {file_of(source) for scan in scans for source in scan.sources} | refused.keys()
+        scans += [Scan(self.name_of(file), (file,), ("",)) for file in files if file not in seen and is_image(file)]
         self.refused |= refused
         for scan in scans:
             for warning in scan.warnings:
@@ -131,15 +148,27 @@ class Pictures:
         The Scan that a table calls so; None where there is none. Of a file that is a part of a series its slices
         alone. Raises UserError where two could be meant. where: for messages; beside: as `place` takes it.
         """
+        if called in self.entered:
+            return self.entered[called]
         place = self.place(where, called, beside)
-        if place is None:
-            return None
+        scans = self.scans_at(place) if place else ()
+        if len(scans) > 1:
+            raise UserError(f"{where}: {len(scans)} images or series are in {called!r:.80}; name one")
+        return next(iter(scans), None)
+
+    def enter(self, scan):
+        """A name of its own for a Scan that a reader found itself, such as one of two series in a folder."""
+        name = next(name for number in itertools.count(1) if (
+            name := scan.name if number == 1 else f"{scan.name} {number}") not in self.entered)
+        self.entered[name] = scan
+        return name
+
+    def scans_at(self, place):
+        """The Scans of a file, or of the files in a folder."""
         if place not in self.read:
-            files = sorted(filter(os.path.isfile, place.iterdir())) if place.is_dir() else [place]
+            files = sorted(place.iterdir()) if place.is_dir() else [place]
             self.read[place] = self.read_files([file for file in files if not is_left_by_programs(file)])
-        if len(self.read[place]) > 1:
-            raise UserError(f"{where}: {len(self.read[place])} images or series are in {called!r:.80}; name one")
-        return next(iter(self.read[place]), None)
+        return self.read[place]
 
     def notes(self):
         """Lines about what was found: what cannot be used, is not looked at, or is worth a look."""

@@ -121,8 +121,8 @@ def words_of(record, reasoning="none"):
     more = {"context": record.context, "turns": [list(turn) for turn in record.turns],
             "parts": [{"image": part.name, "role": part.role} if isinstance(part, View) else part
                       for part in record.parts],
-            "references": references if references != [record.answer] else [], "group": record.group, "study": record.study,
-            "boxes": record.boxes, "choices": list(record.choices),
+            "references": references if references != [record.answer] else [], "group": record.group,
+            "study": record.study, "boxes": record.boxes, "choices": list(record.choices),
             "reasoning": reasoning != "none" and record.reasoning and {"place": reasoning, "text": record.reasoning}}
     words |= {name: value for name, value in more.items() if value}
     return words | ({"labels": list(record.labels)} if record.labels is not None else {})

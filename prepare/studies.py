@@ -45,8 +45,8 @@ def is_given(text):
 
 def study_record(name, group, sections, views, report="both", prior=((), ()), type=""):
     """
-    The Record of a study. sections: {name: text} of its report; views: Views, whose roles are ROLES; report: which
-    sections are the answer; prior: sections and Views of the study before.
+    The Record of a study. sections: {name: text} of its report; views: Views, first those whose roles are ROLES;
+    report: which sections are the answer; prior: sections and Views of the study before.
     """
     answer, found = join_sections({section: sections.get(section, "") for section in SECTIONS[report]})
     asked = {title: next(filter(is_given, (sections.get(name, "") for name in names)), "")
@@ -54,9 +54,9 @@ def study_record(name, group, sections, views, report="both", prior=((), ()), ty
     before, prior_views = prior
     told, _ = join_sections(dict(before))
     parts = (*(f"{title}: {text}" for title, text in asked.items() if text),
-             *(View(view.image, view.name, f"prior {view.role}") for view in prior_views),
+             *(View(view.image, view.name, f"prior {view.role}".strip()) for view in prior_views),
              *([f"Prior report: {told}"] if told else ()),
-             *sorted(views, key=lambda view: ROLES.index(view.role)))
+             *sorted(views, key=lambda view: ROLES.index(view.role) if view.role in ROLES else len(ROLES)))
     return Record(name, STUDY_QUESTIONS[found], answer, parts=parts, group=group, type=type or found)
 
 
@@ -98,7 +98,8 @@ def with_priors(studies):
 
 def timed_records(studies, read_sections, read, report):
     """
-    Yield (split, Record) of Studies, each with the first frontal film and the report of its prior study.
+    Yield (split, Record) of Studies, each with the report of its prior study and the first film of that which is
+    frontal, or of which no role is known.
 
     read_sections: Study -> {name: text}; read: name of a film -> its bytes, or None.
     """
@@ -108,7 +109,7 @@ def timed_records(studies, read_sections, read, report):
         return [View(read(file), file, role) for role, file in films]
 
     for study, prior in with_priors(studies):
-        frontal = [film for film in prior.films if film[0] == "frontal"][:1] if prior else ()
+        frontal = [film for film in prior.films if film[0] in ("frontal", "")][:1] if prior else ()
         before = (read_sections(prior) if prior else (), show(frontal))
         yield study.split, study_record(study.name, study.patient, read_sections(study), show(study.films), report,
                                         before)

@@ -16,11 +16,11 @@ from PIL import Image
 
 from plumbing.flags import UserError
 from plumbing.leaks import read_leaks
-from plumbing.own import files_below, find_prepared, prepare_own
+from plumbing.own import find_prepared, hash_id, prepare_own, secret_of
 from plumbing.pixels import SUFFIXES, load_image
 from plumbing.shards import Shard
 from prepare.folder import prepare_folder
-from prepare.listing import is_image
+from prepare.own_pictures import Pictures
 from prepare.shards import locked, read_manifests, write_dataset
 from tasks.labelled import open_dataset
 
@@ -241,9 +241,11 @@ def test_a_patient_is_never_divided(column, prepare, tmp_path):
     assert len({side[f"{n}.png"] for n in range(36, 40)}) > 1  # of no patient: not one of their own
     assert f"a split is made, 70 : 10 : 20, by patient (column {column.lower()})" in printed
     assert "4 images name no patient: each stays with those that it is like" in printed
+    secret = secret_of(tmp_path)
     for split in ("train", "test"):
         records = Shard(tmp_path / "shards/list" / split).read_records()
-        assert all(record["group"] == (f"patient p{number // 4}" if number < 36 else f"like {number}.png")
+        assert all(record["group"] == (f"patient {hash_id(secret, f'p{number // 4}')}" if number < 36 else
+                                       f"like {number}.png")
                    for record in records for number in [int(record["image"].split(".")[0])])
 
 
@@ -351,7 +353,8 @@ def test_the_patient_counts_before_the_subject_and_the_study(header, prepare, tm
     _, splits, printed = prepare(patients_table(tmp_path, header, row))
     assert divided(splits, lambda number: number // 4) == []
     assert f"by patient (column {names[patient].lower()})" in printed
-    assert f"columns that are not used: {', '.join(n.lower() for n in names if n != names[patient])}\n" in printed
+    unused = [name.lower() for name in names if name != names[patient] and "stud" not in name.lower()]
+    assert f"columns that are not used: {', '.join(unused)}\n" in printed
     assert f"are of several patients, 0 the first: {names[patient].lower()!r} is what counts" in printed
 
 
@@ -360,7 +363,8 @@ def test_a_column_without_a_single_patient_is_passed_over(prepare, tmp_path):
     _, splits, printed = prepare(table)
     assert "by patient (column subject)" in printed and divided(splits, lambda number: number // 4) == []
     records = Shard(tmp_path / "shards/list/train").read_records()
-    assert records[0]["group"] == f"patient {int(records[0]['image'].split('.')[0]) // 4}"  # 0.0 is 0
+    patient = str(int(records[0]["image"].split(".")[0]) // 4)  # 0.0 is 0
+    assert records[0]["group"] == f"patient {hash_id(secret_of(tmp_path), patient)}"
 
 
 def test_capitals_make_no_other_patient(prepare, tmp_path):
@@ -441,10 +445,10 @@ def test_what_load_image_reads_is_an_image_in_a_class_folder_too(prepare, tmp_pa
         for name in (f"1{suffix}", f"2{suffix.upper()}", f"3{suffix}.0021", f"no suffix{suffix[1:]}"):
             (tmp_path / "scans/a").mkdir(exist_ok=True, parents=True)
             (tmp_path / "scans/a" / name).write_bytes(stream.getvalue())
-    assert sum(map(is_image, files_below(tmp_path / "scans/a"))) == 4 * len(SUFFIXES)
+    assert len(Pictures(tmp_path / "scans/a").files) == 4 * len(SUFFIXES)
     for name, content in (("a.dcm", b"\0" * 128 + b"DICM"), ("notes", b"P4 is a format"), (".x.png", b"")):
         (tmp_path / "scans/a" / name).write_bytes(content)
-    assert sum(map(is_image, files_below(tmp_path / "scans/a"))) == 4 * len(SUFFIXES)
+    assert len(Pictures(tmp_path / "scans/a").files) == 4 * len(SUFFIXES)
 
 
 def test_names_that_no_screen_and_no_text_takes_are_no_trouble(prepare, tmp_path):
@@ -638,8 +642,8 @@ def test_a_folder_is_refused_in_one_line(files, wanted, tmp_path):
 
 @pytest.mark.parametrize("lines, wanted", [
     (["path,class", "0.png,a"], "no column 'label' among its columns path, class"),
-    (["name;label", "0.png;a"], "no column 'path' among its columns name, label"),
-    ([""], "no column 'path' among its columns"),
+    (["name;label", "0.png;a"], "no column 'image' among its columns name, label"),
+    ([""], "no column 'image' among its columns"),
     (["path,label"], "no image in it"),
     (["path,label", "0.png,a", "x/gone.png,b", "lost.png,b", "1.png,b"],
      "2 of its 4 files are not there, the first {}/x/gone.png"),
@@ -690,7 +694,8 @@ def test_where_no_image_can_be_read_nothing_is_left_that_is_up_to_date(table, tm
         f"{'ab'[n % 2]}/{n}.png,{'ab'[n % 2]}\n" for n in range(8)))
     path = tmp_path / "scans/list.csv" if table else tmp_path / "scans"
     for _ in range(2):
-        refused(path, tmp_path / "shards", "no sample of it could be used (8 image unreadable: no image")
+        refused(path, tmp_path / "shards", "no sample of it could be used (8 image unreadable: no image" if table else
+                "no picture in it can be used: 8 files cannot be used, a/0.png the first: ")
 
 
 def test_where_no_test_image_can_be_read_nothing_is_left_that_is_up_to_date(tmp_path):

@@ -221,7 +221,7 @@ def test_folders_that_are_named_after_splits_are_the_split(tmp_path, tokenizer, 
     put(tmp_path / "scans/data.yaml", "names: [lesion]")
     records = prepared(tmp_path / "scans", tokenizer)
     assert {split: len(some) for split, some in records.items()} == {"train": 1, "validation": 1, "test": 1}
-    assert "1 patients or films are in several of its parts, 0_jpg the first" in capsys.readouterr().out
+    assert "1 films are in several of its parts, 0_jpg the first" in capsys.readouterr().out
 
 
 def test_a_json_a_split_is_the_split(tmp_path, tokenizer):
@@ -312,7 +312,7 @@ def test_two_forms_or_none_that_can_be_read_are_refused(tmp_path, tokenizer):
 def test_a_name_that_is_two_images_is_refused_and_none_leads_out_of_the_folder(tmp_path, tokenizer):
     write_coco(tmp_path / "scans", 4)
     put(tmp_path / "scans/sub/0.png", picture(seed=50))
-    assert len(read_boxes(tmp_path / "scans", find_sources(tmp_path / "scans")).files) == 4  # the one beside the JSON
+    assert len(read_boxes(tmp_path / "scans", find_sources(tmp_path / "scans")).pictures) == 4  # the one beside the JSON
     put(tmp_path / "scans/other/0.png", picture(seed=51))
     (tmp_path / "scans/0.png").unlink()
     refused(tmp_path / "scans", tokenizer, "2 images are called '0.png'; name it by its path")
@@ -320,7 +320,7 @@ def test_a_name_that_is_two_images_is_refused_and_none_leads_out_of_the_folder(t
     path = tmp_path / "scans/anything.json"
     put(path, path.read_text().replace('"0.png"', '"../secret.png"').replace('"1.png"', f'"{tmp_path}/secret.png"'))
     boxes = read_boxes(tmp_path / "scans", find_sources(tmp_path / "scans"))
-    assert Counter(file is None for file in boxes.files.values()) == {True: 2, False: 2}
+    assert Counter(file is None for file in boxes.pictures.values()) == {True: 2, False: 2}
 
 
 @pytest.mark.parametrize("form", list(FORMS)[:4])

@@ -407,7 +407,7 @@ def test_every_format_has_names_and_a_folder_takes_them(tmp_path):
         (tmp_path / "scans" / "abc"[number % 3]).mkdir(parents=True, exist_ok=True)
         (tmp_path / "scans" / "abc"[number % 3] / f"{number}{name}").write_bytes(b"")
     items, *_ = read_folder(tmp_path / "scans")
-    assert {item.file.suffix for item in items} == {*SUFFIXES, ".JFIF"}
+    assert {item.source.suffix for item in items} == {*SUFFIXES, ".JFIF"}
 
 
 def test_a_stored_image_is_a_jpeg_or_png_of_the_size_that_was_stored():

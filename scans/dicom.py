@@ -14,6 +14,7 @@ import functools
 import io
 import logging
 import math
+import struct
 import warnings
 from collections import Counter, defaultdict
 from typing import NamedTuple
@@ -33,20 +34,31 @@ NO_PICTURE = "a segmentation or dose, no picture"
 DEFLATED = "a deflated DICOM file, which is not read; save it uncompressed"
 INSTALL = "pip install pydicom pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
 
-STACKED = ("CT", "MR", "PT", "NM")  # modalities whose series are volumes, even where no position is given
+STACKED = ("CT", "MR", "PT")  # modalities whose series are volumes, even where no position is given
 OVERLAID = ("US", "IVUS", "OT", "SC", "ES", "XC")  # whose pictures may show letters
 MOST_FRAMES = 1 << 16
+MOST_NUMBERS = 1 << 17  # between the least and the greatest stored one, to look at each once
+SAME_PLANE = 0.02  # difference of direction cosines: one degree
 DEFLATED_SYNTAX = b"1.2.840.10008.1.2.1.99"
 SEGMENTATION, DOSE = "1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.481.2"
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 
-# What is read of a header besides its group 0028
-PLACES = ["Modality", "ImageOrientationPatient", "ImagePositionPatient", "SliceLocation", "InstanceNumber",
-          "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "SOPClassUID"]
-HEADER = [*PLACES, "ImageType", "PatientID", "IssuerOfPatientID", "StudyInstanceUID", "SeriesInstanceUID", "StudyDate",
-          "StudyTime", "AcquisitionDate", "AcquisitionTime", "ContentDate", "ContentTime", "AcquisitionNumber",
-          "PatientOrientation", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "RescaleType",
-          "PhotometricInterpretation", "BurnedInAnnotation", "RecognizableVisualFeatures"]
+# All that is read of a header: of what a Scan says and where a slice lies, of pixels, and of greys and colours
+HEADER = ["SOPClassUID", "Modality", "ImageType", "PatientID", "IssuerOfPatientID", "StudyInstanceUID",
+          "SeriesInstanceUID", "StudyDate", "StudyTime", "AcquisitionDate", "AcquisitionTime", "ContentDate",
+          "ContentTime", "BurnedInAnnotation", "RecognizableVisualFeatures", "PatientOrientation",
+          "ImageOrientationPatient", "ImagePositionPatient", "SliceLocation", "InstanceNumber",
+          "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+          "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration",
+          "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "ExtendedOffsetTable",
+          "ExtendedOffsetTableLengths",
+          "RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence", "WindowCenter", "WindowWidth",
+          "VOILUTFunction", "VOILUTSequence",
+          *(f"{kind}PixelPadding{end}" for kind in ("", "Float", "DoubleFloat") for end in ("Value", "RangeLimit")),
+          *(name for colour in ("RedPaletteColorLookupTable", "GreenPaletteColorLookupTable",
+                                "BluePaletteColorLookupTable")
+            for name in (f"{colour}Descriptor", f"{colour}Data", f"Segmented{colour}Data"))]
+PIXELS = {b"\x08\0": "FloatPixelData", b"\x09\0": "DoubleFloatPixelData", b"\x10\0": "PixelData"}
 MACROS = ("PixelValueTransformationSequence", "FrameVOILUTSequence", "PlaneOrientationSequence",
           "PlanePositionSequence")
 
@@ -90,39 +102,56 @@ def numbers(facts, name, count):
     return values[:count] if len(values) >= count and all(map(math.isfinite, values[:count])) else ()
 
 
-def read_header(path):
-    """A file's header as a dataset, without pixels. Raises Unreadable where it has none, or claims too many."""
-    pydicom = open_pydicom()
-    with open(path, "rb") as file:
-        if DEFLATED_SYNTAX in file.read(1024):  # a few bytes of it may fill the memory
+def opened(file):
+    """A Frame's file, a Path or its bytes, to read from."""
+    return io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb")
+
+
+@functools.lru_cache(2)
+def read_header(file, sha256):
+    """
+    (a file's header as a dataset, the name of its element of pixels, where that begins) of a Path or bytes. Raises
+    Unreadable where there are no pixels, or as pydicom does. sha256 tells it from another at its path.
+    """
+    with opened(file) as content:
+        if DEFLATED_SYNTAX in content.read(1024):  # a few bytes of it may fill the memory
             raise Unreadable(DEFLATED)
-        file.seek(0)
-        try:
-            header = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=HEADER)
-        except Exception as error:  # of many kinds
-            raise Unreadable(DAMAGED) from error
-        after = file.read(4)
-    if not header.get("Rows") or not header.get("Columns"):
-        raise Unreadable(NO_PIXELS)
+        content.seek(0)
+        header = open_pydicom().dcmread(content, stop_before_pixels=True, force=True, specific_tags=HEADER)
+        if not header.get("Rows") or not header.get("Columns"):
+            raise Unreadable(NO_PIXELS if header.get("SOPClassUID") else DAMAGED)
+        implicit, little = header.original_encoding
+        group, element, kind = (content.read(2) for _ in range(3))
+        if not little:
+            group, element = group[::-1], element[::-1]
+        if group != b"\xe0\x7f" or element not in PIXELS:
+            raise Unreadable(DAMAGED)
+        return header, PIXELS[element], content.tell() + (2 if implicit else 6)
+
+
+def syntax_of(header):
+    """The transfer syntax of a file, as pydicom has found it where the file does not say it."""
+    uid = open_pydicom().uid
+    return header.file_meta.get("TransferSyntaxUID") or (
+        uid.ImplicitVRLittleEndian if header.original_encoding[0] else uid.ExplicitVRLittleEndian)
+
+
+def require_readable(header, size):
+    """Raise Unreadable where a header is no picture's, or claims what its `size` bytes of pixels cannot hold."""
+    frames, samples = (int(header.get(name) or 1) for name in ("NumberOfFrames", "SamplesPerPixel"))
     if header.get("SOPClassUID") in (SEGMENTATION, DOSE):
         raise Unreadable(NO_PICTURE)
-    if b"\xe0\x7f" not in (after[:2], after[1::-1]):
-        raise Unreadable(DAMAGED)
-    frames, samples = (header.get(name) or 1 for name in ("NumberOfFrames", "SamplesPerPixel"))
     if header.Rows * header.Columns > Image.MAX_IMAGE_PIXELS or frames > MOST_FRAMES or samples > 4:
         raise Unreadable(TOO_LARGE)
-    require_decoder(header, path.stat().st_size, frames * samples)
-    return header
-
-
-def require_decoder(header, size, planes):
-    """Raise Unreadable where no decoder of a file is there, or where it is too small for so many planes."""
-    pydicom = open_pydicom()
-    syntax = header.file_meta.get("TransferSyntaxUID", pydicom.uid.ImplicitVRLittleEndian)
+    syntax, pydicom = syntax_of(header), open_pydicom()
     if not syntax.is_compressed:
-        if size < header.Rows * header.Columns * planes * (header.get("BitsAllocated") or 8) // 8 * 2 // 3:
-            raise Unreadable(DAMAGED)  # two thirds: colour may be at half resolution
+        bits = header.Rows * header.Columns * frames * samples * header.BitsAllocated
+        half_colour = header.get("PhotometricInterpretation") == "YBR_FULL_422"
+        if 8 * size < bits * (2 if half_colour else 3) // 3:
+            raise Unreadable(DAMAGED)
         return
+    if size < 8 * frames:  # what introduces a frame's bytes
+        raise Unreadable(DAMAGED)
     try:
         able = pydicom.pixels.get_decoder(syntax).is_available
     except NotImplementedError:
@@ -136,50 +165,76 @@ def require_decoder(header, size, planes):
 class Shot(NamedTuple):
     """One frame and its place."""
     frame: Frame
-    plane: tuple  # orientation, two directions in hundredths; () where it has none
+    orientation: tuple  # direction cosines of a row and of a column; () where there are none
     position: float | None  # along the normal, in mm
-    order: tuple  # where positions do not tell
+    location: float | None  # SliceLocation, which is less sure
+    order: tuple  # where neither tells
 
 
-def normal_of(orientation):
-    """The direction in which slices follow one another, towards the head, the back or the left."""
+def orientation_of(facts):
+    """Direction cosines of a row and of a column, () where there are none."""
+    cosines = numbers(facts, "ImageOrientationPatient", 6)
+    return cosines if cosines and np.linalg.norm(np.cross(cosines[:3], cosines[3:])) > 0.5 else ()
+
+
+def position_of(facts, orientation):
+    """Where a slice lies, in mm towards the head, the back or the left; None where that is not said."""
+    place = numbers(facts, "ImagePositionPatient", 3)
+    if not orientation or not place:
+        return None
     normal = np.cross(orientation[:3], orientation[3:])
-    return normal * np.sign(normal[np.abs(normal).argmax()])
+    return round(float(normal @ place * np.sign(normal[np.abs(normal).argmax()])), 2)
 
 
-def shots_of(path, header, window):
+def shots_of(path, sha256, header, window):
     """The Shots of a file, in its own order."""
-    sha256, shots = hash_file(path), []
+    shots = []
     for index in range(int(header.get("NumberOfFrames") or 1)):
         facts = facts_of(header, index)
-        orientation, place = (numbers(facts, f"Image{name}Patient", count)
-                              for name, count in (("Orientation", 6), ("Position", 3)))
-        position = float(np.dot(normal_of(orientation), place)) if orientation and place else None
-        order = tuple(numbers(facts, name, 1) for name in ("AcquisitionNumber", "InstanceNumber"))
-        shots.append(Shot(Frame(path, sha256, "dicom", (index,), window), tuple(round(100 * cosine) for cosine in
-                          orientation), position, (*order, path.name, index)))
+        orientation = orientation_of(facts)
+        location = numbers(facts, "SliceLocation", 1)
+        shots.append(Shot(Frame(path, sha256, "dicom", (index,), window), orientation, position_of(facts, orientation),
+                          location[0] if location else None, (numbers(facts, "InstanceNumber", 1), path.name, index)))
     return shots
 
 
 def find(files, settings, name_of):
     """([Scan], {Path: why}) of DICOM files, as scans.frames.find_scans says; name_of: a path's name."""
-    stacks, headers, refused = defaultdict(list), {}, {}
+    stacks, headers, planes, refused = defaultdict(list), {}, defaultdict(list), {}
     for path in files:
         try:
-            header = read_header(path)
-            shots = shots_of(path, header, settings.window)
-        except Unreadable as error:
-            refused[path] = str(error)
+            if path.name.lower() == "dicomdir":
+                raise Unreadable(NO_PIXELS)
+            sha256 = hash_file(path)
+            header, _, start = read_header(path, sha256)
+            require_readable(header, path.stat().st_size - start)
+            shots = shots_of(path, sha256, header, settings.window)
+            key = stack_of(path, header, shots, planes)
+        except (MemoryError, UserError):
+            raise
+        except Exception as error:  # such as a word where a number should be
+            refused[path] = str(error) if isinstance(error, Unreadable) else DAMAGED
             continue
-        several = header.get("SeriesInstanceUID") and len(shots) == 1 and (
-            header.get("Modality") in STACKED or shots[0].position is not None)
-        key = (path.parent, header.SeriesInstanceUID, patient_of(header), str(header.get("StudyInstanceUID")),
-               header.Rows, header.Columns, str(header.get("ImageType")), shots[0].plane) if several else path
         stacks[key] += shots
         headers.setdefault(key, header)
     volumes = [(headers[key], volume) for key, shots in stacks.items() for volume in divide(shots)]
     in_folder = Counter(shots[0].frame.file.parent for _, shots in volumes if len(files_of(shots)) > 1)
     return [scan_of(header, shots, settings, name_of, in_folder) for header, shots in volumes], refused
+
+
+def stack_of(path, header, shots, planes):
+    """What the files of one stack of slices have in common; a file that is a Scan of its own: its path."""
+    series = header.get("SeriesInstanceUID")
+    if not series or len(shots) > 1 or shots[0].position is None and header.get("Modality") not in STACKED:
+        return path
+    key = (path.parent, series, patient_of(header), str(header.get("StudyInstanceUID")), header.Rows, header.Columns,
+           str(header.get("ImageType")))
+    mine = shots[0].orientation
+    for number, plane in enumerate(planes[key]):
+        if len(plane) == len(mine) and all(abs(one - other) < SAME_PLANE for one, other in zip(plane, mine)):
+            return *key, number
+    planes[key].append(mine)
+    return *key, len(planes[key]) - 1
 
 
 def files_of(shots):
@@ -191,13 +246,21 @@ def divide(shots):
     Lists of Shots, each a volume in order: where each position has as many slices, as in a series of several phases or
     echoes, the first of each position are a volume, and so are the second ones.
     """
+    if None in {shot.position for shot in shots}:
+        locations = {shot.location for shot in shots} - {None}
+        place_of = (lambda shot: shot.location) if len(locations) == len(shots) else (lambda shot: shot.order)
+        return [sorted(shots, key=place_of)]
     places = defaultdict(list)
     for shot in sorted(shots, key=lambda shot: shot.order):
-        places[shot.plane, shot.position].append(shot)
-    if len(files_of(shots)) > 1 and (None not in {shot.position for shot in shots}) and len(
-            {len(some) for some in places.values()}) == 1:
+        places[shot.position].append(shot)
+    if len(files_of(shots)) > 1 and len({len(some) for some in places.values()}) == 1:
         return [sorted(volume, key=lambda shot: shot.position) for volume in zip(*places.values())]
-    return [sorted(shots, key=lambda shot: (shot.plane, shot.position is None, shot.position or 0, shot.order))]
+    return [sorted(shots, key=lambda shot: (turned(shot.orientation), shot.position, shot.order))]
+
+
+def turned(orientation):
+    """Direction cosines in hundredths, by which a file's planes are told apart."""
+    return tuple(round(100 * cosine) for cosine in orientation)
 
 
 def scan_of(header, shots, settings, name_of, in_folder):
@@ -236,8 +299,11 @@ def warnings_of(header, shots, settings):
         yield "may have text burned in"
     if header.get("RecognizableVisualFeatures") == "YES":
         yield "show a face or the like, as their header says"
+    along, down = [*(header.get("PatientOrientation") or ()), "", ""][:2]
+    if not shots[0].orientation and ("R" in along[:1] or "H" in down[:1]):
+        yield "are stored mirrored or upside down, as their header says, and left so"
     if len(shots) > 1 and shots[0].position is None and header.get("Modality") in STACKED:
-        yield "have no positions: their slices are in the order of InstanceNumber"
+        yield "have no positions: their slices are in the order of SliceLocation, or else of InstanceNumber"
     if named_windows(settings.window) and not in_hounsfield(header):
         yield f"are not in Hounsfield units: shown as --window=auto in place of {settings.window}"
 
@@ -255,57 +321,78 @@ def decode(frame):
         facts, stored = read_pixels(frame)
         shown = colours(stored, facts) if stored.ndim == 3 or facts.PhotometricInterpretation == "PALETTE COLOR" else (
             greys(stored, facts, frame.window))
-        shown = upright(shown, numbers(facts, "ImageOrientationPatient", 6))
+        shown = upright(shown, orientation_of(facts))
     except (Unreadable, MemoryError, UserError):
         raise
     except Exception as error:  # each decoder has its own ways to fail on a broken file
         raise Unreadable(DAMAGED) from error
     alone = (facts.get("NumberOfFrames") or 1) == 1 and facts.get("Modality") not in STACKED
-    if alone and (stored == stored.flat[0]).all():  # a slice may be empty
+    if alone and (stored == stored[0, 0]).all():  # a slice may be empty
         raise Unreadable(EVEN)
     return Image.fromarray(np.ascontiguousarray(shown)).convert("RGB")
 
 
 def read_pixels(frame):
     """(facts of its header, stored numbers (H, W) or RGB (H, W, 3)) of a Frame; no other frame is decoded."""
-    pydicom = open_pydicom()
-    header, (index,) = pydicom.Dataset(), frame.place
-    with io.BytesIO(frame.file) if isinstance(frame.file, bytes) else open(frame.file, "rb") as file:
-        head = file.read(132)
-        options = {}
-        if head[128:] != b"DICM" and head[:2] != b"\2\0":
-            options["transfer_syntax_uid"] = pydicom.uid.ExplicitVRLittleEndian if head[4:6].isalpha() else (
-                pydicom.uid.ImplicitVRLittleEndian)
-        stored = pydicom.pixels.pixel_array(file, ds_out=header, index=index, specific_tags=[
-            pydicom.datadict.tag_for_keyword(name) for name in PLACES], **options)
-    return facts_of(header, index), stored
+    pydicom, (index,) = open_pydicom(), frame.place
+    header, name, start = read_header(frame.file, frame.sha256)
+    facts, syntax = facts_of(header, index), syntax_of(header)
+    options = pydicom.pixels.as_pixel_options(header, pixel_keyword=name, transfer_syntax_uid=syntax)
+    spare = 0  # bits below the stored ones
+    if name == "PixelData" and "HighBit" in facts and not syntax.is_compressed:
+        spare = max(facts.HighBit + 1 - facts.BitsStored, 0)
+        options["bits_stored"] = facts.BitsStored + spare
+    with opened(frame.file) as content:
+        content.seek(start)
+        if syntax.is_compressed:
+            require_size(pydicom.encaps.get_frame(
+                content, index, number_of_frames=options["number_of_frames"],
+                extended_offsets=options.get("extended_offsets")), header)
+            content.seek(start)
+        stored, _ = pydicom.pixels.get_decoder(syntax).as_array(content, index=index, **options)
+    return facts, stored >> spare if spare else stored
+
+
+def require_size(codestream, header):
+    """Raise Unreadable where a frame of JPEG, JPEG-LS or JPEG 2000 says that it is larger than its header."""
+    size = 0, 0
+    if codestream[:4] == b"\xff\x4f\xff\x51":  # JPEG 2000, whose size is where its last pixel is
+        size = struct.unpack_from(">II", codestream, 8)[::-1]
+    elif codestream[:2] == b"\xff\xd8":
+        place = 2
+        while place + 9 <= len(codestream) and size == (0, 0):
+            marker, length = struct.unpack_from(">HH", codestream, place)
+            if marker == 0xFFF7 or 0xFFC0 <= marker <= 0xFFCF and marker not in (0xFFC4, 0xFFC8, 0xFFCC):
+                size = struct.unpack_from(">HH", codestream, place + 5)
+            place += 2 + length
+    if size[0] > header.Rows or size[1] > header.Columns:
+        raise Unreadable(DAMAGED)
 
 
 def colours(stored, facts):
-    """RGB of 8 bits, (H, W, 3)."""
+    """RGB of 8 bits, (H, W, 3), of colours (H, W, 3) or numbers (H, W) of a palette's."""
+    most = (1 << facts.BitsStored) - 1
     if stored.ndim == 2:
         stored = open_pydicom().pixels.apply_color_lut(stored, facts)[..., :3]
-        bits = 8 * stored.itemsize
-    else:
-        bits = facts.BitsStored
-    return stored.astype(np.uint8) if bits == 8 else (stored * (255 / (2 ** bits - 1))).round().astype(np.uint8)
+        most = 255 if stored.max() < 256 else 65535  # whatever the header says, as many write it wrongly
+    return stored.astype(np.uint8) if most == 255 else (stored * (255 / most)).round().astype(np.uint8)
 
 
 def greys(stored, facts, window):
     """uint8, (H, W) or for three windows (H, W, 3), of stored numbers (H, W) in a --window."""
-    whole, padded = stored.dtype.kind in "iu", is_padding(stored, facts)
-    low = int(stored.min()) if whole else 0
+    padded, low, high = is_padding(stored, facts), stored.min(), stored.max()
     # Many pixels have few numbers: each number is looked at once
-    values = rescale(np.arange(low, int(stored.max()) + 1), facts) if whole else stored
-    own, counted = own_window(facts, values), None
+    few = stored.dtype.kind in "iu" and int(high) - int(low) < MOST_NUMBERS
+    places = stored.astype(np.intp) - int(low) if few else ...
+    values = rescale(np.arange(int(low), int(high) + 1) if few else stored, facts)
+    own, counted = own_window(facts), None
     if named_windows(window) and not in_hounsfield(facts):
         window = "auto"
     windows = windows_of(window)
     if own is None and "auto" in windows:
-        counted = stored[~padded] if padded.any() else stored.reshape(-1)
-        counted = values[counted - low] if whole else counted
+        counted = values[places][~padded]
     shown = show(values, windows, own, counted)
-    shown = shown[stored - low] if whole else shown
+    shown = shown[places]
     if facts.PhotometricInterpretation == "MONOCHROME1":
         shown = 255 - shown
     shown[padded] = 0
@@ -349,7 +436,7 @@ def look_up(values, table, facts):
                            len(content) - 1)], (1 << bits) - 1
 
 
-def own_window(facts, values):
+def own_window(facts):
     """A function that shows physical numbers as their header says; None where it says nothing."""
     if table := (facts.get("VOILUTSequence") or [None])[0]:
         def by_table(values):
@@ -358,11 +445,12 @@ def own_window(facts, values):
 
         return by_table
     centre, width = (numbers(facts, f"Window{name}", 1) for name in ("Center", "Width"))
-    function = str(facts.get("VOILUTFunction") or "LINEAR")
-    if centre and width and width[0] >= 1 - (function != "LINEAR") and width[0] > 0:
+    function = str(facts.get("VOILUTFunction") or "LINEAR").upper()
+    if centre and width and width[0] > 0:
         return functools.partial(apply_window, window=(*centre, *width, function))
-    if facts.BitsStored <= 8 and facts.get("PixelRepresentation") == 0 and facts.get("Modality") not in STACKED:
-        most = (1 << facts.BitsStored) - 1  # as other pictures of 8 bits, which are never stretched
+    bits = facts.get("BitsStored") or 16
+    if bits <= 8 and facts.get("PixelRepresentation") == 0 and facts.get("Modality") not in STACKED:
+        most = (1 << bits) - 1  # as other pictures of 8 bits, which are never stretched
         return functools.partial(apply_window, window=(most / 2, most, "LINEAR_EXACT"))
     return None
 

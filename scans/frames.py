@@ -24,6 +24,7 @@ from plumbing.own import written
 from plumbing.pixels import SUFFIXES, load_image
 
 EXPLICIT = (b"CS", b"UI", b"UL", b"DA", b"LO", b"SH", b"OB", b"US")  # types of a DICOM file's first element
+DICOM = (".dcm", ".dicom", ".ima")
 SLIDES = (".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide")
 TILE_WIDTH = 322  # number of a TIFF's tag
 
@@ -108,7 +109,7 @@ def kind_of(path):
     name = path.name.lower()
     with open(path, "rb") as file:
         head = file.read(132)
-    if head[128:] == b"DICM" or name == "dicomdir":
+    if head[128:] == b"DICM" or name == "dicomdir" or name.endswith(DICOM):
         return "dicom"
     if name.endswith((".nii", ".nii.gz")):
         return "nifti"
@@ -150,7 +151,8 @@ def find_scans(files, settings=ScanSettings(), folder=None):
     where a package that reads them is missing.
     """
     def name_of(path):
-        return written(os.path.relpath(path, folder) if folder else path)
+        name = Path(os.path.relpath(path, folder)).as_posix() if folder else str(path)
+        return written(os.path.basename(os.path.abspath(folder)) if name == "." else name)
 
     of_kind, refused = defaultdict(list), {}
     for path in files:

@@ -40,7 +40,7 @@ def apply_window(values, window, counted=None):
         if function == "SIGMOID":
             grey = 255 / (1 + np.exp(-4 * (values - centre) / width))
         else:
-            if function == "LINEAR":  # the standard's own half and one: a width counts numbers, not their distance
+            if function != "LINEAR_EXACT" and width >= 1:  # a width counts numbers, and is not their distance
                 centre, width = centre - 0.5, width - 1
             grey = (values - centre) / width * 255 + 127.5 if width else np.where(values > centre, 255, 0)
         return np.nan_to_num(np.clip(grey, 0, 255).round()).astype(np.uint8)

@@ -312,8 +312,8 @@ def divide_own(path, boxes, folds=0, fold=0):
     groups = {name: group_of(boxes, name) for name in boxes.pictures}
     by = "patient" if boxes.patients else "film" if boxes.films else "a hash of each image"
     if folds or boxes.splits and boxes.patients:  # which are not divided
-        parts = divide(path, list(groups.values()), [()] * len(groups), [boxes.splits.get(name, "") for name in groups],
-                       folds, fold)
+        named = [f"patient {boxes.patients[name]}" if name in boxes.patients else group for name, group in groups.items()]
+        parts = divide(path, named, [()] * len(named), [boxes.splits.get(name, "") for name in groups], folds, fold)
         splits = dict(zip(groups, parts))
         how = f"fold {fold} of {folds} is the test split, by {by}" if folds else "the split is the one that is given"
     elif boxes.splits:
@@ -325,8 +325,7 @@ def divide_own(path, boxes, folds=0, fold=0):
         if torn:
             how += f"; {len(torn):,} films are in several of its parts, {printable(torn[0]):.40} the first"
     else:
-        splits = {name: "test" if hashlib.sha256(group.encode("utf-8", "replace")).digest()[0] % 5 == 0 else "train"
-                  for name, group in groups.items()}
+        splits = {name: "test" if bytes.fromhex(group)[0] % 5 == 0 else "train" for name, group in groups.items()}
         how = f"a split is made, 80 : 20, by {by}"
     counts = Counter(splits.values())
     if not counts["train"] or not (counts["test"] or counts["validation"]):
@@ -336,13 +335,11 @@ def divide_own(path, boxes, folds=0, fold=0):
 
 
 def group_of(boxes, name):
-    """What is not divided: an image's patient or film, or what it is, so that equal ones stay together."""
-    if patient := boxes.patients.get(name):
-        return f"patient {patient}"
-    if name in boxes.films:
-        return boxes.films[name]
-    picture = boxes.pictures[name]
-    return name if picture is None else picture_key(picture).hex()
+    """The hash of what is not divided: an image's patient or film, or itself, so that equal ones stay together."""
+    named, picture = boxes.patients.get(name) or boxes.films.get(name), boxes.pictures[name]
+    if named or picture is None:
+        return hashlib.sha256((named or name).encode("utf-8", "replace")).hexdigest()
+    return picture_key(picture).hex()
 
 
 # ----------------------------------------------------------------------------- what is written

@@ -73,14 +73,12 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 from plumbing.files import find_tokenizer, hash_file
-from plumbing.own import own_path
 from plumbing.pixels import SMART_LEAST, SMART_MOST
 from plumbing.shards import PROMPT_VERSION, SHARD_VERSION
 from prepare.datasets import DATASETS
 from prepare.download import fetch, fetch_hub
-from prepare.folder import prepare_folder
 from prepare.leaks import REASONS, guard, report_rows
-from prepare.own_boxes import find_sources, prepare_boxes
+from prepare.own_forms import prepare_any
 from prepare.shards import (ImageSettings, leftovers, locked, read_manifests, recover, why_stale,
                             write_dataset)
 from prepare.weights import WEIGHTS, convert_llama
@@ -178,20 +176,35 @@ def require_flags_that_fit(config):
                         "image")
 
 
+def require_flags_of_own(config):
+    """Raise UserError where flags of --own do not go together, or are given without it."""
+    names = ("name", "columns", "window", "slices", "tiles", "folds", "fold", "dry_run")
+    given = next((name for name in names if getattr(config, name) != getattr(Config, name)), "")
+    if not config.own:
+        if given:
+            raise UserError(f"--{given}: with --own=path alone, data of your own")
+        return
+    if config.only or config.convert or config.list:
+        raise UserError("--own: without --only, --convert and --list; run them one after another")
+    if not re.fullmatch(r"(\w[\w.-]*)?", config.name):
+        raise UserError(f"--name={config.name:.60}: letters, digits, _, - and points, and first none of these signs")
+    if config.folds == 1 or config.fold >= max(config.folds, 0) > 0 or config.fold >= 0 == config.folds:
+        raise UserError(f"--folds={config.folds} --fold={config.fold}: two folds or more, and one of them, from 0 to "
+                        f"{max(config.folds, 2) - 1}, or none for all")
+
+
 def image_settings(config):
     return ImageSettings(config.max_pixels or config.image_size, "smart" if config.max_pixels else config.resize,
                          config.codec, config.quality if config.codec == "jpeg" else 0)
 
 
 def prepare_own(config):
-    """Prepare a folder or csv of one's own: with boxes, if something in it says where they are, else with labels."""
-    sources = find_sources(own_path(config.own))
-    if not sources:
-        return prepare_folder(config.own, config.shards_dir, config.image_size, config.workers)
-    prepare_tokenizer(config.tokenizer)
-    return prepare_boxes(config.own, sources, config.shards_dir, image_settings(config),
-                         open_tokenizer(config.tokenizer, config.system), config.box_format, config.workers,
-                         config.augment)
+    """Prepare a folder or file of one's own, whatever layout it has. Returns the name of its dataset."""
+    def open_words():
+        prepare_tokenizer(config.tokenizer)
+        return open_tokenizer(config.tokenizer, config.system)
+
+    return prepare_any(config, image_settings(config), open_words)
 
 
 def prepare_dataset(dataset, config):
@@ -325,6 +338,7 @@ def print_list(names, config):
 
 def main(config):
     require_flags_that_fit(config)
+    require_flags_of_own(config)
     if config.list:
         return print_list(select(config.only) if config.only else [*DATASETS, *WEIGHTS], config)
     if config.own:

@@ -17,7 +17,7 @@ import prepare.all as all_py
 import train_vlm
 from data import EOS, Mixture, Record, View, open_shards
 from extras.look import follow
-from extras.share import demo
+from extras.share import demo_talk
 from plumbing.files import read_manifest
 from plumbing.flags import UserError, parse_flags
 from plumbing.runs import write_run
@@ -433,12 +433,12 @@ def test_a_sample_is_followed(trained, capsys):
 def test_the_demo_asks_in_the_run_s_words(trained):
     _, run = trained
     tokenizer = open_trained_run(str(run))[3]
-    prefix, own = demo.write_prompt(tokenizer, "what is shown?")
+    prefix, own = demo_talk.write_prompt(tokenizer, "what is shown?")
     assert prefix[-2:] == [tokenizer.vision_start, -1] and own[0] == tokenizer.vision_end
     assert own[-len(tokenizer.begin("assistant")):] == tokenizer.begin("assistant")
     text = "no pleural effusion of the left lung"
-    tokens = [demo.Token(token, 0.5, [], np.ones(4)) for token in (*tokenizer.encode(text), tokenizer.stops[1])]
-    assert [word.text for word in demo.words_of(tokens, tokenizer)] == text.split()
+    tokens = [demo_talk.Token(token, 0.5, [], np.ones(4)) for token in (*tokenizer.encode(text), tokenizer.stops[1])]
+    assert [word.text for word in demo_talk.words_of(tokens, tokenizer)] == text.split()
 
 
 def test_a_folder_keeps_the_tokenizer_of_its_own_run_alone(path, tmp_path):

@@ -11,7 +11,6 @@ none is taken: that is refused.
 """
 
 import functools
-import itertools
 import os
 import re
 import unicodedata
@@ -155,13 +154,6 @@ class Pictures:
         if len(scans) > 1:
             raise UserError(f"{where}: {len(scans)} images or series are in {called!r:.80}; name one")
         return next(iter(scans), None)
-
-    def enter(self, scan):
-        """A name of its own for a Scan that a reader found itself, such as one of two series in a folder."""
-        name = next(name for number in itertools.count(1) if (
-            name := scan.name if number == 1 else f"{scan.name} {number}") not in self.entered)
-        self.entered[name] = scan
-        return name
 
     def scans_at(self, place):
         """The Scans of a file, or of the files in a folder."""

@@ -225,8 +225,9 @@ def read_table_studies(path, sources, pictures, columns, notes):
 def read_folder_studies(path, pictures):
     """[(Study, its sections)] of a folder in which each study has one."""
     texts, studies = texts_of(path), []
-    for folder, some in texts.items():
-        parts = [written(part) for part in folder.relative_to(path).parts]
+    names = [written(folder.relative_to(path).as_posix()) for folder in texts]
+    for (folder, some), name, hashed in zip(texts.items(), names, hash_names(path, names)):
+        parts = name.split("/")
         split = SPLITS.get(parts[0].lower(), "")
         patient = parts[-2] if len(parts) > 1 + bool(split) else ""
         words = {text.stem.lower(): decode_text(text, text.read_bytes()) for text in some}
@@ -236,10 +237,11 @@ def read_folder_studies(path, pictures):
         files = [file for file in files_below(folder) if file.suffix.lower() not in TEXTS
                  and not is_left_by_programs(file) and not any(
                      other in texts for other in file.parents if other != folder and other.is_relative_to(folder))]
-        names, films = set(files), []
-        for scan in pictures.read_files([file for file in files if not is_mask(file, names)]):
-            films.append(("", pictures.enter(scan)))
-        studies.append((Study("/".join(parts), patient, split, day_of(parts[-1]), 0.0, films), sections))
+        there, films = set(files), []
+        for scan in pictures.read_files([file for file in files if not is_mask(file, there)]):
+            films.append(("", f"{hashed}/{len(films) + 1}"))  # a folder may be called by a name or a date
+            pictures.entered[films[-1][1]] = scan
+        studies.append((Study(name, patient, split, day_of(parts[-1]), 0.0, films), sections))
     if len({study.patient for study, _ in studies}) == 1:  # what holds all of them
         for study, _ in studies:
             study.patient = ""

@@ -1,5 +1,6 @@
 """
-A prepared question put in other ways, and how likely a model finds each option of a multiple choice.
+A prepared question put in other ways, how likely a model finds each option of a multiple choice, and the questions of
+a table about a folder of images.
 
 All options of a question stand behind one copy of its prompt, as samples that begin alike do in training (data.py):
 a question costs one prompt and its options' own tokens, and the logits of those alone are computed.
@@ -7,6 +8,7 @@ a question costs one prompt and its options' own tokens, and the logits of those
 Letters: Q questions, K options of one, M tokens of options in a micro-batch, V vocabulary.
 """
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -16,12 +18,15 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import Group, Record, View, make_batch, shared_prefix
+from generate import finished_groups, generate
 from plumbing.devices import share_out, to_device
 from plumbing.flags import UserError
 from plumbing.shards import Sample
 from tasks import reports
+from tasks.asked import pixels_of, yes_no
 from tasks.choices import answers_of, stem_of, ways_of
-from tasks.splits import Question, exchanged, task_of
+from tasks.splits import QUESTIONS_PER_ROW, Question, exchanged, task_of
+from tasks.vqa import repeats
 
 MICRO_BATCH_TOKENS = 8192  # of a pass of the model, unless one question has more
 
@@ -161,3 +166,76 @@ def rate_options(model, tokenizer, shard, count, shown):
     for options, entry in zip(asked, share_out(asked, rate_part), strict=True):
         rows[options.row][options.number][options.way] = entry
     return {row: [dict(entries) for entries in some] for row, some in rows.items()}
+
+
+# ----------------------------------------------------------------------------- a table of questions
+
+def prompt_of(tokenizer, question, labels):
+    """The tokens of a question about images with these labels, such as "slice 3 of 40", image number k as -1 - k."""
+    parts = tuple(View(b"", role=label) for label in labels)
+    tokens, spans, _ = tokenizer.write(Record("", question, parts=parts))
+    return tokens[:spans[0][0]]
+
+
+def count_tokens(model, prompt, images):
+    """How many tokens a prompt has, those of its images, (H, W, 3) each, among them."""
+    return sum(1 if token >= 0 else model.vision.tokens(*images[-1 - token].shape[:2]) for token in prompt)
+
+
+def groups_of(rows, done):
+    """The numbers of rows that can be asked and are not `done`, in lists of those about the same pictures."""
+    alike = defaultdict(list)
+    for number, row in enumerate(rows):
+        if not row.error and number not in done:
+            alike[row.pictures].append(number)
+    return [numbers[begin:begin + QUESTIONS_PER_ROW] for numbers in alike.values()
+            for begin in range(0, len(numbers), QUESTIONS_PER_ROW)]
+
+
+def answer_rows(model, tokenizer, rows, record, sampling, config, kept):
+    """
+    Answer tasks.asked.Rows, those about the same pictures behind one copy of what they begin with; `answer`, `facts`
+    and, where there is no answer, `error` of each are set.
+
+    record: what the checkpoint was sealed with; sampling: a Sampling; config: eval_vqa.py's; kept: a tasks.asked.Kept,
+    which is told of each row. A probability is that of exactly this answer, the product of those of its tokens and of
+    what ends it.
+    """
+    asked, image, room = [], record["image"], record["flags"]["max_length"]
+
+    def fail(number, why):
+        rows[number].error = why
+        kept.note(number)
+
+    def open_groups():
+        for numbers in groups_of(rows, kept.done):
+            pictures = rows[numbers[0]].pictures
+            try:
+                images = [pixels_of(source, image["size"], image["resize"]) for source, _ in pictures]
+            except Exception as error:  # each decoder has its own ways to fail on a broken file
+                for number in numbers:
+                    fail(number, f"{rows[number].image}: not an image that can be read ({error})")
+                continue
+            prompts = {}
+            for number in numbers:
+                prompt = prompt_of(tokenizer, rows[number].question, [label for _, label in pictures])
+                if (length := count_tokens(model, prompt, images)) <= room:
+                    prompts[number] = prompt
+                    continue
+                mend = "show fewer slices with --slices=" if len(pictures) > 1 else "ask a shorter question"
+                fail(number, f"{length:,} tokens; this model was trained on samples of {room:,}, so {mend}")
+            if prompts:
+                asked.append(prompts.keys())
+                yield images, list(prompts.values())
+
+    passes = generate(model, open_groups(), config.max_new_tokens or 512, sampling, config.batch_size)
+    with tqdm(total=len(rows) - len(kept.done), unit="question", leave=False, disable=len(rows) == 1) as progress:
+        for group, answers in finished_groups(passes):
+            for number, answer in zip(asked[group], answers, strict=True):
+                row, text = rows[number], tokenizer.decode(answer.tokens)
+                row.answer, row.facts = text, row.facts | {
+                    "probability": float(f"{math.exp(sum(answer.log_probabilities)):.4g}"),
+                    "cut": yes_no(answer.stop is None), "repeated": yes_no(repeats(text)),
+                    "empty": yes_no(not text.strip())}
+                kept.note(number)
+            progress.update(len(answers))

@@ -6,7 +6,9 @@ Answer the questions of test splits with a trained model, and score the answers.
     python eval_vqa.py --run=out/x --data=path_vqa --blind=none
     python eval_vqa.py --image=scan.png --question="what is shown?"       one answer, without scores
     python eval_vqa.py --predictions=theirs.jsonl --data=med_qa           anybody's answers, in the same tables
+    python eval_vqa.py --ask=questions.csv --images=folder                a table of questions, or one about each image
     python eval_vqa.py --run=out/x --against=out/y                        two runs, question by question
+    python eval_vqa.py --report=true                                      all runs, means over their seeds and folds
 
 Every score stands beside some that see no image: the same model with the images exchanged among the
 questions, and what words alone give, such as the most frequent training answer. What the model gains over
@@ -27,14 +29,20 @@ from plumbing.flags import BatchSize, Device, Range, Share, Text, UserError, Who
 
 @dataclass(frozen=True)
 class Config:
-    run: str = ""  # folder of a train_vlm.py run, or one of its checkpoints; none: the newest in out/
+    run: str = ""  # folder of a train_vlm.py run, of its seeds, or a checkpoint of one; none: the newest in out/
     checkpoint: str = ""  # of the run: best by held-out loss, or a name such as step_000500; none: the newest
-    image: str = ""  # with --question: the image file that it is about; none: it is about none
+    image: str = ""  # with --question: the image file or scan that it is about; none: it is about none
     question: Text = ""  # to answer instead of test splits
+    ask: Text = ""  # csv or JSON lines of questions to answer, or one question about each of the --images
+    images: str = ""  # folder of images and scans that --ask is about; none: that of its table
+    answers: str = ""  # csv that --ask writes; none: beside its table, or out/answers.csv
+    window: str = ""  # of scans, as prepare/all.py --window says; none: the run's
+    slices: str = "all"  # of a volume that is asked about: all, middle, every:5, or so many at even distances
     data: str = ""  # prepared datasets; none: all that ask about images; all: whatever has questions, and one table
     split: str = "test"  # split to answer
     predictions: str = ""  # score the answers of this file of JSON lines, anybody's, in place of a run's
     against: str = ""  # compare the run's evaluations with those of this run, question by question; answer nothing
+    report: bool = False  # one table of all evaluations in out/, or below --run=a,b, over seeds; answer nothing
     shards_dir: str = "shards"  # where prepare/all.py put them
     out: str = ""  # where evaluations are written, a folder each; none: eval/ in the run's folder
     blind: Literal["both", "none", "shuffle"] = "both"  # images: right and exchanged, right, exchanged
@@ -60,15 +68,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from asking import rate_options, reword
-from data import Record
-from generate import Sampling, ask, finished_groups, generate
+from asking import answer_rows, rate_options, reword
+from generate import Sampling, finished_groups, generate
 from plumbing.devices import agree, autocast_to, describe_machine, join_group, pick_device, share_out, together
 from plumbing.files import read_manifest
 from run import open_trained_run
 from tasks import choices
-from tasks.evaluations import (is_done, name_evaluation, place_of, read_evaluation, require_answerable, unusual_flags,
-                               write_evaluation)
+from tasks.across import report_runs
+from tasks.asked import open_rows, written
+from tasks.evaluations import (each_seed, is_done, name_evaluation, place_of, read_evaluation, require_answerable,
+                               unusual_flags, write_evaluation)
 from tasks.scoring import compare_runs, conclude, list_facts, score_predictions
 from tasks.seen import open_trained
 from tasks.splits import answer_limit, count_questions, group_questions, open_splits, read_groups, show_images, task_of
@@ -78,25 +87,19 @@ from weights import load_vlm
 
 # ----------------------------------------------------------------------------- answers
 
-def answer_one(config):
-    """The answer to --question, about --image where one is named. Raises UserError for a bad one."""
-    if not config.question.strip():
+def answer_own(config):
+    """Answer --question, about --image, and print that; or the questions of --ask, into a csv."""
+    if config.image and not config.question.strip():
         raise UserError("--image: give a --question about it, too")
     _, checkpoint, record, tokenizer = open_trained_run(config.run, config.checkpoint)
-    (*_, (begin, end)), room = tokenizer.write(Record("", config.question)), record["flags"]["max_length"]
-    if (length := end - begin) > room:
-        raise UserError(f"--question: {length:,} tokens; this model was trained on samples of {room:,}, so ask "
-                        "a shorter one")
-    if config.image and not Path(config.image).is_file():
-        what = "a folder" if Path(config.image).is_dir() else "no such file"
-        raise UserError(f"--image={config.image}: {what}; name one image file")
+    rows = open_rows(config, record)
     device, dtype = pick_device(config.device, config.dtype)
     model = load_vlm(checkpoint, dtype, device, bits=config.base_bits).eval()
+    sampling = Sampling(config.temperature, config.top_k, config.top_p, tokenizer.stops, tokenizer.vocab_size)
     torch.manual_seed(config.seed)
-    with autocast_to(device, dtype):
-        return ask(model, tokenizer, config.question, config.image, record["image"]["size"],
-                   record["image"]["resize"], config.max_new_tokens or 512, temperature=config.temperature,
-                   top_k=config.top_k, top_p=config.top_p)
+    answerer = [read_manifest(checkpoint)["checksum"], str(dtype)]
+    with autocast_to(device, dtype), written(config, rows, answerer) as kept:
+        answer_rows(model, tokenizer, rows, record, sampling, config, kept)
 
 
 def answer(model, tokenizer, shard, count, shown, config):
@@ -163,16 +166,25 @@ def load(checkpoint, shards, device, dtype, bits):
 def main(config):
     if (config.top_k or config.top_p < 1) and not config.temperature:
         raise UserError("--top_k and --top_p: for sampled answers; give a --temperature, too, such as 0.7")
-    if sum(map(bool, (config.question or config.image, config.predictions, config.against))) > 1:
-        raise UserError("--question, --predictions and --against: one at a time")
-    if config.question or config.image:
-        return print(answer_one(config))
+    if sum(map(bool, (config.question or config.image, config.ask, config.predictions, config.against,
+                      config.report))) > 1:
+        raise UserError("--question, --ask, --predictions, --against and --report: one at a time")
+    if config.question or config.image or config.ask:
+        return answer_own(config)
     if config.predictions:
         return score_predictions(config)
     if config.against:
         return compare_runs(config)
+    if config.report:
+        return report_runs(config)
     device, dtype = pick_device(config.device, config.dtype)
     rank, _, device = join_group(device)
+    for one in together(lambda: each_seed(config)):
+        evaluate(one, rank, device, dtype)
+
+
+def evaluate(config, rank, device, dtype):
+    """Answer all that a run is asked, and write an evaluation of each dataset."""
     checkpoint, trained, tokenizer, shards, splits, out = together(lambda: open_all(config))
     model = together(lambda: load(checkpoint, shards, device, dtype, config.base_bits))
     print(f"{checkpoint} on {device}, {dtype}")

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import EOS, Record
+from data import EOS, Record, View
 from plumbing.order import count_before
 from plumbing.flags import UserError
-from plumbing.pixels import load_pixels
+from scans.frames import ScanSettings
+from tasks.asked import open_image, pixels_of
 
 
 class Cache:
@@ -236,19 +237,20 @@ def finished_groups(passes):
                     yield answer.group, [ended for _, ended in sorted(done.pop(answer.group).items())]
 
 
-def ask(model, tokenizer, question, image="", size=224, resize="squash", max_new_tokens=32, **sampling):
+def ask(model, tokenizer, question, image="", size=224, resize="squash", max_new_tokens=32, settings=ScanSettings(),
+        **sampling):
     """
-    The answer to one question, as text. image: path of an image file, "" for none; size, resize: how the
-    training images were brought to size (plumbing.pixels.resize_image); sampling: temperature, top_k, top_p.
-    Raises UserError when it is no image.
+    The answer to one question, as text. image: path of an image or scan, "" for none; size, resize: how the
+    training images were brought to size (plumbing.pixels.resize_image); settings: which slices of a scan are shown,
+    and how; sampling: temperature, top_k, top_p. Raises UserError when it is no image.
     """
-    images = []
-    if image:
-        try:
-            images = [load_pixels(image, size, resize)]
-        except Exception as error:  # each decoder has its own ways to fail on a broken file
-            raise UserError(f"{image}: not an image that can be read ({error})") from None
-    tokens, spans, _ = tokenizer.write(Record("", question, image=b"" if images else None))
+    pictures = open_image(image, settings) if image else ()
+    try:
+        images = [pixels_of(source, size, resize) for source, _ in pictures]
+    except Exception as error:  # each decoder has its own ways to fail on a broken file
+        raise UserError(f"{image}: not an image that can be read ({error})") from None
+    parts = tuple(View(b"", role=label) for _, label in pictures)
+    tokens, spans, _ = tokenizer.write(Record("", question, parts=parts))
     prompt = tokens[:spans[0][0]]
     choice = Sampling(stops=tokenizer.stops, vocab_size=tokenizer.vocab_size, **sampling)
     passes = generate(model, [(images, [prompt])], max_new_tokens, choice)

@@ -89,8 +89,8 @@ from data import Mixture, open_shards
 from plumbing.devices import (LossScale, agree, autocast_to, gather, join_group, pick_device,
                               split_among_ranks, sum_of_ranks, to_device, usable_cores)
 from plumbing.files import lock, lowest_held_out_loss, read_manifest, sync
-from plumbing.runs import (choose_folders, describe_run, image_settings, learnt_before, open_log, open_run,
-                           require_same_inputs, write_run)
+from plumbing.runs import (FREE_ON_RESUME, choose_folders, describe_run, image_settings, learnt_before, open_log,
+                           open_run, require_same_inputs, write_run)
 from plumbing.signals import agree_on_stop, between_runs, catch_signals, end_stopped
 from plumbing.sources import find_start, settle, weights_of
 from run import (device_of, even_out, learning_rate_at, load_optimizer, lora_settings, make_optimizer,
@@ -99,9 +99,6 @@ from weights import build_vlm, load_vlm, save_vlm
 from zoo.adapters import load_adapters, read_adapter
 from zoo.chatml import tokenizer_of
 
-FREE_ON_RESUME = {"workers", "recompute", "compile", "device", "resume", "run", "config", "log_every",
-                  "evaluate_every", "save_every", "save_minutes", "keep", "shard", "rank_timeout", "wandb",
-                  "shards_dir", "micro_batch_tokens"}  # they change no number; the last its rounding alone
 RESTATED = ("epochs", "max_steps")  # of a finished run that goes on
 
 

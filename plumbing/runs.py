@@ -17,6 +17,11 @@ from plumbing.files import (TOKENIZERS, checkpoints, differences, find_run, hash
 from plumbing.flags import UserError
 from plumbing.pixels import resize_flags
 
+FREE_ON_RESUME = {"workers", "recompute", "compile", "device", "resume", "run", "config", "log_every",
+                  "evaluate_every", "save_every", "save_minutes", "keep", "shard", "rank_timeout", "wandb",
+                  "shards_dir", "micro_batch_tokens"}  # flags of train_vlm.py that change no number; the last its
+# rounding alone
+
 
 def choose_folder(run, name, resume):
     """The folder of --run, else out/<name>_<date>; it is there when this returns."""
@@ -43,11 +48,12 @@ def choose_folders(run, name, resume, seeds):
     folder = choose_folder(run, name, resume)
     there = seeds_of(folder)
     if seeds == 1 and there:
-        raise UserError(f"--run={folder}: holds {len(there)} runs of a seed each; add --seeds={len(there)}, or name one, "
-                        f"such as --run={there[0]}")
+        raise UserError(f"--run={folder}: holds {len(there)} runs of a seed each; add --seeds={len(there)}, or name "
+                        f"one, such as --run={there[0]}")
     if seeds > 1 and checkpoints(folder):
         raise UserError(f"--run={folder}: holds a run already; leave --seeds out, or choose another --run")
-    return [choose_folder(folder / f"seed_{number}", "", False) for number in range(seeds)] if seeds > 1 else [folder]
+    places = [folder / f"seed_{number}" for number in range(seeds)]
+    return [choose_folder(place, "", False) for place in places] if seeds > 1 else [folder]
 
 
 def open_run(folder, config, free=(), restated=()):

@@ -15,10 +15,11 @@ import hashlib
 import itertools
 import json
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
-from plumbing.files import hash_file, lock, manifest_checksum, read_manifest, require_writable, sync
+from plumbing.files import (checkpoints, hash_file, lock, manifest_checksum, read_manifest, require_writable, seeds_of,
+                            sync)
 from plumbing.flags import UserError
 from tasks.splits import count_questions, show_images
 from tasks.vqa import as_asked
@@ -38,6 +39,13 @@ def encode(lines):
     """Lines of JSON, as bytes; half of a pair of surrogates, which is no text, stays as \\udxxx."""
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     return text.encode(errors="backslashreplace")
+
+
+def each_seed(config):
+    """eval_vqa.py's Config itself, or one for each seed of train_vlm.py --seeds that its --run holds."""
+    seeds = [] if checkpoints(config.run) else seeds_of(config.run)
+    return [replace(config, run=str(seed), out=config.out and str(Path(config.out) / seed.name))
+            for seed in seeds] or [config]
 
 
 # ----------------------------------------------------------------------------- writing

@@ -19,8 +19,9 @@ from plumbing.files import lock, write_whole
 from tasks.published import TITLE, Figure, describe, published_for
 from tasks.vqa import cell_text
 
-HEADS = ("dataset", "questions", "metric", "score", "blind answers", "image adds", "unreadable", "leaks")
-LEFT = {"dataset", "metric", "blind answers", "published"}  # columns of words; the others end at their right
+FAULTS = ("cut", "empty", "repeating")  # of the model's answers, as tasks.vqa.report_faults counts them
+HEADS = ("dataset", "questions", "metric", "score", "blind answers", "image adds", "unreadable", *FAULTS, "leaks")
+LEFT = {"dataset", "run", "run A", "run B", "metric", "blind answers", "published"}  # words; others end right
 BOUNDS = ("", " low", " high")  # of a cell's three columns in table.csv
 SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
            "<": r"\textless{}", ">": r"\textgreater{}", **{sign: f"\\{sign}" for sign in "_%&#${}"}}
@@ -39,6 +40,12 @@ def summary_of(results):
     return results["results"][name_of(results)].get("summary")
 
 
+def faults_of(results):
+    """How many of the model's answers have each of FAULTS, a list; None where that is not known."""
+    counts = results["results"][name_of(results)].get("answers", {}).get("model", {})
+    return [counts.get(fault) for fault in FAULTS]
+
+
 def label_of(results):
     """An evaluation's name in the table: "dataset/split", and the flags that are not as usual."""
     return " ".join([name_of(results), *(f"--{flag}={value}" for flag, value in
@@ -54,7 +61,7 @@ def sort_evaluations(evaluations):
 def list_rows(evaluations):
     """The table's rows, a dict each, of sorted evaluations: a task's "lines" with what all of them have in common."""
     return [{**line, "first": number == 0, "dataset": label_of(results), "questions": summary_of(results)["n"],
-             "leaks": summary_of(results)["leaks"]}
+             "faults": faults_of(results), "leaks": summary_of(results)["leaks"]}
             for _, results in evaluations for number, line in enumerate(summary_of(results)["lines"])]
 
 
@@ -64,8 +71,9 @@ def text_cells(row):
     own = [row["metric"], cell_text(row["score"]), f"{blind[0]} {cell_text(blind[1])}" if blind else "-",
            cell_text(row["adds"]) if row["adds"] else "-", "-" if percent is None else f"{percent:.1f}%"]
     if not row["first"]:
-        return ["", "", *own, ""]
-    return [row["dataset"], f"{row['questions']:,}", *own, "?" if leaks is None else f"{leaks:,}"]
+        return ["", "", *own, *[""] * len(FAULTS), ""]
+    faults = ["-" if count is None else f"{count:,}" for count in row["faults"]]
+    return [row["dataset"], f"{row['questions']:,}", *own, *faults, "?" if leaks is None else f"{leaks:,}"]
 
 
 def seconds_of(results, form):
@@ -113,6 +121,7 @@ def list_notes(evaluations):
     return [f"[low high]: 95% intervals by resampling {units}",
             "blind answers see no image; image adds: the score above that with other images, with --blind=none that of "
             "studies above that without the earlier one",
+            "cut, empty, repeating: answers that end at --max_new_tokens, say nothing, or go round in a loop",
             "leaks: questions that are not new to the run, whose words or image it was trained on; ?: not known",
             *list_differences(evaluations)]
 
@@ -166,11 +175,11 @@ def write_numbers(evaluations):
     def row_of(row):
         blind, cells = row["blind"] or (None, None), [None] * 3
         return [row["dataset"], row["questions"], row["metric"], *row["score"], blind[0], *(blind[1] or cells),
-                *(row["adds"] or cells), row["unreadable"], row["leaks"]]
+                *(row["adds"] or cells), row["unreadable"], *row["faults"], row["leaks"]]
 
     heads = ["dataset", "questions", "metric", *(f"score{bound}" for bound in BOUNDS), "blind row",
              *(f"blind{bound}" for bound in BOUNDS), *(f"adds{bound}" for bound in BOUNDS), "unreadable percent",
-             "leaks"]
+             *FAULTS, "leaks"]
     return write_csv(heads, map(row_of, list_rows(evaluations)))
 
 
@@ -179,13 +188,18 @@ def escape(text):
     return "".join(SPECIAL.get(sign, sign) for sign in text)
 
 
-def write_tex(evaluations):
-    """table.tex: the tabular, its notes as comments before it."""
-    columns = "".join("l" if head in LEFT else "r" for head in HEADS)
-    lines = [" & ".join(map(escape, cells)) + r" \\" for cells in map(text_cells, list_rows(evaluations))]
-    return "\n".join([*(f"% {note}" for note in list_notes(evaluations)), rf"\begin{{tabular}}{{{columns}}}",
-                      r"\toprule", " & ".join(HEADS) + r" \\", r"\midrule", *lines, r"\bottomrule",
-                      r"\end{tabular}", ""])
+def tabular(heads, rows, notes):
+    """A table of texts as LaTeX's tabular, its notes as comments before it."""
+    columns = "".join("l" if head in LEFT else "r" for head in heads)
+    lines = [" & ".join(map(escape, cells)) + r" \\" for cells in [heads, *rows]]
+    return "\n".join([*(f"% {note}" for note in notes), rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0],
+                      r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}", ""])
+
+
+def markdown(heads, rows):
+    """A table of texts as Markdown's lines."""
+    lines = [heads, ["---" if head in LEFT else "--:" for head in heads], *rows]
+    return ["| " + " | ".join(text.replace("|", r"\|") for text in cells) + " |" for cells in lines]
 
 
 def write_summary(out, evaluations):
@@ -198,8 +212,10 @@ def write_summary(out, evaluations):
     print("\n" + write_text(evaluations, again, with_seconds=True), end="")
     out.mkdir(parents=True, exist_ok=True)
     seconds = [(label_of(results), seconds_of(results, "{:.1f}")) for _, results in evaluations]
+    rows = list(map(text_cells, list_rows(evaluations)))
     files = {"table.txt": write_text(evaluations, again).encode(), "table.csv": write_numbers(evaluations),
-             "table.tex": write_tex(evaluations).encode(), "seconds.csv": write_csv(["dataset", "seconds"], seconds),
+             "table.tex": tabular(HEADS, rows, list_notes(evaluations)).encode(),
+             "seconds.csv": write_csv(["dataset", "seconds"], seconds),
              "published.csv": write_csv(Figure._fields, list_published(evaluations))}
     with lock(out / ".lock", "writing an evaluation", wait=True):
         for name, content in files.items():

@@ -4,7 +4,8 @@ to it in kind: whoever asks should read that beside the answer.
 
 Two questions are alike by the Jaccard index of their character trigrams (Broder 1997), which needs no words of any
 language: 1 where they are the same, 0 where they have no three signs in a row in common. LIKE is chosen by what
-docs/harness.md measures: at most one in twenty of a dataset's own test questions is below, and nine in ten of an exam's.
+docs/harness.md measures: one in twenty, at most, of a dataset's own test questions is below, and nine in ten of an
+exam's.
 """
 
 import re

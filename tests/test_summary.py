@@ -16,8 +16,9 @@ def line(metric="BLEU-1", **changes):
             "adds": [2.06, 1.26, 2.76], "unreadable": None} | changes
 
 
-def evaluation(name, *lines, n=1234, unit="images", leaks=None, folder="", **changes):
+def evaluation(name, *lines, n=1234, unit="images", leaks=None, folder="", faults=None, **changes):
     tables = {"summary": {"n": n, "unit": unit, "leaks": leaks, "lines": list(lines)}} if lines else {"all": {}}
+    tables |= {"answers": {"model": faults, "question only": {"cut": 99}}} if faults else {}
     return folder or f"eval/step_000120_{name.replace('/', '_')}", {
         "checkpoint": "step_000120", "seconds": 77.77, "unusual_flags": {}, "results": {name: tables},
         "machine": {"commit": "0a1b2c3", "device": "cpu"},
@@ -27,8 +28,9 @@ def evaluation(name, *lines, n=1234, unit="images", leaks=None, folder="", **cha
 EVALUATIONS = [
     evaluation("slake/test", line(), line("exact match", blind=None, adds=None), leaks=0),
     evaluation("bccd/test", line("F-IoU", score=[None] * 3, unreadable=12.34), n=36),
-    evaluation("path_vqa/test", line(), leaks=1040),
-    evaluation("med_qa/test", line("accuracy", adds=None, unreadable=0.0), unit="questions"),
+    evaluation("path_vqa/test", line(), leaks=1040, faults={"cut": 7, "empty": 0, "repeating": 1100}),
+    evaluation("med_qa/test", line("accuracy", adds=None, unreadable=0.0), unit="questions",
+               faults={"cut": None, "empty": 0, "repeating": 2}),
     evaluation("own_data/test", line("accuracy", score=[41.5, None, None], blind=["commonest option", [None] * 3]))]
 ORDER = ["path_vqa/test", "slake/test", "", "bccd/test", "med_qa/test", "own_data/test"]  # by metric, then by name
 
@@ -55,12 +57,12 @@ def test_the_table_has_each_score_once_and_a_dash_where_there_is_none(written):
     assert cells(head) == [*HEADS, "published"]
     score, blind, adds = "48.9 [47.5 50.1]", "question only 49.3 [48.0 50.6]", "2.1 [1.3 2.8]"
     assert [cells(row) for row in rows[:6]] == [
-        ["path_vqa/test", "1,234", "BLEU-1", score, blind, adds, "-", "1,040", "below"],
-        ["slake/test", "1,234", "BLEU-1", score, blind, adds, "-", "0", "below"],
+        ["path_vqa/test", "1,234", "BLEU-1", score, blind, adds, "-", "7", "0", "1,100", "1,040", "below"],
+        ["slake/test", "1,234", "BLEU-1", score, blind, adds, "-", "-", "-", "-", "0", "below"],
         ["exact match", score, "-", "-", "-"],
-        ["bccd/test", "36", "F-IoU", "-", blind, adds, "12.3%", "?", "-"],
-        ["med_qa/test", "1,234", "accuracy", score, blind, "-", "0.0%", "?", "below"],
-        ["own_data/test", "1,234", "accuracy", "41.5 [- -]", "commonest option -", adds, "-", "?", "-"]]
+        ["bccd/test", "36", "F-IoU", "-", blind, adds, "12.3%", "-", "-", "-", "?", "-"],
+        ["med_qa/test", "1,234", "accuracy", score, blind, "-", "0.0%", "-", "0", "2", "?", "below"],
+        ["own_data/test", "1,234", "accuracy", "41.5 [- -]", "commonest option -", adds, "-", "-", "-", "-", "?", "-"]]
     for name in ("questions", "score", "image adds", "leaks"):  # to the right
         end = head.index(name) + len(name)
         assert all(row[end - 1] != " " and row[end:end + 1] in (" ", "") for row in rows[:2]), name
@@ -106,7 +108,8 @@ def test_every_number_of_the_csv_is_in_a_column_of_its_own(written):
         ("questions", "1234"), ("metric", "BLEU-1"), ("score", "48.94"), ("score low", "47.5"),
         ("score high", "50.06"), ("blind row", "question only"), ("blind", "49.26"), ("blind low", "48.04"),
         ("blind high", "50.6"), ("adds", "2.06"), ("adds low", "1.26"), ("adds high", "2.76"),
-        ("unreadable percent", ""), ("leaks", "1040")]
+        ("unreadable percent", ""), ("cut", "7"), ("empty", "0"), ("repeating", "1100"), ("leaks", "1040")]
+    assert [row["cut"] for row in rows] == ["7", "", "", "", "", ""]  # not known of answers from elsewhere
     assert [row["leaks"] for row in rows] == ["1040", "0", "0", "", "", ""]
     assert [row["score"] for row in rows][3:] == ["", "48.94", "41.5"] and rows[3]["unreadable percent"] == "12.34"
     assert rows[2]["blind row"] == rows[2]["blind"] == rows[2]["adds high"] == ""
@@ -116,11 +119,12 @@ def test_the_tabular_is_latex(written):
     odd = r"a_b/50%&#{}$\~^<>"
     tex = written([*EVALUATIONS, evaluation(odd, line("accuracy"))])["table.tex"]
     body = [row for row in tex.splitlines() if not row.startswith("%")]
-    assert body[0] == r"\begin{tabular}{lrlrlrrr}" and body[-1] == r"\end{tabular}"
+    assert body[0] == r"\begin{tabular}{lrlrlrrrrrr}" and body[-1] == r"\end{tabular}"
     assert [row for row in body if "rule" in row] == [r"\toprule", r"\midrule", r"\bottomrule"]
     rows = [row for row in body if row.endswith(r" \\")]
-    assert len(rows) == 8 and {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {7}
-    assert rows[1].startswith(r"path\_vqa/test & 1,234 & BLEU-1 & 48.9 [47.5 50.1] & ") and r"12.3\% & ? \\" in tex
+    assert len(rows) == 8 and {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {10}
+    assert rows[1].startswith(r"path\_vqa/test & 1,234 & BLEU-1 & 48.9 [47.5 50.1] & ")
+    assert r"12.3\% & - & - & - & ? \\" in tex
     assert escape(odd) in "".join(rows) and "12.3 " not in tex
     assert escape(odd) == (r"a\_b/50\%\&\#\{\}\$\textbackslash{}\textasciitilde{}\textasciicircum{}"
                            r"\textless{}\textgreater{}")

@@ -1,0 +1,284 @@
+"""
+One table of all runs: of each dataset the mean over a run's seeds, how far they are apart, and who is better.
+
+A run's seeds are the folders seed_0, seed_1, ... in it, and runs whose names differ in fold_<k> alone are one, which
+has answered each fold of a dataset, <name>_fold_<k>_of_<n>: each question counts once. Evaluations stand in one row, or
+are compared, only where they stand on the same; of the others it is said why they are left out.
+"""
+
+import json
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from plumbing.files import differences, hash_json, lock, require_writable, write_whole
+from plumbing.flags import UserError
+from plumbing.runs import FREE_ON_RESUME
+from tasks import boxes, choices, reasoning, reports, vqa
+from tasks.compare import compare, holm, key_of, p_text
+from tasks.encoders import deviation
+from tasks.evaluations import RESULTS, choose_evaluations, file_of, read_predictions
+from tasks.stats import draw_units, intervals
+from tasks.summary import FAULTS, faults_of, line_up, markdown, summary_of, tabular
+from tasks.vqa import cell_text
+
+HEADS = ("dataset", "run", "questions", "seeds", "folds", "metric", "score", "± seeds", "± folds", "blind answers",
+         *(f"{fault} %" for fault in FAULTS))
+PAIRS = ("dataset", "metric", "run A", "run B", "questions", "units", "A", "B", "A - B", "p", "p, Holm")
+TASKS = {task.MAIN: task for task in (boxes, choices, reports, vqa)}
+NOTES = ("score: mean over seeds, each question once; ± seeds, ± folds: standard deviation, -: of one alone",
+         "blind answers see no image; cut, empty, repeating: of the model's answers, in percent")
+PAIR_NOTES = ("A - B: of the questions that both answered, the mean over seeds of each; p: the signs of whole units "
+              "flipped; Holm: corrected for all rows",
+              "p is about other patients or images: of so few seeds no test is made")
+
+
+class Entry(NamedTuple):
+    """An evaluation of one dataset by one seed of a run, on one fold."""
+    run: str
+    dataset: str  # "dataset/split", without the fold
+    seed: int | None  # as it was trained with; None: answers that were given elsewhere
+    fold: str  # "0 of 5"; "": there are none
+    folder: Path
+    results: dict  # of its results.json
+
+
+# ----------------------------------------------------------------------------- which evaluations
+
+def name_run(folder):
+    """What a run's folder is called in the table: its path below out/, without seed and fold."""
+    folder = folder.relative_to("out") if folder.is_relative_to("out") else folder
+    parts = [re.sub(r"_?fold_\d+(_of_\d+)?", "", part) for part in folder.parts if not re.fullmatch(r"seed_\d+", part)]
+    return "/".join(filter(None, parts)) or folder.name
+
+
+def find_entries(places):
+    """
+    ([Entry] of the newest evaluation of each dataset by each run below these folders, [lines about those that cannot
+    be used]).
+    """
+    runs = {path.parent.parent.parent: None for place in places
+            for path in sorted(Path(place).glob(f"**/eval/*/{RESULTS}"))}
+    entries, left_out = [], []
+    for run in runs:
+        try:
+            chosen = choose_evaluations(run)
+        except UserError as error:
+            left_out.append(f"left out: {error}")
+            continue
+        for name, (folder, results) in chosen.items():
+            dataset, _, split = name.partition("/")
+            fold = re.search(r"_fold_(\d+)_of_(\d+)$", dataset)
+            entries.append(Entry(name_run(run), f"{dataset[:fold.start()] if fold else dataset}/{split}",
+                                 results["training"].get("flags", {}).get("seed"),
+                                 f"{fold[1]} of {fold[2]}" if fold else "", folder, results))
+    return entries, left_out
+
+
+def questions_of(entry):
+    """What the answers of all runs to one dataset have to stand on: its data, and how it was asked."""
+    stands_on = entry.results["stands_on"]
+    return {"data": stands_on["data"], **{name: value for name, value in stands_on["flags"].items() if name != "blind"}}
+
+
+def training_of(entry):
+    """What all seeds and folds of a run have to have in common."""
+    flags = entry.results["training"].get("flags", {})
+    flags = {name: value for name, value in flags.items() if name not in {*FREE_ON_RESUME, "seed", "seeds"}}
+    flags["data"] = re.sub(r"_fold_\d+_of_", "_fold_*_of_", flags.get("data", ""))
+    stands_on = entry.results["stands_on"]
+    return {"flags": flags, "dtype": stands_on["dtype"], "base_bits": stands_on["base_bits"]}
+
+
+def inputs_of(entry):
+    """What all seeds of a run on one fold have to have in common."""
+    return entry.results["training"].get("inputs", {})
+
+
+def keep_alike(entries, group_of, facts_of):
+    """(the Entries that stand on the same as most of their group, [lines about the others])."""
+    groups, kept, left_out = defaultdict(list), [], []
+    for entry in entries:
+        groups[group_of(entry)].append(entry)
+    for some in groups.values():
+        hashes = [hash_json(facts_of(entry)) for entry in some]
+        most = hashes.index(Counter(hashes).most_common(1)[0][0])  # of as many, the first
+        for entry, own in zip(some, hashes):
+            if own == hashes[most]:
+                kept.append(entry)
+            else:
+                changes = differences(facts_of(some[most]), facts_of(entry))
+                left_out.append(f"left out: {entry.folder}: does not stand on the same as {some[most].folder}: "
+                                f"{', '.join(changes[:3])}")
+    return kept, left_out
+
+
+def keep_first(entries):
+    """(one Entry of each run, dataset, seed and fold, the first; [lines about the others])."""
+    kept, left_out = {}, []
+    for entry in entries:
+        first = kept.setdefault(entry[:4], entry)
+        if first is not entry:
+            left_out.append(f"left out: {entry.folder}: the same run, seed and dataset as {first.folder}")
+    return list(kept.values()), left_out
+
+
+def comparable(entries):
+    """The Entries that may stand in one table, and lines about the others."""
+    lines = []
+    for group_of, facts_of in ((lambda entry: (entry.dataset, entry.fold), questions_of),
+                               (lambda entry: (entry.run, entry.dataset), training_of),
+                               (lambda entry: (entry.run, entry.dataset, entry.fold), inputs_of)):
+        entries, some = keep_alike(entries, group_of, facts_of)
+        lines += some
+    entries, some = keep_first(entries)
+    return [entry._replace(dataset=label_of(entry)) for entry in entries], lines + some
+
+
+def label_of(entry):
+    """A dataset's name, and the flags that it was asked with that are not as usual."""
+    flags = entry.results.get("unusual_flags", {}).items()
+    return " ".join([entry.dataset, *(f"--{flag}={value}" for flag, value in flags if flag != "blind")])
+
+
+# ----------------------------------------------------------------------------- numbers
+
+def over_seeds(entries, value_of):
+    """
+    (mean, deviation over seeds, deviation over folds) of value_of(results), a float or None, of a run's Entries on a
+    dataset: of each fold the mean over its seeds, folds by their numbers of questions. None where a value is not known,
+    nan where there is no deviation.
+    """
+    values, sizes = defaultdict(dict), {}
+    for entry in entries:
+        values[entry.fold][entry.seed] = value_of(entry.results)
+        sizes[entry.fold] = summary_of(entry.results)["n"]
+    if any(value is None for some in values.values() for value in some.values()):
+        return None, np.nan, np.nan
+    weights = list(sizes.values())
+    folds = [np.mean(list(values[fold].values())) for fold in sizes]
+    whole = [seed for seed in values[next(iter(sizes))] if all(seed in some for some in values.values())]
+    seeds = [np.average([values[fold][seed] for fold in sizes], weights=weights) for seed in whole]
+    return float(np.average(folds, weights=weights)), deviation(seeds), deviation(folds)
+
+
+def question_scores(entries):
+    """
+    {(dataset, id, question): (the main score, the mean over seeds, and what a bootstrap draws it with: its patient,
+    its image or itself)} of a run's Entries on a dataset.
+    """
+    scores, lines = defaultdict(list), {}
+    for entry in entries:
+        task = TASKS[summary_of(entry.results)["lines"][0]["metric"]]
+        for text in read_predictions(entry.folder / file_of("model")).splitlines():
+            line = json.loads(text)
+            lines[key_of(line)] = line
+            scores[key_of(line)].append(task.score(line, reasoning.answer_of(line, line["prediction"]))[task.MAIN])
+    return {key: (float(np.mean(some)), lines[key]) for key, some in scores.items()}
+
+
+def units_of(lines):
+    """What a bootstrap is to draw of lines of answers, and the number of each one's, (n,): patients, else images."""
+    names = [line.get("image") or line.get("context") or line["id"] for line in lines]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    unit, units = draw_units(np.array([numbers[name] for name in names]), [line.get("group", "") for line in lines])
+    return unit if any(line.get("image") for line in lines) else "questions", units
+
+
+def interval_of(scored, seed):
+    """[mean, low, high] of what question_scores gave."""
+    scores, lines = zip(*scored.values())
+    cell = intervals(np.array(scores)[:, None], units_of(lines)[1], seed)[0][0].tolist()
+    return [None if np.isnan(number) else number for number in cell]
+
+
+def share_of(results, fault):
+    """The percentage of an evaluation's answers that have a fault, that of this place in FAULTS, or None."""
+    count = faults_of(results)[fault]
+    return None if count is None else 100 * count / summary_of(results)["n"]
+
+
+def number_text(value):
+    return "-" if value is None or np.isnan(value) else f"{value:.1f}"
+
+
+def rows_of(entries, scored, seed):
+    """The rows of the table, texts in the order of HEADS, of a run's Entries on one dataset."""
+    rows, folds = [], dict.fromkeys(entry.fold for entry in entries)
+    sizes = {entry.fold: summary_of(entry.results)["n"] for entry in entries}
+    counts = sorted({sum(entry.fold == fold for entry in entries) for fold in folds})
+    of_folds = f"{len(folds)} of {next(iter(folds)).rpartition(' ')[2]}" if "" not in folds else "-"
+    for place, line in enumerate(summary_of(entries[0].results)["lines"]):
+        mean, of_seeds, between = over_seeds(entries, lambda results: summary_of(results)["lines"][place]["score"][0])
+        blind = line["blind"] and over_seeds(
+            entries, lambda results: summary_of(results)["lines"][place]["blind"][1][0])[0]
+        score = number_text(mean) if place else cell_text(interval_of(scored, seed))
+        faults = [""] * len(FAULTS) if place else [number_text(over_seeds(
+            entries, lambda results: share_of(results, fault))[0]) for fault in range(len(FAULTS))]
+        first = ["", "", "", "", ""] if place else [
+            entries[0].dataset, entries[0].run, f"{sum(sizes.values()):,}", "-".join(map(str, counts)), of_folds]
+        rows.append([*first, line["metric"], score, number_text(of_seeds), number_text(between),
+                     f"{line['blind'][0]} {number_text(blind)}" if line["blind"] else "-", *faults])
+    return rows
+
+
+def compare_pairs(scored, seed):
+    """
+    The rows of the table of comparisons, texts in the order of PAIRS, of each two runs that have answered the same
+    questions. scored: {(dataset, run, metric): what question_scores gave}.
+    """
+    pairs = []
+    for number, ((dataset, first, metric), ours) in enumerate(scored.items()):
+        for (other, second, _), theirs in list(scored.items())[number + 1:]:
+            if keys := [key for key in ours if other == dataset and key in theirs]:
+                unit, units = units_of([ours[key][1] for key in keys])
+                scores = [[some[key][0] for key in keys] for some in (ours, theirs)]
+                pairs.append((dataset, metric, first, second, compare(*scores, units, unit, seed)))
+    known = [one["p"] for *_, one in pairs if one["p"] is not None]
+    corrected = iter(holm(known))
+    return [[dataset, metric, first, second, f"{one['questions']:,}", one["unit"], f"{one['first']:.1f}",
+             f"{one['second']:.1f}", cell_text(one["difference"]), p_text(one["p"]),
+             p_text(None if one["p"] is None else next(corrected))] for dataset, metric, first, second, one in pairs]
+
+
+# ----------------------------------------------------------------------------- the report
+
+def report_runs(config):
+    """
+    Print the table of all runs in out/, or below the folders of --run, and the comparisons of those that have answered
+    the same; write both into report.txt, .md and .tex, in out/ or --out. Raises UserError where there is none.
+    """
+    places = [place.strip() for place in config.run.split(",")] if config.run else ["out"]
+    entries, left_out = find_entries(places)
+    asked = [name.strip() for name in config.data.split(",")]
+    entries = [entry for entry in entries if summary_of(entry.results) and (
+        config.data in ("", "all") or entry.dataset.partition("/")[0] in asked)]
+    if not entries:
+        raise UserError(f"{', '.join(places)}: no evaluation to report; make one with `python eval_vqa.py --run=...`")
+    entries, lines = comparable(entries)
+    groups, drawn, rows, scored = defaultdict(list), defaultdict(list), [], {}
+    for entry in sorted(entries, key=lambda entry: (entry.dataset, entry.run, entry.fold, entry.seed or 0)):
+        groups[entry.dataset, entry.run].append(entry)
+    for (dataset, run), some in groups.items():
+        main = summary_of(some[0].results)["lines"][0]["metric"]
+        scored[dataset, run, main] = question_scores(some)
+        rows += rows_of(some, scored[dataset, run, main], config.seed)
+        drawn[summary_of(some[0].results)["unit"]].append(dataset)
+    units = "; ".join(f"{unit} ({', '.join(dict.fromkeys(names))})" for unit, names in drawn.items())
+    pairs = compare_pairs(scored, config.seed)
+    notes = [NOTES[0], f"[low high]: 95% intervals by resampling {units}", *NOTES[1:], *left_out, *lines]
+    tables = [(HEADS, rows, notes)] + ([(PAIRS, pairs, PAIR_NOTES)] if pairs else [])
+    text = "\n\n".join("\n".join([*line_up(heads, some), *below]) for heads, some, below in tables) + "\n"
+    files = {"txt": text, "tex": "\n".join(tabular(*table) for table in tables),
+             "md": "\n\n".join("\n".join([*markdown(heads, some), "", *(f"- {note}" for note in below)])
+                               for heads, some, below in tables) + "\n"}
+    print(text, end="")
+    out = Path(config.out or "out")
+    require_writable(out, "out")
+    with lock(out / ".lock", "writing a report", wait=True):
+        for end, content in files.items():
+            write_whole(out / f"report.{end}", content.encode())
+    print(f"the report is in {out}/report.txt, .md and .tex")

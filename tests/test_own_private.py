@@ -23,11 +23,11 @@ PEOPLE = [("Plantmann", f"Q{number}uerida", f"PID{number:03}X") for number in ra
 
 def planted(number):
     """What a header says of file `number`, {element: text}, of which no text may be written."""
-    last, first, patient = PEOPLE[number % len(PEOPLE)]
+    last, first, patient = PEOPLE[number // 5]
     return {"PatientName": f"{last}^{first}", "PatientID": patient, "PatientBirthDate": f"1931{number % 12 + 1:02}17",
             "PatientAddress": f"{number} Plantstreet", "AccessionNumber": f"ACCN{number:04}",
             "InstitutionName": "Plantham General", "ReferringPhysicianName": "Plantdoc^R", "StudyDate": "20171129",
-            "StudyTime": f"1121{number:02}.123456", "StudyID": f"SID{number:05}", "StudyInstanceUID": f"1.2.77.{number // 2 + 1}9",
+            "StudyTime": f"1121{number:02}.123456", "StudyID": f"SID{number:05}", "StudyInstanceUID": f"1.2.77.{number // 5 + 1}.{number % 5 // 2}9",
             "SeriesInstanceUID": f"1.2.88.{number + 1}9", "SOPInstanceUID": f"1.2.99.{number + 1}9", "ImageComments":
             "seen by Plantnurse", "DeviceSerialNumber": f"DEV{number:04}Y", "OtherPatientIDs": f"OTHER{number:03}"}
 
@@ -51,8 +51,8 @@ def put_png(path, number, seed=1):
 def label_folders(folder):
     """Class folders of DICOM in folders that are called by names, in one class alone."""
     for number in range(COUNT):
-        last, first, _ = PEOPLE[number % len(PEOPLE)]
-        place = f"benign/{last}_{first}_1931" if number % 2 else "malignant"
+        last, first, _ = PEOPLE[number // 5]
+        place = f"benign/{last}_{first}_1931" if number // 5 % 2 else "malignant"
         put_dicom(folder / place / f"{last}{number}.dcm", number)
     return folder
 
@@ -61,7 +61,7 @@ def label_table(folder):
     """A csv of plain images whose names have the patient's id in them."""
     rows = ["filename,label,patient_id,name,birth date"]
     for number in range(COUNT):
-        last, first, patient = PEOPLE[number % len(PEOPLE)]
+        last, first, patient = PEOPLE[number // 5]
         put_png(folder / patient / f"{patient}_film{number}.png", number)
         rows.append(f"{patient}/{patient}_film{number}.png,{'ab'[number % 2]},{patient},{first} {last},17.04.1931")
     (folder / "list.csv").write_text("\n".join(rows))
@@ -82,9 +82,9 @@ def questions(folder):
     """A csv of questions about DICOM, with columns that are not used."""
     rows = ["image,question,answer,MRN,physician,accession"]
     for number in range(COUNT):
-        _, _, patient = PEOPLE[number % len(PEOPLE)]
-        put_dicom(folder / f"{patient}/IM{number}.dcm", number, seed=3)
-        rows.append(f"{patient}/IM{number}.dcm,what is image {number % 5}?,kept words {number},{patient},Plantdoc R,"
+        last, first, patient = PEOPLE[number // 5]
+        put_dicom(folder / f"{last}, {first}/IM{number}.dcm", number, seed=3)
+        rows.append(f'"{last}, {first}/IM{number}.dcm",'f"what is image {number % 5}?,kept words {number},{patient},Plantdoc R,"
                     f"ACCN{number:04}")
     (folder / "questions.csv").write_text("\n".join(rows))
     return folder / "questions.csv"
@@ -93,9 +93,9 @@ def questions(folder):
 def studies(folder):
     """A folder a study in one a patient, called by name and date, with a report."""
     for number in range(COUNT):
-        last, first, _ = PEOPLE[number % len(PEOPLE)]
+        last, first, _ = PEOPLE[number // 5]
         study = folder / f"{last}_{first}" / f"{number}_20171129"
-        put_dicom(study / "IM1", number, seed=4)
+        put_dicom(study / "IM1", number, seed=4) if number % 2 else put_png(study / "IM1.png", number, seed=4)
         (study / "report.txt").write_text(f"FINDINGS: kept words {number}.\nIMPRESSION: kept {number}.")
     return folder
 

@@ -104,8 +104,8 @@ class Pictures:
             for key in {key, last, ENDING.sub("", key), ENDING.sub("", last)}:
                 called[key].add(file)
                 called["any case", key.casefold()].add(file)
-            if folder:
-                called["folder", folder].add(file.parent)
+            for key in {folder, folder.rpartition("/")[2]} - {""}:
+                called["folder", key].add(file.parent)
         return called
 
     # ------------------------------------------------------------------------- one of them

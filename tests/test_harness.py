@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import eval_vqa
-from data import Record, Tokenizer, View
+from data import Record, Tokenizer, View, open_mixture
 from eval_vqa import Config
 from generate import Answer
 from plumbing.flags import UserError
@@ -25,6 +25,7 @@ from prepare.leaks import guard
 from prepare.reports import join_sections
 from prepare.studies import study_record
 from tasks.evaluations import find_evaluations, read_evaluation
+from tasks.scoring import conclude
 from tasks.splits import open_splits
 from test_eval import drawing, encoded, write_questions
 from test_evaluations import make_run
@@ -328,3 +329,40 @@ def test_answers_of_before_the_data_had_choices_are_compared(made, tmp_path, cap
     assert "without its options" not in capsys.readouterr().out
     eval_vqa.main(Config(run=str(tmp_path / "a"), against=str(tmp_path / "b"), shards_dir=str(made[0])))
     assert "accuracy" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------- patients
+
+KINDS = {"image questions": {}, "choices": {"choices": DRUGS}, "boxes": {"boxes": BOX}, "reports": {}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("patients, unit", [(1, "patients"), (0, "images")])
+def test_every_task_draws_patients_where_records_name_them(tmp_path, kind, patients, unit):
+    """Of one patient nothing is known about others, however many images of it there are."""
+    quiz, facts = [multiple_choice(f"which of {n}?", DRUGS, n % 3) for n in range(6)], KINDS[kind]
+    asked = {"choices": lambda n: quiz[n], "boxes": lambda n: ("detect cell", "")}.get(
+        kind, lambda n: (f"what is {n}?", "no effusion" if n % 2 else "a large heart"))
+    records = [Record(str(n), *asked(n), encoded(drawing(n)), f"{n}.png",
+                      group=f"patient {n % patients}" if patients else "", **facts) for n in range(6)]
+    write_questions(tmp_path, "own", {"test": records}, "image questions" if kind == "choices" else kind,
+                    **({"task": "choices"} if kind == "choices" else {}))
+    shard = Shard(tmp_path / "own/test")
+    answers = [record["answer"] if number % 3 else "none" for number, record in enumerate(shard.read_records())]
+    results, _ = conclude(shard, {"model": answers}, {"model": [{}] * 6}, "nothing is known", None, Config())
+    tables = results["own/test"]
+    score, low, high = tables["summary"]["lines"][0]["score"]
+    assert tables["drawn"] == unit and score is not None
+    assert (low is None) == (high is None) == (patients == 1)
+
+
+def test_a_patient_is_never_divided_between_training_and_the_held_out_part(tmp_path):
+    write_questions(tmp_path, "own", {"train": [
+        Record(str(n), f"what is {n}?", "a lung", encoded(drawing(n)), f"{n}.png", group=f"patient {n % 10}")
+        for n in range(40)]})
+    guard(tmp_path, "drop")
+    for seed in range(3):
+        mixture = open_mixture("own", tmp_path, "train", count_tokens=lambda height, width: 0 * height + 1,
+                               held_out=12, seed=seed)
+        train, out = ({number % 10 for number in part[0].tolist()} for part in (mixture.train, mixture.validation))
+        assert train and out and not train & out and len(mixture.validation[0]) == 12

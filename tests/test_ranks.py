@@ -106,6 +106,18 @@ def test_two_processes_have_the_losses_of_one_and_go_on_as_one(shards, tmp_path)
     assert float((after[0] - after[1]).abs().max()) < 1e-4
 
 
+def test_two_processes_train_and_evaluate_one_seed_after_the_other(shards, tmp_path):  # noqa: F811
+    changes = dict(max_steps=2, save_every=2, evaluate_every=2, batch_size=12, held_out=0)
+    train_vlm.main(flags(shards, tmp_path / "one", seeds=2, **changes))
+    told = together(2, flags(shards, tmp_path / "two", seeds=2, **changes))
+    assert told.count("seed_0: finished") == told.count("seed_1: finished") == 1
+    logs = [[entry["loss"] for seed in range(2) for entry in read_log(tmp_path / f"{run}/seed_{seed}")
+             if "loss" in entry] for run in ("one", "two")]
+    assert len(logs[0]) == 4 and logs[1] == pytest.approx(logs[0], rel=1e-5) and logs[0][0] != logs[0][2]
+    together(2, eval_vqa.Config(run=str(tmp_path / "two"), shards_dir=str(shards), limit=4), eval_vqa.main)
+    assert len(list(tmp_path.glob("two/seed_*/eval/*/predictions.jsonl"))) == 2
+
+
 def test_a_split_language_model_learns_the_same(shards, tmp_path):  # noqa: F811
     """LoRA on a base from a weights file, of which each of three processes keeps a third."""
     torch.manual_seed(0)

@@ -35,7 +35,7 @@ def open_volume(path):
     try:
         image = nibabel.load(path)
         kind, shape = image.header.get_data_dtype(), image.shape
-        size = path.stat().st_size * (MOST_PACKED if path.suffix.lower() == ".gz" else 1)
+        size = path.stat().st_size * (MOST_PACKED if path.suffix.lower() == ".gz" else 1) - image.dataobj.offset
     except Exception as error:  # of many kinds
         raise Unreadable(DAMAGED) from error
     if int(image.header["intent_code"]) == LABEL or not (kind.names in (("R", "G", "B"), ("R", "G", "B", "A")) or

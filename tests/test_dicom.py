@@ -176,7 +176,7 @@ def test_without_a_window_a_metal_pixel_changes_nothing(tmp_path):
 def test_far_numbers_are_no_wrapped_ones(tmp_path):
     film = np.array([[-32768, -1], [0, 32767]], np.int16)
     assert grey_of(tmp_path, film, WindowCenter=0, WindowWidth=65536, VOILUTFunction="LINEAR_EXACT") == [
-        0, 127, 128, 255]
+        0, 127, 128, 255]  # and their difference is more than 15 bits hold
     wide = np.array([[0, 1 << 30], [1 << 31, (1 << 32) - 1]], np.uint32)
     assert grey_of(tmp_path, wide, WindowCenter=2 ** 31, WindowWidth=2 ** 32, VOILUTFunction="LINEAR_EXACT") == [
         0, 64, 128, 255]
@@ -421,7 +421,8 @@ def test_two_views_are_two_scans(tmp_path):
 def test_phases_of_a_series_are_volumes(tmp_path):
     for phase in (0, 1):
         for height in (2, 1):
-            slice_at(tmp_path / f"{phase}{height}.dcm", height, 100 * phase + height, InstanceNumber=10 * phase + height)
+            slice_at(tmp_path / f"{phase}{height}.dcm", height, 100 * phase + height,
+                     InstanceNumber=10 * phase + height)
     scans, _ = find_scans(sorted(tmp_path.iterdir()), ScanSettings(), tmp_path)
     assert [greys_of(scan) for scan in scans] == [[1, 2], [101, 102]]
     assert len({scan.name for scan in scans}) == 2
@@ -558,8 +559,8 @@ def test_nothing_of_a_header_is_in_a_picture(tmp_path):
     for number in range(200):
         name, place = f"Zzyzx{number}^Quill", f"{number} Nightjar Lane"
         planted = [name, place, f"MRN-{number:04}-88", f"19{number % 100:02}1231", f"ACC{number:05}77", "Dr Wexcombe"]
-        dataset = made(smooth().astype(np.uint16) + number, PatientName=name, PatientAddress=place, PatientID=planted[2],
-                       PatientBirthDate=planted[3], AccessionNumber=planted[4], ReferringPhysicianName=planted[5],
+        dataset = made(smooth().astype(np.uint16) + number, PatientName=name, PatientAddress=place,
+                       PatientID=planted[2], PatientBirthDate=planted[3], AccessionNumber=planted[4], ReferringPhysicianName=planted[5],
                        InstitutionName=place, ImageComments=" ".join(planted), PatientComments=name,
                        StudyDescription=name, SeriesDescription=planted[2], ProtocolName=name, StationName="WEX",
                        StudyDate=planted[3], SeriesInstanceUID=f"1.2.3.{number}", Modality=choose.choice(["CT", "MR"]),

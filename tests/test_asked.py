@@ -236,3 +236,17 @@ def test_a_scan_is_shown_by_the_runs_window_and_the_slices_that_are_named(made, 
     assert [token for token in prompt if token < 0] == [-1, -2] and "slice 1 of 2:" in text and "slice 2 of 2:" in text
     assert asking.prompt_of(tokenizer, "is it?", ("",)) == tokenizer.write(Record("", "is it?", image=b""))[0][:len(
         asking.prompt_of(tokenizer, "is it?", ("",)))]
+
+
+def test_a_dicom_file_is_read_as_any_image(made, tmp_path, capsys):
+    data = pytest.importorskip("pydicom.data")
+    scan = data.get_testdata_file("CT_small.dcm")
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans/CT_small.dcm").write_bytes(open(scan, "rb").read())
+    flags = {"run": str(made[1]), "shards_dir": str(made[0]), "max_new_tokens": 4}
+    eval_vqa.main(Config(question="is figure 3 large?", image=scan, **flags))
+    answer = capsys.readouterr().out
+    eval_vqa.main(Config(ask="is figure 3 large?", images=str(tmp_path / "scans"), answers=str(tmp_path / "a.csv"),
+                         **flags))
+    (row,) = csv.DictReader((tmp_path / "a.csv").read_text().splitlines())
+    assert row["image"] == "CT_small.dcm" and row["answer"] + "\n" == answer and row["error"] == ""

@@ -390,7 +390,8 @@ def test_own_images_are_trained_on_and_new_ones_predicted(kind, tmp_path, capsys
         (new / name).write_bytes(picture(99, shade))
     (new / "notes.txt").write_text("no image")
     Image.new("L", (20, 20), 190).save(new / "even.png")
-    (source / "labels.csv").write_text("\n".join(lines) + "\n")
+    if kind == "csv":
+        (source / "labels.csv").write_text("\n".join(lines) + "\n")
     dataset = str(source if kind == "folder" else source / "labels.csv")
     words = [f"--dataset={dataset}", "--encoder=scratch", "--model=sample", "--epochs=5", "--learning_rate=1e-3",
              f"--shards_dir={tmp_path}/shards", f"--out={tmp_path}/cls", "--device=cpu"]
@@ -491,3 +492,37 @@ def test_the_table_leaves_blank_what_was_not_run(tmp_path, capsys):
     assert printed[-1] == ("openmedq - scratch: +0.200 over n = 2 dataset(s), each the mean of 3 seed(s), higher in 2, "
                            "p = 0.500 (whole datasets' signs flipped)")
     assert not [line for line in printed if "biomedclip:" in line]  # no seed in common
+
+
+def fold_of(fold, name="scratch", seed=0, value=0.5, blind=0.3, folds=5):
+    return {"dataset": f"wrists_fold_{fold}_of_{folds}", "name": name, "seed": seed,
+            "test": {"macro_f1": value, "blind_macro_f1": blind},
+            "inputs": {"folds": {"of": "wrists", "fold": fold, "folds": folds}}}
+
+
+def test_folds_are_one_row_of_their_mean_and_missing_ones_are_named(tmp_path, capsys):
+    config = settings(tmp_path, report=True)
+    values = (0.5, 0.6, 0.7, 0.8, 0.9)
+    entries = [fold_of(fold, value=value + 0.01 * seed - 0.005, blind=0.1 * fold, seed=seed)
+               for fold, value in enumerate(values) for seed in range(2)]
+    entries += [fold_of(fold, "openmedq", value=values[fold] + 0.1, blind=0.1 * fold) for fold in (0, 2, 3)]
+    entries += [{"dataset": "toy", "name": name, "seed": 0, "test": {"macro_f1": 0.4}}
+                for name in ("scratch", "openmedq")]
+    write_results(config.out, entries)
+    main(config)
+    printed = capsys.readouterr().out
+    row, = [line for line in printed.splitlines() if line.startswith("wrists")]
+    assert re.split("  +", row) == ["wrists (5 folds)", "0.767 ± 0.153, 3 of 5 folds", "0.700 ± 0.158", "0.200"]
+    assert "_fold_" not in printed and printed.count("of folds: mean over folds") == 1
+    assert "openmedq - scratch: +0.052 over n = 2 dataset(s), each the mean of 1 or 3 seed(s) or fold(s)" in printed
+
+
+def test_a_run_on_a_fold_knows_which_it_is(toy):
+    for split in ("train", "validation", "test"):
+        manifest = read_manifest(toy / "toy" / split)
+        write_manifest(toy / "toy" / split, "manifest.json",
+                       manifest | {"folds": {"of": "wrists", "fold": 2, "folds": 5}})
+    guard(toy, "")
+    main(settings(toy, epochs=1))
+    result = read_results(toy / "cls")["toy", "scratch", 0]
+    assert result["inputs"]["folds"] == {"of": "wrists", "fold": 2, "folds": 5}

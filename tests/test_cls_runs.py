@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +23,9 @@ from model import CONFIGS, ViT
 from plumbing import files
 from plumbing.files import checkpoints, hash_file, lock, read_manifest, seal, write_manifest
 from plumbing.flags import UserError
+from plumbing.own import SECRET, hash_id, secret_of
 from prepare.leaks import guard
+from scans.frames import Scan, ScanSettings
 from tasks import encoders, labelled
 from tasks.encoders import print_run, read_results
 from tasks.labels import interval_of, score
@@ -313,6 +316,135 @@ def test_new_images_of_folders_files_and_links_are_predicted(trained, tmp_path, 
     assert sorted(found.values()) == [["1.png"], ["2.png", "3.png"], ["4.png"], ["5.png", "linked/4.png"]]
     assert "2 could not be read, see above; 0 files are no pictures\n" in printed and "cut.png: not an image" in printed
     assert "gone.png: not an image that can be read (cannot be read: No such file or directory)" in printed
+
+
+def test_batches_and_the_order_of_reading_change_no_row(trained, tmp_path):
+    (tmp_path / "new").mkdir()
+    for number in range(11):
+        content = picture(number, 40 + 20 * number)
+        (tmp_path / f"new/{number:02}.png").write_bytes(content[:100] if number in (0, 1, 5) else content)
+    found = []
+    for batch_size in (1, 2, 64):
+        main(replace(trained, predict=str(tmp_path / "new"), batch_size=batch_size))
+        table, = Path(trained.out).glob("toy/scratch/seed_0/predicted_new_*.csv")
+        found.append(list(csv.reader(open(table))))
+        table.unlink()
+    assert [row[0] for row in found[0][1:]] == [f"{number:02}.png" for number in (2, 3, 4, 6, 7, 8, 9, 10)]
+    numbers = [np.array([row[3:] for row in rows[1:]], float) for rows in found]
+    assert np.ptp(numbers, axis=0).max() < 1e-5 and [row[:3] for row in found[0]] == [row[:3] for row in found[2]]
+    assert found[0][0] == ["image", "predicted", "uncertain", "dark", "light"]
+
+
+def test_a_model_predicts_without_the_file_that_its_encoder_was_and_the_test_images_as_before(asked, shards, tmp_path):
+    save_module(ViT(CONFIGS["sample"][0]), tmp_path / "biomedclip.safetensors")
+    config = asked(encoder="biomedclip", weights_dir=str(tmp_path), epochs=1, learning_rate=1e-4)
+    main(config)
+    (tmp_path / "biomedclip.safetensors").unlink()
+    (tmp_path / "new").mkdir()
+    split = labelled.open_dataset(shards / "was/toy", 32)[0]["test"]
+    split.read_pixels()
+    for number, pixels in enumerate(split.pixels):
+        Image.fromarray(pixels).save(tmp_path / f"new/{number}.png")
+    main(replace(config, predict=str(tmp_path / "new"), shards_dir=str(tmp_path)))  # nor its dataset
+    folder = tmp_path / "cls/toy/biomedclip/seed_0"
+    table, = folder.glob("predicted_new_*.csv")
+    predicted, tested = (list(csv.DictReader(open(path))) for path in (table, folder / "test.csv"))
+    assert len(predicted) == 8
+    for row, other in zip(predicted, tested):  # calibrated alike
+        assert float(row["dark"]) == pytest.approx(float(other["dark"]), abs=2e-6)
+
+
+SCANS = [Scan("a/ct", ("1", "2", "3"), ("slice 1 of 3", "slice 2 of 3", "slice 3 of 3"), "Jane Doe", "1.2.3"),
+         Scan("b.dcm", ("4",), ("",), "Jane Doe", "1.2.3"), Scan("c.dcm", ("5",), ("",), "Jane Doe", "1.2.4"),
+         Scan("d.png", ("6",), ("",))]
+
+
+@pytest.fixture
+def hospital(tmp_path, monkeypatch):
+    """A folder of SCANS, whose pictures are darker the earlier; the settings that they were asked for with."""
+    wanted = []
+    monkeypatch.setattr(labelled, "find_scans", lambda files, settings, folder: (wanted.append(settings), (
+        SCANS, {Path("e.dcm"): "its header is cut short"}))[1])
+    monkeypatch.setattr(labelled, "decode_picture", lambda source, at_least: Image.new(
+        "RGB", (40, 40), (35 * int(source),) * 3))
+    (tmp_path / "hospital").mkdir()
+    (tmp_path / "hospital/f.txt").write_text("")
+    return tmp_path / "hospital", wanted
+
+
+def test_slices_are_summed_up_by_study_and_patient_whose_names_are_hashed(trained, hospital, capsys):
+    folder, wanted = hospital
+    main(replace(trained, predict=str(folder)))
+    told = capsys.readouterr().out
+    tables = {path.stem.split("_")[3] if path.stem.count("_") > 2 else "": list(csv.DictReader(open(path)))
+              for path in Path(trained.out).glob("toy/scratch/seed_0/predicted_hospital_*.csv")}
+    assert [row["image"] for row in tables[""]] == ["a/ct slice 1 of 3", "a/ct slice 2 of 3", "a/ct slice 3 of 3",
+                                                    "b.dcm", "c.dcm", "d.png"]
+    light = [float(row["light"]) for row in tables[""]]
+    assert [row["images"] for row in tables["studies"]] == ["4", "1", "1"]
+    assert float(tables["studies"][0]["light"]) == pytest.approx(np.mean(light[:4]), abs=2e-6)
+    patient, = tables["patients"]
+    assert float(patient["light"]) == pytest.approx(np.mean(light[:5]), abs=2e-6) and patient["images"] == "5"
+    secret = (folder / SECRET).read_bytes().strip()
+    assert patient["patient"] == hash_id(secret, "Jane Doe") and patient["first image"] == "a/ct slice 1 of 3"
+    assert [row["study"] for row in tables["studies"]] == [hash_id(secret, "1.2.3"), hash_id(secret, "1.2.4"), "d.png"]
+    assert "e.dcm: not an image that can be read (its header is cut short)" in told and "Jane" not in told
+    assert "studies.csv: 3 studies" in told and "1 images are of no known patient" in told
+    assert wanted == [ScanSettings()]
+
+
+def test_a_folder_that_cannot_be_written_to_has_its_secret_in_the_run_s(trained, hospital, monkeypatch):
+    def read_only(path):
+        if path == hospital[0]:
+            raise UserError("read-only")
+        return secret_of(path)
+
+    monkeypatch.setattr(labelled, "secret_of", read_only)
+    main(replace(trained, predict=str(hospital[0])))
+    assert not (hospital[0] / SECRET).exists() and (Path(trained.out) / "toy/scratch/seed_0" / SECRET).is_file()
+
+
+def test_scans_are_shown_as_those_that_the_model_learnt_from(asked, hospital, shards, tmp_path):
+    shutil.copytree(shards / "was/toy", tmp_path / "ct/toy")
+    for split in (tmp_path / "ct/toy").iterdir():
+        manifest = read_manifest(split)
+        write_manifest(split, "manifest.json", manifest | {"image": manifest["image"] | {"window": "40/400"}})
+    guard(tmp_path / "ct", "")
+    config = replace(asked(epochs=1), shards_dir=str(tmp_path / "ct"))
+    main(config)
+    assert "image.window was 40/400, now not there" in refused(asked(epochs=1))
+    main(replace(config, predict=str(hospital[0])))
+    assert hospital[1] == [ScanSettings(window="40/400")]
+    told = refused(asked(epochs=1, predict=str(hospital[0])))
+    assert "image.window was 40/400, now not there; train again" in told
+
+
+def test_a_model_of_an_earlier_version_says_that_it_is_not_calibrated(asked, tmp_path, capsys):
+    main(asked())
+    model = asked.folder / "model"
+    facts = json.loads((model / "config.json").read_text())
+    assert facts["temperature"] is None and facts["conformal"] == {
+        "coverage": 0.9, "threshold": None, "validation_images": 8}
+    partial = tmp_path / "partial"
+    shutil.copytree(model, partial)
+    shutil.rmtree(model)
+    (partial / "manifest.json").unlink()
+    (partial / "config.json").write_text(json.dumps({name: facts[name] for name in ("classes", "image", "thresholds")}))
+    seal(partial, model)
+    result = read_manifest(asked.folder, "result.json")
+    test = {name: value for name, value in result["test"].items() if name not in ("calibration", "conformal")}
+    write_manifest(asked.folder, "result.json",
+                   result | {"test": test, "model": read_manifest(model)["checksum"]})
+    capsys.readouterr()
+    main(asked(report=True))
+    assert "\ntoy                1.000    0.333\n" in capsys.readouterr().out
+    print_run(read_results(asked().out)["toy", "scratch", 0])
+    assert "calibration" not in capsys.readouterr().out
+    (tmp_path / "new.png").write_bytes(picture(1, 60))
+    main(asked(predict=str(tmp_path / "new.png")))
+    assert "probabilities are not calibrated: the model is of an earlier version" in capsys.readouterr().out
+    table, = asked.folder.glob("predicted_new_*.csv")
+    assert next(csv.DictReader(open(table)))["uncertain"] == ""
 
 
 def test_what_cannot_be_predicted_is_refused_and_leaves_what_there_was(trained, tmp_path, shards):

@@ -104,7 +104,7 @@ def find_prepared(name, shards_dir):
 
 def prepare_own(path, shards_dir, image_size):
     """
-    Have prepare/all.py bring the dataset of a folder or csv up to date, a process that says itself what it
+    Have prepare/all.py bring the dataset of a folder or file up to date, a process that says itself what it
     does. Returns the dataset's name. Raises UserError with the reason that it ends with.
     """
     command = [sys.executable, str(PREPARE), f"--own={path}", f"--shards_dir={shards_dir}",
@@ -119,7 +119,9 @@ def prepare_own(path, shards_dir, image_size):
         raise UserError(error.decode("utf-8", "backslashreplace").strip() or
                         f"{path}: prepare/all.py ended with exit code {process.returncode}")
     mine = clean(str(own_path(path)))
-    names = [target.name for target in Path(shards_dir).glob("*") if mine in origins(target)]
+    made = {target.name: list(filter(None, origins(target))) for target in Path(shards_dir).glob("*")}
+    names = [name for name, paths in made.items() if mine in paths] or [  # of a table in the folder
+        name for name, paths in made.items() if any(path.startswith(f"{mine}/") for path in paths)]
     if not names:
         raise UserError(f"{path}: its dataset in {shards_dir} is gone; run the same command again")
     return min(names, key=len)  # one with a hash in its name is older than one without

@@ -85,10 +85,10 @@ def parts_of_content(where, content):
 
 # ----------------------------------------------------------------------------- a conversation
 
-def turns_of(where, item, key):
+def turns_of(where, item):
     """[(user, assistant or system, parts)] of a conversation, in its order."""
-    turns = []
-    for turn in item[key] if isinstance(item[key], list) else ():
+    turns, said = [], item.get(turns_column(item))
+    for turn in said if isinstance(said, list) else ():
         turn = turn if isinstance(turn, dict) else {}
         speaker, content = turn.get("from", turn.get("role", "")), turn.get("value", turn.get("content"))
         if str(speaker).lower() not in SPEAKERS:
@@ -118,9 +118,12 @@ def first_question(parts):
     return parts[:texts[-1]] + parts[texts[-1] + 1:], parts[texts[-1]]
 
 
-def read_conversation(where, item, key, names):
-    """(parts, question and answer of each turn, system message) of a conversation. Raises Unfit."""
-    turns, views = turns_of(where, item, key), [open_url(where, name, number) for number, name in enumerate(names, 1)]
+def read_conversation(where, item, names):
+    """
+    (parts, question and answer of each turn, system message, whether it ends with a question) of a conversation.
+    Raises Unfit.
+    """
+    turns, views = turns_of(where, item), [open_url(where, name, number) for number, name in enumerate(names, 1)]
     system = " ".join(part for speaker, some in turns if speaker == "system" for part in some if isinstance(part, str))
     spoken = [turn for turn in turns if turn[0] != "system"]
     if [speaker for speaker, _ in spoken] != (["user", "assistant"] * len(spoken))[:len(spoken)] or len(spoken) < 2:
@@ -136,7 +139,7 @@ def read_conversation(where, item, key, names):
         if views:
             raise Unfit("fewer places of images than images")
     parts, question = first_question(first)
-    return tuple(parts), list(zip([question, *texts[1::2]], texts[::2])), system
+    return tuple(parts), list(zip([question, *texts[1::2]], texts[::2])), system, len(spoken) % 2
 
 
 def number_roles(parts):
@@ -162,18 +165,18 @@ def read_chats(path, tables, given):
     known = {role: ROLES[role] for role in ("image", "split", "patient", "study", "type", "id")}
     drafts, systems, unfit, firsts, forms, ending, grouped_by = [], [], Counter(), {}, set(), 0, ""
     for file, columns, rows, split in tables:
-        key, roles = turns_column(columns), find_roles(file, columns, known, given)
+        roles = find_roles(file, columns, known, given)
         grouped_by = grouped_by or (f"column {roles['patient']}" if "patient" in roles else "")
-        forms.add("messages" if key.lower() == "messages" else "conversations")
+        forms.add(turns_column(columns).lower())
         for number, (where, item) in enumerate(rows, 1):
             own = {role: text_of(item.get(roles[role])) if role in roles else "" for role in known}
             try:
-                parts, pairs, system = read_conversation(where, item, key, names_of(item, roles, []))
+                parts, pairs, system, left = read_conversation(where, item, names_of(item, roles, []))
             except Unfit as error:
                 unfit[str(error)] += 1
                 firsts.setdefault(str(error), where)
                 continue
-            ending += len(item[key]) - bool(system) > 2 * len(pairs)
+            ending += left
             (question, answer), *turns = pairs
             record = Record(own["id"] or str(number), question, answer, type=own["type"], study=own["study"],
                             parts=number_roles(parts), turns=tuple(turns))

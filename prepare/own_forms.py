@@ -22,12 +22,13 @@ from prepare.choices import group_equals
 from prepare.classify import group_alike
 from prepare.datasets import Dataset
 from prepare.folder import compared, names_for, prepare_folder, prepare_listing
-from prepare.listing import folders_in
-from prepare.own_boxes import LARGEST_JSON, find_sources, prepare_boxes, split_of
+from prepare.listing import ROLES as LISTED
+from prepare.listing import SPLITS, folders_in
+from prepare.own_boxes import LARGEST_JSON, find_sources, prepare_boxes
 from prepare.own_chats import read_chats, turns_column
 from prepare.own_page import write_page
 from prepare.own_pictures import Pictures, file_of, is_left_by_programs, views_of, written_name
-from prepare.own_questions import ROLES, read_questions, roles_of
+from prepare.own_questions import ROLES, read_questions, roles_of, split_of
 from prepare.own_splits import divide, fold_targets, hash_names, hide
 from prepare.own_studies import find_studies, read_studies
 from prepare.own_tables import JSONS, SEPARATED, WORKBOOKS, find_roles, parse_columns, plain_name, read_items
@@ -35,7 +36,8 @@ from prepare.shards import write_dataset
 from scans.frames import Frame, ScanSettings, decode_picture
 
 MOST_TABLES = 64  # of a folder that are looked into: more are no tables of samples, but a file an image
-LABELS = {"image": ROLES["image"], "label": ("label", "labels", "class", "classes", "findinglabels", "diagnosis")}
+LABELS = {"image": (*LISTED["image"], *ROLES["image"]),
+          "label": (*LISTED["label"], "class", "classes", "category", "diagnosis")}
 MORE_ROLES = ("label", "findings", "impression", "report", "comparison", "indication", "view")  # of --columns
 EXAMPLES = {  # layout -> (names of columns, or words for files, that it has; its first two rows)
     "questions": (("image", "question", "answer"), "image,question,answer | 1.png,what is shown?,a fracture"),
@@ -102,7 +104,8 @@ def look_into(path, given):
             found.others.append((file, columns))
             continue
         names = [*file.relative_to(path).parent.parts, *re.split(r"[\W_]+", file.stem)] if file != path else []
-        split = split_of(names)
+        splits = (split_of(name.rstrip("0123456789")) for name in names)
+        split = next((split for split in splits if split in SPLITS.values()), "")
         found.tables.setdefault(kind, []).append((file, columns, rows, split))
         found.notes.extend(notes)
     return found
@@ -112,13 +115,13 @@ def refuse(path, found):
     """Raise UserError for what is not understood: what is there, and the three layouts that are nearest to it."""
     files = [path] if path.is_file() else [file for file in files_below(path) if not is_left_by_programs(file)]
     ends = Counter(file.suffix.lower() for file in files)
-    columns = [name for _, names in found.others for name in names]
+    columns = [printable(name)[:40] for _, names in found.others for name in names]
     there = {"folders": path.is_dir() and folders_in(path), "texts": ends[".txt"],
              "pictures": ends.keys() - {*SEPARATED, *JSONS, *WORKBOOKS}}
     words = {*map(plain_name, columns), *(word for word in there if there[word])}
     nearest = sorted(EXAMPLES, key=lambda name: -len(words & set(EXAMPLES[name][0])))[:3]
     books = [file.name for file in files if file.suffix.lower() in WORKBOOKS]
-    has = (f"columns {', '.join(map(printable, columns)):.200}" if columns else
+    has = (f"columns {', '.join(columns):.200}" if columns else
            f"{printable(books[0])}, a workbook, which is to be saved as csv" if books else
            ", ".join(f"{count:,} files {end or 'without an end'}" for end, count in ends.most_common(3)) or "no file")
     raise UserError(f"{path}: not understood, it has {has}; the nearest layouts are "
@@ -128,8 +131,8 @@ def refuse(path, found):
 
 def recognise(path, config, given):
     """
-    (form, what its reader takes) of a folder or file: ("conversations" or "questions", tables), ("boxes", sources),
-    ("studies", sources) or ("labels", path). Says what else is there. Raises UserError.
+    (form, what its reader takes, notes) of a folder or file: tables of conversations, questions or labels, sources of
+    boxes or studies, or the path of class folders. Says what else is there. Raises UserError.
     """
     found, boxes = look_into(path, given), find_sources(path)
     ways = {form: found.tables[form] for form in ("conversations", "questions") if form in found.tables}
@@ -137,16 +140,18 @@ def recognise(path, config, given):
         ways["boxes"] = boxes
     if studies := find_studies(path, config.columns):
         ways["studies"] = studies
+    folders = [folder.name.lower() for folder in folders_in(path)] if path.is_dir() else []
     if "labels" in found.tables and not boxes:
-        ways["labels"] = found.tables["labels"][0][0]
-    elif path.is_dir() and len([folder for folder in folders_in(path)]) > 0:
-        ways["labels"] = path
+        ways["labels"] = found.tables["labels"]
+    if len(folders) > 1 or SPLITS.keys() & set(folders):
+        ways["class folders"] = path
     if not ways:
         refuse(path, found)
     form, *others = ways
-    if others and not (others == ["labels"] and ways["labels"] == path):
-        print(f"  {path.name}: {form} in it, and {' and '.join(others)}, which are passed over: name their file as "
-              "--own for these")
+    others = [other for other in others if other != "class folders" or form == "labels"]  # images lie in folders
+    if others:
+        print(f"{printable(path.name)}: {form} count, and {' and '.join(others)} in it are passed over; for those name "
+              "their file or folder as --own")
     return form, ways[form], found.notes
 
 
@@ -166,6 +171,8 @@ def find_pictures(path, own, pictures):
     scans = [[pictures.find(f"{draft.where}", view.name) for view in draft.record.views() if view.image is None]
              for draft in own.drafts]
     named = [next((scan.patient for scan in some if scan and scan.patient), "") for some in scans]
+    if len(set(named) - {""}) == 1:  # as programs write that take names out: their studies count
+        named = [next((scan.study or scan.patient for scan in some if scan and scan.patient), "") for some in scans]
     patients = [draft.patient or header for draft, header in zip(own.drafts, named)]
     studies = [draft.record.study for draft in own.drafts]
     hashes = zip(hash_names(path, patients), hash_names(path, studies))
@@ -270,7 +277,8 @@ def say(path, own, shown, grouped_by, settings):
               "patients": len({one.patient for one in shown} - {""}),
               "conversations of several turns": sum(bool(one.record.turns) for one in shown),
               "of several images": sum(len(one.record.views()) > 1 for one in shown)}
-    print(f"{printable(path.name)}: {own.form}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items() if count))
+    numbers = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+    print(f"{printable(path.name)}: {own.form}: {numbers}")
     splits = Counter(one.split for one in shown if one.split)
     kinds = Counter(one.record.type for one in shown if one.record.type)
     lost = [view.name for one in shown for view, scan in zip(
@@ -278,7 +286,8 @@ def say(path, own, shown, grouped_by, settings):
     lines = [f"splits are given: {', '.join(f'{n:,} {split}' for split, n in splits.items())}"] if splits else []
     lines += [f"types: {', '.join(f'{n:,} {printable(kind)}' for kind, n in kinds.most_common(12))}"] if kinds else []
     lines += [f"patients are known by {printable(grouped_by)}; in what is written hashes stand for them"
-              ] if grouped_by else ["no patient is named: samples whose images are alike stay on one side"]
+              ] if grouped_by else [f"no patient is named: samples that {'show alike images' if views else 'ask the same'} "
+                                    "stay on one side"]
     lines += [f"{len(lost):,} of {len(views):,} images are not there, {printable(lost[0]):.120} the first: their "
               "samples are skipped"] if lost else []
     asked = [f"--{name}" for name, value in vars(settings).items() if value != getattr(ScanSettings(), name)]
@@ -333,6 +342,9 @@ def prepare_samples(config, own, pictures, image, tokenizer):
 
     def write(target, facts):
         part = facts.get("folds", {"folds": 0, "fold": 0})
+        if not any(one.split for one in shown):
+            print(f"  fold {part['fold']} of {part['folds']} is the test split, the others train" if part["folds"] else
+                  "  a split is made, 70 : 10 : 20")
         splits = divide(path, groups(), labels, [one.split for one in shown], part["folds"], part["fold"])
         sizes = Counter(groups())
         written = [group if sizes[group] > 1 or not group.startswith("like ") else "" for group in groups()]
@@ -352,14 +364,19 @@ def prepare_samples(config, own, pictures, image, tokenizer):
     return name
 
 
+def require_one(path, form, tables, more=""):
+    """Raise UserError where several tables are of one form."""
+    if len(tables) > 1:
+        raise UserError(f"{path}: {form} in {tables[0][0].name} and in {tables[1][0].name}; name one, as "
+                        f"--own={tables[0][0]}{more}")
+
+
 def read_own(path, form, source, config, given, pictures, notes):
     """The Own that the reader of a form gives."""
     if form == "studies":
         return read_studies(path, source, pictures, config.report, config.columns)
-    named = [split for *_, split in source]
-    if len(source) > 1 and not all(named):
-        raise UserError(f"{path}: {form} in {source[0][0].name} and in {source[1][0].name}; name one, as "
-                        f"--own={source[0][0]}, or call them after train, validation and test")
+    if not all(split for *_, split in source):
+        require_one(path, form, source, ", or call them after train, validation and test")
     if len(source) == 1:
         source = [(file, columns, rows, "") for file, columns, rows, _ in source]
     own = {"conversations": read_chats, "questions": read_questions}[form](path, source, {
@@ -376,8 +393,12 @@ def prepare_any(config, image, open_words):
     given = parse_columns(config.columns, [*ROLES, *MORE_ROLES])
     more = {"settings": settings, "name": config.name, "folds": config.folds, "fold": config.fold,
             "dry_run": config.dry_run}
-    form, source, notes = recognise(path, config, given) if path.exists() else ("labels", path, [])
+    form, source, notes = recognise(path, config, given) if path.exists() else ("class folders", path, [])
     if form == "labels":
+        require_one(path, form, source)
+        source, columns, *_ = source[0]
+        given |= find_roles(source, columns, LABELS, {role: given[role] for role in LABELS if role in given})
+    if form in ("labels", "class folders"):
         return prepare_folder(source, config.shards_dir, config.image_size, config.workers, given=given, **more)
     if form == "boxes":
         return prepare_boxes(config.own, source, config.shards_dir, image, open_words(), config.box_format,

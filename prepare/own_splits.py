@@ -33,7 +33,8 @@ def hide(name, patient, hashed):
     """
     if not patient:
         return name
-    within = re.escape(patient) if len(patient) >= LEAST_ID else rf"(?<![^/\\]){re.escape(patient)}(?=$|[/\\.])"
+    ending = r"(?=$|[/\\\s]|\.[a-z][\w.]*(?:\s|$))"
+    within = re.escape(patient) if len(patient) >= LEAST_ID else rf"(?<![^/\\]){re.escape(patient)}{ending}"
     return re.sub(within, hashed, name, flags=re.I)
 
 

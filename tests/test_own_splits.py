@@ -1,0 +1,76 @@
+"""Splits and folds by patient, hashed names, and what is refused."""
+
+import re
+from collections import Counter
+
+import pytest
+
+from plumbing.flags import UserError
+from plumbing.own import SECRET
+from prepare.own_splits import divide, fold_targets, group_names, hash_names, hide
+
+GROUPS = [f"patient {number // 3}" for number in range(60)]  # 20 patients, of three samples each
+LABELS = [("cyst",) if number % 4 else () for number in range(60)]
+
+
+def sides(splits):
+    """{group: its splits}"""
+    return {group: {split for other, split in zip(GROUPS, splits) if other == group} for group in GROUPS}
+
+
+def test_a_split_is_made_by_group():
+    splits = divide("own", GROUPS, LABELS, [""] * 60)
+    assert Counter(splits) == {"train": 42, "validation": 6, "test": 12}
+    assert all(len(some) == 1 for some in sides(splits).values())
+    assert splits == divide("own", GROUPS, LABELS, [""] * 60)  # the same for the same
+
+
+def test_folds_are_parts_of_all_by_group():
+    tested = [divide("own", GROUPS, LABELS, [""] * 60, 5, fold) for fold in range(5)]
+    for splits in tested:
+        assert set(splits) == {"train", "test"} and all(len(some) == 1 for some in sides(splits).values())
+        assert splits.count("test") == 12
+    assert [Counter(splits)["test"] for splits in zip(*tested)] == [1] * 60  # each sample is tested with once
+    with pytest.raises(UserError, match="20 patients or groups are too few for --folds=30; give --folds=20"):
+        divide("own", GROUPS, LABELS, [""] * 60, 30, 0)
+    with pytest.raises(UserError, match="it gives a split, and --folds makes others"):
+        divide("own", GROUPS, LABELS, ["train"] * 60, 5, 0)
+
+
+def test_given_splits_are_kept_or_refused():
+    given = ["train"] * 30 + ["validation"] * 15 + ["test"] * 15
+    assert divide("own", GROUPS, LABELS, given) == given
+    with pytest.raises(UserError, match=r"patient 0 is in train \(sample 1\) and in test \(sample 2\)"):
+        divide("own", GROUPS, LABELS, ["train", "test", *given[2:]])
+    assert divide("own", ["like 1"] * 60, LABELS, given) == given  # the leak guard leaves copies out of train
+    with pytest.raises(UserError, match="1 of 60 samples are of none"):
+        divide("own", GROUPS, LABELS, ["", *given[1:]])
+    with pytest.raises(UserError, match="split 'fold 2' is none of train"):
+        divide("own", GROUPS, LABELS, ["fold 2", *given[1:]])
+    with pytest.raises(UserError, match="2 samples of 1 patients or groups are too few"):
+        divide("own", GROUPS[:2], LABELS[:2], ["", ""])
+
+
+def test_patients_are_hashed_with_the_folders_own_secret(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    first = group_names(tmp_path / "a", ["P1", "", "p1", "P2"])
+    assert first[0] == first[2] != first[3] and first[1] == "" and re.fullmatch("patient [0-9a-f]{16}", first[0])
+    assert first == group_names(tmp_path / "a", ["P1", "", "p1", "P2"])
+    assert first[0] != group_names(tmp_path / "b", ["P1"])[0]
+    (tmp_path / "c").mkdir()
+    assert hash_names(tmp_path / "c", ["", ""]) == ["", ""] and not (tmp_path / "c" / SECRET).exists()
+
+
+@pytest.mark.parametrize("name, patient, hidden", [
+    ("films/P1/a.png", "P1", "films/#/a.png"), ("films/P10/a.png", "P1", "films/P10/a.png"), ("P1.png", "p1", "#.png"),
+    ("films/MRN0042_left.png", "MRN0042", "films/#_left.png"), ("x\\12\\a.png", "12", "x\\#\\a.png"),
+    ("12/112.png", "12", "#/112.png"), ("a.png", "", "a.png"), ("1.2.3/a.png", "1.2", "1.2.3/a.png")])
+def test_a_patients_id_in_a_name_is_hidden(name, patient, hidden):
+    assert hide(name, patient, "#") == hidden
+
+
+def test_folds_have_names():
+    assert fold_targets("ct", 0, -1) == [("ct", None)]
+    assert fold_targets("ct", 3, 1) == [("ct_fold_1_of_3", 1)]
+    assert [number for _, number in fold_targets("ct", 3, -1)] == [0, 1, 2]

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -16,15 +17,19 @@ from PIL import Image
 
 from plumbing.flags import UserError
 from plumbing.leaks import read_leaks
-from plumbing.own import find_prepared, hash_id, prepare_own, secret_of
+from plumbing.own import SECRET, find_prepared, hash_id, prepare_own, secret_of
 from plumbing.pixels import SUFFIXES, load_image
 from plumbing.shards import Shard
 from prepare.folder import prepare_folder
+from prepare.listing import read_folder, read_table
 from prepare.own_pictures import Pictures
 from prepare.shards import locked, read_manifests, write_dataset
+from scans.frames import ScanSettings
 from tasks.labelled import open_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
+RAW = Path(os.environ.get("NANOMEDQ_RAW", ROOT / "raw"))
+NO_RAW = f"no real data in {RAW}; set NANOMEDQ_RAW to a folder of it"
 
 
 def put(path, seed=None):
@@ -558,6 +563,206 @@ def test_what_is_damaged_of_one_s_own_is_made_anew_by_what_the_line_says(prepare
         Shard(tmp_path / "shards" / name / "train")
     assert "a manifest is missing or damaged" in prepare(scans)[2]
     assert len(Shard(tmp_path / "shards" / name / "train"))
+
+
+# ----------------------------------------------------------------------------- scans
+
+def put_series(folder, patient, seed, count=5, study="", **header):
+    """A CT series: water of some noise with a lesion that is 30 HU denser, in 32 x 32 pixels."""
+    from test_dicom import AXIAL, made, save
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        pixels = np.random.default_rng([seed, number]).normal(30, 2, (32, 32)).round().astype(np.int16)
+        pixels[8:20, 8:20] += 30
+        pixels[0] = header.pop("metal", -1000)  # air above
+        save(folder / f"IM{number}.dcm", made(
+            pixels, PatientID=patient, StudyInstanceUID=f"1.9.{seed}" if not study else study, RescaleType="HU",
+            SeriesInstanceUID=f"1.8.{seed}", ImageOrientationPatient=AXIAL, InstanceNumber=number,
+            ImagePositionPatient=[0, 0, 5 * number], **header))
+
+
+def test_each_slice_of_a_series_is_an_image_of_its_class(prepare, tmp_path):
+    pytest.importorskip("pydicom")
+    for number in range(12):  # of 6 patients
+        put_series(tmp_path / "scans" / "ab"[number // 2 % 2] / f"Meier {number}", f"P-{number // 2}", number, 2)
+    put(tmp_path / "scans/a/Meier 0/report.txt")
+    (tmp_path / "scans/b/Meier 2/IM2.dcm").write_bytes(bytes(128) + b"DICM")
+    name, splits, printed = prepare(tmp_path / "scans")
+    shard = Shard(tmp_path / "shards" / name / "train")
+    assert sum(map(len, splits.values())) == 24 and shard.manifest["image"]["window"] == "auto"
+    assert "folders inside classes are taken for patients: 12 of them" in printed  # what folders say comes first
+    assert "1 files cannot be used, b/Meier 2/IM2.dcm the first: " in printed
+    assert "1 files passed over, a/Meier 0/report.txt the first: hidden, no image" in printed
+    records = [record for split in splits for record in Shard(tmp_path / "shards" / name / split).read_records()]
+    assert len({record["study"] for record in records}) == 12 == len({record["group"] for record in records})
+    assert not any("meier" in record["image"].lower() or "P-" in str(record) for record in records)
+    for path in list((tmp_path / "scans").glob("*/*")):  # no folders that could be patients
+        for file in path.glob("IM*"):
+            file.rename(path.parent / f"{path.name} {file.name}")
+    name, splits, printed = prepare(tmp_path / "scans")
+    assert "by patient (the headers of scans)" in printed
+    records = [record for split in splits for record in Shard(tmp_path / "shards" / name / split).read_records()]
+    assert len({record["group"] for record in records}) == 6 and len({record["study"] for record in records}) == 12
+
+
+def test_one_name_in_all_headers_is_no_patient(prepare, tmp_path):
+    pytest.importorskip("pydicom")
+    for number in range(12):
+        folder = tmp_path / "scans" / "ab"[number % 2]
+        put_series(folder, "ANON", number, 1)
+        (folder / "IM0.dcm").rename(folder / f"{number}.dcm")
+    _, splits, printed = prepare(tmp_path / "scans")
+    assert "the headers of all scans name one patient" in printed and "12 studies count as patients" in printed
+    assert splits.keys() == {"train", "validation", "test"}
+
+
+def stored(name, shards, split="train"):
+    """{image: (H, W) greys}"""
+    shard = Shard(shards / name / split)
+    return {record["image"]: shard.read_image(number)[..., 0].astype(int)
+            for number, record in enumerate(shard.read_records())}
+
+
+def lesion(pixels):
+    """How much brighter a stored image of 32 pixels is within the lesion than beside it."""
+    return pixels[10:18, 10:18].mean() - pixels[22:30, 22:30].mean()
+
+
+@pytest.mark.parametrize("window, least, most", [("soft", 15, 25), ("-600/1500", 3, 8), ("45/60", 100, 160)])
+def test_a_faint_lesion_is_seen_through_its_window(window, least, most, tmp_path):
+    """30 HU of a width of 400 are 19 of 255 greys, of 1500 they are 5, and of 60 half of them."""
+    pytest.importorskip("pydicom")
+    lines = ["image,label,split,patient"]
+    for number in range(4):
+        put_series(tmp_path / f"film/ct{number}", "P", number, 5)
+        lines.append(f"ct{number},{'ab'[number % 2]},{'train' if number < 2 else 'test'},{number}")
+    (tmp_path / "film/list.csv").write_text("\n".join(lines))
+    settings = ScanSettings(window)
+    name = prepare_folder(tmp_path / "film/list.csv", tmp_path / "shards", 32, settings=settings)
+    before = stored(name, tmp_path / "shards")
+    assert len(before) == 10 and all(least <= lesion(pixels) <= most for pixels in before.values())
+    assert Shard(tmp_path / "shards/list/train").manifest["image"]["window"] == window
+    put_series(tmp_path / "film/ct0", "P", 0, 1, metal=30000)  # one slice has metal in it
+    prepare_folder(tmp_path / "film/list.csv", tmp_path / "shards", 32, settings=settings)
+    after = stored(name, tmp_path / "shards")
+    assert max(abs(before[image][4:] - after[image][4:]).max() for image in before) <= 12  # JPEG, below the metal
+    assert sum((before[image] != after[image]).any() for image in before) == 1
+
+
+def test_another_window_or_choice_of_slices_makes_it_anew(tmp_path, capsys):
+    pytest.importorskip("pydicom")
+    for number in range(8):
+        put_series(tmp_path / f"scans/{'ab'[number % 2]}/{number}", "P", number, 2)
+    counts = []
+    for settings in (ScanSettings(), ScanSettings("soft"), *[ScanSettings("soft", "middle")] * 2):
+        name = prepare_folder(tmp_path / "scans", tmp_path / "shards", 16, settings=settings)
+        counts.append(sum(part["images"] for part in read_manifests(tmp_path / "shards" / name).values()))
+    said = capsys.readouterr().out
+    assert counts == [16, 16, 8, 8] and said.count("scans: up to date") == 1
+    assert "listing was" in said and "left out by --slices" in said
+
+
+def test_masks_beside_their_images_are_no_images(prepare, tmp_path):
+    """As in BUSI, whose masks are called benign (1)_mask.png and benign (1)_mask_1.png."""
+    scans = put_classes(tmp_path / "scans", 6)
+    for name in ("a/0_mask.png", "a/0_mask_1.png", "b/3_seg.png", "b/alone_mask.png"):
+        put(scans / name)
+    _, splits, printed = prepare(scans)
+    assert "3 masks passed over, a/0_mask.png the first: each is called as an image beside it" in printed
+    assert len(sides(splits)) == 13 and "b/alone_mask.png" in sides(splits)
+
+
+# ----------------------------------------------------------------------------- folds, names, columns, a page
+
+def test_each_fold_tests_other_patients_and_all_of_them_once(tmp_path, capsys):
+    table = patients_table(tmp_path, "patient", lambda n: f"P{n // 4}")
+    prepare_folder(table, tmp_path / "shards", 16, name="mine", folds=5)
+    tested = []
+    for fold in range(5):
+        target = tmp_path / f"shards/mine_fold_{fold}_of_5"
+        train, test = ({record["group"] for record in Shard(target / split).read_records()}
+                       for split in ("train", "test"))
+        assert not train & test and len(train | test) == 10
+        assert Shard(target / "test").manifest["folds"] == {"of": "mine", "fold": fold, "folds": 5}
+        tested += test
+    assert len(tested) == len(set(tested)) == 10
+    assert prepare_folder(table, tmp_path / "shards", 16, name="mine", folds=5, fold=3) == "mine_fold_3_of_5"
+    assert "mine_fold_3_of_5: up to date" in capsys.readouterr().out
+
+
+def test_columns_may_be_called_anything(prepare, tmp_path):
+    lines = [f"{n},{'ab'[n % 2]},k{n // 4},s{n // 2}" for n in range(40)]
+    table = write_csv(tmp_path, "Bild,Befund,Kind,Serie", *lines, count=40)
+    with pytest.raises(UserError, match="--columns=label:Diagnose: .*did you mean"):
+        prepare_folder(table, tmp_path / "shards", given={"label": "Diagnose"})
+    name = prepare_folder(table, tmp_path / "shards", 16, given={
+        "image": "Bild", "label": "befund", "patient": "Kind", "study": "Serie"})
+    records = Shard(tmp_path / "shards" / name / "train").read_records()
+    known = {f"patient {hash_id(secret_of(tmp_path), f'k{n}')}" for n in range(10)}
+    assert {record["group"] for record in records} <= known
+    assert not any("study" in record for record in records)  # of two labels each
+
+
+def test_images_of_a_study_are_named_as_such_where_they_have_one_label(prepare, tmp_path):
+    name, *_ = prepare(patients_table(tmp_path, "patient,exam", lambda n: f"P{n // 8},{n // 4 % 2}"))
+    for split in ("train", "test"):
+        for record in Shard(tmp_path / "shards" / name / split).read_records():
+            number = int(record["image"].split(".")[0])
+            assert record["study"] == hash_id(secret_of(tmp_path), f"p{number // 8} {number // 4 % 2}")
+
+
+def test_no_secret_is_made_where_no_one_is_named(prepare, tmp_path):
+    prepare(put_classes(tmp_path / "scans", 4))
+    assert not list(tmp_path.rglob(SECRET))
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_where_patients_are_named(tmp_path, monkeypatch):
+    def refuse(path, content):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("plumbing.own.write_whole", refuse)
+    prepare_folder(put_classes(tmp_path / "scans", 4), tmp_path / "shards", 16)
+    table = patients_table(tmp_path / "film", "patient", lambda n: f"P{n // 4}")
+    with pytest.raises(UserError, match=f"^{tmp_path}/film/.patients.key: patients are hashed with a secret in it, "):
+        prepare_folder(table, tmp_path / "more", 16)
+
+
+def test_a_dry_run_writes_a_page_and_nothing_else(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    table = patients_table(tmp_path / "film", "patient", lambda n: f"P{n // 4}")
+    assert prepare_folder(table, tmp_path / "shards", 16, dry_run=True) == "list"
+    page = re.sub("base64,[^\"]*", "", (tmp_path / "out/own_list.html").read_text())
+    assert not list((tmp_path / "shards").glob("*")) and "out/own_list.html: some samples" in capsys.readouterr().out
+    assert page.count("<article>") == page.count("data:image/jpeg") == 10
+    assert hash_id(secret_of(tmp_path / "film"), "p0") in page and "P0" not in page
+    assert page.count(">b</dd>") and page.count(">a</dd>")  # of both classes
+
+
+# ----------------------------------------------------------------------------- real data
+
+@pytest.mark.skipif(not (RAW / "busi").exists(), reason=NO_RAW)
+def test_busi_is_a_folder_a_class(tmp_path):
+    listing = read_folder(RAW / "busi/Dataset_BUSI_with_GT")
+    assert Counter(item.labels for item in listing.items) == {("benign",): 437, ("malignant",): 210, ("normal",): 133}
+    assert listing.grouped_by == "" and listing.notes == []
+
+
+@pytest.mark.skipif(not (RAW / "nih_cxr14").exists(), reason=NO_RAW)
+def test_the_table_of_nih_is_read_as_it_is(tmp_path):
+    """Its header has commas within brackets; its films lie in another folder, of the 904 rows 24 have one."""
+    (tmp_path / "images").symlink_to(RAW / "nih_cxr14/images")
+    header, *rows = (RAW / "nih_cxr14/Data_Entry_2017_v2020.csv").read_text().splitlines()
+    (tmp_path / "all.csv").write_text("\n".join([header, *rows]))
+    with pytest.raises(UserError, match="880 of its 904 files are not there"):
+        read_table(tmp_path / "all.csv")
+    rows = [row for row in rows if (RAW / "nih_cxr14/images" / row.split(",")[0]).exists()]
+    (tmp_path / "list.csv").write_text("\n".join([header, *rows]))
+    listing = read_table(tmp_path / "list.csv")
+    assert len(listing.items) == 24 and listing.multi_label and listing.grouped_by == "column patient id"
+    assert Counter(item.patient for item in listing.items) == {"1": 3, "3": 8, "5": 8, **dict.fromkeys("24678", 1)}
+    item, = (item for item in listing.items if item.name == "images/00000003_003.png")
+    assert item.labels == ("Hernia", "Infiltration") and item.source.is_file()
 
 
 # ----------------------------------------------------------------------------- several at once

@@ -283,17 +283,19 @@ def prepare_listing(path, shards_dir, facts, write, name="", ending=""):
 
 
 @contextlib.contextmanager
-def compared(path, shards_dir):
+def compared(path, shards_dir, dry_run=False):
     """
-    Run the block that prepares a folder or csv, then compare its images with all test splits in shards_dir.
+    Run the block that prepares a folder or csv, then compare its images with all test splits in shards_dir, unless in a
+    dry run nothing is prepared.
     Whatever it raises because of files becomes a UserError of one line.
     """
     try:
         if not path.exists():
             raise UserError(f"{path}: no folder and no csv there")
         yield
-        with locked(shards_dir / "leaks.json", "comparing training with test images"):
-            guard(shards_dir, "")
+        if not dry_run:
+            with locked(shards_dir / "leaks.json", "comparing training with test images"):
+                guard(shards_dir, "")
     except (OSError, BrokenProcessPool) as error:
         raise UserError(f"{path}: {printable(str(error))}") from None
     except UserError as error:  # names of files may hold line breaks
@@ -301,24 +303,26 @@ def compared(path, shards_dir):
 
 
 def prepare_folder(path, shards_dir, image_size=224, workers=0, settings=ScanSettings(), name="", given=None, folds=0,
-                   fold=-1, dry_run=False):
+                   fold=-1, dry_run=False, limit=0):
     """
     Prepare a folder or a csv into shards_dir, unless it is there unchanged, and compare it with all
     test splits there. Returns the dataset's name, of several folds the last one's.
 
     workers: processes that decode images; 0: one a core, or fewer for few images; settings: ScanSettings; name: of
     the dataset, in place of the folder's; given: {role: column}, by --columns; folds, fold: as flags of
-    prepare/all.py; dry_run: write a page of the first samples, and nothing else. Raises UserError.
+    prepare/all.py; dry_run: write a page of the first samples, and nothing else; limit: images of each split that are
+    written, 0: all. Raises UserError.
     """
     path, shards_dir = own_path(path), Path(shards_dir)
-    with compared(path, shards_dir):
+    with compared(path, shards_dir, dry_run):
         listing = read_folder(path, settings) if path.is_dir() else read_table(path, settings, given)
         require_names(path, listing.names)
         require_classes(path, listing.items, listing.names)
         scans = any(isinstance(item.source, Frame) for item in listing.items)
         image = ImageSettings(image_size, "squash", "jpeg", 97, window=settings.window * scans)  # as prepare/all.py
         facts = {"listing": digest(listing.items + listing.unlabelled), "grouped_by":
-                 listing.grouped_by or "alike images", "multi_label": listing.multi_label, "image": image.facts()}
+                 listing.grouped_by or "alike images", "multi_label": listing.multi_label, "image": image.facts(),
+                 "limit": limit}
         names = []
         for ending, number in fold_targets("", folds, fold):
             more = {"folds": {"fold": number, "folds": folds}} if folds else {}

@@ -378,7 +378,7 @@ def write(target, path, boxes, found, splits, tokenizer, facts, workers):
 
 
 def prepare_boxes(path, sources, shards_dir, image, tokenizer, box_format="medmo", workers=0, augment=0,
-                  settings=ScanSettings(), name="", folds=0, fold=-1, dry_run=False):
+                  settings=ScanSettings(), name="", folds=0, fold=-1, dry_run=False, limit=0):
     """
     Prepare a folder or csv of images with boxes into shards_dir, unless it is there unchanged, and compare it
     with all test splits there. Returns the dataset's name, of several folds the last one's.
@@ -388,7 +388,7 @@ def prepare_boxes(path, sources, shards_dir, image, tokenizer, box_format="medmo
     sample; the others as prepare_folder takes them. Raises UserError.
     """
     path, shards_dir = own_path(path), Path(shards_dir)
-    with compared(path, shards_dir):
+    with compared(path, shards_dir, dry_run):
         boxes = read_boxes(path, sources, settings)
         found = gather(path.name, boxes.rows)
         require_names(path, {label for some in found.values() for label in some})
@@ -397,7 +397,8 @@ def prepare_boxes(path, sources, shards_dir, image, tokenizer, box_format="medmo
         if any(isinstance(picture, Frame) for picture in boxes.pictures.values()):
             image = replace(image, window=settings.window)
         facts = {"box_format": box_format, "augment": augment, "image": image.facts(),
-                 "tokenizer_sha256": tokenizer.sha256} | ({"system": tokenizer.system} if tokenizer.system else {})
+                 "limit": limit, "tokenizer_sha256": tokenizer.sha256}
+        facts |= {"system": tokenizer.system} if tokenizer.system else {}
         names = []
         for ending, part in fold_targets("", folds, fold):
             splits, how = divide_own(path, boxes, folds, part)

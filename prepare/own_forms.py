@@ -29,10 +29,10 @@ from prepare.own_chats import read_chats, turns_column
 from prepare.own_page import write_page
 from prepare.own_pictures import Pictures, file_of, is_left_by_programs, views_of, written_name
 from prepare.own_questions import ROLES, read_questions, roles_of, split_of
-from prepare.own_splits import divide, fold_targets, hash_names, hide
+from prepare.own_splits import LEAST_ID, divide, fold_targets, hash_names, hide
 from prepare.own_studies import find_studies, read_studies
 from prepare.own_tables import JSONS, SEPARATED, WORKBOOKS, find_roles, parse_columns, plain_name, read_items
-from prepare.shards import write_dataset
+from prepare.shards import ImageSettings, write_dataset
 from scans.frames import Frame, ScanSettings, decode_picture
 
 MOST_TABLES = 64  # of a folder that are looked into: more are no tables of samples, but a file an image
@@ -285,9 +285,13 @@ def say(path, own, shown, grouped_by, settings):
         [view for view in one.record.views() if view.image is None], one.scans) if scan is None]
     lines = [f"splits are given: {', '.join(f'{n:,} {split}' for split, n in splits.items())}"] if splits else []
     lines += [f"types: {', '.join(f'{n:,} {printable(kind)}' for kind, n in kinds.most_common(12))}"] if kinds else []
-    lines += [f"patients are known by {printable(grouped_by)}; in what is written hashes stand for them"
-              ] if grouped_by else [f"no patient is named: samples that {'show alike images' if views else 'ask the same'} "
-                                    "stay on one side"]
+    same = "show alike images" if views else "ask the same"
+    lines += [f"patients are known by {printable(grouped_by)}; in what is written hashes stand for them" if grouped_by
+              else f"no patient is named: samples that {same} stay on one side"]
+    told = [one for one in shown if len(one.patient) >= LEAST_ID and one.patient.casefold() in " ".join(
+        [one.record.context, one.record.question, one.record.answer, *sum(one.record.turns, ())]).casefold()]
+    lines += [f"{len(told):,} samples have their patient's id in their words, {told[0].record.id} the first: words are "
+              "written as they are"] if told else []
     lines += [f"{len(lost):,} of {len(views):,} images are not there, {printable(lost[0]):.120} the first: their "
               "samples are skipped"] if lost else []
     asked = [f"--{name}" for name, value in vars(settings).items() if value != getattr(ScanSettings(), name)]
@@ -318,49 +322,56 @@ def say_splits(target):
         print(f"  {folder.name}: {len(shard):,} samples of {shard.manifest['images']:,} images{skipped}")
 
 
+def boxes_in_pixels(shown, notes):
+    """Whether boxes are in pixels, not in shares of their image: the largest number says it, and notes say which."""
+    edges = [abs(edge) for one in shown for some in (one.record.boxes or {}).values() for box in some for edge in box]
+    pixels = max(edges, default=0) > 1.5  # shares of the image may lie a little beyond it
+    if edges:
+        notes.append(f"boxes are corners in {'pixels' if pixels else 'shares of the image'}: the largest number is "
+                     f"{max(edges):g}")
+    return pixels
+
+
+def write(target, path, own, shown, groups, facts, tokenizer, workers, complete):
+    """Split and write what was understood, and say what each split holds. complete: (Shown, group) -> Record."""
+    part, given = facts.get("folds", {"folds": 0, "fold": 0}), [one.split for one in shown]
+    if not any(given):
+        print(f"  fold {part['fold']} of {part['folds']} is the test split, the others train" if part["folds"] else
+              "  a split is made, 70 : 10 : 20")
+    labels = [(one.record.type,) if one.record.type else () for one in shown]
+    splits, sizes = divide(path, groups, labels, given, part["folds"], part["fold"]), Counter(groups)
+    written = [group if sizes[group] > 1 or not group.startswith("like ") else "" for group in groups]
+    dataset = Dataset(name=target.name, kind=own.kind, task=own.task, licence="yours", access="yours", megabytes=0,
+                      page="", layouts=(), counts=Counter(splits), read=lambda raw: (
+                          (split, complete(one, group)) for one, group, split in zip(shown, written, splits)))
+    workers = workers or min(os.cpu_count(), 1 + len(shown) // 200)  # each first loads what the script does
+    write_dataset(target, dataset, path, {}, tokenizer.path.read_bytes(), facts, workers,
+                  needed=[split for split in ("train", "test") if split in splits])
+    say_splits(target)
+
+
 def prepare_samples(config, own, pictures, image, tokenizer):
     """Prepare what a reader understood, an Own, each fold that is wanted. Returns the last dataset's name."""
     path, shards_dir = own_path(config.own), Path(config.shards_dir)
     shown, grouped_by = find_pictures(path, own, pictures)
     if any(isinstance(source, Frame) for one in shown for source in pictures_of(one)):
         image = replace(image, window=config.window)
-    own = own._replace(notes=own.notes + pictures.notes())
-    edges = [abs(edge) for one in shown for some in (one.record.boxes or {}).values() for box in some for edge in box]
-    pixels = max(edges, default=0) > 1.5  # shares of the image may lie a little beyond it
-    if edges:
-        own.notes.append(f"boxes are corners in {'pixels' if pixels else 'shares of the image'}: the largest number is "
-                         f"{max(edges):g}")
+    own.notes.extend(pictures.notes())
+    pixels = boxes_in_pixels(shown, own.notes)
     counts = say(path, own, shown, grouped_by, pictures.settings)
     secret = secret_of(path) if any(scan and scan.patient for one in shown for scan in one.scans) else b""
+    complete = functools.partial(record_of, secret=secret, pixels=pixels)
     if config.dry_run:
-        samples = [(one.split or "not divided yet", record_of(one, "", secret, pixels)) for one in shown[:10]]
+        samples = [(one.split or "not divided yet", complete(one, "")) for one in shown[:10]]
         name = config.name or names_for(path)[0]
         print(f"  {write_page(name, path, image, own.notes, counts, samples)}: the first samples; nothing is prepared")
         return name
-    groups = functools.cache(lambda: give_groups(shown))
-    labels = [(one.record.type,) if one.record.type else () for one in shown]
-
-    def write(target, facts):
-        part = facts.get("folds", {"folds": 0, "fold": 0})
-        if not any(one.split for one in shown):
-            print(f"  fold {part['fold']} of {part['folds']} is the test split, the others train" if part["folds"] else
-                  "  a split is made, 70 : 10 : 20")
-        splits = divide(path, groups(), labels, [one.split for one in shown], part["folds"], part["fold"])
-        sizes = Counter(groups())
-        written = [group if sizes[group] > 1 or not group.startswith("like ") else "" for group in groups()]
-        dataset = Dataset(
-            name=target.name, kind=own.kind, task=own.task, licence="yours", access="yours", megabytes=0, page="",
-            layouts=(), counts=Counter(splits), read=lambda raw: (
-                (split, record_of(one, group, secret, pixels)) for one, group, split in zip(shown, written, splits)))
-        workers = config.workers or min(os.cpu_count(), 1 + len(shown) // 200)  # each first loads what the script does
-        write_dataset(target, dataset, path, {}, tokenizer.path.read_bytes(), facts, workers,
-                      needed=[split for split in ("train", "test") if split in splits])
-        say_splits(target)
-
+    groups = functools.cache(lambda: give_groups(shown))  # which takes a look at each picture, once for all folds
     for ending, fold in fold_targets("", config.folds, config.fold):
         facts = facts_of(config, own, shown, grouped_by, image, tokenizer)
         facts |= {"folds": {"folds": config.folds, "fold": fold}} if config.folds else {}
-        name = prepare_listing(path, shards_dir, facts, write, config.name, ending)
+        name = prepare_listing(path, shards_dir, facts, lambda target, facts: write(
+            target, path, own, shown, groups(), facts, tokenizer, config.workers, complete), config.name, ending)
     return name
 
 
@@ -392,18 +403,21 @@ def prepare_any(config, image, open_words):
     path, settings = own_path(config.own), ScanSettings(config.window, config.slices, config.tiles)
     given = parse_columns(config.columns, [*ROLES, *MORE_ROLES])
     more = {"settings": settings, "name": config.name, "folds": config.folds, "fold": config.fold,
-            "dry_run": config.dry_run}
+            "dry_run": config.dry_run, "limit": config.limit}
     form, source, notes = recognise(path, config, given) if path.exists() else ("class folders", path, [])
     if form == "labels":
         require_one(path, form, source)
         source, columns, *_ = source[0]
         given |= find_roles(source, columns, LABELS, {role: given[role] for role in LABELS if role in given})
     if form in ("labels", "class folders"):
+        if image != ImageSettings(image.size, "squash", "jpeg", 97):
+            print(f"{printable(path.name)}: images with labels are squares, JPEG of quality 97; --resize, --codec, "
+                  "--quality and --max_pixels are for questions")
         return prepare_folder(source, config.shards_dir, config.image_size, config.workers, given=given, **more)
     if form == "boxes":
         return prepare_boxes(config.own, source, config.shards_dir, image, open_words(), config.box_format,
                              config.workers, config.augment, **more)
-    with compared(path, Path(config.shards_dir)):
+    with compared(path, Path(config.shards_dir), config.dry_run):
         pictures = Pictures(path if path.is_dir() else path.parent, settings)
         own = read_own(path, form, source, config, given, pictures, notes)
         return prepare_samples(config, own, pictures, image, open_words())

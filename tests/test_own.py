@@ -80,6 +80,10 @@ def test_a_dataset_is_named_and_limited(prepare, tmp_path):
         "ct.2024/train": 1, "ct.2024/validation": 1, "ct.2024/test": 1}
     with pytest.raises(UserError, match="--name=VQA_RAD: a public dataset"):
         prepare(path, name="VQA_RAD")
+    for number in range(COUNT):
+        put(tmp_path / f"labels/{'ab'[number % 2]}/{number}.png", picture(16, 16, seed=number))
+    splits, printed = prepare(tmp_path / "labels", limit=2, codec="png")
+    assert len(splits["labels/train"]) == 2 and "--codec, --quality and --max_pixels are for questions" in printed
 
 
 def test_choices_boxes_and_conversations_are_tasks(prepare, tmp_path):
@@ -247,6 +251,6 @@ def test_flags_that_do_not_go_together_are_refused(flags, wanted):
 def test_a_dry_run_prepares_nothing(prepare, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     splits, printed = prepare(put_patients(tmp_path / "own"), dry_run=True)
-    assert splits == {} and "the first samples; nothing is prepared" in printed
+    assert splits == {} and "the first samples; nothing is prepared" in printed and not (tmp_path / "shards").exists()
     page, = (tmp_path / "out").glob("own_*.html")
     assert "what is 3?" in page.read_text() and "mrn00" not in page.read_text().lower()

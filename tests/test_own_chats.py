@@ -64,8 +64,8 @@ def test_images_stand_where_their_places_are(tmp_path):
 
 def test_data_urls_are_images(tmp_path):
     url = "data:image/png;base64," + base64.b64encode(b"a png").decode()
-    own = read(tmp_path, *(messages([{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what?"}],
-                                    "x") for url in (url, "data:image/png;base64,?")))
+    own = read(tmp_path, *(messages([{"type": "image_url", "image_url": {"url": some}}, "what?"], "x")
+                           for some in (url, "data:image/png;base64,?")))
     assert [view.image for view in own.drafts[0].record.parts] == [b"a png"]
     assert own.notes == ["1 conversations are left out, chat.json: item 2 the first: a data: URL that is not base64"]
 

@@ -131,8 +131,8 @@ def test_what_stands_for_no_image_is_none(tmp_path):
 
 def test_all_that_a_row_may_say(tmp_path):
     row = {"qid": 7, "images": [{"image_path": "a.png"}, {"image_path": "b.png"}], "question": "what?",
-           "answer": ["yes"], "references": ["yes", "y"], "content_type": "open", "Patient ID": "P1", "study": "S1", "split": "valid",
-           "history": "cough", "rationale": "as is", "role": ["frontal", "lateral"]}
+           "answer": ["yes"], "references": ["yes", "y"], "content_type": "open", "Patient ID": "P1",
+           "study": "S1", "split": "valid", "history": "cough", "rationale": "as is", "role": ["frontal", "lateral"]}
     draft, = read(write(tmp_path, json.dumps([row]), "q.json")).drafts
     record = draft.record
     assert (draft.split, draft.patient, record.id, record.answer) == ("validation", "P1", "7", "yes")

@@ -21,6 +21,7 @@ from plumbing.own import TABLES, clean, files_below, printable, written
 from prepare.box_files import decode_text
 from prepare.listing import PATIENTS, SPLITS, is_mask
 from prepare.own import Draft, Own
+from prepare.own_boxes import split_of
 from prepare.own_pictures import is_left_by_programs
 from prepare.own_splits import hash_names
 from prepare.own_tables import NO_WORDS, find_roles, list_of, read_items, text_of
@@ -49,7 +50,7 @@ HEADERS = {"findings": "FINDINGS", "impression": "IMPRESSION", "conclusion": "IM
            "history": "HISTORY", "clinical history": "HISTORY", "comparison": "COMPARISON", "technique": "TECHNIQUE",
            "befund": "FINDINGS", "beurteilung": "IMPRESSION", "fragestellung": "INDICATION"}
 HEADER = re.compile(rf"(?:^|(?<=[.;\n])[ \t]*)[ \t#*]*({'|'.join(HEADERS)})[ \t*]*:[ \t*]*", re.I | re.M)
-DATE = re.compile(r"(?<!\d)((?:19|20)\d\d)[-_.]?(0[1-9]|1[0-2])[-_.]?(0[1-9]|[12]\d|3[01])(?!\d)")
+DATE = re.compile(r"(?<!\d)((?:19|20)\d\d)[-_./]?(0[1-9]|1[0-2])[-_./]?(0[1-9]|[12]\d|3[01])(?!\d)")
 
 
 # ----------------------------------------------------------------------------- reports
@@ -175,7 +176,8 @@ def rows_of(sources, columns):
     told, shown = [], []
     for file, roles, rows in tables_of(sources[0], columns):
         if file in sources:
-            some = [{role: row.get(name) for role, name in roles.items()} | {"where": where, "beside": file.parent}
+            more = {"beside": file.parent, "split": split_of(re.split(r"[\W_]+", file.stem))}
+            some = [more | {role: row.get(name) for role, name in roles.items()} | {"where": where}
                     for where, row in rows]
             (told if is_reports(roles) else shown).extend(some)
     return told, shown
@@ -276,7 +278,7 @@ def drafts_of(path, studies, pictures, report):
     patients = {study.name: study.patient for study, _ in studies}
     for number, (study, _) in enumerate(studies):  # an order needs a patient and a day
         if not study.patient or study.day is None:
-            study.patient, study.day = f"\0{number}", 0.0
+            study.patient, study.day = f"\0{number:09}", 0.0
     records = timed_records([study for study, _ in studies], lambda study: told[study.name], lambda name: None, report)
     hashes = dict(zip(told, hash_names(path, told)))
     for split, record in records:

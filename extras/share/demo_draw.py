@@ -24,7 +24,8 @@ STYLE = """<style>
 .picture, .ramp {width: 100%; max-width: 22rem; border-radius: 4px; display: block}
 .ramp {height: .6rem; background: linear-gradient(to right, #eee, rgb(226, 88, 0))}
 .row {display: flex; flex-wrap: wrap; gap: .6rem; align-items: flex-start}
-.row figure {flex: 1 1 9rem; max-width: 22rem; min-width: 0; margin: 0}
+.row figure {flex: 0 1 calc(50% - .3rem); max-width: 22rem; min-width: 0; margin: 0}
+.row figure:only-child {flex-basis: 22rem}
 .framed {position: relative; overflow: hidden; width: 100%; max-width: 22rem; border-radius: 4px}
 .box {position: absolute; box-sizing: border-box; border: 2px solid; filter: drop-shadow(0 0 1px #000)}
 .box.recorded {border-style: dashed}
@@ -58,7 +59,7 @@ def picture(pixels, words):
 
 
 def figures(pairs):
-    """Several (HTML of a picture, text under it) beside one another, as far as there is room."""
+    """Several (HTML of a picture, text under it), two in a row."""
     return '<div class="row">' + "".join(
         f'<figure>{image}<p class="note">{html.escape(words)}</p></figure>' for image, words in pairs) + "</div>"
 

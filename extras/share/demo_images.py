@@ -4,16 +4,20 @@ which window its numbers become greys. Of a header nothing is shown but the plac
 """
 
 import hashlib
+import io
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from extras.share.demo_draw import part_of
 from plumbing.flags import UserError
-from plumbing.pixels import TOO_LARGE, Unreadable, resize_image
+from plumbing.pixels import DAMAGED, TOO_LARGE, Unreadable, resize_image, whole_pages
 from scans import dicom
-from scans.frames import Frame, Scan, decode_picture
+from scans.frames import DICOM, Frame, Scan, ScanSettings, decode_picture
+from scans.pages import MOST_PAGES
 from scans.windows import WINDOWS
 
 MOST = 8  # images of a conversation
@@ -35,23 +39,67 @@ class Shown:
 
 def find_in(files, window, at_least):
     """
-    ([Scan], {name: why it cannot be used}) of [(name, bytes)], in their order; at_least: as read_picture takes it.
-    Raises UserError where they are too many.
+    ([Scan], {name: why it cannot be used}) of [(name, bytes)]: what scans.frames.find_scans says of files on a disk, of
+    which a Scan keeps no name or date of its header. at_least: as read_picture takes it. Raises UserError where the
+    files are too large.
     """
     if sum(len(content) for _, content in files) > MOST_BYTES:
         raise UserError(f"These files have more than {MOST_BYTES >> 20} MB together, the most that are read.")
-    scans, refused = [], {}
-    for name, content in files:
-        if content[128:132] == b"DICM":
-            source = Frame(content, hashlib.sha256(content).hexdigest(), "dicom", (0,), window)
-        else:
-            source = content
+    scans, refused, dicoms = {}, {}, {}
+    for number, (name, content) in enumerate(files):
+        if content[128:132] == b"DICM" or name.lower().endswith(DICOM):
+            dicoms[Path(f"{number:05} {Path(name).name}")] = content
+            continue
         try:
-            read_picture(source, at_least)
-            scans.append(Scan(name, (source,), ("",)))
+            scans[number] = find_pages(name, content, at_least)
         except UserError as error:
             refused[name] = str(error)
-    return scans, refused
+    found, why = find_dicoms(dicoms, window)
+    return [scan for _, scan in sorted((scans | found).items())], refused | why
+
+
+def find_pages(name, content, at_least):
+    """The Scan of an image file's bytes, which may be of several pages. Raises UserError where it is no image."""
+    try:
+        if content[:4] in TiffImagePlugin.PREFIXES:
+            pages = whole_pages(content, MOST_PAGES)
+        else:
+            with Image.open(io.BytesIO(content), formats=("PNG", "GIF", "WEBP")) as image:
+                pages = range(image.n_frames)
+    except Exception:  # as of one page it is read, or refused with the reason
+        pages = ()
+    sources, labels = (content,), ("",)
+    if len(pages) > 1:
+        sha256 = hashlib.sha256(content).hexdigest()
+        sources = tuple(Frame(content, sha256, "pages", (page,), "") for page in pages)
+        labels = tuple(f"page {number} of {len(pages)}" for number in range(1, len(pages) + 1))
+    read_picture(sources[0], at_least)
+    return Scan(name, sources, labels)
+
+
+def find_dicoms(files, window):
+    """({number of its first file: Scan}, {name: why}) of DICOM files, {Path that is on no disk: bytes}."""
+    stacks, headers, planes, refused = defaultdict(list), {}, defaultdict(list), {}
+    for path, content in files.items():
+        try:
+            sha256 = hashlib.sha256(content).hexdigest()
+            header, _, start = dicom.read_header(content, sha256)
+            dicom.require_readable(header, len(content) - start)
+            shots = dicom.shots_of(path, sha256, header, window)
+            key = dicom.stack_of(path, header, shots, planes)
+        except (MemoryError, UserError):
+            raise
+        except Exception as error:  # such as a word where a number should be
+            why = error if isinstance(error, Unreadable) else DAMAGED
+            refused[path.name[6:]] = f"This file is not an image that can be read: {why}."
+            continue
+        stacks[key] += shots
+        headers.setdefault(key, header)
+    scans = [dicom.scan_of(headers[key], volume, ScanSettings(window), str, Counter())
+             for key, shots in stacks.items() for volume in dicom.divide(shots)]
+    return {int(min(frame.file.name for frame in scan.sources)[:5]): Scan(
+        "", tuple(replace(frame, file=files[frame.file]) for frame in scan.sources), scan.labels,
+        warnings=scan.warnings) for scan in scans}, refused
 
 
 def read_picture(source, at_least):
@@ -74,7 +122,10 @@ def units_of(source):
     """
     if not isinstance(source, Frame) or source.kind != "dicom":
         return None
-    facts, stored = dicom.read_pixels(source)
+    try:
+        facts, stored = dicom.read_pixels(source)
+    except Exception:  # which read_picture says in a sentence
+        return None
     if stored.ndim == 3 or facts.PhotometricInterpretation == "PALETTE COLOR":
         return None
     ends = dicom.rescale(np.array([stored.min(), stored.max()]), facts)

@@ -62,13 +62,14 @@ def choose_picture(number, scan, loaded):
         role = st.text_input(f"Image {number}: its role, such as prior or lateral; or nothing", max_chars=ROLE,
                              key=f"role {key}").strip()
     if len(scan.sources) > 1:
-        place = st.slider(f"Image {number}: which of {len(scan.sources)}", 1, len(scan.sources), place + 1,
-                          key=f"place {key}") - 1
-        st.html(note(scan.labels[place]))
+        place = scan.labels.index(st.select_slider(f"Image {number}", scan.labels, scan.labels[place],
+                                                   key=f"place {key}"))
+    for warning in scan.warnings:
+        st.html(note(f"Image {number}: its files {warning}."))
+    if number not in state.units:  # of one slice for all, so that sliders stay as they are
+        state.units[number] = demo_images.units_of(scan.sources[len(scan.sources) // 2])
     source = scan.sources[place]
-    if (number, place) not in state.units:
-        state.units[number, place] = demo_images.units_of(source)
-    if units := state.units[number, place]:
+    if units := state.units[number]:
         source = demo_images.in_window(source, choose_window(number, key, units, loaded.window))
     return source, role
 
@@ -119,7 +120,8 @@ def draw_images(shown):
         pairs.append((picture(one.seen, f"{html.escape(name)} as the model sees it"),
                       f"{name}. {words}" if len(shown) > 1 else words))
         if one.whole is not None and not np.array_equal(one.whole, one.seen):
-            pairs.append((picture(one.whole, f"{html.escape(name)}, the whole of it"), "The whole of it"))
+            pairs.append((picture(one.whole, f"{html.escape(name)}, the whole of it"),
+                          f"{name}, the whole of it" if len(shown) > 1 else "The whole of it"))
     return figures(pairs)
 
 

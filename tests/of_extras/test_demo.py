@@ -6,10 +6,12 @@ The server of the page may write 1,000 bytes to a file, which no image has, and 
 
 import multiprocessing
 import os
+import re
 import resource
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -18,14 +20,14 @@ import numpy as np
 import pytest
 import torch
 
-from extras.share import demo, demo_page, demo_server, demo_talk
+from extras.share import demo, demo_draw, demo_images, demo_page, demo_server, demo_talk
 from model import ViT, normalise
 from plumbing.files import sealed
 from plumbing.flags import UserError, parse_command_line
 from plumbing.flags import run as run_script
 from plumbing.shards import Shard
 from test_browse import chromium  # noqa: F401, the fixture
-from test_demo_images import encoded
+from test_demo_images import DATE, PATIENT, ct, encoded
 from test_demo_talk import HOSTILE, LONG, QUESTIONS, SIZE, model, some_image, tokenizer  # noqa: F401, fixtures
 from test_eval import TOKENIZER, write_questions
 from test_model import randomise
@@ -69,10 +71,10 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def wait_for(server, port):
+def wait_for(server, port, path=""):
     for _ in range(300):
         try:
-            return urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health").close()
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}{path}/_stcore/health").close()
         except OSError:
             assert server.poll() is None, server.stdout.read()
             time.sleep(0.1)
@@ -246,6 +248,46 @@ def test_sessions_are_apart_and_examples_are_as_prepared(visit, run, model, toke
     assert not pages[0].locator("img[src^='http']").count()
 
 
+def seen(page):
+    """Data of the pictures as the model sees them, in their order, once the page is whole."""
+    rest(page)
+    return [image.get_attribute("src") for image in page.locator('img[alt$="as the model sees it"]').all()]
+
+
+def drawn(pixels):
+    return re.search('src="(.*?)"', demo_draw.picture(pixels, "")).group(1)
+
+
+def test_slices_windows_and_roles_are_what_the_model_is_asked_about(visit, model, tokenizer):  # noqa: F811
+    series, page = [ct(number) for number in range(3)], visit()
+    page.get_by_text("Your own").click()
+    files = [("a.png", encoded(some_image(6))), *((f"IM{number}", content) for number, content in enumerate(series))]
+    page.set_input_files("input[type=file]", [
+        {"name": name, "mimeType": "application/octet-stream", "buffer": content} for name, content in files])
+    page.get_by_placeholder("Ask about these images").wait_for()
+    (plain, scan), _ = demo_images.find_in(files, "auto", SIZE)
+    pictures = [np.array(demo_images.read_picture(source, SIZE)) for source in (*plain.sources, *scan.sources)]
+    assert seen(page) == [drawn(pictures[0]), drawn(pictures[2])]  # the middle slice
+    assert page.get_by_text("trained on questions about one image at a time: what it says of 2 is").count() == 1
+    page.get_by_label("Image 1: its role").fill("prior")
+    page.keyboard.press("Enter")
+    page.get_by_alt_text("Image 1, prior as the model sees it").wait_for()
+    page.get_by_label("Image 2: window").click()
+    page.get_by_role("option", name="lung").click()
+    page.get_by_text("The run was trained on images in the window auto").wait_for()
+    lung = np.array(demo_images.read_picture(demo_images.in_window(scan.sources[1], "lung"), SIZE))
+    assert (lung != pictures[2]).any() and seen(page) == [drawn(pictures[0]), drawn(lung)]
+    page.get_by_placeholder("Ask about these images").fill("is it large?")
+    page.keyboard.press("Enter")
+    page.locator(".question").first.wait_for()
+    rest(page)
+    asked = demo_talk.Conversation(model, tokenizer, [pictures[0], lung], torch.float32, ["prior", ""])
+    words = demo_talk.words_of(list(asked.ask("is it large?")), tokenizer)
+    assert answers(page) == {"is it large?": [word.text for word in words]}
+    assert page.locator('img[alt*="coloured where the model looked"]').count() == 2
+    assert not any(word in page.content() for word in ("Mustermann", "Erika", PATIENT, DATE))
+
+
 def test_no_width_needs_scrolling_sideways(visit):
     page = visit()
     ask(page, LONG)
@@ -284,10 +326,10 @@ socket.socket.connect = record(socket.socket.connect, lambda given: given[1])
 """
 
 
-def connect(port, origin, host):
+def connect(port, origin, host, path=""):
     """The status line of an answer to a page of this origin that wants to talk to the server."""
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
-        connection.sendall(f"GET /_stcore/stream HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\n"
+        connection.sendall(f"GET {path}/_stcore/stream HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\n"
                            "Connection: Upgrade\r\nSec-WebSocket-Key: MDAwMDAwMDAwMDAwMDAwMA==\r\n"
                            f"Sec-WebSocket-Version: 13\r\nOrigin: {origin}\r\n\r\n".encode())
         return connection.recv(100).decode().split("\r\n")[0]
@@ -358,6 +400,111 @@ def test_other_settings_are_refused(name, tmp_path, monkeypatch):
         demo_page.show_page(config)
 
 
+# ----------------------------------------------------------------------------- behind a proxy, with a password
+
+class Proxy(threading.Thread):
+    """A reverse proxy: what is asked of it under /medq it passes on to a port, pages and websockets; else 404."""
+
+    def __init__(self, port):
+        super().__init__(daemon=True)
+        self.to, self.listener = port, socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.start()
+
+    def run(self):
+        while True:
+            threading.Thread(target=self.serve, args=(self.listener.accept()[0],), daemon=True).start()
+
+    def serve(self, visitor):
+        head = b""
+        while b"\r\n\r\n" not in head and (more := visitor.recv(65536)):
+            head += more
+        if not head.split(b" ")[1:2] or not head.split(b" ")[1].startswith(b"/medq"):
+            visitor.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            return visitor.close()
+        if b"upgrade: websocket" not in head.lower():  # one request a connection
+            head = re.sub(rb"(?i)\r\nconnection: [^\r]*", b"", head, count=1).replace(
+                b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1)
+        server = socket.create_connection(("127.0.0.1", self.to))
+        server.sendall(head)
+        threading.Thread(target=self.pass_on, args=(visitor, server), daemon=True).start()
+        self.pass_on(server, visitor)
+
+    def pass_on(self, one, other):
+        try:
+            while content := one.recv(65536):
+                other.sendall(content)
+            other.shutdown(socket.SHUT_WR)
+        except OSError:  # either has gone
+            pass
+
+
+@pytest.fixture(scope="module")
+def proxy(run, tmp_path_factory):
+    """The port of a proxy before a demo with a password; in the end the demo has printed nothing that was typed."""
+    pytest.importorskip("streamlit", reason="no streamlit here")
+    port, home = free_port(), tmp_path_factory.mktemp("home")
+    server = subprocess.Popen(
+        [sys.executable, "extras/share/demo.py", f"--run={run / 'run'}", f"--shards_dir={run / 'shards'}",
+         f"--port={port}", "--base_path=/medq", "--public_name=medq.example", f"--password_file={run / 'password'}"],
+        cwd=ROOT, env={**os.environ, "HOME": str(home), "OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT)
+    try:
+        wait_for(server, port, "/medq")
+        yield Proxy(port).port
+    finally:
+        server.terminate()
+        said = server.communicate(timeout=20)[0]
+    assert f"the page is at http://127.0.0.1:{port}/medq" in said
+    assert "Traceback" not in said and "sesame" not in said and not any(question in said for question in QUESTIONS)
+
+
+def test_under_a_path_behind_a_proxy_who_knows_the_password_gets_in(proxy, chromium):  # noqa: F811
+    page, asked = chromium.new_page(), []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("websocket", lambda socket: asked.append(socket.url))
+    page.goto(f"http://127.0.0.1:{proxy}/medq/")
+    typed = page.get_by_label("Password", exact=True)
+    typed.fill("open barley")
+    page.keyboard.press("Enter")
+    page.get_by_role("alert").get_by_text("This is not the password.").wait_for()
+    assert "not for diagnosis or treatment" in page.locator(".notice").inner_text()
+    assert not page.get_by_placeholder("Ask").count() and not page.get_by_text("Example").count()
+    assert not page.locator("input[type=file]").count() and "step 000007" not in page.content()
+    typed.fill("open sesame")
+    page.keyboard.press("Enter")
+    page.get_by_placeholder("Ask about this image").wait_for()
+    ask(page, "what is this?")
+    assert len(answers(page)["what is this?"]) > 0
+    assert "sesame" not in page.content()
+    inside = (f"http://127.0.0.1:{proxy}/medq/", f"ws://127.0.0.1:{proxy}/medq/", "data:", "blob:")
+    assert any(url.startswith("ws:") for url in asked) and [url for url in asked if not url.startswith(inside)] == []
+    page.reload()
+    page.get_by_label("Password", exact=True).wait_for()  # another session, which has to know it, too
+    page.close()
+
+
+def test_a_proxy_s_name_alone_is_let_in_beside_this_machine_s(proxy):
+    assert urllib.request.urlopen(f"http://127.0.0.1:{proxy}/medq/_stcore/health").status == 200
+    with pytest.raises(OSError, match="404"):
+        urllib.request.urlopen(f"http://127.0.0.1:{proxy}/_stcore/health")
+    assert " 101 " in connect(proxy, "https://medq.example", "medq.example", "/medq")
+    assert " 403 " in connect(proxy, "https://other.example", "medq.example", "/medq")
+    assert " 403 " in connect(proxy, "https://other.example", "other.example", "/medq")
+
+
+def test_twenty_visitors_are_measured(proxy, run):
+    done = subprocess.run(
+        [sys.executable, "extras/bench/visitors.py", f"--url=http://127.0.0.1:{proxy}/medq/", "--visitors=2",
+         "--minutes=0.02", "--pause=0.1", "--pixels=64", f"--password_file={run / 'password'}",
+         f"--pid={os.getpid()}"],
+        cwd=ROOT, text=True, capture_output=True)
+    lines = dict(re.findall(r"^(.{12})  (.*)$", done.stdout, re.M))
+    assert done.returncode == 0, done.stderr
+    assert lines["image shown "].startswith("2; p50 ") and lines["errors      "] == "0"
+    assert int(lines["answers     "].split(";")[0]) >= 2 and lines["server      "].count(" MB at ") == 11
+
+
 # ----------------------------------------------------------------------------- the command line
 
 @pytest.mark.parametrize("checkpoint, step", [("", 7), ("newest", 7), ("best", 3), ("step_000003", 3)])
@@ -378,7 +525,8 @@ def test_the_checkpoint_that_is_named_answers(checkpoint, step, run, tmp_path, m
     ("--run={}/run --address=host.example", "--address=host.example: others reach the page there; write a password"),
     ("--run={}/run --public_name=host.example", "--public_name=host.example: others reach the page there; write"),
     ("--run={}/run --base_path=medq", "--base_path=medq: a path such as /medq"),
-    ("--run={}/run --address=host.example --password_file={}/password", "--address=host.example --port=8501: 'host.example' does not"),
+    ("--run={}/run --address=host.example --password_file={}/password",
+     "--address=host.example --port=8501: 'host.example' does not"),
     ("--run={}/run --address=192.0.2.1 --password_file={}/password", "Cannot assign requested address"),
     ("--run={}/run --port=99999", "--port"),
     ("", "no streamlit here; run `pip install -r extras/requirements.txt`")])

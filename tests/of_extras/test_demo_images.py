@@ -3,6 +3,7 @@ extras/share/demo_draw.py and demo_images.py: where boxes and the map lie on a p
 that cannot be used, and windows.
 """
 
+import hashlib
 import io
 import re
 import struct
@@ -156,3 +157,87 @@ def test_bad_images_are_answered_by_a_sentence(content, sentence):
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "BMP", "WEBP"])
 def test_the_types_that_are_offered_are_read(form):
     assert demo_images.read_picture(encoded(some_image(), form), SIZE).size == (SIZE, SIZE)
+
+
+def test_pages_of_a_file_are_slices_and_bad_files_are_named():
+    pages, stream = [Image.fromarray(some_image(seed)) for seed in range(3)], io.BytesIO()
+    pages[0].save(stream, "TIFF", save_all=True, append_images=pages[1:])
+    files = [("a.png", b"a text"), ("b.tif", stream.getvalue()), ("c.png", encoded(some_image())), ("d.dcm", b"")]
+    (several, one), refused = demo_images.find_in(files, "auto", SIZE)
+    assert several.labels == ("page 1 of 3", "page 2 of 3", "page 3 of 3") and one.labels == ("",)
+    for source, seed in zip((*several.sources, *one.sources), (0, 1, 2, 0), strict=True):
+        assert (np.asarray(demo_images.read_picture(source, SIZE)) == some_image(seed)).all()
+    assert list(refused) == ["a.png", "d.dcm"]
+    assert all(why.startswith("This file is not an image that can be read: ") for why in refused.values())
+    assert [demo_images.units_of(source) for source in (several.sources[0], one.sources[0])] == [None, None]
+
+
+def test_too_much_at_a_time_is_refused(monkeypatch):
+    monkeypatch.setattr(demo_images, "MOST_BYTES", 3 << 20)
+    with pytest.raises(UserError, match="more than 3 MB together"):
+        demo_images.find_in([("a", bytes(2 << 20)), ("b", bytes(2 << 20))], "auto", SIZE)
+
+
+# ----------------------------------------------------------------------------- scans
+
+NAME, PATIENT, DATE = "Mustermann^Erika", "4711-0815", "20200229"  # of a header, never shown
+
+
+def ct(number, series="1.2.3", **changes):
+    """A CT slice as DICOM bytes: 32 x 32 numbers from -1000 to 23 HU, the first -1000 + number, 5 mm above the last."""
+    pydicom = pytest.importorskip("pydicom", reason="no pydicom here")
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = pydicom.uid.CTImageStorage
+    meta.MediaStorageSOPInstanceUID = f"1.2.3.4.{number}"
+    header = pydicom.dataset.FileDataset(None, {}, file_meta=meta, preamble=bytes(128))
+    numbers = (np.arange(SIZE * SIZE).reshape(SIZE, SIZE) + 24 + number).astype(np.uint16)
+    values = dict(
+        SOPClassUID=meta.MediaStorageSOPClassUID, SOPInstanceUID=meta.MediaStorageSOPInstanceUID, Modality="CT",
+        PatientName=NAME, PatientID=PATIENT, StudyDate=DATE, StudyInstanceUID="1.2", SeriesInstanceUID=series,
+        InstanceNumber=number, ImageOrientationPatient=[1, 0, 0, 0, 1, 0], ImagePositionPatient=[0, 0, 5 * number],
+        Rows=SIZE, Columns=SIZE, SamplesPerPixel=1, PhotometricInterpretation="MONOCHROME2", BitsAllocated=16,
+        BitsStored=12, HighBit=11, PixelRepresentation=0, RescaleIntercept=-1024, RescaleSlope=1, WindowCenter=-500,
+        WindowWidth=1000, PixelData=numbers.tobytes())
+    for keyword, value in (values | changes).items():
+        setattr(header, keyword, value)
+    stream = io.BytesIO()
+    header.save_as(stream, enforce_file_format=True)
+    return stream.getvalue()
+
+
+def test_a_series_is_one_scan_in_the_order_of_position_whatever_the_order_of_its_files():
+    order = [2, 0, 3, 1]
+    files = [("x.png", encoded(some_image())), *((f"IM{number}", ct(number)) for number in order),
+             ("y.png", encoded(some_image(1))), ("IM9", ct(7, series="1.2.4"))]
+    scans, refused = demo_images.find_in(files, "auto", SIZE)
+    assert refused == {} and [len(scan.sources) for scan in scans] == [1, 4, 1, 1]
+    assert scans[1].labels == tuple(f"slice {number} of 4" for number in range(1, 5))
+    assert [source.file for source in scans[1].sources] == [ct(number) for number in range(4)]
+    assert {source.sha256 for source in scans[1].sources} == {hashlib.sha256(ct(n)).hexdigest() for n in range(4)}
+    said = repr([(scan.name, scan.labels, scan.patient, scan.study, scan.time, scan.warnings) for scan in scans])
+    assert not any(word in said for word in (NAME, "Erika", PATIENT, DATE, "1.2"))
+
+
+def test_windows_are_of_physical_numbers():
+    [[scan], _] = demo_images.find_in([("IM0", ct(0))], "auto", SIZE)
+    [source] = scan.sources
+    assert demo_images.units_of(source) == (-1000, 23, True)
+    numbers = np.arange(SIZE * SIZE).reshape(SIZE, SIZE) - 1000.0  # as ct() says
+    for window, low, high in (("-500/101", -550.5, -450.5), ("-700/401", -900.5, -500.5)):  # PS3.3 C.11.2.1.2
+        shown = np.asarray(demo_images.read_picture(demo_images.in_window(source, window), SIZE))[..., 0]
+        assert (shown[numbers <= low] == 0).all() and (shown[numbers >= high] == 255).all()
+        inside = shown[(numbers > low + 2) & (numbers < high - 2)]
+        assert inside.min() > 0 and inside.max() < 255 and (np.diff(inside.astype(int)) >= 0).all()
+    greys = [np.asarray(demo_images.read_picture(demo_images.in_window(source, window), SIZE))
+             for window in demo_images.name_windows(True, "-500/101")]
+    assert len({grey.tobytes() for grey in greys}) >= 5
+
+
+def test_windows_with_names_are_for_hounsfield_units_and_the_trained_one_is_first():
+    [[scan], _] = demo_images.find_in([("IM0", ct(0, Modality="MR", RescaleIntercept=0))], "auto", SIZE)
+    low, high, hounsfield = demo_images.units_of(scan.sources[0])
+    assert (low, high, hounsfield) == (24, 1047, False)
+    assert demo_images.name_windows(False, "auto") == ["auto", "file"]
+    assert demo_images.name_windows(True, "soft") == ["soft", "auto", "file", "lung", "bone", "brain"]
+    assert demo_images.name_windows(False, "0/2048,soft,brain")[0] == "0/2048,soft,brain"

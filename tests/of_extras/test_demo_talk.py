@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from data import BOS, EOS, Tokenizer, format_prompt
+from data import BOS, EOS, Record, Tokenizer, View, format_prompt
 from extras.share import demo_talk
 from generate import finished_groups, generate
 from model import VLM, LLaMA, LlamaConfig, ViT, ViTConfig, rotary_angles, rotate
-from test_eval import TOKENIZER
+from plumbing.shards import Shard
+from test_eval import TOKENIZER, write_questions
+from test_leaks import drawing, encoded
 from test_model import randomise
 
 SIZE, N = 32, 17  # pixels; tokens of an image
@@ -103,11 +105,16 @@ def test_conversations_in_turns_do_not_disturb_one_another(model, tokenizer):
 
 
 @torch.no_grad()
-def dense(model, image, tokens):
-    """(V,) logits of the last of all tokens, (layers, nh, T) its attention; nothing is cached."""
+def dense(model, images, tokens):
+    """
+    (V,) logits of the last of all tokens, image number k as -1 - k; (layers, nh, T) its attention; (T,) where images
+    stand. Nothing is cached.
+    """
     language, config = model.language, model.language.config
-    x = language.embed(torch.tensor([BOS] + [0] * N + tokens))
-    x[1:1 + N] = model.encode_images([torch.from_numpy(image)])
+    flat = [token for one in tokens for token in ([0] * N if one < 0 else [one])]
+    where = np.repeat(np.array(tokens) < 0, [N if one < 0 else 1 for one in tokens])
+    x = language.embed(torch.tensor(flat))
+    x[torch.from_numpy(where)] = model.encode_images([torch.from_numpy(image) for image in images])
     T = len(x)
     cos, sin = rotary_angles(torch.arange(T), config.head_size, config.rope_theta)
     weights = []
@@ -125,7 +132,7 @@ def dense(model, image, tokens):
         weights.append(torch.stack([weight[-1] for weight, _ in heads]))
         x = x + attention.o_proj(torch.cat([weight @ value for weight, value in heads], dim=-1))
         x = x + block.mlp(block.post_attention_layernorm(x))
-    return language.lm_head(language.model.norm(x))[-1], torch.stack(weights)
+    return language.lm_head(language.model.norm(x))[-1], torch.stack(weights), where
 
 
 def test_long_questions_start_another_cache_and_are_answered_the_same(model, tokenizer, monkeypatch):
@@ -157,14 +164,18 @@ def test_an_answer_that_writes_boxes_goes_on_where_others_are_cut(model, tokeniz
             assert ids(conversation.ask(question)) == expected[question][:24 if writes else 12]
 
 
-def test_probabilities_and_attention_are_those_of_a_dense_recomputation(model, tokenizer):
-    conversation = demo_talk.Conversation(model, tokenizer, [some_image()], torch.float32)
-    for question in QUESTIONS[:3]:
-        before = tokenizer.encode(format_prompt(question))
+@pytest.mark.parametrize("roles", [[""], ["prior", "now"], ["", "", "a lateral view"]])
+def test_probabilities_and_attention_are_those_of_a_dense_recomputation(roles, model, tokenizer):
+    images = [some_image(seed) for seed in range(len(roles))]
+    conversation = demo_talk.Conversation(model, tokenizer, images, torch.float32, roles)
+    for question in QUESTIONS[:3 if roles == [""] else 1]:
+        written = [tokenizer.encode(f"{role}:") if role else [] for role in roles]
+        before = [BOS, *(token for number, role in enumerate(written) for token in [*role, -1 - number]),
+                  *tokenizer.encode(format_prompt(question))]
         shares = []
         for token in conversation.ask(question):
-            logits, weights = dense(model, some_image(), before)
-            assert np.abs(token.looked - weights.mean((0, 1))[1:1 + N].numpy()).max() < 1e-5
+            logits, weights, where = dense(model, images, before)
+            assert np.abs(token.looked - weights.mean((0, 1))[where].numpy()).max() < 1e-5
             best, likely = logits.softmax(0).topk(1 + demo_talk.RUNNERS_UP)
             assert [token.id, *(other for other, _ in token.runners_up)] == likely.tolist()
             assert [token.probability, *(share for _, share in token.runners_up)] == pytest.approx(
@@ -172,6 +183,65 @@ def test_probabilities_and_attention_are_those_of_a_dense_recomputation(model, t
             before.append(token.id)
             shares.append(token.looked)
         assert np.ptp(shares, axis=0).max() > 1e-3 and np.ptp(shares[0]) > 1e-3  # none is flat
+        parts = conversation.parted(shares[0])
+        assert [len(part) for part in parts] == [N] * len(roles) and (np.concatenate(parts) == shares[0]).all()
+
+
+# ----------------------------------------------------------------------------- several images
+
+def test_answers_about_several_images_are_those_of_generate(model, tokenizer, monkeypatch):
+    images, roles = [some_image(seed) for seed in range(3)], ["prior", "", "now"]
+    prompts = [tokenizer.write(Record("", question, parts=tuple(View(b"", role=role) for role in roles)))
+               for question in QUESTIONS]
+    prompts = [tokens[:spans[0][0]] for tokens, spans, _ in prompts]
+    [(_, expected)] = finished_groups(generate(model, [(images, prompts)]))
+    seen, encode = [], VLM.encode_images
+    monkeypatch.setattr(VLM, "encode_images", lambda *arguments: seen.append(1) or encode(*arguments))
+    conversation = demo_talk.Conversation(model, tokenizer, images, torch.float32, roles)
+    for question, answer in zip(QUESTIONS, expected):
+        assert ids(conversation.ask(question)) == answer.tokens
+    assert len(seen) == 1
+    others = [demo_talk.Conversation(model, tokenizer, *other) for other in (
+        (images[::-1], torch.float32, roles), (images, torch.float32), (images[:1], torch.float32))]
+    answers = [[ids(one.ask(question)) for question in QUESTIONS] for one in (conversation, *others)]
+    assert all(one != other for number, one in enumerate(answers) for other in answers[:number])  # all of it counts
+
+
+def test_what_was_forgotten_is_made_anew_and_answers_stay(model, tokenizer):
+    conversation = demo_talk.Conversation(model, tokenizer, [some_image(), some_image(1)], torch.float32)
+    assert conversation.cached_bytes() == 0
+    before = [ids(conversation.ask(question)) for question in QUESTIONS]
+    layers, heads, slots, size = 3, 2, conversation.cache.branch.shape[1], 8
+    assert conversation.cached_bytes() == 2 * layers * heads * slots * size * 4
+    conversation.forget()
+    assert conversation.cached_bytes() == 0
+    assert [ids(conversation.ask(question)) for question in QUESTIONS] == before
+
+
+def test_an_answer_ends_with_its_time(monkeypatch):
+    clock = iter([0.0, 1.0, 2.0, 3.5, 9.0])
+    monkeypatch.setattr(demo_talk.time, "monotonic", lambda: next(clock))
+    assert list(demo_talk.within("abcdef", 3)) == ["a", "b", "c"]
+    monkeypatch.setattr(demo_talk.time, "monotonic", lambda: 0.0)
+    assert list(demo_talk.within("abc", 3)) == ["a", "b", "c"]
+
+
+def test_examples_are_records_of_one_turn_with_all_of_their_images(tmp_path):
+    films = [encoded(drawing(seed)) for seed in range(3)]
+    views = (View(films[0], "a.png", "prior"), View(films[1], "b.png", "now"))
+    write_questions(tmp_path, "scans", {"test": [
+        Record("1", "what is it?", "a lung", films[2], "c.png"), Record("2", "is it?", "yes", parts=views),
+        Record("3", "why?", "no", parts=views), Record("4", "why?", "so", parts=("A film.", *views)),
+        Record("5", "why?", "so", films[2], "c.png", context="A film."), Record("6", "why?", "so"),
+        Record("7", "why?", "so", films[2], "c.png", turns=(("who?", "he"),))]})
+    shard = Shard(tmp_path / "scans" / "test")
+    examples, questions = demo_talk.find_examples([shard])
+    assert [(name, roles, asked) for name, _, roles, asked in examples] == [
+        ("scans/test, image 1", [""], {"what is it?": "a lung"}),
+        ("scans/test, images 2 and 3", ["prior", "now"], {"is it?": "yes", "why?": "no"})]
+    assert all((image == shard.read_image(number)).all() for number, image in enumerate(
+        [image for _, images, *_ in examples for image in images]))
+    assert questions == ["what is it?", "is it?", "why?"]
 
 
 def test_words_join_to_the_answer_and_their_tokens_count(model, tokenizer):

@@ -43,21 +43,21 @@ DEFLATED_SYNTAX = b"1.2.840.10008.1.2.1.99"
 SEGMENTATION, DOSE = "1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.481.2"
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 
-# All that is read of a header: of what a Scan says and where a slice lies, of pixels, and of greys and colours
-HEADER = ["SOPClassUID", "Modality", "ImageType", "PatientID", "IssuerOfPatientID", "StudyInstanceUID",
+# All that is read of a header. Of what a Scan says and of where a slice lies something may be written wrongly
+PLACES = ["SOPClassUID", "Modality", "ImageType", "PatientID", "IssuerOfPatientID", "StudyInstanceUID",
           "SeriesInstanceUID", "StudyDate", "StudyTime", "AcquisitionDate", "AcquisitionTime", "ContentDate",
           "ContentTime", "BurnedInAnnotation", "RecognizableVisualFeatures", "PatientOrientation",
-          "ImageOrientationPatient", "ImagePositionPatient", "SliceLocation", "InstanceNumber",
-          "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
-          "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration",
-          "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "ExtendedOffsetTable",
-          "ExtendedOffsetTableLengths",
-          "RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence", "WindowCenter", "WindowWidth",
-          "VOILUTFunction", "VOILUTSequence",
-          *(f"{kind}PixelPadding{end}" for kind in ("", "Float", "DoubleFloat") for end in ("Value", "RangeLimit")),
-          *(name for colour in ("RedPaletteColorLookupTable", "GreenPaletteColorLookupTable",
-                                "BluePaletteColorLookupTable")
-            for name in (f"{colour}Descriptor", f"{colour}Data", f"Segmented{colour}Data"))]
+          "ImageOrientationPatient", "ImagePositionPatient", "SliceLocation", "InstanceNumber"]
+PICTURE = ["SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+           "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration",
+           "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "ExtendedOffsetTable",
+           "ExtendedOffsetTableLengths",
+           "RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence", "WindowCenter", "WindowWidth",
+           "VOILUTFunction", "VOILUTSequence",
+           *(f"{kind}PixelPadding{end}" for kind in ("", "Float", "DoubleFloat") for end in ("Value", "RangeLimit")),
+           *(name for colour in ("RedPaletteColorLookupTable", "GreenPaletteColorLookupTable",
+                                 "BluePaletteColorLookupTable")
+             for name in (f"{colour}Descriptor", f"{colour}Data", f"Segmented{colour}Data"))]
 PIXELS = {b"\x08\0": "FloatPixelData", b"\x09\0": "DoubleFloatPixelData", b"\x10\0": "PixelData"}
 MACROS = ("PixelValueTransformationSequence", "FrameVOILUTSequence", "PlaneOrientationSequence",
           "PlanePositionSequence")
@@ -117,7 +117,8 @@ def read_header(file, sha256):
         if DEFLATED_SYNTAX in content.read(1024):  # a few bytes of it may fill the memory
             raise Unreadable(DEFLATED)
         content.seek(0)
-        header = open_pydicom().dcmread(content, stop_before_pixels=True, force=True, specific_tags=HEADER)
+        header = open_pydicom().dcmread(content, stop_before_pixels=True, force=True, specific_tags=PLACES + PICTURE)
+        require_values(header)
         if not header.get("Rows") or not header.get("Columns"):
             raise Unreadable(NO_PIXELS if header.get("SOPClassUID") else DAMAGED)
         implicit, little = header.original_encoding
@@ -127,6 +128,17 @@ def read_header(file, sha256):
         if group != b"\xe0\x7f" or element not in PIXELS:
             raise Unreadable(DAMAGED)
         return header, PIXELS[element], content.tell() + (2 if implicit else 6)
+
+
+def require_values(header):
+    """Take from a header what cannot be read of its PLACES. Raises as pydicom does where it is of its PICTURE."""
+    for name in PLACES:
+        try:
+            header.get(name)
+        except Exception:  # a word where a number should be, or a type that is none
+            del header[name]
+    for name in PICTURE:
+        header.get(name)
 
 
 def syntax_of(header):
@@ -419,8 +431,13 @@ def rescale(stored, facts):
     """Physical numbers of stored ones, of any shape: by the table of their header, or slope and intercept."""
     if table := (facts.get("ModalityLUTSequence") or [None])[0]:
         return look_up(stored, table, facts)[0]
-    slope, intercept = (numbers(facts, f"Rescale{name}", 1) for name in ("Slope", "Intercept"))
-    return stored * slope[0] + intercept[0] if slope and intercept and slope[0] else stored
+    factors = []
+    for name, default in (("RescaleSlope", 1), ("RescaleIntercept", 0)):
+        factors.append((numbers(facts, name, 1) or (math.nan,))[0] if facts.get(name) is not None else default)
+    slope, intercept = factors
+    if not slope or math.isnan(slope + intercept):
+        raise Unreadable(DAMAGED)
+    return stored * slope + intercept
 
 
 def look_up(values, table, facts):

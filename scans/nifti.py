@@ -7,6 +7,7 @@ are the voxels, whatever their size.
 """
 
 import functools
+import logging
 import math
 
 import numpy as np
@@ -30,6 +31,7 @@ def open_volume(path):
     """A NIfTI file as nibabel opens it, without its voxels. Raises Unreadable, and UserError without nibabel."""
     try:
         import nibabel
+        logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)  # what is wrong is counted
     except ImportError:
         raise UserError(f"{path}: nibabel, which reads NIfTI files, is missing: pip install nibabel") from None
     try:

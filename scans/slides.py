@@ -8,6 +8,7 @@ of the whole slide, which may show a name, are never read.
 """
 
 import functools
+import logging
 import math
 
 import numpy as np
@@ -48,6 +49,7 @@ def with_tifffile(path):
     """What open_slide gives, through tifffile. Raises Unreadable and UserError."""
     try:
         import tifffile
+        logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)  # what is wrong is counted
     except ImportError:
         raise UserError(f"{path}: a slide, and what reads slides is missing: {INSTALL}, or pip install tifffile"
                         ) from None

@@ -135,6 +135,9 @@ def test_signed_numbers_and_their_tables(tmp_path):
     entries = table(-8, 8, *range(0, 256, 17))
     entries[0]["LUTDescriptor"].VR = "SS"
     assert grey_of(tmp_path, I16, VOILUTSequence=entries) == list(range(0, 256, 17))
+    entries = table(-8 + 65536, 8, *range(0, 256, 17))  # as those write it who forget its sign
+    entries[0]["LUTDescriptor"].VR = "US"
+    assert grey_of(tmp_path, I16, VOILUTSequence=entries) == list(range(0, 256, 17))
 
 
 @pytest.mark.parametrize("shift", [0, 4])
@@ -174,9 +177,9 @@ def test_without_a_window_a_metal_pixel_changes_nothing(tmp_path):
 
 
 def test_far_numbers_are_no_wrapped_ones(tmp_path):
-    film = np.array([[-32768, -1], [0, 32767]], np.int16)
-    assert grey_of(tmp_path, film, WindowCenter=0, WindowWidth=65536, VOILUTFunction="LINEAR_EXACT") == [
-        0, 127, 128, 255]  # and their difference is more than 15 bits hold
+    film = np.array([[-20000, -1], [0, 20000]], np.int16)  # their difference is more than its type holds
+    assert grey_of(tmp_path, film, WindowCenter=0, WindowWidth=40000, VOILUTFunction="LINEAR_EXACT") == [
+        0, 127, 128, 255]
     wide = np.array([[0, 1 << 30], [1 << 31, (1 << 32) - 1]], np.uint32)
     assert grey_of(tmp_path, wide, WindowCenter=2 ** 31, WindowWidth=2 ** 32, VOILUTFunction="LINEAR_EXACT") == [
         0, 64, 128, 255]
@@ -519,6 +522,23 @@ def test_damage_and_bombs(tmp_path):
     assert refusal(path) == DEFLATED
 
 
+def test_a_header_with_words_in_place_of_numbers(tmp_path):
+    """Where they would change greys they are refused, where they would only tell the order they are passed over."""
+    path = save(tmp_path / "film.dcm", made(U16, RescaleSlope="2.50", RescaleIntercept="0.00", InstanceNumber="12",
+                                            **FOUR))
+    content = path.read_bytes()
+    assert grey(path) == [0, *[212] * 1, *[255] * 14]
+    path.write_bytes(content.replace(b"IS\2\0" + b"12", b"IS\2\0" + b"xx"))
+    assert grey(path) == [0, 212, *[255] * 14]
+    for wrong in (b"2,50", b"0.00", b" nan"):
+        path.write_bytes(content.replace(b"2.50", wrong))
+        if refused := find_scans([path])[1]:
+            assert refused == {path: DAMAGED}
+            continue
+        with pytest.raises(Unreadable, match="damaged"):
+            grey(path)
+
+
 def test_a_codestream_larger_than_its_header_says(tmp_path):
     pytest.importorskip("openjpeg")
     dataset = made(smooth(), Modality="US")
@@ -560,7 +580,8 @@ def test_nothing_of_a_header_is_in_a_picture(tmp_path):
         name, place = f"Zzyzx{number}^Quill", f"{number} Nightjar Lane"
         planted = [name, place, f"MRN-{number:04}-88", f"19{number % 100:02}1231", f"ACC{number:05}77", "Dr Wexcombe"]
         dataset = made(smooth().astype(np.uint16) + number, PatientName=name, PatientAddress=place,
-                       PatientID=planted[2], PatientBirthDate=planted[3], AccessionNumber=planted[4], ReferringPhysicianName=planted[5],
+                       PatientID=planted[2], PatientBirthDate=planted[3], AccessionNumber=planted[4],
+                       ReferringPhysicianName=planted[5],
                        InstitutionName=place, ImageComments=" ".join(planted), PatientComments=name,
                        StudyDescription=name, SeriesDescription=planted[2], ProtocolName=name, StationName="WEX",
                        StudyDate=planted[3], SeriesInstanceUID=f"1.2.3.{number}", Modality=choose.choice(["CT", "MR"]),

@@ -28,7 +28,7 @@ from plumbing.shards import Shard
 from prepare.box_files import (LARGEST_TEXT, from_corner, gather, image_size, number, read_coco, read_voc, read_yolo,
                                to_shares)
 from prepare.boxes import ask_image
-from prepare.classify import read_lines
+from prepare.classify import read_lines, split_by_group
 from prepare.datasets import Dataset, read_image, refuse_damage
 from prepare.folder import compared, digest, names_for, prepare_listing, require_names
 from prepare.listing import SPLITS, Item, read_patients
@@ -312,7 +312,8 @@ def divide_own(path, boxes, folds=0, fold=0):
     groups = {name: group_of(boxes, name) for name in boxes.pictures}
     by = "patient" if boxes.patients else "film" if boxes.films else "a hash of each image"
     if folds or boxes.splits and boxes.patients:  # which are not divided
-        named = [f"patient {boxes.patients[name]}" if name in boxes.patients else group for name, group in groups.items()]
+        named = [f"patient {boxes.patients[name]}" if name in boxes.patients else group
+                 for name, group in groups.items()]
         parts = divide(path, named, [()] * len(named), [boxes.splits.get(name, "") for name in groups], folds, fold)
         splits = dict(zip(groups, parts))
         how = f"fold {fold} of {folds} is the test split, by {by}" if folds else "the split is the one that is given"
@@ -325,8 +326,10 @@ def divide_own(path, boxes, folds=0, fold=0):
         if torn:
             how += f"; {len(torn):,} films are in several of its parts, {printable(torn[0]):.40} the first"
     else:
-        splits = {name: "test" if bytes.fromhex(group)[0] % 5 == 0 else "train" for name, group in groups.items()}
-        how = f"a split is made, 80 : 20, by {by}"
+        drawn = ["test" if bytes.fromhex(group)[0] % 5 == 0 else "train" for group in groups.values()]
+        if boxes.patients or boxes.films:  # of few groups a hash might leave none to test with
+            drawn = split_by_group(groups.values(), [()] * len(groups), {"train": 0.8, "test": 0.2})
+        splits, how = dict(zip(groups, drawn)), f"a split is made, 80 : 20, by {by}"
     counts = Counter(splits.values())
     if not counts["train"] or not (counts["test"] or counts["validation"]):
         raise UserError(f"{path}: {counts['train']:,} images to train on and {counts['test']:,} to test with; bring "

@@ -1,8 +1,11 @@
 """Your own images with boxes: what form they are in, how they are split, and what is refused."""
 
+import io
 import json
+import os
 import random
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from PIL import Image
 
 from plumbing.flags import UserError
 from plumbing.leaks import read_leaks
+from plumbing.own import hash_id, secret_of
 from plumbing.shards import Shard
 from prepare.all import Config, prepare_own
 from prepare.box_files import gather
@@ -19,6 +23,7 @@ from prepare.questions import train_sample_tokenizer
 from test_bad_input import spoiled
 from test_box_data import picture, put, voc
 
+RAW = Path(os.environ.get("NANOMEDQ_RAW", Path(__file__).resolve().parent.parent / "raw"))
 SIZE = (40, 20)  # width and height of the pictures
 
 
@@ -271,6 +276,85 @@ def test_a_csv_may_name_splits(tmp_path, tokenizer):
     refused(tmp_path / "scans.csv", tokenizer, "1.png is of split 'fold 2'")
 
 
+def test_a_patient_in_two_given_splits_is_refused_and_folds_keep_patients_whole(tmp_path, tokenizer):
+    put_images(tmp_path, 20)
+    rows = [f"{n}.png,a,1,1,9,9,P{n // 2}" for n in range(20)]
+    put(tmp_path / "scans.csv", "\n".join(["image,label,x1,y1,x2,y2,patient", *rows]))
+    tested = []
+    for fold in range(3):
+        records = prepared(tmp_path / "scans.csv", tokenizer, folds=3, fold=fold)
+        groups = {split: {record["group"] for record in some} for split, some in records.items()}
+        assert not groups["train"] & groups["test"] and len(groups["train"] | groups["test"]) == 10
+        tested += groups["test"]
+    assert len(tested) == len(set(tested)) == 10
+    assert set(tested) == {f"patient {hash_id(secret_of(tmp_path), f'p{n}')}" for n in range(10)}
+    put(tmp_path / "scans.csv", "\n".join(["image,label,x1,y1,x2,y2,patient,split", *(
+        f"{row},{'test' if n in (3, 4) else 'train'}" for n, row in enumerate(rows))]))
+    refused(tmp_path / "scans.csv", tokenizer, "patient p1 is in train", "and in test")
+
+
+def test_the_lists_of_image_sets_are_the_split(tmp_path, tokenizer):
+    write_voc(tmp_path / "scans", 6)
+    for split, numbers in (("train", "0 1 2"), ("val", "3"), ("test", "4 5"), ("trainval", "0 1 2 3"),
+                           ("cell_train", "5")):
+        put(tmp_path / f"scans/ImageSets/Main/{split}.txt", "\n".join(numbers.split()))
+    records = prepared(tmp_path / "scans", tokenizer)
+    assert {split: {record["image"] for record in some} for split, some in records.items()} == {
+        "train": {f"images/{n}.png" for n in (0, 1, 2)}, "validation": {"images/3.png"},
+        "test": {"images/4.png", "images/5.png"}}
+
+
+# ----------------------------------------------------------------------------- scans
+
+def test_boxes_on_dicom_are_shares_of_the_pictures_size(tmp_path, tokenizer):
+    pytest.importorskip("pydicom")
+    from test_dicom import made, save
+
+    rows = ["image,label,x1,y1,x2,y2"]
+    (tmp_path / "scans").mkdir()
+    for number in range(12):
+        pixels = np.random.default_rng(number).integers(0, 100, (20, 40)).astype(np.int16)
+        save(tmp_path / f"scans/{number}.dcm", made(
+            pixels, PatientID=f"MRN{number // 2}", SeriesInstanceUID=f"1.{number}"))
+        rows.append(f"{number}.dcm,lesion,10,5,30,15")
+    put(tmp_path / "scans/boxes.csv", "\n".join(rows))
+    records = prepared(tmp_path / "scans", tokenizer, window="soft", augment=1)
+    every = [record for some in records.values() for record in some]
+    assert all(record["boxes"]["lesion"] == [[250, 250, 750, 750]] for record in every if "copy" not in record["image"])
+    assert len({record["group"] for record in every}) == 6 and not any("MRN" in str(record) for record in every)
+    assert all(record["image"].startswith("scan ") for record in every)
+    assert len(records["train"]) == 2 * (12 - len(records["test"]))
+    manifest = Shard(next((tmp_path / "shards").glob("scans/train"))).manifest
+    assert manifest["image"]["window"] == "soft"
+    stream = io.BytesIO()
+    pages = [Image.open(io.BytesIO(picture(*SIZE, seed=seed))) for seed in (1, 2)]
+    pages[0].save(stream, "TIFF", save_all=True, append_images=pages[1:])
+    put(tmp_path / "scans/0.tif", stream.getvalue())
+    put(tmp_path / "scans/boxes.csv", "\n".join([*rows, "0.tif,lesion,10,5,30,15"]))
+    refused(tmp_path / "scans", tokenizer, "0.tif: 2 pictures in it, and boxes do not say on which of them they are")
+
+
+# ----------------------------------------------------------------------------- real data
+
+@pytest.mark.parametrize("folder, splits, boxes, said", [
+    ("bccd/BCCD", {"train": 205, "validation": 87, "test": 36}, {"RBC": 3754, "WBC": 337, "Platelets": 323}, ""),
+    ("dental_xray_cv", {"train": 293, "validation": 34, "test": 30},
+     {"Fillings": 1798, "Implant": 563, "Cavity": 151, "Impacted Tooth": 140}, "; 48 films are in several of its")])
+def test_published_boxes_are_read_as_they_are(folder, splits, boxes, said):
+    """The counts are those of the published files, less BCCD's two boxes without an area."""
+    if not (RAW / folder).exists():
+        pytest.skip(f"no real data in {RAW}; set NANOMEDQ_RAW to a folder of it")
+    found = read_boxes(RAW / folder, find_sources(RAW / folder))
+    gathered = gather(folder, found.rows)
+    assert Counter(label for of in gathered.values() for label, some in of.items() for _ in some) == boxes
+    divided, how = divide_own(RAW / folder, found)
+    assert Counter(divided.values()) == splits and how.startswith(f"the split is the one that is given{said}")
+    if found.films:  # the split that is given divides films, folds do not
+        divided, how = divide_own(RAW / folder, found._replace(splits={}), folds=5, fold=0)
+        sides = {(found.films[name], split) for name, split in divided.items()}
+        assert len(sides) == len(set(found.films.values())) == 179 and how.endswith("by film")
+
+
 # ----------------------------------------------------------------------------- what is said and refused
 
 def test_what_is_odd_is_counted(tmp_path, tokenizer, capsys):
@@ -312,7 +396,8 @@ def test_two_forms_or_none_that_can_be_read_are_refused(tmp_path, tokenizer):
 def test_a_name_that_is_two_images_is_refused_and_none_leads_out_of_the_folder(tmp_path, tokenizer):
     write_coco(tmp_path / "scans", 4)
     put(tmp_path / "scans/sub/0.png", picture(seed=50))
-    assert len(read_boxes(tmp_path / "scans", find_sources(tmp_path / "scans")).pictures) == 4  # the one beside the JSON
+    boxes = read_boxes(tmp_path / "scans", find_sources(tmp_path / "scans"))
+    assert len(boxes.pictures) == 4  # of two the one beside the JSON
     put(tmp_path / "scans/other/0.png", picture(seed=51))
     (tmp_path / "scans/0.png").unlink()
     refused(tmp_path / "scans", tokenizer, "2 images are called '0.png'; name it by its path")

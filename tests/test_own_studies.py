@@ -44,7 +44,7 @@ def told(draft):
     ("Indication: cough. Findings: clear. Conclusion: normal.",
      {"indication": "cough.", "findings": "clear.", "impression": "normal."}),
     ("## Befund: klar.\r\n**Beurteilung:** normal.", {"findings": "klar.", "impression": "normal."}),
-    ("Clear lungs.\n\nNo effusion; the findings: none.", {"last paragraph": "Clear lungs. No effusion; the findings: none."}),
+    ("Clear lungs.\n\nNone in the findings: no.", {"last paragraph": "Clear lungs. None in the findings: no."}),
     ("CHEST, TWO VIEWS: clear.", {"findings": "clear."})])
 def test_a_report_is_read_whatever_its_headers_look_like(text, wanted):
     assert sections_of(text) == wanted
@@ -110,8 +110,9 @@ def test_sections_may_be_files_and_pictures_lie_in_folders_of_the_study(tmp_path
 def test_other_folders_are_no_studies(tmp_path):
     for name in ("classes/a/1.png", "classes/b/2.png", "yolo/images/1.png", "flat/1.png", "two/s/1.png"):
         picture(tmp_path / name)
-    for name, text in (("classes/a/readme.txt", "a class"), ("yolo/labels/1.txt", "0 .5 .5 .5 .5"), ("flat/1.txt", "x y z"),
-                       ("two/s/1.txt", "one of them"), ("two/s/2.txt", "or another"), ("empty/s/report.txt", "no picture")):
+    for name, text in (("classes/a/readme.txt", "a class"), ("yolo/labels/1.txt", "0 .5 .5 .5 .5"),
+                       ("flat/1.txt", "of no study"), ("two/s/1.txt", "one of them"), ("two/s/2.txt", "or another"),
+                       ("empty/s/report.txt", "without a picture")):
         put(tmp_path / name, text)
     for name in ("classes", "yolo", "flat", "two", "empty"):
         assert find_studies(tmp_path / name) == [], name
@@ -146,7 +147,8 @@ def test_a_csv_has_a_row_an_image_or_a_row_a_study(tmp_path):
     rows = [f"s{n // 2},{n}.png,{'PA' if n % 2 else 'Lateral'},p{n // 4},{n // 2},Clear {n // 2}.,Normal."
             for n in reversed(range(6))]
     put(tmp_path / "a.csv", "\n".join(["Study ID,Image,View Position,Patient,Follow-up #,Findings,Impression", *rows]))
-    rows = [f"s{n},films/{2 * n}.png|films/{2 * n + 1}.png,p{n // 2},2020-0{n + 1}-01,Findings: clear {n}." for n in range(3)]
+    rows = [f"s{n},films/{2 * n}.png|films/{2 * n + 1}.png,p{n // 2},2020-0{n + 1}-01,Findings: clear {n}."
+            for n in range(3)]
     put(tmp_path / "b.csv", "\n".join(["study,images,mrn,date,report", *rows]))
     own, _ = read(tmp_path / "a.csv")
     assert len(own.drafts) == 3 and [draft.patient for draft in own.drafts] == ["p0", "p0", "p1"]
@@ -166,7 +168,8 @@ def test_what_is_odd_in_a_csv_is_said(tmp_path):
     own, _ = read(tmp_path / "a.csv")
     notes = "\n".join(own.notes)
     for words in ("3 studies, 1 with a date", "1 studies have rows with other words, p s1 the first",
-                  "1 images are not there, gone.png the first", "1 studies of patients with several have no date, p s1"):
+                  "1 images are not there, gone.png the first",
+                  "1 studies of patients with several have no date, p s1"):
         assert words in notes
     answers = {draft.where: draft.record.answer for draft in own.drafts}
     assert answers == {"p s1": "Findings: clear", "p s2": "", "s3": "Findings: none"}  # of which the empty is counted

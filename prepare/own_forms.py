@@ -404,17 +404,21 @@ def prepare_any(config, image, open_words):
     given = parse_columns(config.columns, [*ROLES, *MORE_ROLES])
     more = {"settings": settings, "name": config.name, "folds": config.folds, "fold": config.fold,
             "dry_run": config.dry_run, "limit": config.limit}
-    form, source, notes = recognise(path, config, given) if path.exists() else ("class folders", path, [])
+    if not path.exists():
+        raise UserError(f"{path}: no folder and no file there; name one that is")
+    form, source, notes = recognise(path, config, given)
     if form == "labels":
         require_one(path, form, source)
         source, columns, *_ = source[0]
         given |= find_roles(source, columns, LABELS, {role: given[role] for role in LABELS if role in given})
     if form in ("labels", "class folders"):
+        how = "in a table" if form == "labels" else "a folder for each class"
+        print(f"{printable(path.name)}: images with labels, {how}")
         if image != ImageSettings(image.size, "squash", "jpeg", 97):
-            print(f"{printable(path.name)}: images with labels are squares, JPEG of quality 97; --resize, --codec, "
-                  "--quality and --max_pixels are for questions")
+            print("  stored as squares, JPEG of quality 97: --resize, --codec, --quality and --max_pixels alter nothing")
         return prepare_folder(source, config.shards_dir, config.image_size, config.workers, given=given, **more)
     if form == "boxes":
+        print(f"{printable(path.name)}: images with boxes, {' and '.join(source)}")
         return prepare_boxes(config.own, source, config.shards_dir, image, open_words(), config.box_format,
                              config.workers, config.augment, **more)
     with compared(path, Path(config.shards_dir), config.dry_run):

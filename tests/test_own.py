@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import random
 from collections import defaultdict
 
 import numpy as np
@@ -13,6 +14,7 @@ from plumbing.flags import UserError, parse_flags
 from plumbing.own import SECRET
 from plumbing.shards import Shard
 from prepare.all import Config, main
+from prepare.own_forms import look_into, read_own
 from prepare.questions import train_sample_tokenizer
 from prepare.shards import read_manifests
 from test_box_data import picture, put
@@ -83,7 +85,7 @@ def test_a_dataset_is_named_and_limited(prepare, tmp_path):
     for number in range(COUNT):
         put(tmp_path / f"labels/{'ab'[number % 2]}/{number}.png", picture(16, 16, seed=number))
     splits, printed = prepare(tmp_path / "labels", limit=2, codec="png")
-    assert len(splits["labels/train"]) == 2 and "--codec, --quality and --max_pixels are for questions" in printed
+    assert len(splits["labels/train"]) == 2 and "--max_pixels alter nothing" in printed
 
 
 def test_choices_boxes_and_conversations_are_tasks(prepare, tmp_path):
@@ -220,13 +222,45 @@ def test_alike_images_and_equal_questions_stay_on_one_side(prepare, tmp_path):
 
 # ----------------------------------------------------------------------------- refused
 
+ITEMS = [{"image": ["a.png", "b.png"], "question": "what?", "answer": "x", "choices": ["x", "y"], "patient": "P1",
+          "study": "S", "date": "2020-01-01", "references": ["x"], "boxes": {"x": [[1, 2, 3, 4]]}},
+         {"image": "a.png", "conversations": [{"from": "human", "value": "<image>what?"},
+                                              {"from": "gpt", "value": "x"}]},
+         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:;base64,QUJD"}}, {
+             "type": "text", "text": "what?"}]}, {"role": "assistant", "content": "x"}]}]
+ODD = [None, 1, 1.5, float("nan"), True, "", [], {}, [None], [[1]], {"a": None}, "[1,2", "\ud800", "{'a': 1}"]
+
+
+@pytest.mark.parametrize("item", ITEMS, ids=("question", "conversation", "messages"))
+def test_a_spoiled_item_is_read_or_refused_in_one_line(item, tmp_path):
+    draw, path, read = random.Random(0), tmp_path / "items.json", 0
+
+    def spoiled(value):
+        if draw.random() < 0.08:
+            return draw.choice(ODD)
+        return ({name: spoiled(some) for name, some in value.items()} if isinstance(value, dict) else
+                list(map(spoiled, value)) if isinstance(value, list) else value)
+
+    for _ in range(200):
+        path.write_text(json.dumps([spoiled(item), item]))
+        try:
+            for form, tables in look_into(path, {}).tables.items():
+                own = read_own(path, form, tables, Config(), {}, None, [])
+                read += len(own.drafts)
+                assert all(isinstance(text, str) for draft in own.drafts for text in (
+                    draft.record.question, draft.record.answer, draft.patient, *(v.name for v in draft.record.views())))
+        except UserError as error:
+            assert "\n" not in str(error) and "items.json" in str(error)
+    assert read > 100
+
+
 @pytest.mark.parametrize("files, wanted", [
     ({"own/t.csv": "bild,frage\n1.png,was?\n"}, "it has columns bild, frage; the nearest layouts are"),
     ({"own/t.csv": "question,A,B\nwhich?,x,y\n"}, "choices: question,A,B,answer | which drug?,aspirin,heparin,B"),
     ({"own/t.csv": "study,image,view\n1,a,b\n"}, "reports: study,image,findings,impression | s1,1.png"),
     ({"own/t.xlsx": b"PK"}, "t.xlsx, a workbook, which is to be saved as csv"),
     ({"own/1.dat": b"\1"}, "it has 1 files .dat"), ({"own/.DS_Store": b"\0"}, "it has no file"),
-    ({}, "no folder and no csv")])
+    ({}, "no folder and no file there")])
 def test_what_is_not_understood_is_refused_with_the_nearest_layouts(files, wanted, prepare, tmp_path):
     for name, content in files.items():
         put(tmp_path / name, content)

@@ -232,8 +232,8 @@ def compare_pairs(scored, seed):
     """
     pairs = []
     for number, ((dataset, first, metric), ours) in enumerate(scored.items()):
-        for (other, second, _), theirs in list(scored.items())[number + 1:]:
-            if keys := [key for key in ours if other == dataset and key in theirs]:
+        for (_, second, _), theirs in list(scored.items())[number + 1:]:
+            if keys := [key for key in ours if key in theirs]:  # a dataset's name is a part of them
                 unit, units = units_of([ours[key][1] for key in keys])
                 scores = [[some[key][0] for key in keys] for some in (ours, theirs)]
                 pairs.append((dataset, metric, first, second, compare(*scores, units, unit, seed)))

@@ -63,6 +63,14 @@ def test_images_are_found_by_path_and_name(made, name, file, why):
     assert [source for source, _ in pictures] == ([made[2] / file] if file else []) and why in reason
 
 
+def test_the_end_of_a_name_counts_where_names_differ_in_it_alone(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("x.png", "x.bmp"):
+        drawing(0).save(tmp_path / "deep" / name)
+    ((source, _),), _ = Folder(tmp_path).find("x.bmp")
+    assert source == tmp_path / "deep/x.bmp" and "2 images are called x:" in Folder(tmp_path).find("x")[1]
+
+
 def test_a_slice_of_a_series_is_found_by_its_own_file(made, monkeypatch):
     files = [made[2] / name for name in ("a.png", "b.png")]
     labels = ("slice 1 of 2", "slice 2 of 2")

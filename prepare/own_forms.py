@@ -405,7 +405,7 @@ def prepare_any(config, image, open_words):
     more = {"settings": settings, "name": config.name, "folds": config.folds, "fold": config.fold,
             "dry_run": config.dry_run, "limit": config.limit}
     if not path.exists():
-        raise UserError(f"{path}: no folder and no file there; name one that is")
+        raise UserError(f"{path}: no folder and no csv there")
     form, source, notes = recognise(path, config, given)
     if form == "labels":
         require_one(path, form, source)
@@ -415,7 +415,7 @@ def prepare_any(config, image, open_words):
         how = "in a table" if form == "labels" else "a folder for each class"
         print(f"{printable(path.name)}: images with labels, {how}")
         if image != ImageSettings(image.size, "squash", "jpeg", 97):
-            print("  stored as squares, JPEG of quality 97: --resize, --codec, --quality and --max_pixels alter nothing")
+            print("  stored as squares, JPEG of quality 97: --resize, --codec, --quality, --max_pixels alter nothing")
         return prepare_folder(source, config.shards_dir, config.image_size, config.workers, given=given, **more)
     if form == "boxes":
         print(f"{printable(path.name)}: images with boxes, {' and '.join(source)}")

@@ -85,7 +85,7 @@ def test_a_dataset_is_named_and_limited(prepare, tmp_path):
     for number in range(COUNT):
         put(tmp_path / f"labels/{'ab'[number % 2]}/{number}.png", picture(16, 16, seed=number))
     splits, printed = prepare(tmp_path / "labels", limit=2, codec="png")
-    assert len(splits["labels/train"]) == 2 and "--max_pixels alter nothing" in printed
+    assert len(splits["labels/train"]) == 2 and "--codec, --quality, --max_pixels alter nothing" in printed
 
 
 def test_choices_boxes_and_conversations_are_tasks(prepare, tmp_path):
@@ -260,7 +260,7 @@ def test_a_spoiled_item_is_read_or_refused_in_one_line(item, tmp_path):
     ({"own/t.csv": "study,image,view\n1,a,b\n"}, "reports: study,image,findings,impression | s1,1.png"),
     ({"own/t.xlsx": b"PK"}, "t.xlsx, a workbook, which is to be saved as csv"),
     ({"own/1.dat": b"\1"}, "it has 1 files .dat"), ({"own/.DS_Store": b"\0"}, "it has no file"),
-    ({}, "no folder and no file there")])
+    ({}, "no folder and no csv there")])
 def test_what_is_not_understood_is_refused_with_the_nearest_layouts(files, wanted, prepare, tmp_path):
     for name, content in files.items():
         put(tmp_path / name, content)

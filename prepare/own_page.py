@@ -36,8 +36,9 @@ h1 { margin: 1.5rem 0 .25rem; font-size: 1.6rem; line-height: 1.2; overflow-wrap
 ul { margin: .5rem 0 1rem; padding-left: 1.2rem; overflow-wrap: anywhere; }
 article { margin: 0 0 1rem; padding: 1rem; background: var(--card); border: 1px solid var(--line);
           border-radius: 10px; }
-.pictures { display: flex; flex-wrap: wrap; gap: .75rem; margin-bottom: .75rem; }
-figure { margin: 0; width: 13.75rem; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(11.5rem, 1fr)); gap: .75rem; }
+.pictures + dl { margin-top: .75rem; }
+figure { margin: 0; max-width: 14rem; }
 img { display: block; width: 100%; border-radius: 6px; }
 figcaption { margin-top: .3rem; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: 7rem minmax(0, 1fr); gap: .2rem .75rem; margin: 0; align-items: baseline; }
@@ -46,7 +47,8 @@ dd.answer { font-weight: 600; }
 table { border-collapse: collapse; margin: .5rem 0; font-variant-numeric: tabular-nums; }
 td { padding: .1rem 1.25rem .1rem 0; overflow-wrap: anywhere; }
 td + td { text-align: right; }
-@media (max-width: 40rem) { dl { grid-template-columns: minmax(0, 1fr); } figure { width: 9rem; } }
+@media (max-width: 40rem) { dl { grid-template-columns: minmax(0, 1fr); }
+  .pictures { grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); } }
 """
 
 
@@ -77,7 +79,8 @@ def figures(record, image):
     views = record.views() or ([View(None, record.image_name)] if record.image_name else [])
     for view in views[:PICTURES]:
         shown, why = picture(view.image, image, record.boxes or {})
-        words = " · ".join(filter(None, [view.role, view.name, why]))
+        role = "" if view.name.endswith(view.role) else view.role  # of a slice both say where it is
+        words = " · ".join(filter(None, [role, view.name, why]))
         yield f"<figure>{shown}<figcaption>{escape(words)}</figcaption></figure>"
     if len(views) > PICTURES:
         yield f"<figure><figcaption>and {len(views) - PICTURES:,} more</figcaption></figure>"

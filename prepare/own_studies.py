@@ -240,7 +240,8 @@ def read_folder_studies(path, pictures):
                  and not is_left_by_programs(file) and not any(
                      other in texts for other in file.parents if other != folder and other.is_relative_to(folder))]
         there, films = set(files), []
-        for scan in pictures.read_files([file for file in files if not is_mask(file, there)]):
+        scans = pictures.read_files([file for file in files if not is_mask(file, there)])
+        for scan in sorted(scans, key=lambda scan: len(scan.sources) > 1):  # films, then volumes
             films.append(("", f"{hashed}/{len(films) + 1}"))  # a folder may be called by a name or a date
             pictures.entered[films[-1][1]] = scan
         studies.append((Study(name, patient, split, day_of(parts[-1]), 0.0, films), sections))

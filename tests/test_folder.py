@@ -374,6 +374,9 @@ def test_a_column_without_a_single_patient_is_passed_over(prepare, tmp_path):
 def test_capitals_make_no_other_patient(prepare, tmp_path):
     table = patients_table(tmp_path, "patient", lambda n: f"{'Pp'[n % 2]}{n // 4}")
     assert divided(prepare(table)[1], lambda number: number // 4) == []
+    table = patients_table(tmp_path, "patient,split", lambda n: f"{'Pp'[n % 2]}{n // 4},{'test' if n % 2 else 'train'}")
+    with pytest.raises(UserError, match="patient p0 .by column patient. is in train and in test"):
+        prepare(table)
 
 
 def test_an_image_without_a_patient_goes_where_its_copy_is(prepare, tmp_path):

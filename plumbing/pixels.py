@@ -268,11 +268,15 @@ def stretch(pixels, inverted=False, counted=None):
     inverted: zero is white. counted: the numbers that give the range, where not all do.
     """
     counted = pixels if counted is None else counted
+    if pixels.dtype.kind in "iu" and pixels.itemsize <= 2 and pixels.size > 1 << 16:  # each number is looked at once
+        first = int(pixels.min())
+        table = stretch(np.arange(first, int(pixels.max()) + 1)[None], inverted, counted)
+        return table[0, pixels.astype(np.intp) - first]
     step = -(-counted.size // SAMPLED)
     steps = (slice(None, None, step),) if counted.ndim == 1 else (slice(None, None, round(step ** 0.5)),) * 2
     some = counted[steps]
     some = some[np.isfinite(some)]
-    low, high = np.percentile(some, (TAIL, 100 - TAIL)).tolist() if some.size else (0, 0)
+    low, high = tails(some) if some.size else (0, 0)
     if low == high:  # such as a few bright spots on an even ground
         every = counted[np.isfinite(counted)]
         if not every.size:
@@ -288,6 +292,19 @@ def stretch(pixels, inverted=False, counted=None):
         grey = 255 - grey if inverted else grey
         stretched[first:first + 64] = np.where(np.isnan(rows), 0, grey)
     return stretched
+
+
+def tails(numbers):
+    """Percentiles TAIL and 100 - TAIL of some numbers, as np.percentile gives them of floats."""
+    if numbers.dtype.kind not in "iu" or numbers.itemsize > 2:
+        return np.percentile(numbers, (TAIL, 100 - TAIL)).tolist()
+    first, ends = int(numbers.min()), []  # to count them takes a fifth of the time
+    up_to = np.cumsum(np.bincount(numbers.reshape(-1).astype(np.intp) - first))
+    for share in (TAIL, 100 - TAIL):
+        part, place = math.modf((numbers.size - 1) * (share / 100))
+        low, high = (first + int(number) for number in np.searchsorted(up_to, (place, place + 1), "right"))
+        ends.append(low + (high - low) * part if part < 0.5 else high - (high - low) * (1 - part))
+    return ends
 
 
 def lay_over_black(image):

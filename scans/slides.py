@@ -15,17 +15,15 @@ import numpy as np
 from PIL import Image
 
 from plumbing.files import hash_file
-from plumbing.flags import UserError
 from plumbing.pixels import DAMAGED, TOO_LARGE, Unreadable, lay_over_black
 from scans.frames import Frame, Scan
 
 OVERVIEW = 1024  # pixels of its longer side, at least
 MOST_PIXELS = 1 << 28  # of a level, which tifffile reads as a whole
 COLOURED, SHARE = 20, 0.1  # greatest less least channel, of 255; of a tile's pixels
-INSTALL = "pip install openslide-python openslide-bin"
 NO_LEVEL = "a slide without the level that --tiles names"
 EMPTY = "a slide of which no tile shows anything"
-UNREAD = f"a slide that only another package may read: {INSTALL}"
+UNREAD = "a slide that another package reads: pip install openslide-python openslide-bin"
 
 
 def with_openslide(path):
@@ -46,13 +44,12 @@ def with_openslide(path):
 
 
 def with_tifffile(path):
-    """What open_slide gives, through tifffile. Raises Unreadable and UserError."""
+    """What open_slide gives, through tifffile. Raises Unreadable."""
     try:
         import tifffile
         logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)  # what is wrong is counted
     except ImportError:
-        raise UserError(f"{path}: a slide, and what reads slides is missing: {INSTALL}, or pip install tifffile"
-                        ) from None
+        raise Unreadable(UNREAD) from None
     try:
         levels = tifffile.TiffFile(path).series[0].levels
         sizes = [(level.keyframe.imagewidth, level.keyframe.imagelength) for level in levels]
@@ -131,7 +128,7 @@ def find(files, settings, name_of):
     for path in files:
         try:
             pictures = pictures_of(path, settings.tiles)
-        except (MemoryError, UserError):
+        except MemoryError:
             raise
         except Exception as error:  # each package has its own ways to fail on a broken file
             refused[path] = str(error) if isinstance(error, Unreadable) else DAMAGED
@@ -146,7 +143,7 @@ def decode(frame):
     try:
         _, read = open_slide(frame.file, frame.sha256)
         return read(*frame.place)
-    except (Unreadable, MemoryError, UserError):
+    except (Unreadable, MemoryError):
         raise
     except Exception as error:  # as in find
         raise Unreadable(DAMAGED) from error

@@ -17,7 +17,8 @@ import plumbing.pixels
 from data import Record
 from plumbing.flags import UserError
 from plumbing.pixels import (DEEP_PIXELS, FIT_STEP, FORMATS, SMART_LEAST, SMART_MOST, SUFFIXES, Unreadable,
-                             load_image, load_pixels, open_stored, resize_flags, resize_image, smart_shape)
+                             load_image, load_pixels, open_stored, resize_flags, resize_image, smart_shape, stretch,
+                             tails)
 from prepare.folder import read_folder
 from prepare.shards import ImageSettings, encode_image
 from test_prepare import write_toy
@@ -383,6 +384,17 @@ def test_a_dead_pixel_darkens_nothing_and_a_few_bright_spots_are_seen():
     spots[5, 7:9] = 3000, 900
     found = np.asarray(load_image(png(spots)))[..., 0]
     assert (found[5, 7], found[5, 8], found[0, 0]) == (255, 70, 0) and (found > 0).sum() == 2
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.uint16, np.int16])
+def test_numbers_that_are_counted_have_the_same_range_as_others(kind):
+    least, most = np.iinfo(kind).min, np.iinfo(kind).max
+    for size in (1, 2, 100, 5000):
+        numbers = RANDOM.integers(least, most + 1, size).astype(kind)
+        assert tails(numbers) == np.percentile(numbers.astype(np.float64), (0.5, 99.5)).tolist()
+    film = RANDOM.integers(least, most + 1, (300, 300)).astype(kind)  # of so many each number is looked at once
+    assert np.array_equal(stretch(film), stretch(film.astype(np.int32)))
+    assert np.array_equal(stretch(film, inverted=True), 255 - stretch(film.astype(np.int32)))
 
 
 def test_the_channels_of_a_colour_keep_their_proportion():

@@ -7,6 +7,7 @@ import gzip
 import io
 import multiprocessing
 import struct
+import sys
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
@@ -15,10 +16,11 @@ from PIL import Image
 
 from plumbing.flags import UserError
 from plumbing.pixels import DAMAGED, SEVERAL, TOO_LARGE, Unreadable, load_image
-from scans.frames import (Frame, Scan, ScanSettings, choose_slices, decode_picture, find_scans, is_scan, module_of,
+from scans.dicom import open_pydicom
+from scans.frames import (Frame, Scan, ScanSettings, choose_slices, decode_picture, find_scans, is_scan,
                           picture_key)
 from scans.nifti import NO_GREYS
-from scans.slides import EMPTY, NO_LEVEL, starts
+from scans.slides import EMPTY, NO_LEVEL, open_slide, starts
 from scans.windows import WINDOWS, apply_window, windows_of
 from test_pixels import FILM, GREY, stretched, tiff
 
@@ -297,11 +299,21 @@ def test_tiles_reach_the_end_of_a_side():
 
 def test_a_slide_without_what_reads_it(tmp_path):
     slide(tmp_path / "slide.svs")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="pip install openslide-python"):
-        patch.setitem(__import__("sys").modules, "tifffile", None)
-        patch.setitem(__import__("sys").modules, "openslide", None)
-        module_of("slides").open_slide.cache_clear()
-        find_scans([tmp_path / "slide.svs"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "tifffile", None)
+        patch.setitem(sys.modules, "openslide", None)
+        open_slide.cache_clear()
+        assert "pip install openslide-python" in refusal(tmp_path / "slide.svs")
+
+
+@pytest.mark.parametrize("name, package, content", [
+    ("a.dcm", "pydicom", bytes(128) + b"DICM"), ("a.nii", "nibabel", bytes(400))])
+def test_a_package_that_is_missing_is_named(tmp_path, name, package, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=f"pip install {package}"):
+        patch.setitem(sys.modules, package, None)
+        open_pydicom.cache_clear()
+        find_scans([tmp_path / name])
 
 
 # ----------------------------------------------------------------------------- other processes

@@ -126,6 +126,11 @@ def test_as_many_conform_as_are_wanted_however_few_images_there_are(multi_label)
     assert np.mean(covered) == pytest.approx(19 / 21, abs=0.02)
 
 
+def test_the_strangeness_of_several_labels_is_that_of_the_worst():
+    assert strangeness(np.array([[0.9, 0.25, 0.5]]), np.array([[True, True, False]]), True) == [0.75]
+    assert strangeness(np.array([[0.5, 0.25, 0.25]]), np.array([[False, True, False]]), False) == [0.75]
+
+
 def test_an_image_is_certain_where_exactly_what_is_predicted_conforms():
     probabilities = np.array([[0.9, 0.1, 0.0], [0.5, 0.45, 0.05], [0.4, 0.3, 0.3]])
     said = decide(probabilities, None)

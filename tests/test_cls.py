@@ -358,16 +358,20 @@ def test_the_best_epoch_on_validation_is_tested_and_patience_stops(toy, monkeypa
     assert not torch.equal(saved["weight"], weights[4]["head.weight"])
 
 
-def test_thresholds_come_from_validation_alone(tmp_path, monkeypatch):
+def test_what_is_chosen_comes_from_validation_alone(tmp_path, monkeypatch):
     write(tmp_path, "toy", toy_records(("a", "b", "c"), multi_label=True), ("a", "b", "c"), multi_label=True)
     splits, seen = {}, []
-    original_open, original_tune = train_cls.open_dataset, train_cls.tune_thresholds
+    original_open, original_tune, original_conform = (
+        train_cls.open_dataset, train_cls.tune_thresholds, train_cls.conform)
     monkeypatch.setattr(train_cls, "open_dataset", lambda *rest: splits.setdefault("", original_open(*rest)))
     monkeypatch.setattr(train_cls, "tune_thresholds", lambda probabilities, actual: seen.append(actual)
                         or original_tune(probabilities, actual))
+    monkeypatch.setattr(train_cls, "fit_temperature", lambda logits, actual, several: seen.append(actual) or 2.0)
+    monkeypatch.setattr(train_cls, "conform", lambda before, actual, *rest: seen.append(actual)
+                        or original_conform(before, actual, *rest))
     main(settings(tmp_path, epochs=1))
     validation = splits[""][0]["validation"].labels
-    assert len(seen) == 2 and all(actual is validation for actual in seen)
+    assert len(seen) == 4 and all(actual is validation for actual in seen)
     facts = json.loads((tmp_path / "cls/toy/scratch/seed_0/model/config.json").read_text())
     entry = read_results(tmp_path / "cls")["toy", "scratch", 0]
     assert facts["thresholds"] == entry["test"]["thresholds"] and len(facts["thresholds"]) == 3

@@ -335,18 +335,23 @@ def test_batches_and_the_order_of_reading_change_no_row(trained, tmp_path):
     assert found[0][0] == ["image", "predicted", "uncertain", "dark", "light"]
 
 
-def test_a_model_predicts_without_the_file_that_its_encoder_was_and_the_test_images_as_before(asked, shards, tmp_path):
+def test_a_model_predicts_without_the_file_that_its_encoder_was_and_the_test_images_as_before(asked, tmp_path):
+    rows = toy_records(("dark", "light"), EACH)  # one label in five of validation is wrong: there is a temperature
+    rows = [(split, replace(record, labels=("dark",)) if split == "validation" and number % 5 == 0 else record)
+            for number, (split, record) in enumerate(rows)]
+    prepare_toy(tmp_path, ("dark", "light"), {}, records=rows)
     save_module(ViT(CONFIGS["sample"][0]), tmp_path / "biomedclip.safetensors")
-    config = asked(encoder="biomedclip", weights_dir=str(tmp_path), epochs=1, learning_rate=1e-4)
+    config = asked(encoder="biomedclip", weights_dir=str(tmp_path), shards_dir=str(tmp_path), epochs=1)
     main(config)
     (tmp_path / "biomedclip.safetensors").unlink()
     (tmp_path / "new").mkdir()
-    split = labelled.open_dataset(shards / "was/toy", 32)[0]["test"]
+    split = labelled.open_dataset(tmp_path / "toy", 32)[0]["test"]
     split.read_pixels()
     for number, pixels in enumerate(split.pixels):
         Image.fromarray(pixels).save(tmp_path / f"new/{number}.png")
-    main(replace(config, predict=str(tmp_path / "new"), shards_dir=str(tmp_path)))  # nor its dataset
+    main(replace(config, predict=str(tmp_path / "new"), shards_dir=str(tmp_path / "none")))  # nor its dataset
     folder = tmp_path / "cls/toy/biomedclip/seed_0"
+    assert not 0.9 < read_manifest(folder, "result.json")["test"]["calibration"]["temperature"] < 1.1
     table, = folder.glob("predicted_new_*.csv")
     predicted, tested = (list(csv.DictReader(open(path))) for path in (table, folder / "test.csv"))
     assert len(predicted) == 8

@@ -153,10 +153,10 @@ def show_classes(one):
             for name, scores in one.test["classes"].items()]
     parts = [table(header, rows)]
     if "confusion" in one.test:
-        shaded = [[text(name), *((f' class="shaded" style="--share:{0.75 * count / max(sum(counts), 1):.2f}"', count)
+        shaded = [[f"{place} {text(name)}", *((f' class="shaded" style="--share:{0.5 * count / max(sum(counts), 1):.2f}"', count)
                                  for count in counts)]
-                  for name, counts in zip(one.classes, one.test["confusion"])]
-        parts.append("<div>" + table(["is, and taken for", *map(text, one.classes)], shaded) + "</div>")
+                  for place, (name, counts) in enumerate(zip(one.classes, one.test["confusion"]), 1)]
+        parts.append("<div>" + table(["is, and taken for", *range(1, len(shaded) + 1)], shaded) + "</div>")
     return section("Class by class", f'<div class="beside">{"".join(parts)}</div>')
 
 
@@ -186,8 +186,9 @@ def show_calibration(one):
                                 ("brier", "Brier score"))]
     rows[0][1:] = [f"{cell}<small>by chance {facts[when]['ece_by_chance']:.3f}</small>"
                    for cell, when in zip(rows[0][1:], ("before", "after"))]
-    words = quiet(f"{text(describe_temperature(facts['temperature'], facts['validation_images']))}. The calibration "
-                  f"error is over {BINS} bins of as many {'images and labels' if one.several else 'images'} each; "
+    unit = "images and labels" if one.several else "images"
+    temperature = describe_temperature(facts["temperature"], facts["validation_images"])
+    words = quiet(f"Calibration: {text(temperature)}. The calibration error is over {BINS} bins of as many {unit}; "
                   "&ldquo;by chance&rdquo; is what as many true probabilities would have, and the bootstrap's interval "
                   "lies too high by about as much.")
     picture = draw_reliability(reliability(one.probabilities, one.actual, one.several))
@@ -314,7 +315,7 @@ def show_mistakes(one, config):
         figures.append(
             f'<figure><img alt="" src="data:image/jpeg;base64,{draw_heat(pixels, falls)}"><figcaption>'
             f'<b>is {is_}, taken for <span class="wrong">{said}</span></b>{", uncertain" if flagged[image] else ""}<br>'
-            f"{text(names[place])}: {whole:.3f}, with a place hidden down to {lowest:.3f}"
+            f"{text(names[place])}: {whole:.3f}; {lowest:.3f} at the lowest with a place hidden"
             f"<br>{text(split.names[image])}</figcaption></figure>")
     return section("The most confident mistakes", quiet(
         "Beside each picture: where it is red, hiding it lowers the log-odds of the class that is named below it, the "

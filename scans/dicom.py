@@ -14,6 +14,7 @@ import functools
 import io
 import logging
 import math
+import operator
 import struct
 import warnings
 from collections import Counter, defaultdict
@@ -174,6 +175,15 @@ def require_readable(header, size):
 
 # ----------------------------------------------------------------------------- scans
 
+class About(NamedTuple):
+    """What a Scan says of its header, which itself may be large."""
+    patient: str
+    study: str
+    time: str
+    stacked: bool  # whether several are slices of a volume, wherever they lie
+    warnings: tuple
+
+
 class Shot(NamedTuple):
     """One frame and its place."""
     frame: Frame
@@ -212,7 +222,7 @@ def shots_of(path, sha256, header, window):
 
 def find(files, settings, name_of):
     """([Scan], {Path: why}) of DICOM files, as scans.frames.find_scans says; name_of: a path's name."""
-    stacks, headers, planes, refused = defaultdict(list), {}, defaultdict(list), {}
+    stacks, about, planes, refused = defaultdict(list), {}, defaultdict(list), {}
     for path in files:
         try:
             if path.name.lower() == "dicomdir":
@@ -221,6 +231,8 @@ def find(files, settings, name_of):
             header, _, start = read_header(path, sha256)
             require_readable(header, path.stat().st_size - start)
             shots = shots_of(path, sha256, header, settings.window)
+            told = About(patient_of(header), str(header.get("StudyInstanceUID") or ""), time_of(header),
+                         header.get("Modality") in STACKED, tuple(warnings_of(header, settings.window)))
             key = stack_of(path, header, shots, planes)
         except (MemoryError, UserError):
             raise
@@ -228,10 +240,11 @@ def find(files, settings, name_of):
             refused[path] = str(error) if isinstance(error, Unreadable) else DAMAGED
             continue
         stacks[key] += shots
-        headers.setdefault(key, header)
-    volumes = [(headers[key], volume) for key, shots in stacks.items() for volume in divide(shots)]
+        before = about.setdefault(key, told)
+        about[key] = before._replace(warnings=tuple(dict.fromkeys(before.warnings + told.warnings)))
+    volumes = [(about[key], volume) for key, shots in stacks.items() for volume in divide(shots)]
     in_folder = Counter(shots[0].frame.file.parent for _, shots in volumes if len(files_of(shots)) > 1)
-    return [scan_of(header, shots, settings, name_of, in_folder) for header, shots in volumes], refused
+    return [scan_of(told, shots, settings.slices, name_of, in_folder) for told, shots in volumes], refused
 
 
 def stack_of(path, header, shots, planes):
@@ -260,8 +273,8 @@ def divide(shots):
     """
     if None in {shot.position for shot in shots}:
         locations = {shot.location for shot in shots} - {None}
-        place_of = (lambda shot: shot.location) if len(locations) == len(shots) else (lambda shot: shot.order)
-        return [sorted(shots, key=place_of)]
+        by = "location" if len(locations) == len(shots) else "order"
+        return [sorted(shots, key=operator.attrgetter(by))]
     places = defaultdict(list)
     for shot in sorted(shots, key=lambda shot: shot.order):
         places[shot.position].append(shot)
@@ -275,16 +288,23 @@ def turned(orientation):
     return tuple(round(100 * cosine) for cosine in orientation)
 
 
-def scan_of(header, shots, settings, name_of, in_folder):
-    """The Scan of a volume's Shots, which are in order."""
+def scan_of(told, shots, slices, name_of, in_folder):
+    """The Scan of a volume's Shots, which are in order. in_folder: how many volumes of several files each has."""
     first, count = shots[0].frame.file, len(shots)
     whole = len(files_of(shots)) > 1 and in_folder[first.parent] == 1
-    kind = "slice" if shots[0].position is not None or header.get("Modality") in STACKED else "frame"
+    kind = "slice" if shots[0].position is not None or told.stacked else "frame"
     labelled = [(shot.frame, f"{kind} {number} of {count}" if count > 1 else "")
                 for number, shot in enumerate(shots, 1)]
-    frames, labels = zip(*choose_slices(labelled, settings.slices))
-    return Scan(name_of(first.parent if whole else first), frames, labels, patient_of(header),
-                str(header.get("StudyInstanceUID") or ""), time_of(header), tuple(warnings_of(header, shots, settings)))
+    frames, labels = zip(*choose_slices(labelled, slices))
+    places = {(turned(shot.orientation), shot.position) for shot in shots}
+    warnings = told.warnings
+    if count > 1 and None in {shot.position for shot in shots}:
+        warnings += ("have no positions: their slices are in the order of SliceLocation, or else of InstanceNumber",
+                     ) * told.stacked
+    elif len(places) < count:
+        warnings += "have several slices at one position, and not as many at each",
+    return Scan(name_of(first.parent if whole else first), frames, labels, told.patient, told.study, told.time,
+                warnings)
 
 
 def patient_of(header):
@@ -301,8 +321,8 @@ def time_of(header):
     return ""
 
 
-def warnings_of(header, shots, settings):
-    """Kinds of what somebody should look at."""
+def warnings_of(header, window):
+    """Kinds of what somebody should look at, as the header alone tells them."""
     burned_in = str(header.get("BurnedInAnnotation") or "")
     if burned_in == "YES":
         yield "have text burned in, as their header says"
@@ -312,12 +332,10 @@ def warnings_of(header, shots, settings):
     if header.get("RecognizableVisualFeatures") == "YES":
         yield "show a face or the like, as their header says"
     along, down = [*(header.get("PatientOrientation") or ()), "", ""][:2]
-    if not shots[0].orientation and ("R" in along[:1] or "H" in down[:1]):
+    if not orientation_of(header) and ("R" in along[:1] or "H" in down[:1]):
         yield "are stored mirrored or upside down, as their header says, and left so"
-    if len(shots) > 1 and shots[0].position is None and header.get("Modality") in STACKED:
-        yield "have no positions: their slices are in the order of SliceLocation, or else of InstanceNumber"
-    if named_windows(settings.window) and not in_hounsfield(header):
-        yield f"are not in Hounsfield units: shown as --window=auto in place of {settings.window}"
+    if named_windows(window) and not in_hounsfield(header):
+        yield f"are not in Hounsfield units: shown as --window=auto in place of {window}"
 
 
 # ----------------------------------------------------------------------------- pictures

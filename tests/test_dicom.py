@@ -377,6 +377,9 @@ def test_slices_are_in_the_order_of_position(tmp_path):
     assert (scan.name, refused, scan.warnings) == ("ct", {}, ())
     assert greys_of(scan) == [80, 100, 109, 110]
     assert scan.labels == ("slice 1 of 4", "slice 2 of 4", "slice 3 of 4", "slice 4 of 4")
+    slice_at(tmp_path / "ct" / "3", 0, 100, InstanceNumber=1, BurnedInAnnotation="YES")  # one of several says it
+    (scan,), _ = find_scans(sorted((tmp_path / "ct").iterdir()), ScanSettings(), tmp_path)
+    assert scan.warnings == ("have text burned in, as their header says",)
     (scan,), _ = find_scans(sorted((tmp_path / "ct").iterdir()), ScanSettings(slices="middle"), tmp_path / "ct")
     assert (scan.name, scan.labels, greys_of(scan)) == ("ct", ("slice 2 of 4",), [100])
 
@@ -428,7 +431,10 @@ def test_phases_of_a_series_are_volumes(tmp_path):
                      InstanceNumber=10 * phase + height)
     scans, _ = find_scans(sorted(tmp_path.iterdir()), ScanSettings(), tmp_path)
     assert [greys_of(scan) for scan in scans] == [[1, 2], [101, 102]]
-    assert len({scan.name for scan in scans}) == 2
+    assert len({scan.name for scan in scans}) == 2 and all(scan.warnings == () for scan in scans)
+    slice_at(tmp_path / "22.dcm", 2, 202, InstanceNumber=22)
+    (scan,), _ = find_scans(sorted(tmp_path.iterdir()), ScanSettings(), tmp_path)
+    assert greys_of(scan) == [1, 101, 2, 102, 202] and "at one position" in scan.warnings[0]
 
 
 def test_frames_of_one_file(tmp_path):

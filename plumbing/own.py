@@ -16,6 +16,7 @@ from plumbing.files import read_manifest, write_whole
 from plumbing.flags import UserError
 
 TABLES = (".csv", ".tsv")
+LISTS = (*TABLES, ".json", ".jsonl", ".ndjson")  # files that may list one's own images
 SECRET = ".patients.key"  # a file in a folder of one's own, with which its patients are hashed
 PREPARE = Path(__file__).resolve().parent.parent / "prepare" / "all.py"
 
@@ -88,7 +89,7 @@ def find_prepared(name, shards_dir):
     looked at each time. Says so where it could be either.
     """
     target = Path(shards_dir) / name
-    if os.path.basename(name) != name or Path(name).suffix.lower() in TABLES:
+    if os.path.basename(name) != name or Path(name).suffix.lower() in LISTS:
         return None
     paths = origins(target)
     if not os.path.isdir(name):

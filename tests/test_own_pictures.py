@@ -62,6 +62,7 @@ def test_of_two_that_could_be_meant_none_is_taken(folder, called):
 def test_paths_start_beside_the_table_first(folder):
     pictures = Pictures(folder)
     assert found(pictures, "0004.png", beside=folder / "deep/er") == "deep/er/0004.png"
+    assert found(pictures, "0004", beside=folder / "deep/er") == "deep/er/0004.png"
     assert found(pictures, "../0004.png", beside=folder / "deep/er") == "deep/0004.png"
     assert found(pictures, "images/0001.png", beside=folder / "deep/er") == "images/0001.png"
 

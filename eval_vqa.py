@@ -24,7 +24,8 @@ has seen in tasks/seen.py.
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from plumbing.flags import BatchSize, Device, Range, Share, Text, UserError, Whole, parse_command_line, run
+from plumbing.flags import (BatchSize, Device, Range, Share, Slices, Text, UserError, Whole, Window,
+                            parse_command_line, run)
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Config:
     ask: Text = ""  # csv or JSON lines of questions to answer, or one question about each of the --images
     images: str = ""  # folder of images and scans that --ask is about; none: that of its table
     answers: str = ""  # csv that --ask writes; none: beside its table, or out/answers.csv
-    window: str = ""  # of scans, as prepare/all.py --window says; none: the run's
-    slices: str = "all"  # of a volume that is asked about: all, middle, every:5, or so many at even distances
+    window: Window = "auto"  # of scans, as prepare/all.py --window says; auto: as the run's were prepared
+    slices: Slices = "all"  # of a volume that is asked about: all, middle, every:5, or so many at even distances
     data: str = ""  # prepared datasets; none: all that ask about images; all: whatever has questions, and one table
     split: str = "test"  # split to answer
     predictions: str = ""  # score the answers of this file of JSON lines, anybody's, in place of a run's

@@ -82,6 +82,10 @@ Scale = Annotated[float, Range(0, 1e30)]  # rates, decays and other numbers that
 Device = Annotated[str, Form(r"auto|cpu|mps|cuda(:\d{1,3})?", "auto, cpu, mps, cuda or cuda:0")]
 Text = Annotated[str, Form(r".{0,20000}", "a text of at most 20,000 characters")]  # not a name or a path
 Name = Annotated[str, Form(r"(?!\.{1,2}$)[^/]*", "a name without /")]
+WINDOW = r"(file|lung|soft|bone|brain|-?\d+(\.\d+)?/\d+(\.\d+)?)"
+Window = Annotated[str, Form(rf"auto|{WINDOW}(,{WINDOW},{WINDOW})?",
+                             "auto, file, lung, soft, bone, brain, centre/width, or three of these with commas")]
+Slices = Annotated[str, Form(r"all|middle|every:[1-9]\d{0,3}|[1-9]\d{0,3}", "all, middle, every:5, or a number")]
 Datasets = Annotated[str, Form(  # train_vlm.py's mixture
     r"[^,:]+(:[^,:]*)?(,[^,:]+(:[^,:]*)?)*", "names with commas between, each with an optional weight, as in a,b:2")]
 

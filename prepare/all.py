@@ -18,12 +18,9 @@ from typing import Annotated, Literal
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: `data` lies above it
 
-from plumbing.flags import Form, Name, Range, Text, Threads, UserError, Whole, parse_command_line, run
+from plumbing.flags import (Form, Name, Range, Slices, Text, Threads, UserError, Whole, Window, parse_command_line,
+                            run)
 
-WINDOW = r"(file|lung|soft|bone|brain|-?\d+(\.\d+)?/\d+(\.\d+)?)"
-Window = Annotated[str, Form(rf"auto|{WINDOW}(,{WINDOW},{WINDOW})?",
-                             "auto, file, lung, soft, bone, brain, centre/width, or three of these with commas")]
-Slices = Annotated[str, Form(r"all|middle|every:[1-9]\d{0,3}|[1-9]\d{0,3}", "all, middle, every:5, or a number")]
 Tiles = Annotated[str, Form(r"(\d{1,2}:[1-9]\d{1,4})?", "a level and pixels, as 1:512")]
 
 

@@ -187,7 +187,8 @@ def open_rows(config, record):
     The Rows of eval_vqa.py's --ask, or the one of its --question, each with what tasks.wording says of its question.
     record: what the run's checkpoint was sealed with. Raises UserError.
     """
-    settings = ScanSettings(config.window or record["image"].get("window") or "auto", config.slices)
+    window = record["image"].get("window", "auto") if config.window == "auto" else config.window
+    settings = ScanSettings(window, config.slices)
     if config.question:
         if config.image and not Path(config.image).is_file():
             what = "a folder" if Path(config.image).is_dir() else "no such file"

@@ -11,7 +11,7 @@ import eval_vqa
 from data import Record
 from eval_vqa import Config
 from generate import ask
-from plumbing.flags import UserError
+from plumbing.flags import UserError, parse_flags
 from prepare.leaks import guard
 from scans.frames import Scan
 from tasks import asked
@@ -239,6 +239,12 @@ def test_a_scan_is_shown_by_the_runs_window_and_the_slices_that_are_named(made, 
     assert capsys.readouterr().out == ask(model, tokenizer, "is figure 3 large?", made[2] / "a.png", 32,
                                           max_new_tokens=4) + "\n"
     assert (seen[0].window, seen[0].slices) == ("lung", "2") and (seen[1].window, seen[1].slices) == ("auto", "all")
+    rows = asked.open_rows(Config(question="?", image=flags["image"], shards_dir="none"), {
+        "image": {"window": "bone"}, "flags": {"data": "learn"}, "inputs": {"data": {}}, "tests": {}})
+    assert seen[-1].window == "bone" and len(rows) == 1  # as the run's images were prepared
+    for words in (["--window=red"], ["--slices=some"]):
+        with pytest.raises(UserError, match=words[0]):
+            parse_flags(Config, words)
     prompt = asking.prompt_of(tokenizer, "is it?", ("slice 1 of 2", "slice 2 of 2"))
     text = tokenizer.decode([token for token in prompt if token > 2])
     assert [token for token in prompt if token < 0] == [-1, -2] and "slice 1 of 2:" in text and "slice 2 of 2:" in text

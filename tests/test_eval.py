@@ -41,11 +41,8 @@ def test_bleu1_by_hand(prediction, reference, expected):
 
 def test_a_question_about_nothing_that_can_be_seen_gets_the_reason(tmp_path):
     Image.new("L", (20, 20), 7).save(tmp_path / "even.png")
-    drawing(1).save(tmp_path / "stack.tif", save_all=True, append_images=[drawing(2)])
-    for name, reason in (("even.png", "even: all pixels alike"),
-                         ("stack.tif", "several pages; save each as a file")):
-        with pytest.raises(UserError, match=f"{name}: not an image that can be read .{reason}"):
-            ask(None, None, "what is it?", str(tmp_path / name), size=16)
+    with pytest.raises(UserError, match="even.png: not an image that can be read .even: all pixels alike"):
+        ask(None, None, "what is it?", str(tmp_path / "even.png"), size=16)
 
 
 def test_bleu1_edges():

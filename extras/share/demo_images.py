@@ -50,6 +50,9 @@ def find_in(files, window, at_least):
         if content[128:132] == b"DICM" or name.lower().endswith(DICOM):
             dicoms[Path(f"{number:05} {Path(name).name}")] = content
             continue
+        if name.lower().endswith((".nii", ".nii.gz")):
+            refused[name] = "A NIfTI file is not read from memory: upload its DICOM files, or slices as images."
+            continue
         try:
             scans[number] = find_pages(name, content, at_least)
         except UserError as error:
@@ -118,7 +121,7 @@ def read_picture(source, at_least):
 def units_of(source):
     """
     (least, greatest, whether they are Hounsfield units) of the physical numbers of one of a Scan's sources; None where
-    it has no such numbers, as colours and images of 8 bits.
+    it has no such numbers, as colours and images of 8 bits, or but one.
     """
     if not isinstance(source, Frame) or source.kind != "dicom":
         return None
@@ -129,7 +132,8 @@ def units_of(source):
     if stored.ndim == 3 or facts.PhotometricInterpretation == "PALETTE COLOR":
         return None
     ends = dicom.rescale(np.array([stored.min(), stored.max()]), facts)
-    return float(ends.min()), float(ends.max()), dicom.in_hounsfield(facts)
+    low, high = float(ends.min()), float(ends.max())
+    return (low, high, dicom.in_hounsfield(facts)) if high > low else None
 
 
 def name_windows(hounsfield, trained):

@@ -57,32 +57,32 @@ def choose_images(loaded):
 def choose_picture(number, scan, loaded):
     """(one of a Scan's sources, in the window that the visitor wants, and the role)"""
     state, place, role = st.session_state, len(scan.sources) // 2, ""
-    key = f"{state.files} {number}"
-    if len(state.scans[0]) > 1:
-        role = st.text_input(f"Image {number}: its role, such as prior or lateral; or nothing", max_chars=ROLE,
+    key, of = f"{state.files} {number}", f"Image {number}: " if len(state.scans[0]) > 1 else ""
+    if of:
+        role = st.text_input(f"{of}Role, such as prior or lateral; or nothing", max_chars=ROLE,
                              key=f"role {key}").strip()
     if len(scan.sources) > 1:
-        place = scan.labels.index(st.select_slider(f"Image {number}", scan.labels, scan.labels[place],
+        place = scan.labels.index(st.select_slider(f"{of}Shown", scan.labels, scan.labels[place],
                                                    key=f"place {key}"))
     for warning in scan.warnings:
-        st.html(note(f"Image {number}: its files {warning}."))
+        st.html(note(f"{of}Its files {warning}."))
     if number not in state.units:  # of one slice for all, so that sliders stay as they are
         state.units[number] = demo_images.units_of(scan.sources[len(scan.sources) // 2])
     source = scan.sources[place]
     if units := state.units[number]:
-        source = demo_images.in_window(source, choose_window(number, key, units, loaded.window))
+        source = demo_images.in_window(source, choose_window(of, key, units, loaded.window))
     return source, role
 
 
-def choose_window(number, key, units, trained):
-    """A window of physical numbers, as --window writes it. units: what demo_images.units_of gives."""
+def choose_window(of, key, units, trained):
+    """A window of an image's physical numbers, as --window writes it. units: what demo_images.units_of gives."""
     low, high, hounsfield = units
-    window = st.selectbox(f"Image {number}: window", [*demo_images.name_windows(hounsfield, trained), BY_HAND],
+    window = st.selectbox(f"{of}Window", [*demo_images.name_windows(hounsfield, trained), BY_HAND],
                           key=f"window {key}")
     if window == BY_HAND:
         step = max(round((high - low) / 200), 1) if high - low > 20 else (high - low) / 200
-        centre = st.slider(f"Image {number}: centre", low, high, (low + high) / 2, float(step), key=f"centre {key}")
-        width = st.slider(f"Image {number}: width", float(step), high - low, high - low, float(step),
+        centre = st.slider(f"{of}Centre", low, high, (low + high) / 2, float(step), key=f"centre {key}")
+        width = st.slider(f"{of}Width", float(step), high - low, high - low, float(step),
                           key=f"width {key}")
         window = f"{centre:.6g}/{width:.6g}"
     if window != trained:

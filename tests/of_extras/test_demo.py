@@ -269,10 +269,10 @@ def test_slices_windows_and_roles_are_what_the_model_is_asked_about(visit, model
     pictures = [np.array(demo_images.read_picture(source, SIZE)) for source in (*plain.sources, *scan.sources)]
     assert seen(page) == [drawn(pictures[0]), drawn(pictures[2])]  # the middle slice
     assert page.get_by_text("trained on questions about one image at a time: what it says of 2 is").count() == 1
-    page.get_by_label("Image 1: its role").fill("prior")
+    page.get_by_label("Image 1: Role").fill("prior")
     page.keyboard.press("Enter")
     page.get_by_alt_text("Image 1, prior as the model sees it").wait_for()
-    page.get_by_label("Image 2: window").click()
+    page.get_by_label("Image 2: Window").click()
     page.get_by_role("option", name="lung").click()
     page.get_by_text("The run was trained on images in the window auto").wait_for()
     lung = np.array(demo_images.read_picture(demo_images.in_window(scan.sources[1], "lung"), SIZE))

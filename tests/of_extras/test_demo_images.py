@@ -162,12 +162,13 @@ def test_the_types_that_are_offered_are_read(form):
 def test_pages_of_a_file_are_slices_and_bad_files_are_named():
     pages, stream = [Image.fromarray(some_image(seed)) for seed in range(3)], io.BytesIO()
     pages[0].save(stream, "TIFF", save_all=True, append_images=pages[1:])
-    files = [("a.png", b"a text"), ("b.tif", stream.getvalue()), ("c.png", encoded(some_image())), ("d.dcm", b"")]
+    files = [("a.png", b"a text"), ("b.tif", stream.getvalue()), ("c.png", encoded(some_image())), ("d.dcm", b""),
+             ("e.nii.gz", b"")]
     (several, one), refused = demo_images.find_in(files, "auto", SIZE)
     assert several.labels == ("page 1 of 3", "page 2 of 3", "page 3 of 3") and one.labels == ("",)
     for source, seed in zip((*several.sources, *one.sources), (0, 1, 2, 0), strict=True):
         assert (np.asarray(demo_images.read_picture(source, SIZE)) == some_image(seed)).all()
-    assert list(refused) == ["a.png", "d.dcm"]
+    assert refused.pop("e.nii.gz").startswith("A NIfTI file is not read") and list(refused) == ["a.png", "d.dcm"]
     assert all(why.startswith("This file is not an image that can be read: ") for why in refused.values())
     assert [demo_images.units_of(source) for source in (several.sources[0], one.sources[0])] == [None, None]
 

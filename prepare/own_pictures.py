@@ -156,9 +156,9 @@ class Pictures:
         return next(iter(scans), None)
 
     def scans_at(self, place):
-        """The Scans of a file, or of the files in a folder."""
+        """The Scans of a file, or of all files below a folder."""
         if place not in self.read:
-            files = sorted(place.iterdir()) if place.is_dir() else [place]
+            files = list(files_below(place)) if place.is_dir() else [place]
             self.read[place] = self.read_files([file for file in files if not is_left_by_programs(file)])
         return self.read[place]
 

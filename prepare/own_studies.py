@@ -22,7 +22,7 @@ from prepare.box_files import decode_text
 from prepare.listing import PATIENTS, SPLITS, is_mask
 from prepare.own import Draft, Own
 from prepare.own_boxes import split_of
-from prepare.own_pictures import is_left_by_programs
+from prepare.own_pictures import ENDING, is_left_by_programs
 from prepare.own_splits import hash_names
 from prepare.own_tables import NO_WORDS, find_roles, list_of, read_items, text_of
 from prepare.reports import report_sections
@@ -155,6 +155,13 @@ def texts_of(path):
     return found
 
 
+def names_files(tables, file, roles):
+    """Whether the column of images in a table of reports has names of files; IU X-Ray's has words."""
+    rows = next(rows for other, _, rows in tables if other == file)
+    cells = [name for _, row in rows[:99] for name in list_of(row.get(roles.get("image")))]
+    return any(ENDING.search(cell) or (file.parent / cell[:255]).exists() for cell in cells)
+
+
 def find_studies(path, columns=""):
     """The files that say what was reported of studies, of a folder or csv; [] where it is none of studies."""
     if path.is_file() and path.suffix.lower() not in TABLES:
@@ -163,7 +170,8 @@ def find_studies(path, columns=""):
     reports = [(file, roles) for file, roles, _ in tables if is_reports(roles) and path in (file, file.parent)]
     joined = [file for file, roles, _ in tables if {"study", "image"} <= roles.keys() and not is_reports(roles)]
     if len(reports) == 1 and "study" in reports[0][1]:
-        return [reports[0][0], *joined]
+        named = names_files(tables, *reports[0])
+        return [reports[0][0], *([] if named else joined)]
     if reports:
         return [file for file, roles in reports if "image" in roles]
     return sorted(itertools.chain(*texts_of(path).values())) if path.is_dir() else []

@@ -91,7 +91,7 @@ def test_a_series_is_found_by_its_folder_and_a_slice_by_its_file(tmp_path):
     put_series(tmp_path / "ct_12/axial", uid="1.2.9")
     put_series(tmp_path / "ct_13", uid="1.2.8")
     pictures = Pictures(tmp_path, ScanSettings(slices="every:2"))
-    for called in ("ct_12/axial", "axial", "/pacs/ct_12/axial", "C:\\ct_12\\axial"):
+    for called in ("ct_12/axial", "ct_12", "axial", "/pacs/ct_12/axial", "C:\\ct_12\\axial"):
         scan = pictures.find("row", called)
         assert scan.labels == ("slice 1 of 5", "slice 3 of 5", "slice 5 of 5"), called
     one = pictures.find("row", "ct_13/IM1")  # which --slices leaves out of the whole series

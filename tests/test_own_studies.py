@@ -155,6 +155,7 @@ def test_a_csv_has_a_row_an_image_or_a_row_a_study(tmp_path):
     assert told(own.drafts[1]) == (
         [("prior frontal", "films/1.png"), ("frontal", "films/3.png"), ("lateral", "films/2.png")],
         ["Prior report: Findings: Clear 0. Impression: Normal."])
+    put(tmp_path / "labels.csv", "study,image,label\ns0,films/5.png,a\n")  # which is no part of it
     own, _ = read(tmp_path / "b.csv")
     assert told(own.drafts[1]) == ([("prior", "films/0.png"), ("", "films/2.png"), ("", "films/3.png")],
                                    ["Prior report: Findings: clear 0."])

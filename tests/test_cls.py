@@ -421,7 +421,7 @@ def test_own_images_are_trained_on_and_new_ones_predicted(kind, tmp_path, capsys
 
 def test_own_images_that_cannot_be_used_are_refused_in_one_line(tmp_path):
     (tmp_path / "scans").mkdir()
-    for name, reason in (("scans", "no image in it that has a class"), ("gone.csv", "no folder and no csv there")):
+    for name, reason in (("scans", "not understood, it has no file"), ("gone.csv", "no folder and no csv there")):
         words = [f"--dataset={tmp_path / name}", "--encoder=scratch", "--model=sample", "--device=cpu",
                  f"--shards_dir={tmp_path}/shards", f"--out={tmp_path}/cls"]
         done = subprocess.run([sys.executable, "train_cls.py", *words], cwd=ROOT, text=True, capture_output=True)

@@ -153,9 +153,10 @@ def show_classes(one):
             for name, scores in one.test["classes"].items()]
     parts = [table(header, rows)]
     if "confusion" in one.test:
-        shaded = [[f"{place} {text(name)}", *((f' class="shaded" style="--share:{0.5 * count / max(sum(counts), 1):.2f}"', count)
-                                 for count in counts)]
-                  for place, (name, counts) in enumerate(zip(one.classes, one.test["confusion"]), 1)]
+        shares = [[0.5 * count / max(sum(counts), 1) for count in counts] for counts in one.test["confusion"]]
+        shaded = [[f"{place} {text(name)}", *((f' class="shaded" style="--share:{share:.2f}"', count)
+                                              for share, count in zip(*row))]
+                  for place, (name, row) in enumerate(zip(one.classes, zip(shares, one.test["confusion"])), 1)]
         parts.append("<div>" + table(["is, and taken for", *range(1, len(shaded) + 1)], shaded) + "</div>")
     return section("Class by class", f'<div class="beside">{"".join(parts)}</div>')
 

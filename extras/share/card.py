@@ -13,7 +13,8 @@ from prepare.datasets import DATASETS
 from prepare.weights import WEIGHTS
 from tasks.box_tables import SIZES
 from tasks.evaluations import find_evaluations, read_evaluation
-from tasks.summary import HEADS, label_of, list_rows, name_of, sort_evaluations, summary_of, text_cells
+from tasks.summary import (HEADS, label_of, list_rows, markdown, name_of, sort_evaluations, summary_of,
+                           text_cells)
 from tasks.vqa import cell_text
 from weights import load_vlm
 from zoo.qwen3_files import CONFIGS as QWENS
@@ -140,8 +141,7 @@ def summary_lines(evaluations):
     rows = list_rows(sort_evaluations(("", results) for results in evaluations))
     if not rows:
         return []
-    marks = ("--:" if head in ("questions", "unreadable", "leaks") else "---" for head in HEADS)
-    return ["", *(f"| {' | '.join(cells)} |" for cells in (HEADS, marks, *map(text_cells, rows))), "",
+    return ["", *markdown(HEADS, map(text_cells, rows)), "",
             "*leaks*: questions that are not new to the model, whose words or image it was trained on; ?: not known."]
 
 

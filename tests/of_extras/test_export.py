@@ -360,7 +360,8 @@ def test_card_has_one_table_of_all_evaluations_first(runs, tmp_path):
     write_evaluation(run / "eval/older", own | {"results": {"vqa_rad/test": older}}, {"model": []})
     results = write_card(run, tmp_path / "README.md").text.partition("## Results")[2].partition("## Training data")[0]
     head, rule, *rows = [line for line in results.splitlines() if line.startswith("|")]
-    assert head == "| dataset | questions | metric | score | blind answers | image adds | unreadable | leaks |"
+    assert head == ("| dataset | questions | metric | score | blind answers | image adds | unreadable | cut | empty | "
+                    "repeating | leaks |")
     assert head.count("|") == rule.count("|") and set(rule) <= set("|-: ")
     names = [row.split(" | ")[0].removeprefix("| ") for row in rows[:rows.index(next(
         row for row in rows if "all questions" in row))]]
@@ -368,7 +369,7 @@ def test_card_has_one_table_of_all_evaluations_first(runs, tmp_path):
                                                     "slake/test"]
     assert "slake/test, those new to the run: none\n" in results
     score = cell_text(tables["summary"]["lines"][0]["score"])
-    assert score[:4] == "62.5" and f"| a private dataset | 8 | accuracy | {score} | - | - | 12.5% | 2 |" in rows
+    assert score[:4] == "62.5" and f"| a private dataset | 8 | accuracy | {score} | - | - | 12.5% | - | - | - | 2 |" in rows
     assert "| med_qa/test, all questions: 8, over questions | accuracy | MedEvalKit's | letter | whole |" in results
     assert "vqa_rad/test, all questions: 8" in results and "st_anna" not in results
 

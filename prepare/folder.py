@@ -89,7 +89,7 @@ def require_classes(path, items, names):
 
 # ----------------------------------------------------------------------------- groups and splits
 
-def give_groups(path, items, grouped_by):
+def give_groups(items, grouped_by):
     """
     Each Item's group, which is never divided: its patient, or where none is named what it is alike. The middle
     slice stands for all of its scan.
@@ -113,7 +113,8 @@ def give_groups(path, items, grouped_by):
         print(f"  {unnamed:,} images name no patient: each stays with those that it is like")
     numbers = [number_of[item.scan or item.name] for item in items]
     patients = [item.patient or owners.get(number, "") for item, number in zip(items, numbers)]
-    return [group or f"like {alike[number][0].name}" for group, number in zip(group_names(path, patients), numbers)]
+    return [f"patient {patient}" if patient else f"like {alike[number][0].name}"
+            for patient, number in zip(patients, numbers)]
 
 
 def say_alike(alike):
@@ -183,17 +184,21 @@ def digest(items):
 
 
 def records_of(path, items, groups):
-    """Yield (split, Record) of Items, which have patients' and studies' hashes in place of their ids."""
+    """
+    Yield (split, Record) of Items, which have patients' and studies' hashes in place of their ids. groups: as
+    give_groups names them; splits are made by these, so that they are the same whatever the secret is.
+    """
+    named = group_names(path, [group[8:] if group.startswith("patient ") else "" for group in groups])
     patients = hash_names(path, [item.patient for item in items])
     studies = hash_names(path, [item.study for item in items])
     headers = hash_names(path, [item.header and item.name for item in items])
-    for item, group, patient, study, header in zip(items, groups, patients, studies, headers):
+    for item, hashed, group, patient, study, header in zip(items, named, groups, patients, studies, headers):
         name = f"scan {header}" if header else hide(item.name, item.patient, patient)
         if item.labels is None:  # skipped and counted
             yield item.split or "train", Record(name, image_name=name)
         else:
             yield item.split, Record(name, image=read_source(item.source), image_name=name, labels=item.labels,
-                                     group=group, study=study)
+                                     group=hashed or group, study=study)
 
 
 def arrange(path, listing, facts):
@@ -201,7 +206,7 @@ def arrange(path, listing, facts):
     items, folds = listing.items, facts.get("folds")
     if given := any(item.split for item in items):
         keep_split(path, items, listing.grouped_by)
-    groups = give_groups(path, items, listing.grouped_by)
+    groups = give_groups(items, listing.grouped_by)
     if folds:
         splits = divide(path, groups, [item.labels for item in items], [item.split for item in items], folds["folds"],
                         folds["fold"])

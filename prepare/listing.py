@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plumbing.flags import UserError
-from plumbing.own import files_below, printable, written
+from plumbing.own import SECRET, files_below, printable, written
 from prepare.datasets import require_columns
 from prepare.own_pictures import Pictures, file_of, is_left_by_programs
 from prepare.own_tables import NOTHING, find_column, find_roles, plain_name, read_rows
@@ -103,7 +103,8 @@ def is_mask(file, names):
 def read_folder(folder, settings=ScanSettings()):
     """The Listing of a folder with one a class, perhaps in train and test, perhaps with one a patient in it."""
     splits = [path for path in folders_in(folder) if path.name.lower() in SPLITS]
-    files, pictures, depth = list(files_below(folder)), Pictures(folder, settings), 1 if splits else 0
+    files = [file for file in files_below(folder) if file.name != SECRET]
+    pictures, depth = Pictures(folder, settings), 1 if splits else 0
     names, masks, others, classes = set(files), [], [], defaultdict(list)
     for file in files:
         parts = tuple(written(part) for part in file.relative_to(folder).parts)

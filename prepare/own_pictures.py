@@ -21,7 +21,7 @@ from PIL import Image
 
 from data import View
 from plumbing.flags import UserError
-from plumbing.own import files_below, hash_id, printable, written
+from plumbing.own import SECRET, files_below, hash_id, printable, written
 from plumbing.pixels import FORMATS
 from prepare.datasets import read_image
 from scans.frames import Frame, Scan, ScanSettings, find_scans
@@ -84,7 +84,7 @@ class Pictures:
     @functools.cached_property
     def files(self):
         """{name: Path} of all pictures below the folder."""
-        files = list(files_below(self.folder))
+        files = [file for file in files_below(self.folder) if file.name != SECRET]
         self.passed += [self.name_of(file) for file in files if is_left_by_programs(file)]
         scans, found = self.read_files([file for file in files if not is_left_by_programs(file)]), {}
         for scan in scans:

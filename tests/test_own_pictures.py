@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from plumbing.flags import UserError
+from plumbing.own import SECRET
 from prepare.own_pictures import Pictures, file_of, views_of, written_name
 from scans.frames import Frame, Scan, ScanSettings
 from test_dicom import AXIAL, I16, made, save
@@ -104,6 +105,7 @@ def test_a_series_is_found_by_its_folder_and_a_slice_by_its_file(tmp_path):
 
 
 def test_what_is_no_picture_is_passed_over_and_counted(folder):
+    (folder / SECRET).write_text("a secret, of which nothing is said")
     for name in (".DS_Store", "images/._0001.png", "images/Thumbs.db", "desktop.ini", ".hidden/0001.png"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"x")

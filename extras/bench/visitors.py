@@ -1,8 +1,8 @@
 """
 How the demo bears many visitors: each opens the page in a browser, uploads an image of its own and asks about it.
 
-    python extras/share/demo.py --run=out/sample &
-    python extras/bench/visitors.py --pid=$! --visitors=20 --minutes=5
+    python extras/share/demo.py --run=out/sample
+    python extras/bench/visitors.py --pid=1234 --visitors=20 --minutes=5    # the number of the demo's process
 
 Prints how long answers took, from the key that sends a question until all of the answer stands on the page, the line
 of waiting visitors included; what went wrong; and the server's memory. Images are drawn here at random. Needs

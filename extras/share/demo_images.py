@@ -5,7 +5,7 @@ which window its numbers become greys. Of a header nothing is shown but the plac
 
 import hashlib
 import io
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from extras.share.demo_draw import part_of
 from plumbing.flags import UserError
 from plumbing.pixels import DAMAGED, TOO_LARGE, Unreadable, resize_image, whole_pages
 from scans import dicom
-from scans.frames import DICOM, Frame, Scan, ScanSettings, decode_picture
+from scans.frames import DICOM, Frame, Scan, decode_picture
 from scans.pages import MOST_PAGES
 from scans.windows import WINDOWS
 
@@ -82,14 +82,14 @@ def find_pages(name, content, at_least):
 
 def find_dicoms(files, window):
     """({number of its first file: Scan}, {name: why}) of DICOM files, {Path that is on no disk: bytes}."""
-    stacks, headers, planes, refused = defaultdict(list), {}, defaultdict(list), {}
+    stacks, warnings, planes, refused = defaultdict(list), defaultdict(list), defaultdict(list), {}
     for path, content in files.items():
         try:
             sha256 = hashlib.sha256(content).hexdigest()
             header, _, start = dicom.read_header(content, sha256)
             dicom.require_readable(header, len(content) - start)
             shots = dicom.shots_of(path, sha256, header, window)
-            key = dicom.stack_of(path, header, shots, planes)
+            told, key = list(dicom.warnings_of(header, window)), dicom.stack_of(path, header, shots, planes)
         except (MemoryError, UserError):
             raise
         except Exception as error:  # such as a word where a number should be
@@ -97,12 +97,16 @@ def find_dicoms(files, window):
             refused[path.name[6:]] = f"This file is not an image that can be read: {why}."
             continue
         stacks[key] += shots
-        headers.setdefault(key, header)
-    scans = [dicom.scan_of(headers[key], volume, ScanSettings(window), str, Counter())
-             for key, shots in stacks.items() for volume in dicom.divide(shots)]
-    return {int(min(frame.file.name for frame in scan.sources)[:5]): Scan(
-        "", tuple(replace(frame, file=files[frame.file]) for frame in scan.sources), scan.labels,
-        warnings=scan.warnings) for scan in scans}, refused
+        warnings[key] += told
+    scans = {}
+    for key, shots in stacks.items():
+        for volume in dicom.divide(shots):
+            kind = "frame" if volume[0].position is None else "slice"
+            labels = [f"{kind} {place} of {len(volume)}" for place in range(1, len(volume) + 1)]
+            frames = [replace(shot.frame, file=files[shot.frame.file]) for shot in volume]
+            first = min(int(shot.frame.file.name[:5]) for shot in volume)
+            scans[first] = Scan("", tuple(frames), tuple(labels), warnings=tuple(dict.fromkeys(warnings[key])))
+    return scans, refused
 
 
 def read_picture(source, at_least):

@@ -9,7 +9,6 @@ Your own folder or file as a prepared dataset, whatever of a dozen layouts it ha
     prepare/own_pictures.py    the pictures that they name: image files, scans, slices of volumes
     prepare/own_splits.py      splits and folds by patient, and patients' hashed names
     prepare/own_page.py        --dry_run: the first samples with their pictures, on a page
-    prepare/own_tables.py      rows and cells of csv, tsv, JSON and JSON lines
     prepare/own_forms.py       recognises which of them reads, has splits made and pictures found, and writes
 
 A reader of questions, conversations or studies returns an Own: Drafts, which name their pictures and hold none.

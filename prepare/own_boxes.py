@@ -25,6 +25,7 @@ from plumbing.flags import UserError
 from plumbing.own import TABLES, files_below, own_path, printable, written
 from plumbing.pixels import Unreadable
 from plumbing.shards import Shard
+from plumbing.tables import find_column, read_rows
 from prepare.box_files import (LARGEST_TEXT, from_corner, gather, image_size, number, read_coco, read_voc, read_yolo,
                                to_shares)
 from prepare.boxes import ask_image
@@ -35,7 +36,6 @@ from prepare.listing import SPLITS, Item, read_patients
 from prepare.own_page import write_page
 from prepare.own_pictures import Pictures, read_source
 from prepare.own_splits import divide, fold_targets, hash_names, hide
-from prepare.own_tables import find_column, read_rows
 from prepare.shards import write_dataset
 from scans.frames import Frame, ScanSettings, decode_picture, picture_key
 

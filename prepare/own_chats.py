@@ -21,9 +21,9 @@ from dataclasses import replace
 from data import Record, View
 from plumbing.flags import UserError
 from plumbing.own import clean, printable
+from plumbing.tables import find_roles, text_of
 from prepare.own import Draft, Own
 from prepare.own_questions import ROLES, names_of, split_of
-from prepare.own_tables import find_roles, text_of
 
 TURNS = ("conversations", "messages", "conversation", "dialog", "dialogue")  # names of the list of turns
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant",

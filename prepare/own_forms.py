@@ -18,6 +18,7 @@ from data import View
 from plumbing.flags import UserError
 from plumbing.own import files_below, own_path, printable, secret_of
 from plumbing.shards import Shard
+from plumbing.tables import JSONS, SEPARATED, WORKBOOKS, find_roles, parse_columns, plain_name, read_items
 from prepare.choices import group_equals
 from prepare.classify import group_alike
 from prepare.datasets import Dataset
@@ -31,7 +32,6 @@ from prepare.own_pictures import Pictures, file_of, is_left_by_programs, views_o
 from prepare.own_questions import ROLES, read_questions, roles_of, split_of
 from prepare.own_splits import LEAST_ID, divide, fold_targets, hash_names, hide
 from prepare.own_studies import find_studies, read_studies
-from prepare.own_tables import JSONS, SEPARATED, WORKBOOKS, find_roles, parse_columns, plain_name, read_items
 from prepare.shards import ImageSettings, write_dataset
 from scans.frames import Frame, ScanSettings, decode_picture
 

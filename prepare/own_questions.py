@@ -16,10 +16,10 @@ from dataclasses import replace
 from data import Record, View
 from plumbing.flags import UserError
 from plumbing.own import printable
+from plumbing.tables import NO_WORDS, NOTHING, find_roles, list_of, plain_name, text_of, value_of, without_zeros
 from prepare.datasets import count_from, lettered
 from prepare.listing import SPLITS
 from prepare.own import Draft, Own
-from prepare.own_tables import NO_WORDS, NOTHING, find_roles, list_of, plain_name, text_of, value_of, without_zeros
 from tasks.boxes import ask
 from tasks.choices import LETTERS, letter_options
 
@@ -219,8 +219,8 @@ def day_of(date):
 
 def read_questions(path, tables, given):
     """
-    The Own of tables of questions. tables: [(file, columns, rows as own_tables.read_items gives them, split that the
-    file's name says)]; given: {role: column}, by --columns. Raises UserError.
+    The Own of tables of questions. tables: [(file, columns, rows as plumbing.tables.read_items gives them, split that
+    the file's name says)]; given: {role: column}, by --columns. Raises UserError.
     """
     notes, drafts, counts, grouped_by = [], [], Counter(), ""
     for file, columns, rows, split in tables:

@@ -18,13 +18,13 @@ from dataclasses import replace
 from data import View
 from plumbing.flags import UserError
 from plumbing.own import TABLES, clean, files_below, printable, written
+from plumbing.tables import NO_WORDS, find_roles, list_of, read_items, text_of
 from prepare.box_files import decode_text
 from prepare.listing import PATIENTS, SPLITS, is_mask
 from prepare.own import Draft, Own
 from prepare.own_boxes import split_of
 from prepare.own_pictures import ENDING, is_left_by_programs
 from prepare.own_splits import hash_names
-from prepare.own_tables import NO_WORDS, find_roles, list_of, read_items, text_of
 from prepare.reports import report_sections
 from prepare.studies import ROLES as VIEWS
 from prepare.studies import Study, mimic_role, timed_records

@@ -7,8 +7,8 @@ import pytest
 
 from data import View
 from plumbing.flags import UserError
+from plumbing.tables import read_items
 from prepare.own_chats import read_chats
-from prepare.own_tables import read_items
 
 SHOWN = View(None, "a.png")
 

@@ -6,9 +6,9 @@ import pytest
 
 from data import View
 from plumbing.flags import UserError
-from prepare.own_questions import ROLES, read_questions, roles_of
-from prepare.own_tables import (find_roles, list_of, parse_columns, read_items, read_rows, text_of, value_of,
+from plumbing.tables import (find_roles, list_of, parse_columns, read_items, read_rows, text_of, value_of,
                                 without_zeros)
+from prepare.own_questions import ROLES, read_questions, roles_of
 from test_box_data import real
 
 

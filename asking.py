@@ -22,8 +22,9 @@ from generate import finished_groups, generate
 from plumbing.devices import share_out, to_device
 from plumbing.flags import UserError
 from plumbing.shards import Sample
+from scans.frames import pixels_of
 from tasks import reports
-from tasks.asked import pixels_of, yes_no
+from tasks.asked import yes_no
 from tasks.choices import answers_of, stem_of, ways_of
 from tasks.splits import QUESTIONS_PER_ROW, Question, exchanged, task_of
 from tasks.vqa import repeats

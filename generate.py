@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from data import EOS, Record, View
 from plumbing.order import count_before
 from plumbing.flags import UserError
-from scans.frames import ScanSettings
-from tasks.asked import open_image, pixels_of
+from scans.frames import ScanSettings, pixels_of
+from tasks.asked import open_image
 
 
 class Cache:

@@ -60,8 +60,8 @@ def write_whole(path, content):
 
 
 def hash_file(path):
-    """A file's SHA-256, in hexadecimal digits."""
-    with open(path, "rb") as file:
+    """A file's SHA-256, in hexadecimal digits. path: a text, a Path, or what opens as one."""
+    with open(path, "rb") if isinstance(path, (str, os.PathLike)) else path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -12,7 +12,6 @@ import math
 import re
 import struct
 import sys
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
@@ -319,14 +318,6 @@ def lay_over_black(image):
 
 
 # ----------------------------------------------------------------------------- stored images
-
-def load_pixels(path, size, how):
-    """
-    Pixels of an image file, (H, W, 3) uint8, brought to size as prepare/ brings them, see resize_image. Raises
-    Unreadable, or as the file's decoder does.
-    """
-    return np.array(resize_image(load_image(Path(path).read_bytes(), 2 * size), size, how))
-
 
 def open_stored(content, height, width):
     """

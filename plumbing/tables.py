@@ -19,6 +19,10 @@ SEPARATED, JSONS = (".csv", ".tsv", ".txt"), (".json", ".jsonl", ".ndjson")
 WORKBOOKS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
 NOTHING = ("", "nan", "null", "none", "-", "?", "n/a", "#n/a", "<na>")  # what programs write for nothing
 NO_WORDS = ("", "nan", "null", "#n/a", "<na>")  # the same where words are expected: "none" may be an answer
+IMAGES = ("image", "images", "imagepath", "imagepaths", "imagename", "imagenames", "imgname", "imagefile", "filename",
+          "filenames", "file", "files", "path", "filepath", "img", "imgpath", "picture", "film", "figurepath", "series",
+          "seriespath", "dicom", "dicompath", "scan", "slide", "imageid", "imgid")  # columns of a question's images
+QUESTIONS = ("question", "query", "prompt", "instruction", "questiontext", "q", "frage", "pregunta")
 LARGEST_CELL = 1 << 24  # characters: a report has thousands
 
 
@@ -173,6 +177,13 @@ def find_roles(path, columns, roles, given):
     return found
 
 
+def image_columns(columns):
+    """Columns image1, image2, ... of one image each."""
+    numbered = [(int(match[1]), name) for name in columns
+                if (match := re.fullmatch(r"(?:image|img|picture)(?:path)?(\d{1,2})", plain_name(name)))]
+    return [name for _, name in sorted(numbered)]
+
+
 def parse_columns(text, roles):
     """{role: column} of --columns=image:filename,question:q. Raises UserError where there is no such role."""
     given = {}
@@ -226,3 +237,18 @@ def list_of(cell, signs="|;"):
     some = value if isinstance(value, (list, tuple)) else re.split(f"[{signs}]", value) if isinstance(
         value, str) and signs else [value]
     return [text for text in map(text_of, some) if text]
+
+
+def image_names(row, roles, several):
+    """The names of a row's images. several: its columns, as image_columns gives them; roles: as find_roles does."""
+    cells = [row.get(name) for name in several] if "image" not in roles else [row.get(roles["image"])]
+    found = []
+    for cell in cells:
+        value = value_of(cell)
+        if isinstance(value, (list, tuple)):
+            found += [name for item in value for name in (
+                [text_of(next((item[key] for key in ("image_path", "path", "image", "file_name", "url") if key in item),
+                              None))] if isinstance(item, dict) else [text_of(item)])]
+        else:
+            found += list_of(value)
+    return [name for name in found if name]

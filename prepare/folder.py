@@ -7,7 +7,7 @@ A folder of your own images, or a csv that lists them, as a prepared classificat
     scans/benign/ct_1/*.dcm  scans/malignant/2.nii.gz  scans, of which each slice is an image
     scans.csv                                          path,label and perhaps split, patient and study
 
-Class folders are searched to any depth. A csv's paths start at its own folder or at /; prepare/own_pictures.py
+Class folders are searched to any depth. A csv's paths start at its own folder or at /; scans/pictures.py
 says what else may stand there. Several labels are joined by | or ;, and beside images with several one without
 any has no finding; where no image has several, a row without one is skipped. A patient may also be called
 subject, case, study or group, or patient_id etc.; where neither folders nor a column name any, headers do.
@@ -37,10 +37,11 @@ from prepare.datasets import DATASETS, Dataset
 from prepare.leaks import guard
 from prepare.listing import SPLITS, read_folder, read_table
 from prepare.own_page import write_page
-from prepare.own_pictures import file_of, read_source
+from prepare.own_pictures import read_source
 from prepare.own_splits import SHARES, divide, fold_targets, group_names, hash_names, hide
 from prepare.shards import ImageSettings, locked, recover, why_stale, write_dataset
 from scans.frames import Frame, ScanSettings
+from scans.pictures import file_of
 
 LONGEST_NAME = 50  # letters of a dataset's name: four bytes each at most, of the 255 that a disk takes
 

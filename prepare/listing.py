@@ -15,8 +15,8 @@ from plumbing.flags import UserError
 from plumbing.own import SECRET, files_below, printable, written
 from plumbing.tables import NOTHING, find_column, find_roles, plain_name, read_rows
 from prepare.datasets import require_columns
-from prepare.own_pictures import Pictures, file_of, is_left_by_programs
 from scans.frames import Frame, ScanSettings
+from scans.pictures import Pictures, file_of, is_left_by_programs
 
 SPLITS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
           "val": "validation", "test": "test", "testing": "test"}

@@ -34,10 +34,11 @@ from prepare.datasets import Dataset, read_image, refuse_damage
 from prepare.folder import compared, digest, names_for, prepare_listing, require_names
 from prepare.listing import SPLITS, Item, read_patients
 from prepare.own_page import write_page
-from prepare.own_pictures import Pictures, read_source
+from prepare.own_pictures import read_source
 from prepare.own_splits import divide, fold_targets, hash_names, hide
 from prepare.shards import write_dataset
 from scans.frames import Frame, ScanSettings, decode_picture, picture_key
+from scans.pictures import Pictures
 
 IMAGES, LABELS = ("image", "path", "file", "filename", "imagepath", "imageid"), ("label", "class", "name", "category")
 CORNERS = (("x1", "y1", "x2", "y2"), ("xmin", "ymin", "xmax", "ymax"))

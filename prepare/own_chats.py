@@ -21,9 +21,9 @@ from dataclasses import replace
 from data import Record, View
 from plumbing.flags import UserError
 from plumbing.own import clean, printable
-from plumbing.tables import find_roles, text_of
+from plumbing.tables import find_roles, image_names, text_of
 from prepare.own import Draft, Own
-from prepare.own_questions import ROLES, names_of, split_of
+from prepare.own_questions import ROLES, split_of
 
 TURNS = ("conversations", "messages", "conversation", "dialog", "dialogue")  # names of the list of turns
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant",
@@ -171,7 +171,7 @@ def read_chats(path, tables, given):
         for number, (where, item) in enumerate(rows, 1):
             own = {role: text_of(item.get(roles[role])) if role in roles else "" for role in known}
             try:
-                parts, pairs, system, left = read_conversation(where, item, names_of(item, roles, []))
+                parts, pairs, system, left = read_conversation(where, item, image_names(item, roles, []))
             except Unfit as error:
                 unfit[str(error)] += 1
                 firsts.setdefault(str(error), where)

@@ -28,12 +28,13 @@ from prepare.listing import SPLITS, folders_in
 from prepare.own_boxes import LARGEST_JSON, find_sources, prepare_boxes
 from prepare.own_chats import read_chats, turns_column
 from prepare.own_page import write_page
-from prepare.own_pictures import Pictures, file_of, is_left_by_programs, views_of, written_name
+from prepare.own_pictures import views_of, written_name
 from prepare.own_questions import ROLES, read_questions, roles_of, split_of
 from prepare.own_splits import LEAST_ID, divide, fold_targets, hash_names, hide
 from prepare.own_studies import find_studies, read_studies
 from prepare.shards import ImageSettings, write_dataset
 from scans.frames import Frame, ScanSettings, decode_picture
+from scans.pictures import Pictures, file_of, is_left_by_programs
 
 MOST_TABLES = 64  # of a folder that are looked into: more are no tables of samples, but a file an image
 LABELS = {"image": (*LISTED["image"], *ROLES["image"]),

@@ -16,7 +16,8 @@ from dataclasses import replace
 from data import Record, View
 from plumbing.flags import UserError
 from plumbing.own import printable
-from plumbing.tables import NO_WORDS, NOTHING, find_roles, list_of, plain_name, text_of, value_of, without_zeros
+from plumbing.tables import (IMAGES, NO_WORDS, NOTHING, QUESTIONS, find_roles, image_columns, image_names, list_of,
+                             plain_name, text_of, value_of, without_zeros)
 from prepare.datasets import count_from, lettered
 from prepare.listing import SPLITS
 from prepare.own import Draft, Own
@@ -24,10 +25,7 @@ from tasks.boxes import ask
 from tasks.choices import LETTERS, letter_options
 
 ROLES = {  # what a column is for -> names that it may have, without capitals, spaces and signs; the first counts
-    "image": ("image", "images", "imagepath", "imagepaths", "imagename", "imagenames", "imgname", "imagefile",
-              "filename", "filenames", "file", "files", "path", "filepath", "img", "imgpath", "picture", "film",
-              "figurepath", "series", "seriespath", "dicom", "dicompath", "scan", "slide", "imageid", "imgid"),
-    "question": ("question", "query", "prompt", "instruction", "questiontext", "q", "frage"),
+    "image": IMAGES, "question": QUESTIONS,
     "answer": ("answer", "response", "correctanswer", "groundtruth", "gt", "target", "output", "reply", "answertext",
                "correct", "correctoption", "rightanswer", "cop", "answeridx", "answerlabel", "label", "antwort", "a"),
     "choices": ("choices", "options", "candidates"),
@@ -61,13 +59,6 @@ def option_columns(columns):
     return []
 
 
-def image_columns(columns):
-    """Columns image1, image2, ... of one image each."""
-    numbered = [(int(match[1]), name) for name in columns
-                if (match := re.fullmatch(r"(?:image|img|picture)(?:path)?(\d{1,2})", plain_name(name)))]
-    return [name for _, name in sorted(numbered)]
-
-
 def roles_of(path, columns, given):
     """{role: its column} of a table of questions; {} where it is none. given: {role: column}, by --columns."""
     options = option_columns([name for name in columns if name not in given.values()])
@@ -76,21 +67,6 @@ def roles_of(path, columns, given):
 
 
 # ----------------------------------------------------------------------------- cells
-
-def names_of(row, roles, several):
-    """The names of a row's images."""
-    cells = [row.get(name) for name in several] if "image" not in roles else [row.get(roles["image"])]
-    found = []
-    for cell in cells:
-        value = value_of(cell)
-        if isinstance(value, (list, tuple)):
-            found += [name for item in value for name in (
-                [text_of(next((item[key] for key in ("image_path", "path", "image", "file_name", "url") if key in item),
-                              None))] if isinstance(item, dict) else [text_of(item)])]
-        else:
-            found += list_of(value)
-    return [name for name in found if name]
-
 
 def options_of(where, row, roles, columns):
     """The texts of a row's options, in their order; [] where it has none."""
@@ -256,7 +232,7 @@ def read_table(file, rows, roles, options, several, split, notes):
     questions, drafts = column("question"), []
     for number, (where, row) in enumerate(rows):
         own = {role: cells[role][number] for role in cells}
-        views = parts_of(names_of(row, roles, several), list_of(row.get(roles["role"])) if "role" in roles else [])
+        views = parts_of(image_names(row, roles, several), list_of(row.get(roles["role"])) if "role" in roles else [])
         more = {name: own[name] for name in ("type", "study", "context", "reasoning")} | {"parts": views}
         more |= {"references": tuple(list_of(row.get(roles["references"]), "|"))} if "references" in roles else {}
         name, question = own["id"] or str(number + 1), questions[number]

@@ -23,11 +23,11 @@ from prepare.box_files import decode_text
 from prepare.listing import PATIENTS, SPLITS, is_mask
 from prepare.own import Draft, Own
 from prepare.own_boxes import split_of
-from prepare.own_pictures import ENDING, is_left_by_programs
 from prepare.own_splits import hash_names
 from prepare.reports import report_sections
 from prepare.studies import ROLES as VIEWS
 from prepare.studies import Study, mimic_role, timed_records
+from scans.pictures import ENDING, is_left_by_programs
 
 ROLES = {  # what a column is for -> names that it may have, without capitals, spaces and signs; the first counts
     "study": ("studyid", "study", "studyinstanceuid", "examid", "exam", "accession", "accessionnumber", "reportid",
@@ -306,7 +306,7 @@ def is_prior_volume(part, pictures):
 
 def read_studies(path, sources, pictures, report="both", columns=""):
     """
-    The Own, of kind "reports", of what find_studies found. pictures: own_pictures.Pictures, which say when DICOM
+    The Own, of kind "reports", of what find_studies found. pictures: scans.pictures.Pictures, which say when DICOM
     studies were made; report: as --report. Drafts name their pictures by their path; Record.id is a hash.
     Raises UserError.
     """

@@ -11,7 +11,6 @@ pixels, and no more of the header leaves this file than a Scan and a Frame hold.
 """
 
 import functools
-import io
 import logging
 import math
 import operator
@@ -26,7 +25,7 @@ from PIL import Image
 from plumbing.files import hash_file
 from plumbing.flags import UserError
 from plumbing.pixels import DAMAGED, EVEN, TOO_LARGE, Unreadable
-from scans.frames import Frame, Scan, choose_slices
+from scans.frames import Frame, Scan, choose_slices, keep_last, size_of
 from scans.windows import apply_window, named_windows, show, windows_of
 
 # Reasons, each without names and numbers, so that few kinds are counted
@@ -103,18 +102,13 @@ def numbers(facts, name, count):
     return values[:count] if len(values) >= count and all(map(math.isfinite, values[:count])) else ()
 
 
-def opened(file):
-    """A Frame's file, a Path or its bytes, to read from."""
-    return io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb")
-
-
-@functools.lru_cache(2)
+@keep_last(2)
 def read_header(file, sha256):
     """
-    (a file's header as a dataset, the name of its element of pixels, where that begins) of a Path or bytes. Raises
-    Unreadable where there are no pixels, or as pydicom does. sha256 tells it from another at its path.
+    (a file's header as a dataset, the name of its element of pixels, where that begins). Raises Unreadable where there
+    are no pixels, or as pydicom does. sha256 tells it from another at its path.
     """
-    with opened(file) as content:
+    with file.open("rb") as content:
         if DEFLATED_SYNTAX in content.read(1024):  # a few bytes of it may fill the memory
             raise Unreadable(DEFLATED)
         content.seek(0)
@@ -221,7 +215,7 @@ def shots_of(path, sha256, header, window):
 
 
 def find(files, settings, name_of):
-    """([Scan], {Path: why}) of DICOM files, as scans.frames.find_scans says; name_of: a path's name."""
+    """([Scan], {file: why}) of DICOM files, as scans.frames.find_scans says; name_of: a path's name."""
     stacks, about, planes, refused = defaultdict(list), {}, defaultdict(list), {}
     for path in files:
         try:
@@ -229,7 +223,7 @@ def find(files, settings, name_of):
                 raise Unreadable(NO_PIXELS)
             sha256 = hash_file(path)
             header, _, start = read_header(path, sha256)
-            require_readable(header, path.stat().st_size - start)
+            require_readable(header, size_of(path) - start)
             shots = shots_of(path, sha256, header, settings.window)
             told = About(patient_of(header), str(header.get("StudyInstanceUID") or ""), time_of(header),
                          header.get("Modality") in STACKED, tuple(warnings_of(header, settings.window)))
@@ -372,7 +366,7 @@ def read_pixels(frame):
     if name == "PixelData" and "HighBit" in facts and not syntax.is_compressed:
         spare = max(facts.HighBit + 1 - facts.BitsStored, 0)
         options["bits_stored"] = facts.BitsStored + spare
-    with opened(frame.file) as content:
+    with frame.file.open("rb") as content:
         content.seek(start)
         if syntax.is_compressed:
             require_size(pydicom.encaps.get_frame(

@@ -11,28 +11,60 @@ slide. `find_scans` lists what files hold; each picture is decoded where it is n
 Nothing of a header leaves this room but pixels, the place of a slice, and what a Scan says to group by.
 """
 
+import functools
 import hashlib
 import importlib
+import io
 import os
+import re
+import weakref
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, TiffImagePlugin
 
 from plumbing.own import written
-from plumbing.pixels import SUFFIXES, load_image
+from plumbing.pixels import SUFFIXES, load_image, resize_image
 
 EXPLICIT = (b"CS", b"UI", b"UL", b"DA", b"LO", b"SH", b"OB", b"US")  # types of a DICOM file's first element
 DICOM = (".dcm", ".dicom", ".ima")
 SLIDES = (".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide")
 TILE_WIDTH = 322  # number of a TIFF's tag
+STARTS = re.compile(  # of image files, as far as no text begins so
+    rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a|RIFF.{4}WEBP|\0\0\0\x0cjP  |\xff\x4f\xff\x51|BM.{12}[\x0c(48@l|]\0\0\0|"
+    rb"P[1-6f]\s+(#|\d+\s+\d+\s)|" + b"|".join(map(re.escape, TiffImagePlugin.PREFIXES)), re.S)
+
+
+@dataclass(frozen=True, eq=False)
+class Upload:
+    """A file in memory, with what of a Path is needed to read it. Two of one content are two files."""
+    name: str
+    content: bytes = field(repr=False)
+
+    def __str__(self):
+        return self.name
+
+    @property
+    def suffix(self):
+        return Path(self.name).suffix
+
+    @property
+    def parent(self):
+        return Path(self.name).parent
+
+    def open(self, mode):
+        return io.BytesIO(self.content)
+
+    def read_bytes(self):
+        return self.content
 
 
 @dataclass(frozen=True)
 class Frame:
     """One picture of a file that holds several, or whose pixels are no 8-bit colours."""
-    file: Path | bytes  # where it is, or what it holds
+    file: Path | Upload
     sha256: str  # of the file's content
     kind: str  # dicom, nifti, pages or slides: the module that decodes it
     place: tuple = ()  # which of the file's pictures, as that module counts
@@ -45,26 +77,60 @@ class Frame:
 
 def picture_key(source):
     """
-    sha256 of what a picture is, bytes or Path of an image file or a Frame: two with one key are one picture.
+    sha256 of what a picture is, an image file (bytes, Path or Upload) or a Frame: two with one key are one picture.
     """
-    if isinstance(source, Path):
-        source = source.read_bytes()
-    return hashlib.sha256(source.key() if isinstance(source, Frame) else source).digest()
+    return hashlib.sha256(source.key() if isinstance(source, Frame) else content_of(source)).digest()
+
+
+def content_of(file):
+    """The bytes of an image file: bytes, Path or Upload."""
+    return file if isinstance(file, bytes) else file.read_bytes()
 
 
 def decode_picture(source, at_least=0):
     """
-    An upright 8-bit RGB PIL image of bytes or Path of an image file or of a Frame; at_least: as
+    An upright 8-bit RGB PIL image of an image file (bytes, Path or Upload) or of a Frame; at_least: as
     plumbing.pixels.load_image takes it. Raises Unreadable, with the reason.
     """
     if isinstance(source, Frame):
         return module_of(source.kind).decode(source)
-    return load_image(source.read_bytes() if isinstance(source, Path) else source, at_least)
+    return load_image(content_of(source), at_least)
+
+
+def pixels_of(source, size, how):
+    """
+    What decode_picture gives, brought to size as prepare/ brings it, see plumbing.pixels.resize_image: (H, W, 3) uint8.
+    Raises Unreadable, with the reason.
+    """
+    return np.array(resize_image(decode_picture(source, 2 * size), size, how))
 
 
 def module_of(kind):
     """The module of this folder that reads files of a kind. It imports this one, and so is imported late."""
     return importlib.import_module(f"scans.{kind}")
+
+
+def size_of(file):
+    """Bytes of a Path's or an Upload's content."""
+    with file.open("rb") as content:
+        return content.seek(0, os.SEEK_END)
+
+
+def keep_last(most):
+    """functools.lru_cache of a function of a file, and more; of an Upload nothing is kept once that is gone."""
+    def decorate(function):
+        @functools.lru_cache(most)
+        def kept(file, *rest):
+            return function(file() if isinstance(file, weakref.ref) else file, *rest)
+
+        @functools.wraps(function)
+        def call(file, *rest):
+            key = weakref.ref(file, lambda _: kept.cache_clear()) if isinstance(file, Upload) else file
+            return kept(key, *rest)
+
+        return call
+
+    return decorate
 
 
 @dataclass(frozen=True)
@@ -79,7 +145,7 @@ class ScanSettings:
 class Scan:
     """What is one to a person, a photograph, a film or a volume, in a file or in a series of files."""
     name: str  # of its file, or of the folder of its series, from where was looked
-    sources: tuple  # its pictures in the order of position: Path of a plain image file, or Frame
+    sources: tuple  # its pictures in the order of position: a Path or Upload of a plain image file, or Frame
     labels: tuple  # of each: "" where it is the only one, else "slice 3 of 40", "page 2 of 5"
     patient: str = ""  # as the header says it: to group by, hashed before it is written
     study: str = ""  # the same
@@ -104,66 +170,69 @@ def choose_slices(pictures, slices):
     return tuple(pictures[(2 * number * last + wanted) // (2 * wanted)] for number in range(wanted + 1))
 
 
-def kind_of(path):
-    """Of which kind a file's pictures are: "dicom", "nifti", ..., "plain" for an image file, "" where it has none."""
-    name = path.name.lower()
-    with open(path, "rb") as file:
-        head = file.read(132)
+def kind_of(file):
+    """
+    Of which kind the pictures of a Path or an Upload are: "dicom", "nifti", ..., "plain" for an image file, "" where it
+    has none.
+    """
+    name = file.name.lower()
+    with file.open("rb") as content:
+        head = content.read(132)
     if head[128:] == b"DICM" or name == "dicomdir" or name.endswith(DICOM):
         return "dicom"
     if name.endswith((".nii", ".nii.gz")):
         return "nifti"
     if name.endswith(SLIDES):
         return "slides"
-    if path.suffix.lower() in SUFFIXES:
-        return kind_of_image(path, head)
+    if file.suffix.lower() in SUFFIXES or STARTS.match(head):
+        return kind_of_image(file, head)
     # Old files begin with their first element, of group 2 or 8, whose type or length is small
     bare = head[:2] in (b"\2\0", b"\x08\0") and (head[4:6] in EXPLICIT or head[5:8] == bytes(3))
     return "dicom" if bare else ""
 
 
-def kind_of_image(path, head):
+def kind_of_image(file, head):
     """kind_of of an image file that begins with `head`: "plain", "pages" or "slides"."""
     if not head.startswith((*TiffImagePlugin.PREFIXES, b"GIF8", b"\x89PNG", b"RIFF")):
         return "plain"
     try:
-        with Image.open(path, formats=("TIFF", "PNG", "GIF", "WEBP")) as image:
+        with file.open("rb") as content, Image.open(content, formats=("TIFF", "PNG", "GIF", "WEBP")) as image:
             if image.format != "TIFF":
                 return "pages" if image.is_animated else "plain"
             if image.width * image.height > Image.MAX_IMAGE_PIXELS and TILE_WIDTH in image.tag_v2:
                 return "slides"
-            return "pages" if image.n_frames > 1 and len(module_of("pages").pages_of(path)) > 1 else "plain"
+            return "pages" if image.n_frames > 1 and len(module_of("pages").pages_of(file)) > 1 else "plain"
     except Image.DecompressionBombError:
         return "slides" if head[:4] in TiffImagePlugin.PREFIXES else "plain"
     except Exception:  # as a plain image it is refused with the reason
         return "plain"
 
 
-def is_scan(path):
+def is_scan(file):
     """Whether a file's pictures are Frames, and not simply an image."""
-    return kind_of(path) not in ("plain", "")
+    return kind_of(file) not in ("plain", "")
 
 
 def find_scans(files, settings=ScanSettings(), folder=None):
     """
-    ([Scan], {Path: why it cannot be used}) of these files; those of one DICOM series in one folder become one Scan.
-    folder: names are relative to it. A file that is no picture at all is not mentioned in either. Raises UserError
-    where a package that reads them is missing.
+    ([Scan], {file: why it cannot be used}) of files, Paths or Uploads; those of one DICOM series in one folder become
+    one Scan. folder: names are relative to it. A file that is no picture at all is not mentioned in either. Raises
+    UserError where a package that reads them is missing.
     """
-    def name_of(path):
-        name = Path(os.path.relpath(path, folder)).as_posix() if folder else str(path)
-        return written(os.path.basename(os.path.abspath(folder)) if name == "." else name)
+    def name_of(file):
+        name = Path(os.path.relpath(file, folder)).as_posix() if folder else str(file)
+        return written(os.path.basename(os.path.abspath(folder)) if folder and name == "." else name)
 
     of_kind, refused = defaultdict(list), {}
-    for path in files:
+    for file in files:
         try:
-            of_kind[kind_of(path)].append(path)
+            of_kind[kind_of(file)].append(file)
         except OSError as error:
-            refused[path] = f"cannot be read: {error.strerror}"
+            refused[file] = f"cannot be read: {error.strerror}"
     of_kind.pop("", None)
-    scans = [Scan(name_of(path), (path,), ("",)) for path in of_kind.pop("plain", ())]
-    for kind, paths in of_kind.items():
-        found, why = module_of(kind).find(paths, settings, name_of)
+    scans = [Scan(name_of(file), (file,), ("",)) for file in of_kind.pop("plain", ())]
+    for kind, some in of_kind.items():
+        found, why = module_of(kind).find(some, settings, name_of)
         scans += found
         refused |= why
     return sorted(scans, key=lambda scan: scan.name), refused

@@ -7,6 +7,7 @@ are the voxels, whatever their size.
 """
 
 import functools
+import gzip
 import logging
 import math
 
@@ -16,10 +17,11 @@ from PIL import Image
 from plumbing.files import hash_file
 from plumbing.flags import UserError
 from plumbing.pixels import DAMAGED, TOO_LARGE, Unreadable
-from scans.frames import Frame, Scan, choose_slices
+from scans.frames import Frame, Scan, Upload, choose_slices, keep_last, size_of
 from scans.windows import apply_window, named_windows, show, windows_of
 
 MOST_VOXELS = 1 << 28  # of one volume: 512 x 512 x 1,024
+MOST_UPLOADED = 1 << 26  # the same of an Upload, beside which there may be others'
 MOST_VOLUMES = 1 << 12
 MOST_PACKED = 1032  # times as many bytes as before is what gzip can make
 SAMPLED = 1 << 18  # voxels of a volume that give its range
@@ -35,9 +37,9 @@ def open_volume(path):
     except ImportError:
         raise UserError(f"{path}: nibabel, which reads NIfTI files, is missing: pip install nibabel") from None
     try:
-        image = nibabel.load(path)
+        image = load_upload(path) if isinstance(path, Upload) else nibabel.load(path)
         kind, shape = image.header.get_data_dtype(), image.shape
-        size = path.stat().st_size * (MOST_PACKED if path.suffix.lower() == ".gz" else 1) - image.dataobj.offset
+        size = size_of(path) * (MOST_PACKED if path.suffix.lower() == ".gz" else 1) - image.dataobj.offset
     except Exception as error:  # of many kinds
         raise Unreadable(DAMAGED) from error
     if int(image.header["intent_code"]) == LABEL or not (kind.names in (("R", "G", "B"), ("R", "G", "B", "A")) or
@@ -45,9 +47,20 @@ def open_volume(path):
         raise Unreadable(NO_GREYS)
     if min(shape, default=0) < 1 or len(shape) < 2 or math.prod(shape) * kind.itemsize > size:
         raise Unreadable(DAMAGED)
-    if math.prod(shape[:3]) > MOST_VOXELS or math.prod(shape[3:]) > MOST_VOLUMES:
+    most = MOST_UPLOADED if isinstance(path, Upload) else MOST_VOXELS
+    if math.prod(shape[:3]) > most or math.prod(shape[3:]) > MOST_VOLUMES:
         raise Unreadable(TOO_LARGE)
     return image
+
+
+def load_upload(file):
+    """An Upload as nibabel.load opens a file of its name; of a packed one no more is unpacked than is read."""
+    import nibabel
+    content = file.open("rb")
+    content = gzip.GzipFile(fileobj=content) if file.suffix.lower() == ".gz" else content
+    second = content.read(4) in (b"\x1c\x02\0\0", b"\0\0\x02\x1c")  # 540, the length of NIfTI-2's header
+    content.seek(0)
+    return (nibabel.Nifti2Image if second else nibabel.Nifti1Image).from_stream(content)
 
 
 def slices_of(image):
@@ -65,7 +78,7 @@ def slices_of(image):
 
 
 def find(files, settings, name_of):
-    """([Scan], {Path: why}) of NIfTI files, as scans.frames.find_scans says; name_of: a path's name."""
+    """([Scan], {file: why}) of NIfTI files, as scans.frames.find_scans says; name_of: a path's name."""
     scans, refused = [], {}
     for path in files:
         try:
@@ -96,7 +109,7 @@ def warnings_of(image, settings):
         yield f"do not say their units: shown in --window={settings.window} as if these were Hounsfield units"
 
 
-@functools.lru_cache(1)
+@keep_last(1)
 def read_volume(path, sha256, number):
     """
     (voxels (X, Y, Z) or (X, Y, Z, 3) with axes to the right, the front and the head, numbers that give their range,

@@ -12,17 +12,17 @@ from scans.frames import Frame, Scan, choose_slices
 MOST_PAGES = 1 << 12
 
 
-def pages_of(path):
+def pages_of(file):
     """Numbers of an image file's pages. Raises Unreadable, or as Pillow does."""
-    with open(path, "rb") as file:
-        if file.read(4) in TiffImagePlugin.PREFIXES:
-            return whole_pages(path.read_bytes(), MOST_PAGES)
-    with Image.open(path, formats=("PNG", "GIF", "WEBP")) as image:
-        return range(image.n_frames)
+    with file.open("rb") as content:
+        if content.read(4) in TiffImagePlugin.PREFIXES:
+            return whole_pages(file.read_bytes(), MOST_PAGES)
+        with Image.open(content, formats=("PNG", "GIF", "WEBP")) as image:
+            return range(image.n_frames)
 
 
 def find(files, settings, name_of):
-    """([Scan], {Path: why}) of files of several pages, as scans.frames.find_scans says; name_of: a path's name."""
+    """([Scan], {file: why}) of files of several pages, as scans.frames.find_scans says; name_of: a path's name."""
     scans, refused = [], {}
     for path in files:
         try:
@@ -42,4 +42,4 @@ def find(files, settings, name_of):
 
 def decode(frame):
     """A Frame's page, upright 8-bit RGB; raises Unreadable, with the reason."""
-    return load_image(frame.file if isinstance(frame.file, bytes) else frame.file.read_bytes(), page=frame.place[0])
+    return load_image(frame.file.read_bytes(), page=frame.place[0])

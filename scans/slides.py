@@ -16,12 +16,13 @@ from PIL import Image
 
 from plumbing.files import hash_file
 from plumbing.pixels import DAMAGED, TOO_LARGE, Unreadable, lay_over_black
-from scans.frames import Frame, Scan
+from scans.frames import Frame, Scan, Upload
 
 OVERVIEW = 1024  # pixels of its longer side, at least
 MOST_PIXELS = 1 << 28  # of a level, which tifffile reads as a whole
 COLOURED, SHARE = 20, 0.1  # greatest less least channel, of 255; of a tile's pixels
 NO_LEVEL = "a slide without the level that --tiles names"
+IN_MEMORY = "a slide, which is read from a disk alone"
 EMPTY = "a slide of which no tile shows anything"
 UNREAD = "a slide that another package reads: pip install openslide-python openslide-bin"
 
@@ -109,6 +110,8 @@ def tiles_of(sizes, read, level, size):
 
 def pictures_of(path, tiles):
     """Frames of a slide's overview, or of its tiles. Raises Unreadable, or as the slide's package does."""
+    if isinstance(path, Upload):
+        raise Unreadable(IN_MEMORY)
     sha256 = hash_file(path)
     sizes, read = open_slide(path, sha256)
     level, size = map(int, tiles.split(":")) if tiles else (overview_of(sizes), max(sizes[0]))
@@ -123,7 +126,7 @@ def pictures_of(path, tiles):
 
 
 def find(files, settings, name_of):
-    """([Scan], {Path: why}) of slides, as scans.frames.find_scans says; name_of: a path's name."""
+    """([Scan], {file: why}) of slides, as scans.frames.find_scans says; name_of: a path's name."""
     scans, refused = [], {}
     for path in files:
         try:

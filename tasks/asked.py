@@ -4,40 +4,29 @@ Questions that have no prepared split: a table of them with a folder of images, 
     image,question            1.png,is there a fracture?      several images with | between them; none: a text question
     {"images": ["a.png", "b.png"], "question": "what has changed?"}
 
-Images are image files and scans below the folder, named by their path from there, by their file's name, or by that
-without its end. Whatever cannot be asked stays in the table of answers, with the reason.
+Tables are those of plumbing/tables.py, and images those of scans/pictures.py, by whatever name they find them.
+Whatever cannot be asked stays in the table of answers, with the reason.
 """
 
 import contextlib
-import csv
 import hashlib
-import io
 import json
-import os
-import re
 import sys
-import unicodedata
-from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
-
 from plumbing.files import lock, require_writable, write_whole
 from plumbing.flags import UserError
-from plumbing.own import clean, files_below
-from plumbing.own import written as as_written
-from plumbing.pixels import resize_image
-from scans.frames import Frame, ScanSettings, decode_picture, find_scans
-from tasks.foreign import read_objects
+from plumbing.own import clean, printable
+from plumbing.tables import (IMAGES, JSONS, NO_WORDS, QUESTIONS, SEPARATED, WORKBOOKS, find_roles, image_columns,
+                             image_names, read_items, text_of)
+from scans.frames import ScanSettings, find_scans
+from scans.pictures import Pictures, file_of, plain
 from tasks.seen import open_trained
 from tasks.summary import write_csv
 from tasks.wording import Familiar
 
-SEPARATED, LINES = (".csv", ".tsv"), (".jsonl", ".ndjson")
-IMAGES = ("image", "images", "imagepath", "imagename", "imagefile", "filename", "file", "path", "img", "scan", "series")
-QUESTIONS = ("question", "query", "prompt", "instruction", "frage", "pregunta")
 ANSWERED = ("image", "question", "answer", "probability", "cut", "repeated", "empty", "remark", "error")
 
 
@@ -54,11 +43,6 @@ class Row:
 
 # ----------------------------------------------------------------------------- images
 
-def pixels_of(source, size, how):
-    """Pixels of a scan's source, (H, W, 3) uint8, brought to size as prepare/ brings them. Raises Unreadable."""
-    return np.array(resize_image(decode_picture(source, 2 * size), size, how))
-
-
 def open_image(path, settings=ScanSettings()):
     """The (source, label) pairs of the one image or scan in a file. Raises UserError where it cannot be read."""
     path = Path(path)
@@ -74,112 +58,68 @@ def pairs_of(scan):
     return tuple(zip(scan.sources, scan.labels, strict=True))
 
 
-def name_key(name):
-    """A name as it is compared: small letters, é one letter, / between folders."""
-    return unicodedata.normalize("NFC", name.replace("\\", "/")).casefold().strip("/")
-
-
-def without_end(name):
-    return re.sub(r"(\.nii)?\.[a-z][a-z0-9]{1,4}$", "", name)
-
-
-def file_of(source):
-    return source.file if isinstance(source, Frame) else source
-
-
-class Folder:
-    """The images below a folder, and what they are called."""
-
-    def __init__(self, folder, settings=ScanSettings()):
-        """Raises UserError where it is no folder, or has no image."""
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise UserError(f"--images={folder}: no such folder; name the one that holds the images")
-        files = [path for path in files_below(self.folder) if path.name[0] != "." and path.is_file()]
-        self.scans, self.refused = find_scans(files, settings, self.folder)
-        self.called = [defaultdict(dict) for _ in range(3)]  # by path, file's name, and that without its end
-        for scan in self.scans:
-            self.enter(scan.name, pairs_of(scan))
-            for file in {file_of(source) for source in scan.sources} if len(scan.sources) > 1 else ():
-                self.enter(self.name_of(file), tuple(pair for pair in pairs_of(scan) if file_of(pair[0]) == file))
-        if not self.scans and not self.refused:
-            raise UserError(f"--images={folder}: no image or scan in it; name the folder that holds them")
-
-    def name_of(self, file):
-        return as_written(os.path.relpath(file, self.folder))
-
-    def enter(self, name, pairs):
-        key = name_key(name)
-        last = key.rpartition("/")[2]
-        for level, some in zip(self.called, (key, last, without_end(last))):
-            level[some][pairs] = name
-
-    def find(self, name):
-        """(the (source, label) pairs of the image or scan that is called so, why there are none)."""
-        key = name_key(name)
-        last = key.rpartition("/")[2]
-        for level, some in zip(self.called, (key, last, without_end(last))):
-            if len(found := level.get(some, {})) > 1:
-                return (), f"{len(found)} images are called {name}: name it by its path"
-            if found:
-                return next(iter(found)), ""
-        for file, why in self.refused.items():
-            if name_key(self.name_of(file)).endswith(last):
-                return (), f"{name}: {why}"
-        return (), f"{name}: no such image in {self.folder}"
+def look_up(pictures, where, name):
+    """(the (source, label) pairs of the image or scan that is called so, why there are none)."""
+    try:
+        if scan := pictures.find(where, name):
+            return pairs_of(scan), ""
+    except UserError as error:
+        return (), str(error)
+    last = plain(name).rpartition("/")[2].casefold()
+    why = next((why for file, why in pictures.refused.items() if plain(file.name).casefold() == last),
+               f"no such image in {pictures.folder}")
+    return (), f"{name}: {why}"
 
 
 # ----------------------------------------------------------------------------- questions
 
-def read_table(path):
-    """[{column: text or list}] of a csv, tsv or file of JSON lines, columns in small letters without signs."""
-    if path.suffix.lower() in LINES:
-        rows = [line for _, line in read_objects(path)]
-    else:
-        try:
-            text = path.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not a csv in UTF-8 ({error}); save it as one") from None
-        sign = max(",;\t", key=text.partition("\n")[0].count)
-        try:
-            rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=sign))
-        except csv.Error as error:
-            raise UserError(f"{path}: not a csv in UTF-8 ({error}); save it as one") from None
-    return [{re.sub(r"[\W_]", "", str(name)).lower(): cell for name, cell in row.items()} for row in rows]
+def is_table(ask):
+    """Whether --ask names a table, and is no question."""
+    return Path(ask).suffix.lower() in (*SEPARATED, *JSONS, *WORKBOOKS)
 
 
 def read_questions(ask, images, settings=ScanSettings()):
     """
-    The Rows of --ask: of a table's questions, or of one question about every image of the folder. Raises UserError
-    where there is no such table or folder, and no column of questions.
+    The Rows of --ask: of a table's questions, or of one question about every image of the folder; what is worth a look
+    is said on stderr. Raises UserError where there is no such table or folder, and no column of questions.
     """
-    path = Path(ask)
-    if path.suffix.lower() not in (*SEPARATED, *LINES):
-        if not images:
-            raise UserError("--ask: a question about every image of a folder; name it with --images=")
-        folder = Folder(images, settings)
-        rows = [Row(scan.name, clean(ask), pairs_of(scan)) for scan in folder.scans]
-        rows += [Row(folder.name_of(file), clean(ask), error=why) for file, why in folder.refused.items()]
-        return sorted(rows, key=lambda row: row.image)
-    if not path.is_file():
+    path, notes, table = Path(ask), [], is_table(ask)
+    if not table and not images:
+        raise UserError("--ask: a question about every image of a folder; name it with --images=")
+    if table and not path.is_file():
         raise UserError(f"--ask={ask}: no such file; name a csv with the columns image and question")
-    table = read_table(path)
-    columns = {name for row in table for name in row}
-    question, image = (next((name for name in known if name in columns), None) for known in (QUESTIONS, IMAGES))
-    if question is None:
-        raise UserError(f"{path}: no column of questions ({', '.join(sorted(columns)) or 'it is empty'}); name one "
-                        "question")
-    rows = [Row(names, clean(str(row.get(question) or "")))
-            for row in table for names in [row.get(image) or ""]]
-    folder = Folder(images or path.parent, settings) if any(row.image for row in rows) else None
-    for row in rows:
-        names = row.image if isinstance(row.image, list) else str(row.image).split("|")
-        names = [name.strip() for name in map(str, names) if name.strip()]
-        found = [folder.find(name) for name in names]
-        row.image = "|".join(names)
-        row.pictures = tuple(pair for pairs, _ in found for pair in pairs)
-        row.error = next((why for _, why in found if why), "" if row.question else "no question")
+    if images and not Path(images).is_dir():
+        raise UserError(f"--images={images}: no such folder; name the one that holds the images")
+    pictures = Pictures(Path(images or path.parent), settings)
+    rows = table_rows(path, pictures, notes) if table else folder_rows(clean(ask), pictures)
+    for note in (*notes, *pictures.notes()):
+        print(note, file=sys.stderr)
     return rows
+
+
+def table_rows(path, pictures, notes):
+    """The Rows of a table of questions. notes: as plumbing.tables.read_items takes them."""
+    columns, table = read_items(path, notes)
+    roles = find_roles(path, columns, {"image": IMAGES, "question": QUESTIONS}, {})
+    if "question" not in roles:
+        raise UserError(f"{path}: no column of questions ({printable(', '.join(columns)) or 'it is empty'}); name one "
+                        "question")
+    several, rows = () if "image" in roles else image_columns(columns), []
+    for where, row in table:
+        names, question = image_names(row, roles, several), text_of(row.get(roles["question"]), NO_WORDS)
+        found = [look_up(pictures, where, name) for name in names]
+        rows.append(Row("|".join(names), question, tuple(pair for pairs, _ in found for pair in pairs),
+                        next((why for _, why in found if why), "" if question else "no question")))
+    return rows
+
+
+def folder_rows(question, pictures):
+    """The Rows of one question about every image of a folder. Raises UserError where it has none."""
+    rows = [Row(scan.name, question, pairs_of(scan)) for scan in pictures.scans_at(pictures.folder)]
+    rows += [Row(pictures.name_of(file), question, error=why) for file, why in pictures.refused.items()]
+    if not rows:
+        raise UserError(f"--images={pictures.folder}: no image or scan in it; name the folder that holds them")
+    return sorted(rows, key=lambda row: row.image)
 
 
 def open_rows(config, record):
@@ -212,7 +152,7 @@ def yes_no(fact):
 
 def place_of_answers(ask, answers):
     """The file of answers: --answers, or beside a table of questions, or else in out/. Raises UserError."""
-    table = Path(ask) if Path(ask).suffix.lower() in (*SEPARATED, *LINES) else None
+    table = Path(ask) if is_table(ask) else None
     place = Path(answers or (table.with_name(f"{table.stem}_answers.csv") if table else "out/answers.csv"))
     if table and place.resolve() == table.resolve():
         raise UserError(f"--answers={answers}: the table of questions itself; name another file")

@@ -19,9 +19,8 @@ from plumbing.flags import UserError
 from plumbing.leaks import read_leaks
 from plumbing.order import random_keys
 from plumbing.own import clean, files_below, find_prepared, hash_id, origins, own_path, prepare_own, secret_of, written
-from plumbing.pixels import resize_image
 from plumbing.shards import Shard
-from scans.frames import ScanSettings, decode_picture, find_scans
+from scans.frames import ScanSettings, find_scans, pixels_of
 from tasks.encoders import EIGHT
 
 SCANNED = tuple(item.name for item in fields(ScanSettings))
@@ -262,7 +261,7 @@ def unreadable_line(name, why):
 def read_picture(source, image):
     """(size, size, 3) uint8 pixels of a Picture's source, or why it cannot be read, in words."""
     try:
-        return np.array(resize_image(decode_picture(source, 2 * image["size"]), image["size"], image["resize"]))
+        return pixels_of(source, image["size"], image["resize"])
     except Exception as error:  # each decoder has its own ways to fail on a broken file
         return str(error)
 

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import unicodedata
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from eval_vqa import Config
 from generate import ask
 from plumbing.flags import UserError, parse_flags
 from prepare.leaks import guard
-from scans.frames import Scan
+from scans.frames import Scan, ScanSettings, pixels_of
+from scans.pictures import Pictures
 from tasks import asked
-from tasks.asked import ANSWERED, Folder, open_image, read_questions
+from tasks.asked import ANSWERED, look_up, open_image, read_questions
 from test_eval import drawing, write_questions
 from test_evaluations import QUESTIONS, make_run
+from test_own_pictures import put_series
 from weights import load_run
 
 
@@ -56,10 +59,11 @@ def answers_of(made, ask, place, **flags):
     ("b.png", "b.png", ""), ("B.PNG", "b.png", ""), ("b", "b.png", ""), ("deep/c.tif", "deep/c.tif", ""),
     ("c.tif", "deep/c.tif", ""), ("deep\\c.tif", "deep/c.tif", ""), ("/data/old/c.tif", "deep/c.tif", ""),
     ("a.png", "a.png", ""), ("deep/a.png", "deep/a.png", ""),  # whose paths tell them apart
-    ("a", "", "2 images are called a: name it by its path"), ("z.png", "", "z.png: no such image in"),
-    (".hidden.png", "", "no such image"), ("notes.txt", "", "no such image")])
+    ("a", "a.png", ""),  # as a path without its end
+    ("z.png", "", "z.png: no such image in"), (".hidden.png", "", "no such image"), ("notes.txt", "", "no such image"),
+    ("C:\\Users\\ann\\DEEP\\C.TIF", "deep/c.tif", "")])
 def test_images_are_found_by_path_and_name(made, name, file, why):
-    pictures, reason = Folder(made[2]).find(name)
+    pictures, reason = look_up(Pictures(made[2]), "row 2", name)
     assert [source for source, _ in pictures] == ([made[2] / file] if file else []) and why in reason
 
 
@@ -67,29 +71,40 @@ def test_the_end_of_a_name_counts_where_names_differ_in_it_alone(tmp_path):
     (tmp_path / "deep").mkdir()
     for name in ("x.png", "x.bmp"):
         drawing(0).save(tmp_path / "deep" / name)
-    ((source, _),), _ = Folder(tmp_path).find("x.bmp")
-    assert source == tmp_path / "deep/x.bmp" and "2 images are called x:" in Folder(tmp_path).find("x")[1]
+    ((source, _),), _ = look_up(Pictures(tmp_path), "row 2", "x.bmp")
+    assert source == tmp_path / "deep/x.bmp"
+    assert look_up(Pictures(tmp_path), "row 2", "x") == ((), "row 2: 2 images are called 'x'; name it by its path")
 
 
-def test_a_slice_of_a_series_is_found_by_its_own_file(made, monkeypatch):
-    files = [made[2] / name for name in ("a.png", "b.png")]
-    labels = ("slice 1 of 2", "slice 2 of 2")
-    monkeypatch.setattr(asked, "find_scans", lambda files_, settings, folder=None: (
-        [Scan("series", tuple(files), labels)], {made[2] / "bad.dcm": "encrypted"}))
-    folder = Folder(made[2])
-    assert folder.find("series")[0] == tuple(zip(files, labels)) and folder.find("b")[0] == ((files[1], labels[1]),)
-    assert folder.find("bad.dcm") == ((), "bad.dcm: encrypted")
-    assert open_image(made[2] / "a.png") == tuple(zip(files, labels))
+def test_a_slice_of_a_series_is_found_by_its_own_file(tmp_path):
+    put_series(tmp_path / "series", 2)
+    (tmp_path / "bad.dcm").write_bytes(bytes(128) + b"DICM")
+    pictures = Pictures(tmp_path, ScanSettings())
+    pairs, _ = look_up(pictures, "row 2", "series")
+    assert [label for _, label in pairs] == ["slice 1 of 2", "slice 2 of 2"]
+    ((frame, label),), why = look_up(pictures, "row 2", "IM1")
+    assert (frame, label, why) == (pairs[1][0], "", "") and open_image(tmp_path / "series/IM1") == ((frame, ""),)
+    for name in ("bad.dcm", "/old/BAD.dcm"):
+        assert look_up(pictures, "row 2", name) == ((), f"{name}: {pictures.refused[tmp_path / 'bad.dcm']}")
+
+
+def test_umlauts_are_one_letter_however_they_are_written(tmp_path):
+    drawing(0).save(tmp_path / unicodedata.normalize("NFD", "Müller.png"))
+    table = table_of(tmp_path, (unicodedata.normalize("NFC", r"D:\scans\MÜLLER.png"), "what is shown?"))
+    (row,) = read_questions(str(table), "")
+    assert len(row.pictures) == 1 and row.error == ""
 
 
 @pytest.mark.parametrize("content, name", [
     ("File_Name;Frage\na.png|b.png;was ist das?\n;und hier?\n", "q.csv"),
     ("\ufeffIMAGE\tQuestion\na.png | b.png\twas ist das?\n\tund hier?\n", "q.tsv"),
-    ('{"images": ["a.png", "b.png"], "question": "was ist das?"}\n\n{"question": "und  hier?"}\n', "q.jsonl")])
+    ('{"images": ["a.png", "b.png"], "question": "was ist das?"}\n\n{"question": "und  hier?"}\n', "q.jsonl"),
+    ('[{"image": "[\\"a.png\\", \\"b.png\\"]", "q": "was ist das?"}, {"q": "und hier?"}]', "q.json"),
+    ("image_1,image_2,Pregunta\na.png,B.PNG,was ist das?\n,,und hier?\n", "q.txt")])
 def test_tables_of_several_kinds(made, tmp_path, content, name):
     (tmp_path / name).write_text(content, encoding="utf-8")
     first, second = read_questions(str(tmp_path / name), made[2])
-    assert (first.image, first.question, first.error) == ("a.png|b.png", "was ist das?", "")
+    assert (first.image.lower(), first.question, first.error) == ("a.png|b.png", "was ist das?", "")
     assert [source for source, _ in first.pictures] == [made[2] / "a.png", made[2] / "b.png"]
     assert (second.image, second.question, second.pictures, second.error) == ("", "und hier?", (), "")
 
@@ -98,14 +113,24 @@ def test_tables_of_several_kinds(made, tmp_path, content, name):
     ("missing.csv", "", "--ask=missing.csv: no such file"), ("what is it?", "", "name it with --images="),
     ("what is it?", "missing", "--images=missing: no such folder"),
     ("columns.csv", "", "no column of questions .image, text"),
-    ("latin.csv", "", "not a csv in UTF-8"), ("what is it?", "empty", "no image or scan in it")])
+    ("latin.csv", "", "not a csv in UTF-8"), ("sheet.xlsx", "", "a workbook, which is not read"),
+    ("what is it?", "empty", "no image or scan in it")])
 def test_a_mistake_gets_one_line(tmp_path, monkeypatch, ask, images, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "columns.csv").write_text("image,text\na.png,what?\n")
-    (tmp_path / "latin.csv").write_bytes("image,question\na.png,Röntgen?\n".encode("latin-1"))
+    (tmp_path / "latin.csv").write_bytes(b"image,question\na.png,R\x81ntgen?\n")
+    (tmp_path / "sheet.xlsx").write_bytes(b"PK")
     with pytest.raises(UserError, match=message):
         read_questions(ask, images)
+
+
+def test_what_was_understood_in_one_of_several_ways_is_said(made, tmp_path, capsys):
+    (tmp_path / "q.csv").write_bytes("image,question\nold/c.tif,Röntgen?\n".encode("cp1252"))
+    (row,) = read_questions(str(tmp_path / "q.csv"), made[2])
+    assert row.question == "Röntgen?" and [source for source, _ in row.pictures] == [made[2] / "deep/c.tif"]
+    encoding, alone, _ = capsys.readouterr().err.splitlines()
+    assert "read as Windows-1252" in encoding and "by the name of their file alone: deep/c.tif" in alone
 
 
 # ----------------------------------------------------------------------------- answers
@@ -136,7 +161,7 @@ def test_a_probability_is_that_of_exactly_this_answer(made, tmp_path):
     (row,) = answers_of(made, table_of(tmp_path, ("a.png", "which organ?")), tmp_path / "out.csv", max_new_tokens=3)
     model, tokenizer = load_run(made[1]).eval(), eval_vqa.open_trained_run(str(made[1]))[3]
     tokens, [(begin, _)], _ = tokenizer.write(Record("", "which organ?", "", image=b""))
-    image = torch.from_numpy(asked.pixels_of(made[2] / "a.png", 32, "squash"))
+    image = torch.from_numpy(pixels_of(made[2] / "a.png", 32, "squash"))
     encoded, total = model.encode_images([image]), 0.0
     place, count = tokens.index(-1), model.vision.tokens(32, 32)
     flat = tokens[:place] + [0] * count + tokens[place + 1:begin]
@@ -161,8 +186,8 @@ def test_one_question_about_every_image_of_a_folder(made, tmp_path):
 
 
 def test_questions_about_an_image_share_it(made, tmp_path, monkeypatch):
-    opened, pixels = [], asking.pixels_of
-    monkeypatch.setattr(asking, "pixels_of", lambda source, *rest: opened.append(source.name) or pixels(source, *rest))
+    opened = []
+    monkeypatch.setattr(asking, "pixels_of", lambda source, *how: opened.append(source.name) or pixels_of(source, *how))
     answers_of(made, table_of(tmp_path, *[(name, f"is figure {n} large?") for n in range(3)
                                           for name in ("a.png", "b.png")]), tmp_path / "out.csv")
     assert sorted(opened) == ["a.png", "b.png"]

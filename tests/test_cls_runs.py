@@ -370,7 +370,7 @@ def hospital(tmp_path, monkeypatch):
     wanted = []
     monkeypatch.setattr(labelled, "find_scans", lambda files, settings, folder: (wanted.append(settings), (
         SCANS, {Path("e.dcm"): "its header is cut short"}))[1])
-    monkeypatch.setattr(labelled, "decode_picture", lambda source, at_least: Image.new(
+    monkeypatch.setattr("scans.frames.decode_picture", lambda source, at_least: Image.new(
         "RGB", (40, 40), (35 * int(source),) * 3))
     (tmp_path / "hospital").mkdir()
     (tmp_path / "hospital/f.txt").write_text("")

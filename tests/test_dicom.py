@@ -11,7 +11,7 @@ import pytest
 from plumbing.pixels import DAMAGED, EVEN, TOO_LARGE, Unreadable
 from prepare.shards import ImageSettings, encode_image
 from scans.dicom import DEFLATED, INSTALL, NO_PICTURE, NO_PIXELS
-from scans.frames import ScanSettings, decode_picture, find_scans, is_scan, picture_key
+from scans.frames import ScanSettings, Upload, decode_picture, find_scans, is_scan, picture_key
 from scans.windows import NO_WINDOW
 
 pydicom = pytest.importorskip("pydicom")
@@ -571,7 +571,7 @@ def test_bytes_and_other_processes(tmp_path):
     frame = scan_in(path).sources[0]
     again = pickle.loads(pickle.dumps(frame))
     assert again == frame and picture_key(again) == picture_key(frame)
-    inside = type(frame)(path.read_bytes(), frame.sha256, "dicom", (0,))
+    inside = type(frame)(Upload("a", path.read_bytes()), frame.sha256, "dicom", (0,))
     assert np.array_equal(decode_picture(inside), decode_picture(frame)) and inside.key() == frame.key()
     assert picture_key(scan_in(path, "2/4").sources[0]) != picture_key(frame)
 

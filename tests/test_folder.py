@@ -22,9 +22,9 @@ from plumbing.pixels import SUFFIXES, load_image
 from plumbing.shards import Shard
 from prepare.folder import prepare_folder
 from prepare.listing import read_folder, read_table
-from prepare.own_pictures import Pictures
 from prepare.shards import locked, read_manifests, write_dataset
 from scans.frames import ScanSettings
+from scans.pictures import Pictures
 from tasks.labelled import open_dataset
 
 ROOT = Path(__file__).resolve().parent.parent

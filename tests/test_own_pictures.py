@@ -8,8 +8,9 @@ from PIL import Image
 
 from plumbing.flags import UserError
 from plumbing.own import SECRET
-from prepare.own_pictures import Pictures, file_of, views_of, written_name
+from prepare.own_pictures import views_of, written_name
 from scans.frames import Frame, Scan, ScanSettings
+from scans.pictures import Pictures, file_of
 from test_dicom import AXIAL, I16, made, save
 
 FILES = ("images/0001.png", "images/Müller.PNG", "other/0002.jpg", "other/images/0003.png", "deep/0004.png",
@@ -76,7 +77,7 @@ def test_a_path_out_of_the_folder_is_followed_where_that_is_allowed(folder, tmp_
 
 
 def test_a_path_that_is_there_needs_no_look_at_all_others(folder, monkeypatch):
-    monkeypatch.setattr("prepare.own_pictures.files_below", lambda folder: pytest.fail("it is looked through"))
+    monkeypatch.setattr("scans.pictures.files_below", lambda folder: pytest.fail("it is looked through"))
     assert found(Pictures(folder), "images/0001.png") == "images/0001.png"
 
 

@@ -17,10 +17,10 @@ import plumbing.pixels
 from data import Record
 from plumbing.flags import UserError
 from plumbing.pixels import (DEEP_PIXELS, FIT_STEP, FORMATS, SMART_LEAST, SMART_MOST, SUFFIXES, Unreadable,
-                             load_image, load_pixels, open_stored, resize_flags, resize_image, smart_shape, stretch,
-                             tails)
+                             load_image, open_stored, resize_flags, resize_image, smart_shape, stretch, tails)
 from prepare.folder import read_folder
 from prepare.shards import ImageSettings, encode_image
+from scans.frames import pixels_of
 from test_prepare import write_toy
 
 RANDOM = np.random.default_rng(0)
@@ -538,7 +538,7 @@ def test_pixels_of_all_kinds_are_those_that_qwen_reads(theirs, most, tmp_path):
     theirs.size = {"shortest_edge": SMART_LEAST, "longest_edge": most}
     for content in files:
         (tmp_path / "image").write_bytes(content)
-        ours = load_pixels(tmp_path / "image", most, "smart")
+        ours = pixels_of(tmp_path / "image", most, "smart")
         shapes.add(ours.shape)
         read = theirs(load_image(content), return_tensors="np")
         assert read["image_grid_thw"].tolist() == [[1, ours.shape[0] // 16, ours.shape[1] // 16]]
@@ -570,7 +570,7 @@ def test_a_large_jpeg_is_decoded_whole_for_a_size_in_pixels(tmp_path):
     (tmp_path / "a.jpg").write_bytes(content := saved(pixels, "JPEG", quality=90))
     height, width = smart_shape(1500, 2000, SMART_LEAST)
     whole = Image.open(io.BytesIO(content)).resize((width, height), Image.Resampling.BICUBIC)
-    assert np.array_equal(load_pixels(tmp_path / "a.jpg", SMART_LEAST, "smart"), np.asarray(whole))
+    assert np.array_equal(pixels_of(tmp_path / "a.jpg", SMART_LEAST, "smart"), np.asarray(whole))
     stored = encode_image(content, ImageSettings(SMART_LEAST, "smart", "png", 0))
     assert np.array_equal(open_stored(stored[0], *stored[1]), np.asarray(whole))
 

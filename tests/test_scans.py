@@ -17,7 +17,7 @@ from PIL import Image
 from plumbing.flags import UserError
 from plumbing.pixels import DAMAGED, SEVERAL, TOO_LARGE, Unreadable, load_image
 from scans.dicom import open_pydicom
-from scans.frames import (Frame, Scan, ScanSettings, choose_slices, decode_picture, find_scans, is_scan,
+from scans.frames import (Frame, Scan, ScanSettings, Upload, choose_slices, decode_picture, find_scans, is_scan,
                           picture_key)
 from scans.nifti import NO_GREYS
 from scans.slides import EMPTY, NO_LEVEL, open_slide, starts
@@ -254,7 +254,7 @@ def test_pages_that_cannot_be_used(tmp_path):
         patch.setattr("scans.pages.MOST_PAGES", 4)
         path.write_bytes(tiff(*[(FILM, {})] * 5))
         assert find_scans([path])[0][0].sources == (path,)  # a plain image, whose reading refuses it
-    frame = Frame(tiff((FILM, {}), (FILM, {}))[:-900], "0", "pages", (1,))
+    frame = Frame(Upload("a", tiff((FILM, {}), (FILM, {}))[:-900]), "0", "pages", (1,))
     with pytest.raises(Unreadable, match="damaged"):
         decode_picture(frame)
 

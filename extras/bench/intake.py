@@ -84,7 +84,7 @@ def write(path, pixels, packed):
 def alone(path):
     """A file's 256 greys, and nothing else: read, rescale, window; of a PNG the percentiles are the window."""
     if path.suffix == ".png":
-        values = np.asarray(Image.open(path))
+        values = np.asarray(Image.open(path, formats=("PNG",)))
         low, high = np.percentile(values, (0.5, 99.5))
     else:
         import pydicom
@@ -139,7 +139,7 @@ def time_ways(paths, rounds):
 def difference(paths):
     """Mean difference in grey levels between prepare's JPEGs and the chain's."""
     def pixels(content):
-        return np.asarray(Image.open(io.BytesIO(content)), np.int16)
+        return np.asarray(Image.open(io.BytesIO(content), formats=("JPEG",)), np.int16)
 
     return float(np.mean([np.abs(pixels(prepared(path)) - pixels(chain(path))).mean() for path in paths]))
 

@@ -3,21 +3,17 @@ From a visitor's files, which stay in memory, to pictures: what a file holds, wh
 which window its numbers become greys. Of a header nothing is shown but the place of a slice.
 """
 
-import hashlib
-import io
-from collections import defaultdict
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
-from PIL import Image, TiffImagePlugin
+from PIL import Image
 
 from extras.share.demo_draw import part_of
 from plumbing.flags import UserError
-from plumbing.pixels import DAMAGED, TOO_LARGE, Unreadable, resize_image, whole_pages
-from scans import dicom
-from scans.frames import DICOM, Frame, Scan, decode_picture
-from scans.pages import MOST_PAGES
+from plumbing.pixels import TOO_LARGE, UNKNOWN, Unreadable, resize_image
+from scans import dicom, nifti
+from scans.frames import Frame, ScanSettings, Upload, decode_picture, find_scans
+from scans.pictures import file_of
 from scans.windows import WINDOWS
 
 MOST = 8  # images of a conversation
@@ -39,74 +35,28 @@ class Shown:
 
 def find_in(files, window, at_least):
     """
-    ([Scan], {name: why it cannot be used}) of [(name, bytes)]: what scans.frames.find_scans says of files on a disk, of
+    ([Scan], {name: why it cannot be used}) of [(name, bytes)], in their order: what scans.frames.find_scans says, of
     which a Scan keeps no name or date of its header. at_least: as read_picture takes it. Raises UserError where the
     files are too large.
     """
     if sum(len(content) for _, content in files) > MOST_BYTES:
         raise UserError(f"These files have more than {MOST_BYTES >> 20} MB together, the most that are read.")
-    scans, refused, dicoms = {}, {}, {}
-    for number, (name, content) in enumerate(files):
-        if content[128:132] == b"DICM" or name.lower().endswith(DICOM):
-            dicoms[Path(f"{number:05} {Path(name).name}")] = content
-            continue
-        if name.lower().endswith((".nii", ".nii.gz")):
-            refused[name] = "A NIfTI file is not read from memory: upload its DICOM files, or slices as images."
-            continue
+    uploads, found = [Upload(name, content) for name, content in files], {}
+    scans, refused = find_scans(uploads, ScanSettings(window))
+    used = {file_of(source) for scan in scans for source in scan.sources}
+    why = {file: sentence_of(refused.get(file, UNKNOWN)) for file in uploads if file not in used}
+    for scan in scans:
+        first = min(map(file_of, scan.sources), key=uploads.index)
         try:
-            scans[number] = find_pages(name, content, at_least)
+            read_picture(scan.sources[0], at_least)
+            found[first] = replace(scan, patient="", study="", time="")
         except UserError as error:
-            refused[name] = str(error)
-    found, why = find_dicoms(dicoms, window)
-    return [scan for _, scan in sorted((scans | found).items())], refused | why
+            why[first] = str(error)
+    return [found[file] for file in uploads if file in found], {file.name: why[file] for file in uploads if file in why}
 
 
-def find_pages(name, content, at_least):
-    """The Scan of an image file's bytes, which may be of several pages. Raises UserError where it is no image."""
-    try:
-        if content[:4] in TiffImagePlugin.PREFIXES:
-            pages = whole_pages(content, MOST_PAGES)
-        else:
-            with Image.open(io.BytesIO(content), formats=("PNG", "GIF", "WEBP")) as image:
-                pages = range(image.n_frames)
-    except Exception:  # as of one page it is read, or refused with the reason
-        pages = ()
-    sources, labels = (content,), ("",)
-    if len(pages) > 1:
-        sha256 = hashlib.sha256(content).hexdigest()
-        sources = tuple(Frame(content, sha256, "pages", (page,), "") for page in pages)
-        labels = tuple(f"page {number} of {len(pages)}" for number in range(1, len(pages) + 1))
-    read_picture(sources[0], at_least)
-    return Scan(name, sources, labels)
-
-
-def find_dicoms(files, window):
-    """({number of its first file: Scan}, {name: why}) of DICOM files, {Path that is on no disk: bytes}."""
-    stacks, warnings, planes, refused = defaultdict(list), defaultdict(list), defaultdict(list), {}
-    for path, content in files.items():
-        try:
-            sha256 = hashlib.sha256(content).hexdigest()
-            header, _, start = dicom.read_header(content, sha256)
-            dicom.require_readable(header, len(content) - start)
-            shots = dicom.shots_of(path, sha256, header, window)
-            told, key = list(dicom.warnings_of(header, window)), dicom.stack_of(path, header, shots, planes)
-        except (MemoryError, UserError):
-            raise
-        except Exception as error:  # such as a word where a number should be
-            why = error if isinstance(error, Unreadable) else DAMAGED
-            refused[path.name[6:]] = f"This file is not an image that can be read: {why}."
-            continue
-        stacks[key] += shots
-        warnings[key] += told
-    scans = {}
-    for key, shots in stacks.items():
-        for volume in dicom.divide(shots):
-            kind = "frame" if volume[0].position is None else "slice"
-            labels = [f"{kind} {place} of {len(volume)}" for place in range(1, len(volume) + 1)]
-            frames = [replace(shot.frame, file=files[shot.frame.file]) for shot in volume]
-            first = min(int(shot.frame.file.name[:5]) for shot in volume)
-            scans[first] = Scan("", tuple(frames), tuple(labels), warnings=tuple(dict.fromkeys(warnings[key])))
-    return scans, refused
+def sentence_of(reason):
+    return f"This file is not an image that can be read: {reason}."
 
 
 def read_picture(source, at_least):
@@ -117,7 +67,7 @@ def read_picture(source, at_least):
         if str(error) == TOO_LARGE:
             raise UserError(f"This image has more than {Image.MAX_IMAGE_PIXELS // 10 ** 6} million "
                             "pixels, the most that are read.") from None
-        raise UserError(f"This file is not an image that can be read: {error}.") from None
+        raise UserError(sentence_of(error)) from None
 
 
 # ----------------------------------------------------------------------------- windows
@@ -127,17 +77,20 @@ def units_of(source):
     (least, greatest, whether they are Hounsfield units) of the physical numbers of one of a Scan's sources; None where
     it has no such numbers, as colours and images of 8 bits, or but one.
     """
-    if not isinstance(source, Frame) or source.kind != "dicom":
+    if not isinstance(source, Frame) or source.kind not in ("dicom", "nifti"):
         return None
     try:
-        facts, stored = dicom.read_pixels(source)
+        if source.kind == "nifti":
+            voxels, ends, _ = nifti.read_volume(source.file, source.sha256, source.place[0])
+            coloured, hounsfield = voxels.ndim > 3, False
+        else:
+            facts, stored = dicom.read_pixels(source)
+            coloured = stored.ndim == 3 or facts.PhotometricInterpretation == "PALETTE COLOR"
+            ends, hounsfield = dicom.rescale(np.array([stored.min(), stored.max()]), facts), dicom.in_hounsfield(facts)
+        low, high = (float(end(ends[np.isfinite(ends)])) for end in (np.min, np.max))
     except Exception:  # which read_picture says in a sentence
         return None
-    if stored.ndim == 3 or facts.PhotometricInterpretation == "PALETTE COLOR":
-        return None
-    ends = dicom.rescale(np.array([stored.min(), stored.max()]), facts)
-    low, high = float(ends.min()), float(ends.max())
-    return (low, high, dicom.in_hounsfield(facts)) if high > low else None
+    return (low, high, hounsfield) if high > low and not coloured else None
 
 
 def name_windows(hounsfield, trained):

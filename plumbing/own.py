@@ -103,13 +103,34 @@ def find_prepared(name, shards_dir):
     return name
 
 
+def datasets_of(path, shards_dir):
+    """The names of the datasets that were made of a folder or file, or of a table in the folder."""
+    mine = clean(str(own_path(path)))
+    made = {target.name: list(filter(None, origins(target))) for target in sorted(Path(shards_dir).glob("[!.]*"))}
+    return [name for name, paths in made.items() if mine in paths] or [
+        name for name, paths in made.items() if any(path.startswith(f"{mine}/") for path in paths)]
+
+
+def only_dataset_of(path, shards_dir):
+    """The one dataset that was made of a folder or file, "" where there is none. Raises UserError where several are."""
+    names = datasets_of(path, shards_dir)
+    older = {f"{name}_{mark[-8:]}" for name in names for mark in names}  # with a hash, from when the name was taken
+    names = [name for name in names if name not in older] or names
+    if len(names) > 1:
+        raise UserError(f"{path}: several datasets were made of it, {', '.join(names)}; name one, as "
+                        f"--dataset={names[0]}")
+    return next(iter(names), "")
+
+
 def prepare_own(path, shards_dir, image_size):
     """
-    Have prepare/all.py bring the dataset of a folder or file up to date, a process that says itself what it
-    does. Returns the dataset's name. Raises UserError with the reason that it ends with.
+    Have prepare/all.py bring the dataset of a folder or file up to date, by the flags that made it before, a process
+    that says itself what it does. Returns the dataset's name. Raises UserError with the reason that it ends with.
     """
+    before = only_dataset_of(path, shards_dir)
+    flags = (read_manifest(Path(shards_dir) / before / "train") or {}).get("flags", []) if before else []
     command = [sys.executable, str(PREPARE), f"--own={path}", f"--shards_dir={shards_dir}",
-               f"--image_size={image_size}"]
+               f"--image_size={image_size}", *flags]
     process, error = subprocess.Popen(command, stderr=subprocess.PIPE), b""
     while words := process.stderr.read1():  # its progress, passed on as it comes, or its last line
         progress, _, reason = (b"", b"", words) if error else words.partition(f"{PREPARE.name}: ".encode())
@@ -119,10 +140,7 @@ def prepare_own(path, shards_dir, image_size):
     if process.wait():
         raise UserError(error.decode("utf-8", "backslashreplace").strip() or
                         f"{path}: prepare/all.py ended with exit code {process.returncode}")
-    mine = clean(str(own_path(path)))
-    made = {target.name: list(filter(None, origins(target))) for target in Path(shards_dir).glob("*")}
-    names = [name for name, paths in made.items() if mine in paths] or [  # of a table in the folder
-        name for name, paths in made.items() if any(path.startswith(f"{mine}/") for path in paths)]
-    if not names:
+    name = only_dataset_of(path, shards_dir)
+    if not name:
         raise UserError(f"{path}: its dataset in {shards_dir} is gone; run the same command again")
-    return min(names, key=len)  # one with a hash in its name is older than one without
+    return name

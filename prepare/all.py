@@ -82,6 +82,8 @@ from prepare.weights import WEIGHTS, convert_llama
 from zoo.chatml import open_tokenizer
 
 TOKENIZER = "huggyllama/llama-7b"  # hub repository; its tokenizer.model is Meta's, unchanged
+# Flags of --own that train_cls.py gives again, when it looks whether its folder is as it was
+MADE_BY = ("name", "columns", "window", "slices", "tiles", "resize", "codec", "quality", "limit")
 TOKENIZER_SHA256 = "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"
 
 
@@ -201,7 +203,9 @@ def prepare_own(config):
         prepare_tokenizer(config.tokenizer)
         return open_tokenizer(config.tokenizer, config.system)
 
-    return prepare_any(config, image_settings(config), open_words)
+    flags = tuple(f"--{name}={getattr(config, name)}" for name in MADE_BY
+                  if getattr(config, name) != getattr(Config, name))
+    return prepare_any(config, image_settings(config), flags, open_words)
 
 
 def prepare_dataset(dataset, config):

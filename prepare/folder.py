@@ -36,11 +36,11 @@ from prepare.classify import group_alike, split_by_group
 from prepare.datasets import DATASETS, Dataset
 from prepare.leaks import guard
 from prepare.listing import SPLITS, read_folder, read_table
+from prepare.own import Wanted
 from prepare.own_page import write_page
 from prepare.own_pictures import read_source
 from prepare.own_splits import SHARES, divide, fold_targets, group_names, hash_names, hide
 from prepare.shards import ImageSettings, locked, recover, why_stale, write_dataset
-from scans.frames import Frame, ScanSettings
 from scans.pictures import file_of
 
 LONGEST_NAME = 50  # letters of a dataset's name: four bytes each at most, of the 255 that a disk takes
@@ -219,6 +219,12 @@ def arrange(path, listing, facts):
     return items, groups
 
 
+def skipped_of(shard):
+    """How many samples were left out of a shard, by reason, in words; "" where none was."""
+    first = {why: printable(name)[:80] for why, name in shard.manifest["first_skipped"].items()}
+    return "".join(f"; skipped: {n:,} {why} ({first[why]} the first)" for why, n in shard.manifest["skipped"].items())
+
+
 def write(target, path, listing, facts, workers):
     """Split and write what is listed, and say what each split then holds of each class, and skipped."""
     for note in listing.notes:
@@ -237,10 +243,7 @@ def write(target, path, listing, facts, workers):
         shard = Shard(target / split)
         labels = Counter(label for record in shard.read_records() for label in record["labels"] or [""])
         classes = ", ".join(f"{count:,} {label or 'of none'}" for label, count in sorted(labels.items()))
-        first = {why: printable(name)[:80] for why, name in shard.manifest["first_skipped"].items()}
-        skipped = "".join(f"; skipped: {n:,} {why} ({first[why]} the first)"
-                          for why, n in shard.manifest["skipped"].items())
-        print(f"  {split}: {len(shard):,} images, {classes}{skipped}")
+        print(f"  {split}: {len(shard):,} images, {classes}{skipped_of(shard)}")
 
 
 # ----------------------------------------------------------------------------- which dataset it is
@@ -308,38 +311,31 @@ def compared(path, shards_dir, dry_run=False):
         raise UserError(printable(str(error))) from None
 
 
-def prepare_folder(path, shards_dir, image_size=224, workers=0, settings=ScanSettings(), name="", given=None, folds=0,
-                   fold=-1, dry_run=False, limit=0):
+def prepare_folder(path, shards_dir, wanted=Wanted()):
     """
     Prepare a folder or a csv into shards_dir, unless it is there unchanged, and compare it with all
     test splits there. Returns the dataset's name, of several folds the last one's.
 
-    workers: processes that decode images; 0: one a core, or fewer for few images; settings: ScanSettings; name: of
-    the dataset, in place of the folder's; given: {role: column}, by --columns; folds, fold: as flags of
-    prepare/all.py; dry_run: write a page of the first samples, and nothing else; limit: images of each split that are
-    written, 0: all. Raises UserError.
+    Few images are decoded by fewer processes than there are cores. Raises UserError.
     """
     path, shards_dir = own_path(path), Path(shards_dir)
-    with compared(path, shards_dir, dry_run):
-        listing = read_folder(path, settings) if path.is_dir() else read_table(path, settings, given)
+    with compared(path, shards_dir, wanted.dry_run):
+        listing = read_folder(path, wanted.scans) if path.is_dir() else read_table(path, wanted.scans, wanted.columns)
         require_names(path, listing.names)
         require_classes(path, listing.items, listing.names)
-        scans = any(isinstance(item.source, Frame) for item in listing.items)
-        image = ImageSettings(image_size, "squash", "jpeg", 97, window=settings.window * scans)  # as prepare/all.py
-        facts = {"listing": digest(listing.items + listing.unlabelled), "grouped_by":
-                 listing.grouped_by or "alike images", "multi_label": listing.multi_label, "image": image.facts(),
-                 "limit": limit}
-        names = []
-        for ending, number in fold_targets("", folds, fold):
-            more = {"folds": {"fold": number, "folds": folds}} if folds else {}
-            if dry_run:
-                return show(path, listing, facts | more, image, name)
-            names.append(prepare_listing(path, shards_dir, facts | more, lambda target, facts: write(
-                target, path, listing, facts, workers), name, ending))
-        return names[-1]
+        facts = wanted.facts(item.source for item in listing.items) | {
+            "listing": digest(listing.items + listing.unlabelled),
+            "grouped_by": listing.grouped_by or "alike images", "multi_label": listing.multi_label}
+        for ending, number in fold_targets("", wanted.folds, wanted.fold):
+            facts |= wanted.facts_of_fold(number)
+            if wanted.dry_run:
+                return show(path, listing, facts, wanted.name)
+            name = prepare_listing(path, shards_dir, facts, lambda target, facts: write(
+                target, path, listing, facts, wanted.workers), wanted.name, ending)
+        return name
 
 
-def show(path, listing, facts, image, name):
+def show(path, listing, facts, name):
     """Write the page of --dry_run. Returns the dataset's name, were it prepared."""
     for note in listing.notes:
         print(f"  {note}", flush=True)
@@ -347,7 +343,7 @@ def show(path, listing, facts, image, name):
     labels = Counter(label for item in items for label in item.labels or ("of none",))
     counts = dict(Counter(item.split for item in items)) | dict(sorted(labels.items()))
     spread = slice(None, None, max(len(items) // 10, 1))  # so that each class is seen
-    page = write_page(name or names_for(path)[0], path, image, listing.notes, counts,
+    page = write_page(name or names_for(path)[0], path, ImageSettings(**facts["image"]), listing.notes, counts,
                       records_of(path, items[spread], groups[spread]))
     print(f"  {page}: some samples; nothing is prepared")
     return name or names_for(path)[0]

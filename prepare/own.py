@@ -14,9 +14,40 @@ Your own folder or file as a prepared dataset, whatever of a dozen layouts it ha
 A reader of questions, conversations or studies returns an Own: Drafts, which name their pictures and hold none.
 """
 
+from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
 from data import Record
+from prepare.shards import ImageSettings
+from scans.frames import Frame, ScanSettings
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is wanted of a folder or file, by the flags of prepare/all.py of these names."""
+    image: ImageSettings = ImageSettings(224, "squash", "jpeg", 97)
+    scans: ScanSettings = ScanSettings()
+    name: str = ""
+    columns: dict = field(default_factory=dict)  # what a column is for -> its name
+    folds: int = 0
+    fold: int = -1
+    limit: int = 0
+    workers: int = 0
+    dry_run: bool = False
+    flags: tuple = ()  # those that make the same dataset again, as they are written
+
+    def image_of(self, sources):
+        """The ImageSettings for these pictures: with how scans are shown, where there are any among them."""
+        scanned = any(isinstance(source, Frame) for source in sources)
+        return replace(self.image, **asdict(self.scans)) if scanned else self.image
+
+    def facts(self, sources):
+        """What the manifests of a dataset of these pictures say of it."""
+        flags = {"flags": list(self.flags)} if self.flags else {}
+        return {"image": self.image_of(sources).facts(), "limit": self.limit, **flags}
+
+    def facts_of_fold(self, number):
+        return {"folds": {"fold": number, "folds": self.folds}} if self.folds else {}
 
 
 class Draft(NamedTuple):

@@ -17,7 +17,6 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,12 +30,12 @@ from prepare.box_files import (LARGEST_TEXT, from_corner, gather, image_size, nu
 from prepare.boxes import ask_image
 from prepare.classify import read_lines, split_by_group
 from prepare.datasets import Dataset, read_image, refuse_damage
-from prepare.folder import compared, digest, names_for, prepare_listing, require_names
+from prepare.folder import compared, digest, names_for, prepare_listing, require_names, skipped_of
 from prepare.listing import SPLITS, Item, read_patients
 from prepare.own_page import write_page
 from prepare.own_pictures import read_source
 from prepare.own_splits import divide, fold_targets, hash_names, hide
-from prepare.shards import write_dataset
+from prepare.shards import ImageSettings, write_dataset
 from scans.frames import Frame, ScanSettings, decode_picture, picture_key
 from scans.pictures import Pictures
 
@@ -375,46 +374,39 @@ def write(target, path, boxes, found, splits, tokenizer, facts, workers):
     write_dataset(target, dataset, path, {}, tokenizer.path.read_bytes(), facts, workers, needed=("train",))
     for split in (split for split in ("train", "validation", "test") if split in splits.values()):
         shard = Shard(target / split)
-        first = {why: printable(name)[:80] for why, name in shard.manifest["first_skipped"].items()}
-        skipped = "".join(f"; skipped: {n:,} {why} ({first[why]} the first)"
-                          for why, n in shard.manifest["skipped"].items())
-        print(f"  {split}: {len(shard):,} questions about {shard.manifest['images']:,} images{skipped}")
+        print(f"  {split}: {len(shard):,} questions about {shard.manifest['images']:,} images{skipped_of(shard)}")
 
 
-def prepare_boxes(path, sources, shards_dir, image, tokenizer, box_format="medmo", workers=0, augment=0,
-                  settings=ScanSettings(), name="", folds=0, fold=-1, dry_run=False, limit=0):
+def prepare_boxes(path, sources, shards_dir, wanted, tokenizer, box_format="medmo", augment=0):
     """
     Prepare a folder or csv of images with boxes into shards_dir, unless it is there unchanged, and compare it
     with all test splits there. Returns the dataset's name, of several folds the last one's.
 
-    sources: what find_sources found; image: ImageSettings; tokenizer: of zoo.chatml.open_tokenizer; workers:
-    processes that decode images, 0: one a core, or fewer for few images; augment: altered copies of each training
-    sample; the others as prepare_folder takes them. Raises UserError.
+    sources: what find_sources found; wanted: Wanted; tokenizer: of zoo.chatml.open_tokenizer; augment: altered copies
+    of each training sample. Raises UserError.
     """
     path, shards_dir = own_path(path), Path(shards_dir)
-    with compared(path, shards_dir, dry_run):
-        boxes = read_boxes(path, sources, settings)
+    with compared(path, shards_dir, wanted.dry_run):
+        boxes = read_boxes(path, sources, wanted.scans)
         found = gather(path.name, boxes.rows)
         require_names(path, {label for some in found.values() for label in some})
         if not any(found.values()):
             raise UserError(f"{path}: {boxes.form}, but not one box in it")
-        if any(isinstance(picture, Frame) for picture in boxes.pictures.values()):
-            image = replace(image, window=settings.window)
-        facts = {"box_format": box_format, "augment": augment, "image": image.facts(),
-                 "limit": limit, "tokenizer_sha256": tokenizer.sha256}
+        facts = wanted.facts(boxes.pictures.values()) | {"box_format": box_format, "augment": augment,
+                                                         "tokenizer_sha256": tokenizer.sha256}
         facts |= {"system": tokenizer.system} if tokenizer.system else {}
-        names = []
-        for ending, part in fold_targets("", folds, fold):
-            splits, how = divide_own(path, boxes, folds, part)
+        for ending, part in fold_targets("", wanted.folds, wanted.fold):
+            splits, how = divide_own(path, boxes, wanted.folds, part)
             divided = boxes._replace(notes=[how, *boxes.notes])
             items = [Item(splits[name], name, boxes.pictures[name] or path / name, tuple(sorted(some.items())),
                           boxes.patients.get(name, "")) for name, some in found.items()]
-            more = {"listing": digest(items)} | ({"folds": {"fold": part, "folds": folds}} if folds else {})
-            if dry_run:
-                page = write_page(name or names_for(path)[0], path, image, divided.notes, Counter(splits.values()),
+            facts |= {"listing": digest(items)} | wanted.facts_of_fold(part)
+            if wanted.dry_run:
+                name = wanted.name or names_for(path)[0]
+                page = write_page(name, path, ImageSettings(**facts["image"]), divided.notes, Counter(splits.values()),
                                   records_of(path, boxes, found, splits))
                 print(f"  {page}: the first samples; nothing is prepared")
-                return name or names_for(path)[0]
-            names.append(prepare_listing(path, shards_dir, facts | more, lambda target, facts: write(
-                target, path, divided, found, splits, tokenizer, facts, workers), name, ending))
-        return names[-1]
+                return name
+            name = prepare_listing(path, shards_dir, facts, lambda target, facts: write(
+                target, path, divided, found, splits, tokenizer, facts, wanted.workers), wanted.name, ending)
+        return name

@@ -22,9 +22,10 @@ from plumbing.tables import JSONS, SEPARATED, WORKBOOKS, find_roles, parse_colum
 from prepare.choices import group_equals
 from prepare.classify import group_alike
 from prepare.datasets import Dataset
-from prepare.folder import compared, names_for, prepare_folder, prepare_listing
+from prepare.folder import compared, names_for, prepare_folder, prepare_listing, skipped_of
 from prepare.listing import ROLES as LISTED
 from prepare.listing import SPLITS, folders_in
+from prepare.own import Wanted
 from prepare.own_boxes import LARGEST_JSON, find_sources, prepare_boxes
 from prepare.own_chats import read_chats, turns_column
 from prepare.own_page import write_page
@@ -182,6 +183,17 @@ def find_pictures(path, own, pictures):
     return [Shown(draft.record, draft.split, *more) for draft, *more in zip(own.drafts, scans, patients, hashes)], by
 
 
+def name_of(one):
+    """What a Shown is never divided from, as it is called; "" where that is not known."""
+    names = ("patient", one.patient), ("study", one.record.study)
+    return next((f"{kind} {name.casefold()}" for kind, name in names if name), "")
+
+
+def group_of(one):
+    """The same as it is written: by the hash."""
+    return next((f"{kind} {name}" for kind, name in zip(("patient", "study"), one.hashes) if name), "")
+
+
 def give_groups(shown):
     """
     A name for each sample of what is never divided: its patient, else its study, else the samples whose images are like
@@ -199,7 +211,7 @@ def give_groups(shown):
     marks = []
     for number, one in enumerate(shown):
         own = [next(alike) for _ in pictures_of(one)] or [f"text {equal[number] or number}"]
-        named = [f"{kind} {name}" for kind, name in zip(("patient", "study"), one.hashes) if name][:1]
+        named = [name_of(one)] if name_of(one) else []
         marks.append((named, own))
         for mark in own[1:] if not named else ():
             leader[top(mark)] = top(own[0])
@@ -302,10 +314,10 @@ def say(path, own, shown, grouped_by, settings):
     return counts
 
 
-def facts_of(config, own, shown, grouped_by, image, tokenizer):
+def facts_of(config, own, shown, grouped_by, tokenizer):
     """What the manifests of a dataset say, and what makes it stale."""
-    facts = {"listing": digest(shown), "grouped_by": grouped_by or "alike images", "image": image.facts(),
-             "tokenizer_sha256": tokenizer.sha256, "limit": config.limit}
+    facts = {"listing": digest(shown), "grouped_by": grouped_by or "alike images",
+             "tokenizer_sha256": tokenizer.sha256}
     facts |= {"system": tokenizer.system} if tokenizer.system else {}
     facts |= {"task": own.task} if own.task else {}
     facts |= {"reasoning": config.reasoning} if any(one.record.reasoning for one in shown) else {}
@@ -317,10 +329,7 @@ def say_splits(target):
     """Say what each split of a dataset holds, and what was skipped of it."""
     for folder in (target / split for split in ("train", "validation", "test") if (target / split).is_dir()):
         shard = Shard(folder)
-        first = {why: printable(name)[:80] for why, name in shard.manifest["first_skipped"].items()}
-        skipped = "".join(f"; skipped: {n:,} {why} ({first[why]} the first)"
-                          for why, n in shard.manifest["skipped"].items())
-        print(f"  {folder.name}: {len(shard):,} samples of {shard.manifest['images']:,} images{skipped}")
+        print(f"  {folder.name}: {len(shard):,} samples of {shard.manifest['images']:,} images{skipped_of(shard)}")
 
 
 def boxes_in_pixels(shown, notes):
@@ -341,7 +350,9 @@ def write(target, path, own, shown, groups, facts, tokenizer, workers, complete)
               "  a split is made, 70 : 10 : 20")
     labels = [(one.record.type,) if one.record.type else () for one in shown]
     splits, sizes = divide(path, groups, labels, given, part["folds"], part["fold"]), Counter(groups)
-    written = [group if sizes[group] > 1 or not group.startswith("like ") else "" for group in groups]
+    hashed = {name_of(one): group_of(one) for one in shown}
+    written = [hashed.get(group, group) if sizes[group] > 1 or not group.startswith("like ") else ""
+               for group in groups]
     dataset = Dataset(name=target.name, kind=own.kind, task=own.task, licence="yours", access="yours", megabytes=0,
                       page="", layouts=(), counts=Counter(splits), read=lambda raw: (
                           (split, complete(one, group)) for one, group, split in zip(shown, written, splits)))
@@ -351,28 +362,27 @@ def write(target, path, own, shown, groups, facts, tokenizer, workers, complete)
     say_splits(target)
 
 
-def prepare_samples(config, own, pictures, image, tokenizer):
+def prepare_samples(config, own, pictures, wanted, tokenizer):
     """Prepare what a reader understood, an Own, each fold that is wanted. Returns the last dataset's name."""
     path, shards_dir = own_path(config.own), Path(config.shards_dir)
     shown, grouped_by = find_pictures(path, own, pictures)
-    if any(isinstance(source, Frame) for one in shown for source in pictures_of(one)):
-        image = replace(image, window=config.window)
     own.notes.extend(pictures.notes())
     pixels = boxes_in_pixels(shown, own.notes)
     counts = say(path, own, shown, grouped_by, pictures.settings)
-    secret = secret_of(path) if any(scan and scan.patient for one in shown for scan in one.scans) else b""
-    complete = functools.partial(record_of, secret=secret, pixels=pixels)
-    if config.dry_run:
-        samples = [(one.split or "not divided yet", complete(one, "")) for one in shown[:10]]
-        name = config.name or names_for(path)[0]
-        print(f"  {write_page(name, path, image, own.notes, counts, samples)}: the first samples; nothing is prepared")
+    named = any(scan and (scan.patient or scan.study) for one in shown for scan in one.scans)
+    complete = functools.partial(record_of, secret=secret_of(path) if named else b"", pixels=pixels)
+    facts = wanted.facts(source for one in shown for source in pictures_of(one))
+    if wanted.dry_run:
+        samples = [(one.split or "not divided yet", complete(one, group_of(one))) for one in shown[:10]]
+        name = wanted.name or names_for(path)[0]
+        page = write_page(name, path, ImageSettings(**facts["image"]), own.notes, counts, samples)
+        print(f"  {page}: the first samples; nothing is prepared")
         return name
     groups = functools.cache(lambda: give_groups(shown))  # which takes a look at each picture, once for all folds
-    for ending, fold in fold_targets("", config.folds, config.fold):
-        facts = facts_of(config, own, shown, grouped_by, image, tokenizer)
-        facts |= {"folds": {"folds": config.folds, "fold": fold}} if config.folds else {}
-        name = prepare_listing(path, shards_dir, facts, lambda target, facts: write(
-            target, path, own, shown, groups(), facts, tokenizer, config.workers, complete), config.name, ending)
+    facts |= facts_of(config, own, shown, grouped_by, tokenizer)
+    for ending, fold in fold_targets("", wanted.folds, wanted.fold):
+        name = prepare_listing(path, shards_dir, facts | wanted.facts_of_fold(fold), lambda target, facts: write(
+            target, path, own, shown, groups(), facts, tokenizer, wanted.workers, complete), wanted.name, ending)
     return name
 
 
@@ -396,33 +406,31 @@ def read_own(path, form, source, config, given, pictures, notes):
     return own._replace(notes=notes + own.notes)
 
 
-def prepare_any(config, image, open_words):
+def prepare_any(config, image, flags, open_words):
     """
     Prepare a folder or file of one's own, whatever layout it has. config: of prepare/all.py; image: ImageSettings;
-    open_words: gives the tokenizer, of which labels need none. Returns the name of the dataset. Raises UserError.
+    flags: those that differ from the defaults, as they are written; open_words: gives the tokenizer, of which labels
+    need none. Returns the name of the dataset. Raises UserError.
     """
-    path, settings = own_path(config.own), ScanSettings(config.window, config.slices, config.tiles)
-    given = parse_columns(config.columns, [*ROLES, *MORE_ROLES])
-    more = {"settings": settings, "name": config.name, "folds": config.folds, "fold": config.fold,
-            "dry_run": config.dry_run, "limit": config.limit}
+    path, given = own_path(config.own), parse_columns(config.columns, [*ROLES, *MORE_ROLES])
+    wanted = Wanted(image, ScanSettings(config.window, config.slices, config.tiles), config.name, given, config.folds,
+                    config.fold, config.limit, config.workers, config.dry_run, flags)
     if not path.exists():
         raise UserError(f"{path}: no folder and no csv there")
     form, source, notes = recognise(path, config, given)
     if form == "labels":
         require_one(path, form, source)
         source, columns, *_ = source[0]
-        given |= find_roles(source, columns, LABELS, {role: given[role] for role in LABELS if role in given})
+        given.update(find_roles(source, columns, LABELS, {role: given[role] for role in LABELS if role in given}))
     if form in ("labels", "class folders"):
         how = "in a table" if form == "labels" else "a folder for each class"
         print(f"{printable(path.name)}: images with labels, {how}")
-        if image != ImageSettings(image.size, "squash", "jpeg", 97):
-            print("  stored as squares, JPEG of quality 97: --resize, --codec, --quality, --max_pixels alter nothing")
-        return prepare_folder(source, config.shards_dir, config.image_size, config.workers, given=given, **more)
+        return prepare_folder(source, config.shards_dir, wanted)
     if form == "boxes":
         print(f"{printable(path.name)}: images with boxes, {' and '.join(source)}")
-        return prepare_boxes(config.own, source, config.shards_dir, image, open_words(), config.box_format,
-                             config.workers, config.augment, **more)
+        return prepare_boxes(config.own, source, config.shards_dir, wanted, open_words(), config.box_format,
+                             config.augment)
     with compared(path, Path(config.shards_dir), config.dry_run):
-        pictures = Pictures(path if path.is_dir() else path.parent, settings)
+        pictures = Pictures(path if path.is_dir() else path.parent, wanted.scans)
         own = read_own(path, form, source, config, given, pictures, notes)
-        return prepare_samples(config, own, pictures, image, open_words())
+        return prepare_samples(config, own, pictures, wanted, open_words())

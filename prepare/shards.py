@@ -28,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import View
-from plumbing.files import TOKENIZERS, hash_file, lock, manifest_checksum, read_manifest
+from plumbing.files import TOKENIZERS, differences, hash_file, lock, manifest_checksum, read_manifest
 from plumbing.flags import UserError
 from plumbing.own import clean
 from plumbing.pixels import DEEP_PIXELS, SMART_LEAST, Unreadable, open_stored, resize_image
@@ -36,7 +36,7 @@ from plumbing.shards import IMAGE, SAMPLE, hash_words, sample_checksum
 from prepare.augment import altered
 from prepare.download import hub_revision
 from prepare.looks import fingerprint
-from scans.frames import decode_picture, picture_key
+from scans.frames import ScanSettings, decode_picture, picture_key
 from tasks import boxes, reasoning
 from tasks.choices import right_of
 from zoo.chatml import open_tokenizer
@@ -54,11 +54,13 @@ class ImageSettings:
     codec: str
     quality: int  # of JPEG, 1 to 100; 0 for PNG, which is lossless
     deep: str = DEEP_PIXELS  # what becomes of more than 8 bits, in words, so that another rule is noticed
-    window: str = ""  # of scans, as --window says; none: there are no scans among them
+    window: str = ""  # of scans, as the flags say; none: there are no scans among them
+    slices: str = ""
+    tiles: str = ""
 
     def facts(self):
         """As a dict for manifests, without what does not apply."""
-        return {name: value for name, value in asdict(self).items() if name != "window" or value}
+        return {name: value for name, value in asdict(self).items() if value or not hasattr(ScanSettings, name)}
 
 
 def encode_image(content, settings):
@@ -359,6 +361,8 @@ def why_stale(target, facts, sources):
     for split, manifest in manifests.items():
         for name, value in {"system": "", **facts}.items():
             before = manifest.get(name, "")
+            if before != value and isinstance(value, dict):
+                return ", ".join(differences(before or {}, value, name))
             if before != value:
                 return f"{name} was {before or 'none'}, now {value or 'none'}"
         if sizes and sizes != {name: file["bytes"] for name, file in manifest["sources"].items()}:

@@ -18,7 +18,7 @@ from plumbing.files import differences, hash_json, read_manifest
 from plumbing.flags import UserError
 from plumbing.leaks import read_leaks
 from plumbing.order import random_keys
-from plumbing.own import clean, files_below, find_prepared, hash_id, origins, own_path, prepare_own, secret_of, written
+from plumbing.own import files_below, find_prepared, hash_id, only_dataset_of, prepare_own, secret_of, written
 from plumbing.shards import Shard
 from scans.frames import ScanSettings, find_scans, pixels_of
 from tasks.encoders import EIGHT
@@ -159,10 +159,8 @@ def find_model_datasets(wanted, shards_dir):
         return list(EIGHT)
     names = []
     for name in filter(None, map(str.strip, wanted.split(","))):
-        mine = clean(str(own_path(name)))
-        found = find_prepared(name, shards_dir) or min(
-            (target.name for target in Path(shards_dir).glob("*") if mine in origins(target)), key=len, default=None)
-        if found is None:
+        found = find_prepared(name, shards_dir) or only_dataset_of(name, shards_dir)
+        if not found:
             raise UserError(f"--dataset={name}: no dataset in {shards_dir} is made of it; run the same command without "
                             "--predict first, or name the dataset as it is called in --out")
         names.append(found)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,11 @@ from plumbing.leaks import read_leaks
 from plumbing.own import SECRET, find_prepared, hash_id, prepare_own, secret_of
 from plumbing.pixels import SUFFIXES, load_image
 from plumbing.shards import Shard
+from prepare.all import Config, main
 from prepare.folder import prepare_folder
 from prepare.listing import read_folder, read_table
-from prepare.shards import locked, read_manifests, write_dataset
+from prepare.own import Wanted
+from prepare.shards import ImageSettings, locked, read_manifests, write_dataset
 from scans.frames import ScanSettings
 from scans.pictures import Pictures
 from tasks.labelled import open_dataset
@@ -30,6 +33,10 @@ from tasks.labelled import open_dataset
 ROOT = Path(__file__).resolve().parent.parent
 RAW = Path(os.environ.get("NANOMEDQ_RAW", ROOT / "raw"))
 NO_RAW = f"no real data in {RAW}; set NANOMEDQ_RAW to a folder of it"
+
+
+def small(size=16, **wanted):
+    return Wanted(ImageSettings(size, "squash", "jpeg", 97), **wanted)
 
 
 def put(path, seed=None):
@@ -61,7 +68,7 @@ def write_csv(folder, *lines, count=10):
 def prepare(tmp_path, capsys):
     """prepare(path) -> (its name, {split: {image name: labels}}, what was printed)"""
     def prepare_and_read(path, image_size=16):
-        name = prepare_folder(path, tmp_path / "shards", image_size)
+        name = prepare_folder(path, tmp_path / "shards", small(image_size))
         splits = {}
         for split in read_manifests(tmp_path / "shards" / name):
             records = Shard(tmp_path / "shards" / name / split).read_records()
@@ -148,7 +155,7 @@ def test_nothing_is_done_twice_and_any_change_is_seen(prepare, tmp_path, monkeyp
     changed("listing was 20 images")
     (scans / "a/5.png").unlink()
     assert len(changed("now 19 images")) == 19
-    assert "image was {'size': 16" in prepare(scans, image_size=24)[2]
+    assert "image.size was 16, now 24" in prepare(scans, image_size=24)[2]
     assert Shard(tmp_path / "shards/scans/test").read_image(0).shape == (24, 24, 3)
 
 
@@ -499,7 +506,7 @@ def find(tmp_path, monkeypatch, capsys):
 
     def find_and_read(name):
         shards = tmp_path / "shards"
-        dataset = find_prepared(name, shards) or prepare_folder(name, shards, 16)
+        dataset = find_prepared(name, shards) or prepare_folder(name, shards, small())
         splits = read_manifests(shards / dataset)
         return dataset, sum(manifest["images"] for manifest in splits.values()), capsys.readouterr().out
 
@@ -516,7 +523,7 @@ def test_a_folder_is_looked_at_each_time_however_it_is_named(name, find, tmp_pat
 
 
 def test_another_project_s_folder_of_that_name_is_not_this_one_s(find, tmp_path):
-    prepare_folder(put_classes(tmp_path / "there/scans", 4, ("benign", "malignant")), tmp_path / "shards", 16)
+    prepare_folder(put_classes(tmp_path / "there/scans", 4, ("benign", "malignant")), tmp_path / "shards", small())
     put_classes(tmp_path / "here/scans", 6, ("fracture", "healthy"))
     name, count, _ = find("scans")
     assert name.startswith("scans_") and count == 12
@@ -525,7 +532,7 @@ def test_another_project_s_folder_of_that_name_is_not_this_one_s(find, tmp_path)
 
 def test_without_a_folder_of_that_name_it_is_what_was_prepared_and_from_where_is_told(find, tmp_path):
     scans = put_classes(tmp_path / "there/scans", 4)
-    prepare_folder(scans, tmp_path / "shards", 16)
+    prepare_folder(scans, tmp_path / "shards", small())
     name, count, printed = find("scans")
     assert (name, count) == ("scans", 8)
     assert f"scans: as it was prepared from {scans}; there is no folder of that name here" in printed
@@ -642,12 +649,12 @@ def test_a_faint_lesion_is_seen_through_its_window(window, least, most, tmp_path
         lines.append(f"ct{number},{'ab'[number % 2]},{'train' if number < 2 else 'test'},{number}")
     (tmp_path / "film/list.csv").write_text("\n".join(lines))
     settings = ScanSettings(window)
-    name = prepare_folder(tmp_path / "film/list.csv", tmp_path / "shards", 32, settings=settings)
+    name = prepare_folder(tmp_path / "film/list.csv", tmp_path / "shards", small(32, scans=settings))
     before = stored(name, tmp_path / "shards")
     assert len(before) == 10 and all(least <= lesion(pixels) <= most for pixels in before.values())
     assert Shard(tmp_path / "shards/list/train").manifest["image"]["window"] == window
     put_series(tmp_path / "film/ct0", "P", 0, 1, metal=30000)  # one slice has metal in it
-    prepare_folder(tmp_path / "film/list.csv", tmp_path / "shards", 32, settings=settings)
+    prepare_folder(tmp_path / "film/list.csv", tmp_path / "shards", small(32, scans=settings))
     after = stored(name, tmp_path / "shards")
     assert max(abs(before[image][4:] - after[image][4:]).max() for image in before) <= 12  # JPEG, below the metal
     assert sum((before[image] != after[image]).any() for image in before) == 1
@@ -659,11 +666,25 @@ def test_another_window_or_choice_of_slices_makes_it_anew(tmp_path, capsys):
         put_series(tmp_path / f"scans/{'ab'[number % 2]}/{number}", "P", number, 2)
     counts = []
     for settings in (ScanSettings(), ScanSettings("soft"), *[ScanSettings("soft", "middle")] * 2):
-        name = prepare_folder(tmp_path / "scans", tmp_path / "shards", 16, settings=settings)
+        name = prepare_folder(tmp_path / "scans", tmp_path / "shards", small(scans=settings))
         counts.append(sum(part["images"] for part in read_manifests(tmp_path / "shards" / name).values()))
     said = capsys.readouterr().out
     assert counts == [16, 16, 8, 8] and said.count("scans: up to date") == 1
-    assert "listing was" in said and "left out by --slices" in said
+    assert said.count("image.") == 2 and "left out by --slices" in said
+
+
+def test_a_folder_is_looked_at_again_by_the_flags_that_it_was_prepared_with(tmp_path, capfd):
+    """As train_cls.py --dataset=scans does after prepare/all.py --own=scans --name=mine --codec=png."""
+    scans = put_classes(tmp_path / "scans", 6)
+    config = Config(own=str(scans), shards_dir=str(tmp_path / "shards"), image_size=16, name="mine", codec="png",
+                    workers=1)
+    main(config)
+    capfd.readouterr()
+    assert prepare_own(str(scans), str(tmp_path / "shards"), 16) == "mine"
+    assert "mine: up to date" in capfd.readouterr().out
+    main(replace(config, name="others"))
+    with pytest.raises(UserError, match="several datasets were made of it, mine, others; name one, as --dataset=mine"):
+        prepare_own(str(scans), str(tmp_path / "shards"), 16)
 
 
 def test_masks_beside_their_images_are_no_images(prepare, tmp_path):
@@ -680,7 +701,7 @@ def test_masks_beside_their_images_are_no_images(prepare, tmp_path):
 
 def test_each_fold_tests_other_patients_and_all_of_them_once(tmp_path, capsys):
     table = patients_table(tmp_path, "patient", lambda n: f"P{n // 4}")
-    prepare_folder(table, tmp_path / "shards", 16, name="mine", folds=5)
+    prepare_folder(table, tmp_path / "shards", small(name="mine", folds=5))
     tested = []
     for fold in range(5):
         target = tmp_path / f"shards/mine_fold_{fold}_of_5"
@@ -690,7 +711,7 @@ def test_each_fold_tests_other_patients_and_all_of_them_once(tmp_path, capsys):
         assert Shard(target / "test").manifest["folds"] == {"of": "mine", "fold": fold, "folds": 5}
         tested += test
     assert len(tested) == len(set(tested)) == 10
-    assert prepare_folder(table, tmp_path / "shards", 16, name="mine", folds=5, fold=3) == "mine_fold_3_of_5"
+    assert prepare_folder(table, tmp_path / "shards", small(name="mine", folds=5, fold=3)) == "mine_fold_3_of_5"
     assert "mine_fold_3_of_5: up to date" in capsys.readouterr().out
 
 
@@ -698,9 +719,9 @@ def test_columns_may_be_called_anything(prepare, tmp_path):
     lines = [f"{n},{'ab'[n % 2]},k{n // 4},s{n // 2}" for n in range(40)]
     table = write_csv(tmp_path, "Bild,Befund,Kind,Serie", *lines, count=40)
     with pytest.raises(UserError, match="--columns=label:Diagnose: .*did you mean"):
-        prepare_folder(table, tmp_path / "shards", given={"label": "Diagnose"})
-    name = prepare_folder(table, tmp_path / "shards", 16, given={
-        "image": "Bild", "label": "befund", "patient": "Kind", "study": "Serie"})
+        prepare_folder(table, tmp_path / "shards", small(columns={"label": "Diagnose"}))
+    name = prepare_folder(table, tmp_path / "shards", small(columns={
+        "image": "Bild", "label": "befund", "patient": "Kind", "study": "Serie"}))
     records = Shard(tmp_path / "shards" / name / "train").read_records()
     known = {f"patient {hash_id(secret_of(tmp_path), f'k{n}')}" for n in range(10)}
     assert {record["group"] for record in records} <= known
@@ -725,16 +746,16 @@ def test_a_folder_that_cannot_be_written_to_is_refused_where_patients_are_named(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("plumbing.own.write_whole", refuse)
-    prepare_folder(put_classes(tmp_path / "scans", 4), tmp_path / "shards", 16)
+    prepare_folder(put_classes(tmp_path / "scans", 4), tmp_path / "shards", small())
     table = patients_table(tmp_path / "film", "patient", lambda n: f"P{n // 4}")
     with pytest.raises(UserError, match=f"^{tmp_path}/film/.patients.key: patients are hashed with a secret in it, "):
-        prepare_folder(table, tmp_path / "more", 16)
+        prepare_folder(table, tmp_path / "more", small())
 
 
 def test_a_dry_run_writes_a_page_and_nothing_else(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     table = patients_table(tmp_path / "film", "patient", lambda n: f"P{n // 4}")
-    assert prepare_folder(table, tmp_path / "shards", 16, dry_run=True) == "list"
+    assert prepare_folder(table, tmp_path / "shards", small(dry_run=True)) == "list"
     page = re.sub("base64,[^\"]*", "", (tmp_path / "out/own_list.html").read_text())
     assert not list((tmp_path / "shards").glob("*")) and "out/own_list.html: some samples" in capsys.readouterr().out
     assert page.count("<article>") == page.count("data:image/jpeg") == 10
@@ -780,7 +801,7 @@ def test_of_two_at_once_one_prepares_and_the_other_finds_it_up_to_date(tmp_path,
 
     monkeypatch.setattr("prepare.folder.write_dataset", slowly)
     with ThreadPoolExecutor(3) as pool:  # a lock is of an open file: to it threads are as strange as processes
-        names = list(pool.map(lambda _: prepare_folder(scans, tmp_path / "shards", 16), range(3)))
+        names = list(pool.map(lambda _: prepare_folder(scans, tmp_path / "shards", small()), range(3)))
     assert names == ["scans"] * 3 and len(written) == 1
     printed = capsys.readouterr().out
     assert "is preparing scans" in printed and printed.count("scans: up to date") == 2
@@ -792,7 +813,7 @@ def test_what_a_living_process_has_begun_is_not_swept(tmp_path):
     with ThreadPoolExecutor(1) as pool:
         with locked(tmp_path / "shards/scans", "preparing scans"):
             partial.mkdir()
-            waiting = pool.submit(prepare_folder, scans, tmp_path / "shards", 16)
+            waiting = pool.submit(prepare_folder, scans, tmp_path / "shards", small())
             time.sleep(0.3)
             assert partial.is_dir() and not waiting.done()
         assert waiting.result() == "scans" and not partial.exists()  # no living process's any more
@@ -800,11 +821,11 @@ def test_what_a_living_process_has_begun_is_not_swept(tmp_path):
 
 def test_where_nothing_can_be_written_what_is_prepared_is_found(tmp_path, monkeypatch):
     scans = put_classes(tmp_path / "scans", 4)
-    prepare_folder(scans, tmp_path / "shards", 16)
+    prepare_folder(scans, tmp_path / "shards", small())
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
     before = state(tmp_path)
-    assert prepare_folder(scans, tmp_path / "shards", 16) == "scans" and state(tmp_path) == before
+    assert prepare_folder(scans, tmp_path / "shards", small()) == "scans" and state(tmp_path) == before
 
 
 # ----------------------------------------------------------------------------- refusals
@@ -930,7 +951,7 @@ def test_a_class_of_frames_of_one_film_cannot_be_divided(frames, wanted, tmp_pat
             image.save(path)
     if wanted:
         return refused(tmp_path / "scans", tmp_path / "shards", wanted)
-    prepare_folder(tmp_path / "scans", tmp_path / "shards", 16)
+    prepare_folder(tmp_path / "scans", tmp_path / "shards", small())
     assert "24 images are like another one" in capsys.readouterr().out
 
 
@@ -947,7 +968,7 @@ def test_train_and_test_of_the_same_images_are_refused_by_that_reason(tmp_path):
         copy = tmp_path / "scans/test" / path.relative_to(tmp_path / "scans/train")
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
-    name = prepare_folder(tmp_path / "scans", tmp_path / "shards", 16)
+    name = prepare_folder(tmp_path / "scans", tmp_path / "shards", small())
     with pytest.raises(UserError, match="train: a test split has all of its images, too, so that none is left"):
         open_splits(tmp_path, name)
 

@@ -114,8 +114,8 @@ def tokenizer(tmp_path_factory):
 
 
 def prepare(path, shards, tokenizer, **flags):
-    main(Config(own=str(path), shards_dir=str(shards), tokenizer=str(tokenizer), image_size=SIDE, codec="png", workers=1,
-                **flags))
+    main(Config(own=str(path), shards_dir=str(shards), tokenizer=str(tokenizer), image_size=SIDE, codec="png",
+                workers=1, **flags))
 
 
 def samples(shards):

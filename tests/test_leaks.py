@@ -22,8 +22,9 @@ from prepare.datasets import DATASETS, Dataset
 from prepare.folder import prepare_folder
 from prepare.leaks import guard, report_rows
 from prepare.looks import FINGERPRINT, alike, fingerprint, frequency_signs, propose, turned, whole
+from prepare.own import Wanted
 from prepare.questions import train_sample_tokenizer
-from prepare.shards import write_dataset
+from prepare.shards import ImageSettings, write_dataset
 
 
 def drawing(seed, size=(320, 240)):
@@ -524,7 +525,7 @@ def test_images_of_ones_own_guard_themselves_alone(write, tmp_path, monkeypatch)
             (table.parent / f"{number}.png").write_bytes(encoded(images[image].resize((300, 200 + number))))
         table.write_text("path,label,split\n" + "".join(
             f"{number}.png,{label},{split}\n" for number, (split, _, label) in enumerate(rows)))
-        assert prepare_folder(table, shards, image_size=32, workers=1)
+        assert prepare_folder(table, shards, Wanted(ImageSettings(32, "squash", "jpeg", 97), workers=1))
     found = {split: leaks["found"] for split, leaks in guard(shards).items()}
     table, other = sorted(split for split in found if split.startswith("table"))
     assert found == {"public/train": {}, **{split: {f"{split.partition('/')[0]}/test": {"alike": [0]},

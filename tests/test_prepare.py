@@ -462,7 +462,7 @@ def test_a_dataset_killed_at_any_moment_is_absent_or_whole(tmp_path):
     assert f"sample: shard_version was {SHARD_VERSION - 1}, now {SHARD_VERSION}" in anew.stdout
     assert len(read_leaks(Shard(target / "train"))) == 2
     other = prepare(*words, "--codec=png")
-    assert "sample: image was" in other.stdout and other.returncode == 0
+    assert "sample: image.codec was jpeg, now png" in other.stdout and other.returncode == 0
     assert Shard(target / "train").manifest["image"]["codec"] == "png"
 
 
@@ -564,7 +564,7 @@ def test_a_run_names_the_flags_that_its_images_were_made_by(tmp_path):
     assert find_misfit(shard, words_of_run, image | {"size": 70000}) == (
         "images made by --resize=fit --max_pixels=65536, the run's by --resize=fit --max_pixels=70000; run "
         "`python prepare/all.py --only=sample --resize=fit --max_pixels=70000`")
-    assert "image was " in prepare(*words, "--max_pixels=70000").stdout
+    assert "image.size was 65536, now 70000" in prepare(*words, "--max_pixels=70000").stdout
     assert prepare("--only=sample_captions", *words[1:]).returncode == 0
     with pytest.raises(UserError, match="has images made by --image_size=224 --resize=fit, .*sample/train by "
                                         "--resize=fit --max_pixels=70000; prepare one as the other: `python "

@@ -42,6 +42,8 @@ from extras.faults.tiny import SUCCESS, USER_ERROR, bits_of, hashes, try_parts, 
 from plumbing.files import checkpoints, find_damage, hash_json, read_manifest
 from plumbing.flags import Count, UserError, parse_command_line, run
 from prepare.folder import prepare_folder
+from prepare.own import Wanted
+from prepare.shards import ImageSettings
 from tasks import labelled
 
 train_cls = tiny.load_script("train_cls.py")
@@ -67,7 +69,8 @@ def write_images(folder):
             pixels = draw.integers(0, 160, (32, 32, 3)) + 60 * place
             Image.fromarray(pixels.astype(np.uint8)).save(folder / "scans" / name / f"{number}.png")
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return prepare_folder(folder / "scans", folder / "shards", 32, 1)
+        return prepare_folder(folder / "scans", folder / "shards",
+                              Wanted(ImageSettings(32, "squash", "jpeg", 97), workers=1))
 
 
 def start(config, told):

@@ -13,8 +13,8 @@ def read_source(source):
 
 def written_name(scan, name, secret):
     """
-    The name under which a Scan is written: as the source calls it, but where a header names a patient or study a hash
-    of that, for the files of archives are called by patients' names and dates of birth.
+    The name under which a Scan is written: as the source calls it, but where a header names a patient or study a
+    hash of that, for the files of archives are called by patients' names and dates of birth.
     """
     return f"scan {hash_id(secret, name)}" if scan.patient or scan.study else name
 

@@ -3,11 +3,13 @@ Windows, the choice of slices, and scans that are no DICOM: NIfTI volumes, files
 shown is worked out by hand, or is what was written.
 """
 
+import gc
 import gzip
 import io
 import multiprocessing
 import struct
 import sys
+import weakref
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
@@ -19,10 +21,10 @@ from plumbing.pixels import DAMAGED, SEVERAL, TOO_LARGE, Unreadable, load_image
 from scans.dicom import open_pydicom
 from scans.frames import (Frame, Scan, ScanSettings, Upload, choose_slices, decode_picture, find_scans, is_scan,
                           picture_key)
-from scans.nifti import NO_GREYS
-from scans.slides import EMPTY, NO_LEVEL, open_slide, starts
+from scans.nifti import NO_GREYS, read_volume
+from scans.slides import EMPTY, IN_MEMORY, NO_LEVEL, open_slide, starts
 from scans.windows import WINDOWS, apply_window, windows_of
-from test_pixels import FILM, GREY, stretched, tiff
+from test_pixels import COLOUR, FILM, GREY, stretched, tiff
 
 
 def found(path, **settings):
@@ -323,3 +325,112 @@ def test_frames_are_decoded_elsewhere(tmp_path):
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         elsewhere = [np.asarray(image) for image in pool.map(decode_picture, sources)]
     assert all(np.array_equal(there, pixels_of(here)) for there, here in zip(elsewhere, sources))
+
+
+# ----------------------------------------------------------------------------- in memory
+
+def upload(path, folder):
+    return Upload(path.relative_to(folder).as_posix(), path.read_bytes())
+
+
+def shown(scans):
+    return [(scan.name, scan.labels, scan.patient, scan.study, scan.warnings,
+             [pixels_of(source).tolist() for source in scan.sources]) for scan in scans]
+
+
+def test_uploads_show_what_files_show_and_touch_no_disk(tmp_path):
+    from test_own_pictures import put_series  # skips this test alone where pydicom is missing
+    put_series(tmp_path / "ct", 3, PatientID="P1")
+    put_series(tmp_path / "mr", 2, uid="1.2.9", Modality="MR")
+    for name in ("a.nii", "b.nii.gz"):
+        nifti(tmp_path / name, VOXELS, (-1, 1, 1, 1), slope=(2, 5))
+    nibabel.save(nibabel.Nifti2Image(np.stack([VOXELS, VOXELS + 7], -1), np.eye(4)), tmp_path / "c.nii.gz")
+    (tmp_path / "pages.tif").write_bytes(tiff((FILM, {}), (FILM[::-1], {})))
+    Image.fromarray(COLOUR).save(tmp_path / "no end", "PNG")
+    for name, content in (("bad.dcm", bytes(128) + b"DICM"), ("bad.nii.gz", b"no"), ("notes.txt", b"a text")):
+        (tmp_path / name).write_bytes(content)
+    files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    there, refused = find_scans(files, ScanSettings(slices="2"), tmp_path)
+    expected, watched, opened = shown(there), [False], []
+    assert len(there) == 7 and len(refused) == 2
+
+    def watch(event, facts):
+        if watched[0] and event in ("open", "os.mkdir", "os.rename"):
+            opened.append(facts[0])
+
+    sys.addaudithook(watch)
+    uploads = [upload(path, tmp_path) for path in files]
+    watched[0] = True
+    try:
+        scans, why = find_scans(uploads, ScanSettings(slices="2"))
+        assert shown(scans) == expected
+    finally:
+        watched[0] = False
+    assert opened == []
+    assert {file.name: reason for file, reason in why.items()} == {path.name: why for path, why in refused.items()}
+
+
+def test_two_uploads_of_one_content_are_two_files():
+    one, other = (Upload("a.png", b"what it holds") for _ in range(2))
+    assert one != other and str(one) == "a.png" and "holds" not in repr(one)
+    scans, _ = find_scans([one, other])
+    assert [scan.sources for scan in scans] == [(one,), (other,)]
+
+
+def test_of_an_upload_nothing_is_kept_once_it_is_gone(tmp_path):
+    from test_own_pictures import put_series  # skips this test alone where pydicom is missing
+    put_series(tmp_path, 1)
+    content = (tmp_path / "IM0").read_bytes()
+    others = sys.getrefcount(content)
+    (scan,), _ = find_scans([Upload("IM0", content)])
+    decode_picture(scan.sources[0])
+    assert sys.getrefcount(content) > others
+    del scan
+    gc.collect()
+    assert sys.getrefcount(content) == others
+    (scan,), _ = find_scans([upload(nifti(tmp_path / "a.nii.gz", VOXELS), tmp_path)])
+    frame = scan.sources[0]
+    voxels = weakref.ref(read_volume(frame.file, frame.sha256, 0)[0])
+    decode_picture(frame)
+    assert read_volume(frame.file, frame.sha256, 0)[0] is voxels()  # so that the next slice is there at once
+    del scan, frame
+    gc.collect()
+    assert voxels() is None
+
+
+def test_what_an_upload_may_not_be(tmp_path):
+    pyramid = Upload("a.svs", tiff((FILM, {})))
+    assert find_scans([pyramid]) == ([], {pyramid: IN_MEMORY})
+    volume = upload(nifti(tmp_path / "a.nii", VOXELS), tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("scans.nifti.MOST_UPLOADED", VOXELS.size - 1)
+        assert find_scans([volume]) == ([], {volume: TOO_LARGE})
+        assert found(tmp_path / "a.nii")
+
+
+# ----------------------------------------------------------------------------- names that say nothing
+
+@pytest.mark.parametrize("form, mode", [("PNG", "RGB"), ("JPEG", "RGB"), ("GIF", "L"), ("BMP", "RGB"), ("BMP", "1"),
+                                        ("TIFF", "L"), ("WEBP", "RGB"), ("JPEG2000", "RGB"), ("PPM", "RGB"),
+                                        ("PPM", "L"), ("PPM", "1")])
+def test_an_image_without_an_end_is_known_by_its_first_bytes(tmp_path, form, mode):
+    stream = io.BytesIO()
+    Image.fromarray(COLOUR).convert(mode).save(stream, form)
+    for name in ("image", "image.7", "image.bin"):
+        (tmp_path / name).write_bytes(stream.getvalue())
+        assert found(tmp_path / name).sources == (tmp_path / name,)
+        assert np.array_equal(pixels_of(tmp_path / name), pixels_of(stream.getvalue()))
+    (tmp_path / "cut").write_bytes(stream.getvalue()[:40])
+    assert found(tmp_path / "cut").sources == (tmp_path / "cut",)  # to be refused with the reason
+
+
+def test_pages_without_an_end_are_pages(tmp_path):
+    (tmp_path / "pages").write_bytes(tiff((FILM, {}), (FILM[::-1], {})))
+    assert found(tmp_path / "pages").labels == ("page 1 of 2", "page 2 of 2")
+
+
+@pytest.mark.parametrize("content", [b"", b"P1 has two lesions", b"P2 2 of 3", b"BM is a patient", b"GIFs", b"II",
+                                     b"RIFF....WAVE", b"a,b\n1,2\n", b"%PDF-1.4", b"\xff\xd9", b"<svg>", b"PK\3\4"])
+def test_a_text_or_another_file_is_no_image(tmp_path, content):
+    (tmp_path / "notes").write_bytes(content)
+    assert find_scans([tmp_path / "notes"]) == ([], {})

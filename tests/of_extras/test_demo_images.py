@@ -235,6 +235,22 @@ def test_windows_are_of_physical_numbers():
     assert len({grey.tobytes() for grey in greys}) >= 5
 
 
+def test_a_nifti_volume_is_read_from_memory(tmp_path):
+    nibabel = pytest.importorskip("nibabel", reason="no nibabel here")
+    voxels = np.arange(4 * 5 * 6, dtype=np.int16).reshape(4, 5, 6) - 1000
+    colours = np.zeros((4, 5, 6), [(name, "u1") for name in "RGB"])
+    for name, some in (("a", voxels), ("rgb", colours)):
+        nibabel.save(nibabel.Nifti1Image(some, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    files = [(path.name, path.read_bytes()) for path in sorted(tmp_path.iterdir())]
+    (scan, coloured), refused = demo_images.find_in(files, "auto", SIZE)
+    assert refused == {} and scan.labels == tuple(f"slice {number} of 6" for number in range(1, 7))
+    assert demo_images.units_of(scan.sources[0]) == (-1000, -881, False)
+    assert demo_images.units_of(coloured.sources[0]) is None
+    shown = np.asarray(demo_images.read_picture(demo_images.in_window(scan.sources[0], "-940/60"), SIZE))[..., 0]
+    assert shown.shape == (5, 4) and (shown[0, 0], shown[-1, -1]) == (255, 0)  # -886 at the right in front, -1000
+    assert 0 < shown[0, 2] < 255  # -946
+
+
 def test_windows_with_names_are_for_hounsfield_units_and_the_trained_one_is_first():
     [[scan], _] = demo_images.find_in([("IM0", ct(0, Modality="MR", RescaleIntercept=0))], "auto", SIZE)
     low, high, hounsfield = demo_images.units_of(scan.sources[0])

@@ -199,7 +199,10 @@ def give_groups(shown):
     A name for each sample of what is never divided: its patient, else its study, else the samples whose images are like
     its own, or which ask the same about no image.
     """
-    alike = iter(group_alike([source for one in shown for source in pictures_of(one)]))
+    if all(map(name_of, shown)):  # no picture need be looked at
+        return [name_of(one) for one in shown]
+    sources = list(dict.fromkeys(source for one in shown for source in pictures_of(one)))  # many ask about one image
+    alike = dict(zip(sources, group_alike(sources)))
     equal = group_equals([(str(number), one.record.question) for number, one in enumerate(shown)])
     groups, leader = [], {}
 
@@ -210,7 +213,7 @@ def give_groups(shown):
 
     marks = []
     for number, one in enumerate(shown):
-        own = [next(alike) for _ in pictures_of(one)] or [f"text {equal[number] or number}"]
+        own = [alike[source] for source in pictures_of(one)] or [f"text {equal[number] or number}"]
         named = [name_of(one)] if name_of(one) else []
         marks.append((named, own))
         for mark in own[1:] if not named else ():

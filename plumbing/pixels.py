@@ -330,6 +330,13 @@ def open_stored(content, height, width):
     return np.array(image)
 
 
+def is_grey(image):
+    """Whether an RGB image has no colours; a strip is looked at a time, for it may have 89 million pixels."""
+    strips = (image.crop((0, top, image.width, min(top + 64, image.height))) for top in range(0, image.height, 64))
+    return all(strip.getchannel("R").tobytes() == strip.getchannel("G").tobytes() == strip.getchannel("B").tobytes()
+               for strip in strips)
+
+
 def resize_image(image, size, how="squash"):
     """
     Bring an RGB image to size x size pixels, bicubic and antialiased; fit and smart alone keep its shape.
@@ -341,6 +348,8 @@ def resize_image(image, size, how="squash"):
     smart: see smart_shape, size being the most pixels of the whole image. Raises Unreadable as that does.
     """
     bicubic = Image.Resampling.BICUBIC
+    if image.mode == "RGB" and is_grey(image):  # one channel takes half the time of three, and becomes the same
+        return resize_image(image.getchannel("R"), size, how).convert("RGB")
     if how == "crop":
         return ImageOps.fit(image, (size, size), bicubic)
     if how == "pad":

@@ -17,7 +17,7 @@ import plumbing.pixels
 from data import Record
 from plumbing.flags import UserError
 from plumbing.pixels import (DEEP_PIXELS, FIT_STEP, FORMATS, SMART_LEAST, SMART_MOST, SUFFIXES, Unreadable,
-                             load_image, open_stored, resize_flags, resize_image, smart_shape, stretch, tails)
+                             is_grey, load_image, open_stored, resize_flags, resize_image, smart_shape, stretch, tails)
 from prepare.folder import read_folder
 from prepare.shards import ImageSettings, encode_image
 from scans.frames import pixels_of
@@ -451,6 +451,34 @@ def test_fit_keeps_the_aspect_in_steps_and_never_exceeds_the_size(width, height,
         assert side % FIT_STEP == 0 and side > 0
         assert abs(side - exact) <= FIT_STEP / 2 or side == FIT_STEP > exact
     assert (fitted.width >= fitted.height) == (width >= height) or abs(width - height) * largest < FIT_STEP * longest
+
+
+@pytest.mark.parametrize("how", ["squash", "crop", "pad", "fit", "smart"])
+@pytest.mark.parametrize("coloured", [None, (0, 0), (128, 20), (149, 69)])
+def test_grey_is_resized_as_one_channel_to_the_same_and_a_single_coloured_pixel_counts(how, coloured):
+    pixels = np.repeat(RANDOM.integers(0, 256, (150, 70, 1)).astype(np.uint8), 3, 2)
+    if coloured:
+        pixels[coloured] = pixels[coloured] ^ (0, 0, 255)
+    image = Image.fromarray(pixels)
+    assert is_grey(image) == (coloured is None)
+    size = SMART_MOST if how == "smart" else 64
+    each = [np.asarray(resize_image(channel, size, how)) for channel in image.split()]
+    resized = resize_image(image, size, how)
+    assert resized.mode == "RGB" and np.array_equal(np.asarray(resized), np.dstack(each))
+
+
+def test_a_new_image_is_brought_to_size_as_those_that_are_stored(tmp_path):
+    (tmp_path / "large.jpg").write_bytes(saved(Image.fromarray(COLOUR).resize((520, 390)), "JPEG"))
+    content, *_ = encode_image((tmp_path / "large.jpg").read_bytes(), ImageSettings(32, "pad", "png", 97))
+    assert np.array_equal(pixels_of(tmp_path / "large.jpg", 32, "pad"), open_stored(content, 32, 32))
+
+
+def test_what_is_stored_of_grey_is_the_same_to_the_byte(monkeypatch):
+    contents = [saved(GREY, "PNG"), saved(GREY, "JPEG"), tiff((FILM, {}))]
+    settings = [ImageSettings(32, how, codec, 97) for how in ("squash", "pad") for codec in ("jpeg", "png")]
+    stored = [encode_image(content, how) for content in contents for how in settings]
+    monkeypatch.setattr(plumbing.pixels, "is_grey", lambda image: False)
+    assert stored == [encode_image(content, how) for content in contents for how in settings]
 
 
 def test_fit_neither_cuts_nor_turns():

@@ -238,7 +238,8 @@ def test_windows_are_of_physical_numbers():
 def test_a_nifti_volume_is_read_from_memory(tmp_path):
     nibabel = pytest.importorskip("nibabel", reason="no nibabel here")
     voxels = np.arange(4 * 5 * 6, dtype=np.int16).reshape(4, 5, 6) - 1000
-    colours = np.zeros((4, 5, 6), [(name, "u1") for name in "RGB"])
+    colours = np.ones((4, 5, 6), [(name, "u1") for name in "RGB"])
+    colours["R"] = np.arange(6)
     for name, some in (("a", voxels), ("rgb", colours)):
         nibabel.save(nibabel.Nifti1Image(some, np.eye(4)), tmp_path / f"{name}.nii.gz")
     files = [(path.name, path.read_bytes()) for path in sorted(tmp_path.iterdir())]

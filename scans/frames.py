@@ -7,6 +7,7 @@ slide. `find_scans` lists what files hold; each picture is decoded where it is n
     scans/nifti.py    NIfTI through nibabel
     scans/pages.py    TIFF, GIF, APNG and WebP of several pages
     scans/slides.py   pyramidal slides through tifffile or openslide
+    scans/pictures.py whatever a table calls a picture
 
 Nothing of a header leaves this room but pixels, the place of a slice, and what a Scan says to group by.
 """

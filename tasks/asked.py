@@ -51,7 +51,7 @@ def open_image(path, settings=ScanSettings()):
         raise UserError(f"{path}: not an image that can be read ({next(iter(refused.values()))})")
     if len(scans) > 1:
         raise UserError(f"{path}: {len(scans)} images or series are in it; name one of their files")
-    return pairs_of(scans[0]) if scans else ((path, ""),)  # whose name does not say that it is an image
+    return pairs_of(scans[0]) if scans else ((path, ""),)  # no image: that is said where it is decoded
 
 
 def pairs_of(scan):

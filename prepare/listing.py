@@ -15,6 +15,7 @@ from plumbing.flags import UserError
 from plumbing.own import SECRET, files_below, printable, written
 from plumbing.tables import NOTHING, find_column, find_roles, plain_name, read_rows
 from prepare.datasets import require_columns
+from prepare.own_splits import complete_names, several_of
 from scans.frames import Frame, ScanSettings
 from scans.pictures import Pictures, file_of, is_left_by_programs
 
@@ -74,7 +75,7 @@ def group_by_headers(items, notes):
         items = [item._replace(header=item.header and f"study {item.study}") for item in items]
     if not patients:
         return items, ""
-    return [item._replace(patient=item.header) for item in items], "the headers of scans"
+    return [item._replace(patient=item.header or item.patient) for item in items], "the headers of scans"
 
 
 def keep_studies(items, notes):
@@ -133,11 +134,19 @@ def read_folder(folder, settings=ScanSettings()):
     if masks:
         notes.append(f"{len(masks):,} masks passed over, {printable(pictures.name_of(masks[0])):.80} the first: each "
                      "is called as an image beside it")
-    if len(patients) > 1 and all(names - {""} for names in inside.values()):
+    inner = len(patients) > 1 and all(names - {""} for names in inside.values())
+    headers = [item.header for item in items]
+    several = several_of([item.patient for item in items], headers) if len(set(headers) - {""}) > 1 else {}
+    if inner and not several:
         grouped_by = "folders inside classes"
         notes.append(f"folders inside classes are taken for patients: {len(patients):,} of them")
-    else:  # one layer for all of them, or classes of which some have folders in them
-        items, grouped_by = group_by_headers([item._replace(patient="") for item in items], notes)
+    else:  # one layer for all of them, or classes of which some have folders in them, or folders of series
+        if inner:
+            notes.append(f"folders inside classes are no patients: {len(several):,} patients of headers have several, "
+                         f"{' and '.join(next(iter(several.values()))[:2]):.80} the first; headers count")
+        else:
+            items = [item._replace(patient="") for item in items]
+        items, grouped_by = group_by_headers(items, notes)
     names = {written(path.name) for top in splits or [folder] for path in folders_in(top)}
     return Listing(keep_studies(items, notes), [], names, False, grouped_by, notes + pictures.notes())
 
@@ -214,6 +223,9 @@ def read_table(path, settings=ScanSettings(), given=None):
     grouped_by = "" if places["patient"] is None else f"column {printable(header[places['patient']])}"
     if not grouped_by:
         items, grouped_by = group_by_headers(items, notes)
+    else:
+        names = complete_names([item.patient for item in items], [item.header for item in items], notes)
+        items = [item._replace(patient=name) for item, name in zip(items, names)]
     items = keep_studies(items, notes)
     known = [item for item in items if item.labels is not None]
     if rows and not known:

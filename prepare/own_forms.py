@@ -31,7 +31,7 @@ from prepare.own_chats import read_chats, turns_column
 from prepare.own_page import write_page
 from prepare.own_pictures import views_of, written_name
 from prepare.own_questions import ROLES, read_questions, roles_of, split_of
-from prepare.own_splits import LEAST_ID, divide, fold_targets, hash_names, hide
+from prepare.own_splits import LEAST_ID, complete_names, divide, fold_targets, hash_names, hide
 from prepare.own_studies import find_studies, read_studies
 from prepare.shards import ImageSettings, write_dataset
 from scans.frames import Frame, ScanSettings, decode_picture
@@ -175,7 +175,7 @@ def find_pictures(path, own, pictures):
     named = [next((scan.patient for scan in some if scan and scan.patient), "") for some in scans]
     if len(set(named) - {""}) == 1:  # as programs write that take names out: their studies count
         named = [next((scan.study or scan.patient for scan in some if scan and scan.patient), "") for some in scans]
-    patients = [draft.patient or header for draft, header in zip(own.drafts, named)]
+    patients = complete_names([draft.patient for draft in own.drafts], named, own.notes)
     studies = [draft.record.study for draft in own.drafts]
     hashes = zip(hash_names(path, patients), hash_names(path, studies))
     by = (own.grouped_by if any(draft.patient for draft in own.drafts) else "the headers of scans" if any(patients) else

@@ -3,7 +3,7 @@ Splits and folds of one's own data by patient, and the hashes that stand for pat
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 
 from plumbing.flags import UserError
 from plumbing.own import hash_id, printable, secret_of
@@ -24,6 +24,29 @@ def hash_names(path, names):
 def group_names(path, patients):
     """Of each patient the name of its group in a shard, "patient <hash>"; "" where none is named."""
     return [hashed and f"patient {hashed}" for hashed in hash_names(path, patients)]
+
+
+def several_of(names, headers):
+    """{patient of headers: its names} of those that have several names in a table or as folders; "" is no name."""
+    found = defaultdict(dict)
+    for name, header in zip(names, headers):
+        if name and header:
+            found[header].setdefault(name.casefold(), name)
+    return {header: list(some.values()) for header, some in found.items() if len(some) > 1}
+
+
+def complete_names(names, headers, notes):
+    """
+    A table's names of patients, and where a cell is empty the name that the same header has in other rows, else the
+    header's own. Says where a header has several names, as the table's count.
+    """
+    several, of = several_of(names, headers), {}
+    if len(set(headers) - {""}) > 1:  # else it is what programs write that take names out
+        of = {header: name for name, header in zip(names, headers) if name and header and header not in several}
+        notes += [f"{len(several):,} patients of headers have several names in the table, "
+                  f"{' and '.join(map(printable, next(iter(several.values()))[:2])):.80} the first: they count as "
+                  "several patients; where they are one, give them one name"] if several else []
+    return [name or of.get(header, header) for name, header in zip(names, headers)]
 
 
 def hide(name, patient, hashed):

@@ -23,7 +23,7 @@ from prepare.box_files import decode_text
 from prepare.listing import PATIENTS, SPLITS, is_mask
 from prepare.own import Draft, Own
 from prepare.own_boxes import split_of
-from prepare.own_splits import hash_names
+from prepare.own_splits import complete_names, hash_names, several_of
 from prepare.reports import report_sections
 from prepare.studies import ROLES as VIEWS
 from prepare.studies import Study, mimic_role, timed_records
@@ -261,13 +261,22 @@ def read_folder_studies(path, pictures):
 
 # ----------------------------------------------------------------------------- in time
 
-def complete(studies, pictures, notes):
-    """Fill in of each Study what headers say, where nothing else does: its patient, its day and its time."""
-    by_header = not any(study.patient for study, _ in studies)
-    for study, _ in studies:
-        scans = [pictures.find(study.name, name) for _, name in study.films]
-        if by_header:
-            study.patient = next((scan.patient for scan in scans if scan and scan.patient), "")
+def complete(studies, pictures, notes, tables):
+    """
+    Fill in of each Study what headers say, where nothing else does: its patient, its day and its time. Folders around
+    studies, unlike a column of tables, are no patients where headers say otherwise.
+    """
+    scans_of = [[pictures.find(study.name, name) for _, name in study.films] for study, _ in studies]
+    headers = [next((scan.patient for scan in scans if scan and scan.patient), "") for scans in scans_of]
+    names = [study.patient for study, _ in studies]
+    by_header = not any(names)
+    if not tables and len(set(headers) - {""}) > 1 and (several_of(names, headers) or several_of(headers, names)):
+        notes.append("folders around studies are no patients: headers say otherwise, and count")
+        by_header = True
+    patients = [header or name for name, header in zip(names, headers)] if by_header else \
+        complete_names(names, headers, notes) if tables else names
+    for (study, _), scans, patient in zip(studies, scans_of, patients):
+        study.patient = patient
         if study.day is None:
             study.day, study.time = time_of(scans)
     of = defaultdict(list)
@@ -313,7 +322,7 @@ def read_studies(path, sources, pictures, report="both", columns=""):
     notes, tables = [], sources[0].suffix.lower() in TABLES
     studies = read_table_studies(path, sources, pictures, columns, notes) if tables else \
         read_folder_studies(path, pictures)
-    by_header = complete(studies, pictures, notes)
+    by_header = complete(studies, pictures, notes, tables)
     named = "" if by_header is None else by_header or ("a column" if tables else "folders around studies")
     dated = sum(study.day is not None for study, _ in studies)
     notes.insert(0, f"{len(studies):,} studies, {dated:,} with a date; their reports are taken as they are: a name in "

@@ -7,7 +7,7 @@ import pytest
 
 from plumbing.flags import UserError
 from plumbing.own import SECRET
-from prepare.own_splits import divide, fold_targets, group_names, hash_names, hide
+from prepare.own_splits import complete_names, divide, fold_targets, group_names, hash_names, hide
 
 GROUPS = [f"patient {number // 3}" for number in range(60)]  # 20 patients, of three samples each
 LABELS = [("cyst",) if number % 4 else () for number in range(60)]
@@ -68,6 +68,15 @@ def test_patients_are_hashed_with_the_folders_own_secret(tmp_path):
     ("12/112.png", "12", "#/112.png"), ("a.png", "", "a.png"), ("1.2.3/a.png", "1.2", "1.2.3/a.png")])
 def test_a_patients_id_in_a_name_is_hidden(name, patient, hidden):
     assert hide(name, patient, "#") == hidden
+
+
+def test_headers_name_a_patient_where_a_cell_is_empty():
+    notes = []
+    assert complete_names(["X1", "", "x1", "", ""], ["p1", "p1", "p1", "p2", ""], notes) == ["X1", "x1", "x1", "p2", ""]
+    assert notes == []  # capitals make no other patient
+    assert complete_names(["X1", "X2", ""], ["p1", "p1", "p2"], notes) == ["X1", "X2", "p2"]
+    assert len(notes) == 1 and "1 patients of headers have several names in the table, X1 and X2" in notes[0]
+    assert complete_names(["X1", "X2", ""], ["ANON"] * 3, notes) == ["X1", "X2", "ANON"] and len(notes) == 1
 
 
 def test_folds_have_names():

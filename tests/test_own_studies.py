@@ -139,6 +139,21 @@ def test_headers_say_who_and_when_where_folders_do_not(tmp_path):
     assert shown[0] == "" and pictures.find("", shown[1]).labels == ("slice 1 of 2", "slice 2 of 2")
 
 
+def test_folders_of_sites_are_no_patients_where_headers_say_otherwise(tmp_path):
+    pytest.importorskip("pydicom")
+    from test_dicom import I16, made, save
+
+    for number in range(4):
+        folder = tmp_path / "north south".split()[number % 2] / f"s{number}"
+        folder.mkdir(parents=True)
+        save(folder / "1.dcm", made(I16, PatientID="AABC"[number], StudyDate=f"2020010{number + 1}", Modality="CR"))
+        put(folder / "report.txt", f"Findings: {number} of them.")
+    own, _ = read(tmp_path)
+    assert own.grouped_by == "the headers of scans" and "headers say otherwise" in own.notes[1]
+    assert [draft.patient for draft in own.drafts] == ["A", "A", "B", "C"]
+    assert [len(told(draft)[1]) for draft in own.drafts] == [0, 1, 0, 0]  # no report of another patient is a prior
+
+
 # ----------------------------------------------------------------------------- tables
 
 def test_a_csv_has_a_row_an_image_or_a_row_a_study(tmp_path):

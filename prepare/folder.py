@@ -291,6 +291,14 @@ def prepare_listing(path, shards_dir, facts, write, name="", ending=""):
     raise UserError(f"{path}: {target} is another's; delete it, or choose another --shards_dir")
 
 
+def require_apart(path, shards_dir):
+    """Raise UserError where what is written would be read as one's own, or is."""
+    mine, theirs = path.resolve(), shards_dir.resolve()
+    if mine.is_dir() and (mine.is_relative_to(theirs) or theirs.is_relative_to(mine)):
+        raise UserError(f"{path}: the prepared datasets in {shards_dir} would be read as images of one's own; choose "
+                        "another --shards_dir, or move the images into a folder of their own")
+
+
 @contextlib.contextmanager
 def compared(path, shards_dir, dry_run=False):
     """
@@ -301,6 +309,7 @@ def compared(path, shards_dir, dry_run=False):
     try:
         if not path.exists():
             raise UserError(f"{path}: no folder and no csv there")
+        require_apart(path, shards_dir)
         yield
         if not dry_run:
             with locked(shards_dir / "leaks.json", "comparing training with test images"):

@@ -27,7 +27,9 @@ ROLES = {  # names that a column may have, without capitals, spaces and signs; t
     "image": ("path", "file", "image", "filename", "imageindex", "imagepath", "imagename", "imageid", "filepath"),
     "label": ("label", "labels", "findinglabels"), "split": ("split",), "patient": PATIENTS,
     "study": ("studyid", "study", "studyinstanceuid", "examid", "exam", "accession", "accessionnumber")}
-MASK = re.compile(r"[ _-](mask|seg|segmentation|gt)([ _-]?\d+)?(?=(\.nii)?\.[^.]+$)", re.I)
+MASK = re.compile(r"[ ._-](mask|seg|segmentation|gt|labels?|labelmap|roi)([ _-]?\d+)?(?=(\.nii)?\.[^.]+$)", re.I)
+NO_CLASS = re.compile(r"(images?|imgs?|masks?|labels?|annotations?|segmentations?|ground_?truths?|gts?)([ _-]?t[rs])?",
+                      re.I)  # names of folders that hold images or what was drawn on them
 
 
 class Item(NamedTuple):
@@ -148,6 +150,9 @@ def read_folder(folder, settings=ScanSettings()):
             items = [item._replace(patient="") for item in items]
         items, grouped_by = group_by_headers(items, notes)
     names = {written(path.name) for top in splits or [folder] for path in folders_in(top)}
+    if len(names) > 1 and all(map(NO_CLASS.fullmatch, names)):
+        raise UserError(f"{folder}: {' and '.join(sorted(names)):.80} are no classes, but images and what was drawn on "
+                        "them; for labels, name the images' folder or a csv; for boxes in YOLO's way, add classes.txt")
     return Listing(keep_studies(items, notes), [], names, False, grouped_by, notes + pictures.notes())
 
 

@@ -51,13 +51,13 @@ def complete_names(names, headers, notes):
 
 def hide(name, patient, hashed):
     """
-    A picture's name or path with the hash in place of the patient's id, where a part of it, or that without its
-    end, is the id, or has it within, if that is of LEAST_ID letters or more.
+    A picture's name or path with the hash in place of the patient's id, where a part of it, between slashes, _ or -, is
+    the id, or has it within, if that is of LEAST_ID letters or more.
     """
     if not patient:
         return name
-    ending = r"(?=$|[/\\\s]|\.[a-z][\w.]*(?:\s|$))"
-    within = re.escape(patient) if len(patient) >= LEAST_ID else rf"(?<![^/\\]){re.escape(patient)}{ending}"
+    ending = r"(?=$|[/\\\s_-]|\.[a-z][\w.]*(?:\s|$))"
+    within = re.escape(patient) if len(patient) >= LEAST_ID else rf"(?<![^/\\_-]){re.escape(patient)}{ending}"
     return re.sub(within, hashed, name, flags=re.I)
 
 

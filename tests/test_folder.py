@@ -690,10 +690,10 @@ def test_a_folder_is_looked_at_again_by_the_flags_that_it_was_prepared_with(tmp_
 def test_masks_beside_their_images_are_no_images(prepare, tmp_path):
     """As in BUSI, whose masks are called benign (1)_mask.png and benign (1)_mask_1.png."""
     scans = put_classes(tmp_path / "scans", 6)
-    for name in ("a/0_mask.png", "a/0_mask_1.png", "b/3_seg.png", "b/alone_mask.png"):
+    for name in ("a/0_mask.png", "a/0_mask_1.png", "b/3_seg.png", "b/3-label.png", "b/4.seg.png", "b/alone_mask.png"):
         put(scans / name)
     _, splits, printed = prepare(scans)
-    assert "3 masks passed over, a/0_mask.png the first: each is called as an image beside it" in printed
+    assert "5 masks passed over, a/0_mask.png the first: each is called as an image beside it" in printed
     assert len(sides(splits)) == 13 and "b/alone_mask.png" in sides(splits)
 
 
@@ -860,7 +860,9 @@ def refused(path, shards_dir, wanted):
     (["1/1.png", "01/2.png", "b/3.png"], "classes '01' and '1' differ in spaces, capitals or zeros alone"),
     (["train/a/p1/1.png", "train/a/p2/2.png", "train/b/p3/2.png", "test/a/p4/3.png", "test/b/P1/4.png"],
      "patient p1 (by folders inside classes) is in test and in train; keep to one"),
-    (["train/a/1.png", "train/B/2.png", "test/a/3.png", "test/b/4.png"], "classes 'B' and 'b' differ")])
+    (["train/a/1.png", "train/B/2.png", "test/a/3.png", "test/b/4.png"], "classes 'B' and 'b' differ"),
+    (["images/1.png", "masks/1.png"], "images and masks are no classes"),
+    (["train/imagesTr/1.png", "train/labelsTr/1.png", "test/imagesTs/1.png"], "imagesTr and imagesTs and labelsTr are")])
 def test_a_folder_is_refused_in_one_line(files, wanted, tmp_path):
     (tmp_path / "scans").mkdir()
     for name in files:

@@ -65,7 +65,10 @@ def test_patients_are_hashed_with_the_folders_own_secret(tmp_path):
 @pytest.mark.parametrize("name, patient, hidden", [
     ("films/P1/a.png", "P1", "films/#/a.png"), ("films/P10/a.png", "P1", "films/P10/a.png"), ("P1.png", "p1", "#.png"),
     ("films/MRN0042_left.png", "MRN0042", "films/#_left.png"), ("x\\12\\a.png", "12", "x\\#\\a.png"),
-    ("12/112.png", "12", "#/112.png"), ("a.png", "", "a.png"), ("1.2.3/a.png", "1.2", "1.2.3/a.png")])
+    ("12/112.png", "12", "#/112.png"), ("a.png", "", "a.png"), ("1.2.3/a.png", "1.2", "1.2.3/a.png"),
+    ("P1_0.png", "P1", "#_0.png"), ("ct-7_left 2.png", "7", "ct-#_left 2.png"),
+    ("a slice 7 of 9", "7", "a slice 7 of 9"),
+    ("P1a_xP1.png", "P1", "P1a_xP1.png")])
 def test_a_patients_id_in_a_name_is_hidden(name, patient, hidden):
     assert hide(name, patient, "#") == hidden
 

@@ -20,9 +20,9 @@ from plumbing.runs import FREE_ON_RESUME
 from tasks import boxes, choices, reasoning, reports, vqa
 from tasks.compare import compare, holm, key_of, p_text
 from tasks.encoders import deviation
-from tasks.evaluations import RESULTS, choose_evaluations, file_of, read_predictions
+from tasks.evaluations import RESULTS, file_of, find_evaluations, read_evaluation, read_predictions
 from tasks.stats import draw_units, intervals
-from tasks.summary import FAULTS, faults_of, line_up, markdown, summary_of, tabular
+from tasks.summary import FAULTS, faults_of, line_up, markdown, name_of, summary_of, tabular
 from tasks.vqa import cell_text
 
 HEADS = ("dataset", "run", "questions", "seeds", "folds", "metric", "score", "± seeds", "± folds", "blind answers",
@@ -51,31 +51,39 @@ class Entry(NamedTuple):
 def name_run(folder):
     """What a run's folder is called in the table: its path below out/, without seed and fold."""
     folder = folder.relative_to("out") if folder.is_relative_to("out") else folder
-    parts = [re.sub(r"_?fold_\d+(_of_\d+)?", "", part) for part in folder.parts if not re.fullmatch(r"seed_\d+", part)]
+    parts = [re.sub(r"(^|[_-])fold_\d+(_of_\d+)?", "", part) for part in folder.parts if not re.fullmatch(r"seed_\d+", part)]
     return "/".join(filter(None, parts)) or folder.name
 
 
 def find_entries(places):
     """
-    ([Entry] of the newest evaluation of each dataset by each run below these folders, [lines about those that cannot
-    be used]).
+    ([Entry] of the evaluations by each run below these folders, of the checkpoint that was evaluated last, [lines about
+    those that cannot be used]). Of a dataset that was asked in several ways, such as with a --limit, each is there.
     """
     runs = {path.parent.parent.parent: None for place in places
             for path in sorted(Path(place).glob(f"**/eval/*/{RESULTS}"))}
     entries, left_out = [], []
     for run in runs:
         try:
-            chosen = choose_evaluations(run)
+            results = {folder: read_evaluation(folder) for folder in find_evaluations(run)}
         except UserError as error:
             left_out.append(f"left out: {error}")
             continue
-        for name, (folder, results) in chosen.items():
-            dataset, _, split = name.partition("/")
-            fold = re.search(r"_fold_(\d+)_of_(\d+)$", dataset)
-            entries.append(Entry(name_run(run), f"{dataset[:fold.start()] if fold else dataset}/{split}",
-                                 results["training"].get("flags", {}).get("seed"),
-                                 f"{fold[1]} of {fold[2]}" if fold else "", folder, results))
+        some, last = {}, next(iter(results.values()))["stands_on"]["checkpoint"]
+        for folder, one in results.items():
+            if one["stands_on"]["checkpoint"] == last and file_of("model") in one["predictions"]:
+                entry = open_entry(run, folder, one)
+                some.setdefault((entry.dataset, entry.fold, hash_json(questions_of(entry))), entry)
+        entries += some.values()
     return entries, left_out
+
+
+def open_entry(run, folder, results):
+    dataset, _, split = name_of(results).partition("/")
+    fold = re.search(r"_fold_(\d+)_of_(\d+)$", dataset)
+    return Entry(name_run(run), f"{dataset[:fold.start()] if fold else dataset}/{split}",
+                 results["training"].get("flags", {}).get("seed"), f"{fold[1]} of {fold[2]}" if fold else "", folder,
+                 results)
 
 
 def questions_of(entry):
@@ -99,17 +107,22 @@ def inputs_of(entry):
 
 
 def keep_alike(entries, group_of, facts_of):
-    """(the Entries that stand on the same as most of their group, [lines about the others])."""
+    """
+    (the Entries that stand on the same as most of their group, of as many on the one with the most questions, [lines
+    about the runs that are not among these]).
+    """
     groups, kept, left_out = defaultdict(list), [], []
     for entry in entries:
         groups[group_of(entry)].append(entry)
     for some in groups.values():
         hashes = [hash_json(facts_of(entry)) for entry in some]
-        most = hashes.index(Counter(hashes).most_common(1)[0][0])  # of as many, the first
+        counts = Counter(hashes)
+        most = max(range(len(some)), key=lambda place: (counts[hashes[place]], summary_of(some[place].results)["n"]))
+        alike = {entry[:4] for entry, own in zip(some, hashes) if own == hashes[most]}
         for entry, own in zip(some, hashes):
             if own == hashes[most]:
                 kept.append(entry)
-            else:
+            elif entry[:4] not in alike:
                 changes = differences(facts_of(some[most]), facts_of(entry))
                 left_out.append(f"left out: {entry.folder}: does not stand on the same as {some[most].folder}: "
                                 f"{', '.join(changes[:3])}")
@@ -135,7 +148,18 @@ def comparable(entries):
         entries, some = keep_alike(entries, group_of, facts_of)
         lines += some
     entries, some = keep_first(entries)
+    some += name_steps(entries)
     return [entry._replace(dataset=label_of(entry)) for entry in entries], lines + some
+
+
+def name_steps(entries):
+    """A line for each run and dataset whose seeds were not evaluated at the same step: one may have been stopped."""
+    groups = defaultdict(lambda: defaultdict(list))
+    for entry in entries:
+        groups[entry.run, entry.dataset, entry.fold][entry.results.get("checkpoint")].append(str(entry.seed))
+    return [f"not of one step: {run} on {dataset}{f', fold {fold}' * bool(fold)}: "
+            + "; ".join(f"{step} (seed {', '.join(seeds)})" for step, seeds in steps.items())
+            for (run, dataset, fold), steps in groups.items() if len(steps) > 1]
 
 
 def label_of(entry):
@@ -251,7 +275,7 @@ def report_runs(config):
     Print the table of all runs in out/, or below the folders of --run, and the comparisons of those that have answered
     the same; write both into report.txt, .md and .tex, in out/ or --out. Raises UserError where there is none.
     """
-    places = [place.strip() for place in config.run.split(",")] if config.run else ["out"]
+    places = [place for place in map(str.strip, config.run.split(",")) if place] or ["out"]
     entries, left_out = find_entries(places)
     asked = [name.strip() for name in config.data.split(",")]
     entries = [entry for entry in entries if summary_of(entry.results) and (

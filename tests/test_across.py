@@ -23,7 +23,7 @@ WORDS = ("yes", "no", "left", "right", "heart")
 
 
 def evaluate(folder, right, dataset="own/test", seed=0, n=20, patients=0, run_flags={}, flags={}, faults=(1, 0, 2),
-             **stands):
+             step=9, **stands):
     """
     An evaluation of n questions in a run's folder, of which those numbers in `right` are answered rightly, one image
     each, or of so many patients.
@@ -38,8 +38,9 @@ def evaluate(folder, right, dataset="own/test", seed=0, n=20, patients=0, run_fl
         "answers": {"model": dict(zip(("cut", "empty", "repeating"), faults))}}
     facts = {"data": dataset, "flags": {"limit": 0, "blind": "both", "seed": 0, "temperature": 0.0, **flags},
              "checkpoint": str(folder), "dtype": "float32", "base_bits": "0", **stands}
-    name = f"step_000009_{dataset.replace('/', '_')}"
+    name = f"step_{step:06d}_{dataset.replace('/', '_')}{f'_first_{n}' * bool(facts['flags']['limit'])}"
     write_evaluation(Path(folder) / "eval" / name, {
+        "checkpoint": f"step_{step:06d}",
         "stands_on": facts, "unusual_flags": {}, "results": {dataset: tables}, "training": {
             "flags": {"data": dataset.partition("/")[0], "epochs": 3, "seed": seed, "run": str(folder), **run_flags},
             "inputs": {"data": dataset}}}, {"model": lines})
@@ -110,7 +111,7 @@ def test_a_fold_that_is_missing_is_seen(capsys):
 
 @pytest.mark.parametrize("folder, name", [
     ("out/x", "x"), ("out/x/seed_2", "x"), ("out/a/b/seed_0", "a/b"), ("out/own_fold_1_of_5/seed_0", "own"),
-    ("out/own/fold_3", "own"), ("else/where", "else/where"), ("out/fold_1", "fold_1"), ("out/seedling", "seedling")])
+    ("out/own/fold_3", "own"), ("out/manifold_1/seed_0", "manifold_1"), ("out/own-fold_1", "own"), ("else/where", "else/where"), ("out/fold_1", "fold_1"), ("out/seedling", "seedling")])
 def test_names_of_runs(folder, name):
     assert name_run(Path(folder)) == name
 
@@ -154,6 +155,23 @@ def test_a_seed_that_is_there_twice_counts_once_and_what_is_damaged_not_at_all(c
     assert "the same run, seed and dataset as out/x/seed_0" in text and "left out: out/z/eval" in text
 
 
+def test_a_first_look_at_some_questions_does_not_stand_in_for_all_of_them(capsys):
+    for seed in range(2):
+        evaluate(f"out/x/seed_{seed}", {1, 2}, seed=seed)
+    evaluate("out/x/seed_0", {1, 2}, seed=0, n=4, flags={"limit": 4})  # the newest
+    ((row,), _, text) = report(capsys)
+    assert (row["questions"], row["seeds"]) == ("20", "2") and "left out" not in text
+
+
+def test_seeds_that_were_stopped_at_different_steps_are_named(capsys):
+    evaluate("out/x/seed_0", {1}, seed=0, step=12), evaluate("out/x/seed_1", {1}, seed=1, step=5)
+    evaluate("out/y_fold_0", {1}, "own_fold_0_of_2/test", step=12)
+    evaluate("out/y_fold_1", {1}, "own_fold_1_of_2/test", step=13)  # of folds that is no wonder
+    _, _, text = report(capsys)
+    assert [line for line in text.splitlines() if line.startswith("not of one")] == [
+        "not of one step: x on own/test: step_000012 (seed 0); step_000005 (seed 1)"]
+
+
 # ----------------------------------------------------------------------------- comparisons
 
 def test_runs_are_compared_question_by_question_over_the_means_of_their_seeds(capsys):
@@ -195,7 +213,7 @@ def test_the_report_is_text_markdown_and_latex(capsys):
 def test_some_runs_and_datasets_of_several(capsys, tmp_path):
     for run in "abc":
         evaluate(f"out/{run}", {1}), evaluate(f"out/{run}", {1}, "more/test")
-    rows, pairs, _ = report(capsys, run="out/a, out/c", data="more", out=str(tmp_path / "else"))
+    rows, pairs, _ = report(capsys, run="out/a, out/c,", data="more", out=str(tmp_path / "else"))
     assert [(row["dataset"], row["run"]) for row in rows] == [("more/test", "a"), ("more/test", "c")]
     assert len(pairs) == 1 and not Path("out/report.txt").exists()
     with pytest.raises(UserError, match="nowhere: no evaluation to report"):

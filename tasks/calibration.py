@@ -17,6 +17,7 @@ from tasks.stats import resampled_sums
 BINS = 15  # as Guo et al. 2017 (arXiv 1706.04599), but of as many images each: theirs are mostly empty of a few hundred
 COVERAGE = 0.9  # of images whose true labels are to be among those that conform
 COLDEST, HOTTEST = 1 / 20, 20.0  # temperatures that are looked at
+FEWEST = 20  # images that may choose one: of fewer it is mostly chance, and true probabilities would be spoilt by it
 Z = 1.959963984540054  # of a 95% interval
 
 
@@ -41,12 +42,13 @@ def surprise(logits, actual, multi_label):
 def fit_temperature(logits, actual, multi_label):
     """
     The temperature at which the mean surprise is lowest (Guo et al. 2017), one for all labels: it is a number that a
-    few dozen images can tell. None where all images are right: the colder the better then, without an end.
+    few dozen images can tell. None where they are fewer than FEWEST, and where all are right: the colder the better
+    then, without an end.
 
     The surprise is convex in 1 / temperature, so that a golden-section search finds its lowest place.
     """
     logits = np.asarray(logits, np.float64)
-    if ((logits > 0 if multi_label else decide(logits, None)) == actual).all():
+    if len(actual) < FEWEST or ((logits > 0 if multi_label else decide(logits, None)) == actual).all():
         return None
     low, high, part = math.log(COLDEST), math.log(HOTTEST), (math.sqrt(5) - 1) / 2
 

@@ -8,7 +8,6 @@ facts of its images, labels and encoder. Numbers are compared only where they st
 
 import csv
 import io
-import itertools
 import math
 import os
 from collections import Counter, defaultdict
@@ -21,7 +20,7 @@ from plumbing.files import (checkpoints, differences, hash_json, lock, newest_ch
                             require_writable, write_whole)
 from plumbing.flags import UserError
 from plumbing.runs import sweep
-from tasks.calibration import are_uncertain
+from tasks.calibration import FEWEST, are_uncertain
 from tasks.labels import decide, sign_flip
 
 EIGHT = ("cxr8", "med_fmc_chest", "med_fmc_colon", "med_fmc_endo", "busi", "chaoyang", "cbis_ddsm",
@@ -177,8 +176,11 @@ def print_trust(calibration, conformal, images):
 
 
 def describe_temperature(temperature, images):
-    return (f"not calibrated: none of {images:,} validation images is wrong" if temperature is None else
-            f"temperature {temperature:.2f}, of {images:,} validation images")
+    if temperature is None:
+        why = (f"{images:,} validation images are too few" if images < FEWEST else
+               f"none of {images:,} validation images is wrong")
+        return f"not calibrated: {why}"
+    return f"temperature {temperature:.2f}, of {images:,} validation images"
 
 
 def too_few(conformal):
@@ -243,7 +245,7 @@ def describe_trust(facts):
 def read_results(out):
     """
     The results of all finished runs that can be compared, {(dataset, name, seed): result}; says which are
-    left out: damaged ones, and those that do not stand on the same as most of their name do.
+    left out: damaged ones, and those that do not stand on the same as most of their name do, or of all folds of one.
     """
     results, others = {}, 0
     for folder in sorted(Path(out).glob("*/*/seed_*")):
@@ -259,20 +261,35 @@ def read_results(out):
             print(f"left out: {folder}: the result in it is that of {run_folder(out, *key)}")
         elif key:
             results[key] = result
-    for _, keys in itertools.groupby(sorted(results), key=lambda key: key[:2]):
-        stands = {key: {"flags": results[key]["flags"] | {"seed": 0}, **results[key]["inputs"]}
-                  for key in keys}
-        hashes = {key: hash_json(facts) for key, facts in stands.items()}
-        counts = Counter(hashes.values())
-        most = max(hashes, key=lambda key: counts[hashes[key]])  # of as many, that of the lowest seed
-        for key in [key for key in hashes if hashes[key] != hashes[most]]:
-            others += 1
-            print(f"left out: {run_folder(out, *key)}: does not stand on the same as seed_{most[2]}: "
-                  f"{', '.join(differences(stands[most], stands[key]))}")
-            del results[key]
+    for group_of, facts_of in ((lambda key, result: key[:2], seed_facts),
+                               (lambda key, result: (row_of(key[0], result), key[1]), fold_facts)):
+        groups = defaultdict(dict)
+        for key in sorted(results):
+            groups[group_of(key, results[key])][key] = facts_of(results[key])
+        for stands in groups.values():
+            hashes = {key: hash_json(facts) for key, facts in stands.items()}
+            counts = Counter(hashes.values())
+            most = max(hashes, key=lambda key: counts[hashes[key]])  # of as many, that of the lowest fold and seed
+            for key in [key for key in hashes if hashes[key] != hashes[most]]:
+                others += 1
+                print(f"left out: {run_folder(out, *key)}: does not stand on the same as "
+                      f"{f'seed_{most[2]}' if most[0] == key[0] else run_folder(out, *most)}: "
+                      f"{', '.join(differences(stands[most], stands[key]))}")
+                del results[key]
     if others:
         print(f"{others} of {others + len(results)} finished runs are left out")
     return results
+
+
+def seed_facts(result):
+    """What all seeds of a name on a dataset have to have in common."""
+    return {"flags": result["flags"] | {"seed": 0}, **result["inputs"]}
+
+
+def fold_facts(result):
+    """What all folds of a name have to have in common, beside what their seeds have: how they were trained."""
+    return {"flags": result["flags"] | {"seed": 0, "dataset": ""},
+            **{name: result["inputs"].get(name) for name in ("classes", "image", "multi_label", "encoder")}}
 
 
 def folds_of(result):

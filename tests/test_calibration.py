@@ -11,6 +11,7 @@ from tasks import calibration
 from tasks.calibration import (are_uncertain, bins_of, choose_point, compare_errors, conform, fit_temperature,
                                measure_errors, operate, probabilities_of, quantile_beyond, reliability, share_of,
                                strangeness, surprise)
+from tasks.encoders import describe_temperature
 from tasks.labels import decide
 
 
@@ -50,11 +51,20 @@ def test_the_temperature_is_the_one_that_spoilt_the_logits_and_the_lowest_place(
 
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_without_a_mistake_there_is_no_best_temperature(multi_label):
-    actual = np.eye(3, dtype=bool)[[0, 1, 2, 1]]
+    actual = np.eye(3, dtype=bool)[[0, 1, 2, 1] * 5]
     logits = np.where(actual, 0.3, -0.2)
     assert fit_temperature(logits, actual, multi_label) is None
     logits[0] = [-0.2, 0.3, -0.2]
     assert fit_temperature(logits, actual, multi_label) < 20
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_few_images_choose_no_temperature_which_would_be_chance(multi_label):
+    logits, actual = draw(20, 4, multi_label, 1.0)
+    assert fit_temperature(logits[:19], actual[:19], multi_label) is None
+    assert fit_temperature(logits, actual, multi_label) is not None
+    assert describe_temperature(None, 19) == "not calibrated: 19 validation images are too few"
+    assert describe_temperature(None, 20) == "not calibrated: none of 20 validation images is wrong"
 
 
 # ----------------------------------------------------------------------------- errors

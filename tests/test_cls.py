@@ -521,6 +521,18 @@ def test_folds_are_one_row_of_their_mean_and_missing_ones_are_named(tmp_path, ca
     assert "openmedq - scratch: +0.052 over n = 2 dataset(s), each the mean of 1 or 3 seed(s) or fold(s)" in printed
 
 
+def test_folds_that_were_trained_otherwise_are_no_part_of_their_mean(tmp_path, capsys):
+    config = settings(tmp_path, report=True)
+    entries = [fold_of(fold, value=0.5 + 0.1 * fold) | {"flags": {"epochs": 3, "dataset": f"wrists_fold_{fold}"}}
+               for fold in range(3)]
+    entries += [fold_of(3, value=0.1) | {"flags": {"epochs": 100, "dataset": "wrists_fold_3"}}]
+    write_results(config.out, entries)
+    main(config)
+    printed = capsys.readouterr().out
+    assert re.search(r"wrists \(5 folds\) +0.600 ± 0.100, 3 of 5 folds ", printed)
+    assert "seed_0: flags.epochs was 3, now 100\n1 of 4 finished runs are left out" in printed
+
+
 def test_a_run_on_a_fold_knows_which_it_is(toy):
     for split in ("train", "validation", "test"):
         manifest = read_manifest(toy / "toy" / split)

@@ -26,7 +26,7 @@ from plumbing.flags import UserError
 from plumbing.own import SECRET, hash_id, secret_of
 from prepare.leaks import guard
 from scans.frames import Scan, ScanSettings
-from tasks import encoders, labelled
+from tasks import calibration, encoders, labelled
 from tasks.encoders import print_run, read_results
 from tasks.labels import interval_of, score
 from test_cls import TINY, picture, refused, settings, tiny_encoder, toy_records, write  # noqa: F401, a fixture
@@ -335,7 +335,9 @@ def test_batches_and_the_order_of_reading_change_no_row(trained, tmp_path):
     assert found[0][0] == ["image", "predicted", "uncertain", "dark", "light"]
 
 
-def test_a_model_predicts_without_the_file_that_its_encoder_was_and_the_test_images_as_before(asked, tmp_path):
+def test_a_model_predicts_without_the_file_that_its_encoder_was_and_the_test_images_as_before(
+        asked, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "FEWEST", 8)
     rows = toy_records(("dark", "light"), EACH)  # one label in five of validation is wrong: there is a temperature
     rows = [(split, replace(record, labels=("dark",)) if split == "validation" and number % 5 == 0 else record)
             for number, (split, record) in enumerate(rows)]

@@ -170,6 +170,8 @@ def main(config):
     if sum(map(bool, (config.question or config.image, config.ask, config.predictions, config.against,
                       config.report))) > 1:
         raise UserError("--question, --ask, --predictions, --against and --report: one at a time")
+    if (config.images or config.answers) and not config.ask:
+        raise UserError("--images and --answers: with --ask; a --question is about the --image that it names")
     if config.question or config.image or config.ask:
         return answer_own(config)
     if config.predictions:

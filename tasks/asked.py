@@ -151,11 +151,16 @@ def yes_no(fact):
 
 
 def place_of_answers(ask, answers):
-    """The file of answers: --answers, or beside a table of questions, or else in out/. Raises UserError."""
+    """
+    The file of answers: --answers, or beside a table of questions, or else in out/. Raises UserError, also where a file
+    is there that holds no answers: it would be lost.
+    """
     table = Path(ask) if is_table(ask) else None
     place = Path(answers or (table.with_name(f"{table.stem}_answers.csv") if table else "out/answers.csv"))
     if table and place.resolve() == table.resolve():
         raise UserError(f"--answers={answers}: the table of questions itself; name another file")
+    if place.exists() and not (place.is_file() and place.read_bytes().startswith(write_csv(ANSWERED, ()))):
+        raise UserError(f"--answers={place}: there already, and no csv of answers; name another file, or move it away")
     require_writable(place.parent, "answers")
     return place
 

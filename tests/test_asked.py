@@ -229,6 +229,17 @@ def test_where_answers_go(made, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the table of questions itself"):
         eval_vqa.main(Config(ask=str(table), answers="q.csv", **flags))
     assert table.read_text().startswith("image,question")
+    (tmp_path / "other.csv").write_text("image,question\na.png,is it large?\n")
+    with pytest.raises(UserError, match="other.csv: there already, and no csv of answers; name another file"):
+        eval_vqa.main(Config(ask=str(table), answers="other.csv", **flags))
+    assert (tmp_path / "other.csv").read_text() == "image,question\na.png,is it large?\n"
+    eval_vqa.main(Config(ask=str(table), **flags))  # answers of before make room
+
+
+@pytest.mark.parametrize("flags", [{"images": "folder"}, {"answers": "a.csv"}, {"images": "folder", "question": ""}])
+def test_a_folder_of_images_without_ask_is_not_passed_over(made, flags):
+    with pytest.raises(UserError, match="--images and --answers: with --ask"):
+        eval_vqa.main(Config(**{"run": str(made[1]), "question": "is it large?", **flags}))
 
 
 # ----------------------------------------------------------------------------- --question

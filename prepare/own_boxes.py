@@ -24,22 +24,24 @@ from plumbing.flags import UserError
 from plumbing.own import TABLES, files_below, own_path, printable, written
 from plumbing.pixels import Unreadable
 from plumbing.shards import Shard
-from plumbing.tables import find_column, read_rows
+from plumbing.tables import decode, find_column, find_roles, plain_name, read_rows, read_separated
 from prepare.box_files import (LARGEST_TEXT, from_corner, gather, image_size, number, read_coco, read_voc, read_yolo,
                                to_shares)
 from prepare.boxes import ask_image
 from prepare.classify import read_lines, split_by_group
 from prepare.datasets import Dataset, read_image, refuse_damage
 from prepare.folder import compared, digest, names_for, prepare_listing, require_names, skipped_of
-from prepare.listing import SPLITS, Item, read_patients
+from prepare.listing import PATIENTS, SPLITS, Item, read_patients
 from prepare.own_page import write_page
 from prepare.own_pictures import read_source
-from prepare.own_splits import divide, fold_targets, hash_names, hide
+from prepare.own_splits import complete_names, divide, fold_targets, hash_names, hide
 from prepare.shards import ImageSettings, write_dataset
 from scans.frames import Frame, ScanSettings, decode_picture, picture_key
 from scans.pictures import Pictures
 
-IMAGES, LABELS = ("image", "path", "file", "filename", "imagepath", "imageid"), ("label", "class", "name", "category")
+ROLES = {  # what a column is for -> names that it may have, without capitals, spaces and signs; the first counts
+    "image": ("image", "path", "file", "filename", "imagepath", "imageid"),
+    "label": ("label", "class", "name", "category"), "split": ("split",), "patient": PATIENTS}
 CORNERS = (("x1", "y1", "x2", "y2"), ("xmin", "ymin", "xmax", "ymax"))
 SIZES = (("x", "y", "w", "h"), ("x", "y", "width", "height"))
 LARGEST_JSON = 1 << 28  # bytes that are looked into, whether they are COCO's
@@ -68,6 +70,9 @@ def begins(path, words):
 
 def is_coco(path):
     if path.stat().st_size > LARGEST_JSON:
+        if begins(path, b'"images"') or begins(path, b'"annotations"'):
+            raise UserError(f"{path}: a JSON of more than {LARGEST_JSON >> 20:,} MiB, which may be COCO's and is not "
+                            "looked into; divide it, as into train.json, validation.json and test.json")
         return False
     try:
         content = json.loads(path.read_bytes())
@@ -76,25 +81,35 @@ def is_coco(path):
     return isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys()
 
 
-def has_boxes(path):
-    """Whether a csv's header names an image, a label and four numbers."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            line = file.readline(LARGEST_TEXT)
-    except UnicodeDecodeError:
+def roles_of(given):
+    """ROLES with the names of columns that are given, {role: column}."""
+    return ROLES | {role: (plain_name(name),) for role, name in given.items() if role in ROLES}
+
+
+def has_boxes(path, given):
+    """Whether a csv's header names an image, a label and four numbers. given: {role: column}, by --columns."""
+    with open(path, "rb") as file:
+        start = file.read(LARGEST_TEXT)
+    try:  # of UTF-8 whole lines, of UTF-16, which has zeros, all
+        lines = decode(path, start if b"\0" in start else start[:start.rfind(b"\n") + 1] or start, []).split("\n")
+        header, _ = read_separated(path, "\n".join(lines[:1 + bool(re.match('"?sep=', lines[0], re.I))]))
+    except UserError:
         return False
-    names = {re.sub(r"[\W_]", "", name) for name in line.lower().split(max(",;\t", key=line.count))}
-    return all(names & set(known) for known in (IMAGES, LABELS)) and any(
+    names, roles = set(map(plain_name, header)), roles_of(given)
+    return all(names & set(roles[role]) for role in ("image", "label")) and any(
         set(sides) <= names for sides in CORNERS + SIZES)
 
 
-def find_sources(path):
-    """{form: files that say where boxes are} of a folder or csv; more than one form is for the caller to refuse."""
+def find_sources(path, given=None):
+    """
+    {form: files that say where boxes are} of a folder or csv; more than one form is for the caller to refuse. given:
+    {role: column}, by --columns.
+    """
     files = [path] if path.is_file() else list(files_below(path)) if path.is_dir() else []
     of = defaultdict(list)
     for file in (file for file in files if file.name[0] != "." and file.is_file()):
         suffix = file.suffix.lower()
-        if suffix in TABLES and has_boxes(file):
+        if suffix in TABLES and has_boxes(file, given or {}):
             of["csv"].append(file)
         elif suffix == ".xml" and begins(file, b"<annotation"):
             of["Pascal VOC"].append(file)
@@ -238,14 +253,15 @@ def from_yolo(sources, images, notes):
     return rows, {}
 
 
-def from_table(path, images, notes):
-    """(rows, splits, patients) of a csv."""
-    header, table = read_rows(path)
-    image, label, split = (find_column(path, header, known) for known in (IMAGES, LABELS, ["split"]))
+def from_table(path, images, notes, given):
+    """(rows, splits, patients) of a csv. given: {role: column}, by --columns."""
+    (header, table), known = read_rows(path), roles_of(given)
+    find_roles(path, header, {}, given)  # which refuses a column that is not there
+    image, label, split = (find_column(path, header, known[role]) for role in ("image", "label", "split"))
     names = [re.sub(r"[\W_]", "", name) for name in header]
     sides = next(sides for sides in CORNERS + SIZES if set(sides) <= set(names))
     places = [find_column(path, header, [side]) for side in sides]
-    people, chosen, more = read_patients(path, header, table)
+    people, chosen, more = read_patients(path, header, table, known["patient"])
     cells = [[row[place] for place in places] for _, row in table]
     boxes = [[number(f"{path}: row {place}", cell) for cell in some] if any(some) else None
              for (place, _), some in zip(table, cells)]
@@ -271,8 +287,11 @@ def from_table(path, images, notes):
     return rows, splits, {name: patient for name, patient in patients.items() if patient}
 
 
-def read_boxes(path, sources, settings=ScanSettings()):
-    """The Boxes of a folder or csv, from the files that find_sources found. Raises UserError."""
+def read_boxes(path, sources, settings=ScanSettings(), given=None):
+    """
+    The Boxes of a folder or csv, from the files that find_sources found. given: {role: column}, by --columns. Raises
+    UserError.
+    """
     if len(sources) > 1:
         firsts = " and ".join(f"{files[0].name} ({form})" for form, files in sources.items())
         raise UserError(f"{path}: boxes in more than one form, {firsts}; leave one of them")
@@ -281,7 +300,7 @@ def read_boxes(path, sources, settings=ScanSettings()):
     if form == "csv":
         if len(files) > 1:
             raise UserError(f"{path}: boxes in {files[0].name} and in {files[1].name}; name one as --own={files[0]}")
-        rows, splits, patients = from_table(files[0], images, notes)
+        rows, splits, patients = from_table(files[0], images, notes, given or {})
     else:
         rows, splits = {"Pascal VOC": from_voc, "COCO": from_coco, "YOLO": from_yolo}[form](files, images, notes)
     names = dict.fromkeys(name for name, *_ in rows)
@@ -292,7 +311,12 @@ def read_boxes(path, sources, settings=ScanSettings()):
     splits = {name: split for name, split in (by_folder | splits).items() if split}
     films = {name: Path(name).name.split(".rf.")[0] for name in names if ".rf." in name}
     scans = {name: scan for name in names if (scan := images.scan(name)) and (scan.patient or scan.study)}
-    patients = patients or {name: scan.patient or f"study {scan.study}" for name, scan in scans.items()}
+    headers = {name: scan.patient or f"study {scan.study}" for name, scan in scans.items()}
+    if patients:
+        whole = complete_names(*([some.get(name, "") for name in names] for some in (patients, headers)), notes)
+        patients = {name: patient for name, patient in zip(names, whole) if patient}
+    else:
+        patients = headers
     pictures = {name: images.source(name) for name in names}
     return Boxes(form, files, rows, pictures, splits, patients, {} if patients else films, set(scans),
                  notes + images.notes())
@@ -387,7 +411,7 @@ def prepare_boxes(path, sources, shards_dir, wanted, tokenizer, box_format="medm
     """
     path, shards_dir = own_path(path), Path(shards_dir)
     with compared(path, shards_dir, wanted.dry_run):
-        boxes = read_boxes(path, sources, wanted.scans)
+        boxes = read_boxes(path, sources, wanted.scans, wanted.columns)
         found = gather(path.name, boxes.rows)
         require_names(path, {label for some in found.values() for label in some})
         if not any(found.values()):

@@ -23,8 +23,10 @@ from plumbing.flags import UserError
 from plumbing.own import clean, printable
 from plumbing.tables import find_roles, image_names, text_of
 from prepare.own import Draft, Own
-from prepare.own_questions import ROLES, split_of
+from prepare.own_questions import ROLES as QUESTION_ROLES
+from prepare.own_questions import split_of
 
+ROLES = {role: QUESTION_ROLES[role] for role in ("image", "split", "patient", "study", "type", "id")}
 TURNS = ("conversations", "messages", "conversation", "dialog", "dialogue")  # names of the list of turns
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant",
             "model": "assistant", "system": "system", "developer": "system"}
@@ -162,14 +164,13 @@ def read_chats(path, tables, given):
     The Own of files of conversations. tables: as own_questions.read_questions takes them; given: {role: column}, by
     --columns. Raises UserError.
     """
-    known = {role: ROLES[role] for role in ("image", "split", "patient", "study", "type", "id")}
     drafts, systems, unfit, firsts, forms, ending, grouped_by = [], [], Counter(), {}, set(), 0, ""
     for file, columns, rows, split in tables:
-        roles = find_roles(file, columns, known, given)
+        roles = find_roles(file, columns, ROLES, given)
         grouped_by = grouped_by or (f"column {roles['patient']}" if "patient" in roles else "")
         forms.add(turns_column(columns).lower())
         for number, (where, item) in enumerate(rows, 1):
-            own = {role: text_of(item.get(roles[role])) if role in roles else "" for role in known}
+            own = {role: text_of(item.get(roles[role])) if role in roles else "" for role in ROLES}
             try:
                 parts, pairs, system, left = read_conversation(where, item, image_names(item, roles, []))
             except Unfit as error:

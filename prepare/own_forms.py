@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from data import View
 from plumbing.flags import UserError
-from plumbing.own import files_below, own_path, printable, secret_of
+from plumbing.own import TABLES, files_below, own_path, printable, secret_of
 from plumbing.shards import Shard
 from plumbing.tables import JSONS, SEPARATED, WORKBOOKS, find_roles, parse_columns, plain_name, read_items
 from prepare.choices import group_equals
@@ -27,11 +27,14 @@ from prepare.listing import ROLES as LISTED
 from prepare.listing import SPLITS, folders_in
 from prepare.own import Wanted
 from prepare.own_boxes import LARGEST_JSON, find_sources, prepare_boxes
+from prepare.own_boxes import ROLES as BOX_ROLES
+from prepare.own_chats import ROLES as CHAT_ROLES
 from prepare.own_chats import read_chats, turns_column
 from prepare.own_page import write_page
 from prepare.own_pictures import views_of, written_name
 from prepare.own_questions import ROLES, read_questions, roles_of, split_of
 from prepare.own_splits import LEAST_ID, complete_names, divide, fold_targets, hash_names, hide
+from prepare.own_studies import ROLES as STUDY_ROLES
 from prepare.own_studies import find_studies, read_studies
 from prepare.shards import ImageSettings, write_dataset
 from scans.frames import Frame, ScanSettings, decode_picture
@@ -64,17 +67,24 @@ class Found(NamedTuple):
     tables: dict  # conversations, questions or labels -> [(file, columns, rows, split that its name says)]
     others: list  # (file, columns) of tables that are none of them
     notes: list  # lines about how they were read
+    passed: list  # lines about tables that are passed over
 
 
-def list_tables(path):
-    """The files that may be tables: the path, or those in its folder."""
+def list_tables(path, passed):
+    """The files that may be tables: the path, or those in its folder. passed: takes lines about those left out."""
     if path.is_file():
         return [path]
     files = [file for file in files_below(path) if not is_left_by_programs(file) and file.is_file()]
-    tables = [file for file in files if file.suffix.lower() in (".csv", ".tsv", *JSONS)
-              and file.stat().st_size <= LARGEST_JSON]
+    all_tables = [file for file in files if file.suffix.lower() in (".csv", ".tsv", *JSONS)]
+    tables = [file for file in all_tables if file.stat().st_size <= LARGEST_JSON]
+    if large := [file for file in all_tables if file not in tables]:
+        passed.append(f"{large[0].name}: a table of more than {LARGEST_JSON >> 20:,} MiB is not looked into; divide it, "
+                      "as into train, validation and test")
     if len(tables) > MOST_TABLES:
-        tables = [file for file in tables if file.parent == path][:MOST_TABLES]
+        kept = [file for file in tables if file.parent == path][:MOST_TABLES]
+        passed.append(f"{len(tables) - len(kept):,} of {len(tables):,} tables are not looked into, as there are more "
+                      f"than {MOST_TABLES}; join them into one")
+        tables = kept
     return tables
 
 
@@ -93,13 +103,14 @@ def kind_of(file, columns, given):
 
 def look_into(path, given):
     """The Found of a folder or file. given: {role: column}. UserError for a file that is no table."""
-    found = Found({}, [], [])
-    for file in list_tables(path):
+    found = Found({}, [], [], [])
+    for file in list_tables(path, found.passed):
         try:
             columns, rows = read_items(file, notes := [])
-        except UserError:
+        except UserError as error:
             if path.is_file():
                 raise
+            found.passed.append(str(error))
             continue
         kind = kind_of(file, columns, given) if rows else ""
         if not kind:
@@ -126,6 +137,7 @@ def refuse(path, found):
     has = (f"columns {', '.join(columns):.200}" if columns else
            f"{printable(books[0])}, a workbook, which is to be saved as csv" if books else
            ", ".join(f"{count:,} files {end or 'without an end'}" for end, count in ends.most_common(3)) or "no file")
+    has += "".join(f"; {printable(why):.200}" for why in found.passed[:1])
     raise UserError(f"{path}: not understood, it has {has}; the nearest layouts are "
                     + "; ".join(f"{name}: {EXAMPLES[name][1]}" for name in nearest)
                     + "; name columns as --columns=image:theirs,question:theirs")
@@ -136,7 +148,7 @@ def recognise(path, config, given):
     (form, what its reader takes, notes) of a folder or file: tables of conversations, questions or labels, sources of
     boxes or studies, or the path of class folders. Says what else is there. Raises UserError.
     """
-    found, boxes = look_into(path, given), find_sources(path)
+    found, boxes = look_into(path, given), find_sources(path, given)
     ways = {form: found.tables[form] for form in ("conversations", "questions") if form in found.tables}
     if boxes:
         ways["boxes"] = boxes
@@ -149,12 +161,26 @@ def recognise(path, config, given):
         ways["class folders"] = path
     if not ways:
         refuse(path, found)
+    for why in found.passed[:3]:
+        print(f"  passed over: {printable(why)}")
     form, *others = ways
     others = [other for other in others if other != "class folders" or form == "labels"]  # images lie in folders
     if others:
         print(f"{printable(path.name)}: {form} count, and {' and '.join(others)} in it are passed over; for those name "
               "their file or folder as --own")
     return form, ways[form], found.notes
+
+
+def require_used(form, source, given):
+    """Raise UserError where what is read has no column of those that --columns names."""
+    used = {"labels": LISTED, "boxes": BOX_ROLES, "studies": STUDY_ROLES, "questions": ROLES,
+            "conversations": CHAT_ROLES, "class folders": ()}[form]
+    if form == "boxes" and "csv" not in source or form == "studies" and source[0].suffix.lower() not in TABLES:
+        used = ()
+    if unused := [f"{role}:{name}" for role, name in given.items() if role not in used]:
+        raise UserError(f"--columns={unused[0]}: " + (
+            f"{form} have no column for that, but for {', '.join(used)}" if used else
+            f"no table has it, and what was found, {form}, is none; correct it, or leave it out"))
 
 
 # ----------------------------------------------------------------------------- patients and groups
@@ -421,6 +447,7 @@ def prepare_any(config, image, flags, open_words):
     if not path.exists():
         raise UserError(f"{path}: no folder and no csv there")
     form, source, notes = recognise(path, config, given)
+    require_used(form, source, given)
     if form == "labels":
         require_one(path, form, source)
         source, columns, *_ = source[0]

@@ -862,7 +862,7 @@ def refused(path, shards_dir, wanted):
      "patient p1 (by folders inside classes) is in test and in train; keep to one"),
     (["train/a/1.png", "train/B/2.png", "test/a/3.png", "test/b/4.png"], "classes 'B' and 'b' differ"),
     (["images/1.png", "masks/1.png"], "images and masks are no classes"),
-    (["train/imagesTr/1.png", "train/labelsTr/1.png", "test/imagesTs/1.png"], "imagesTr and imagesTs and labelsTr are")])
+    (["train/imagesTr/1.png", "train/labelsTr/1.png", "test/imagesTs/1.png"], "imagesTr and imagesTs")])
 def test_a_folder_is_refused_in_one_line(files, wanted, tmp_path):
     (tmp_path / "scans").mkdir()
     for name in files:

@@ -272,6 +272,32 @@ def test_what_is_not_understood_is_refused_with_the_nearest_layouts(files, wante
     assert not (tmp_path / "shards/own").exists()
 
 
+@pytest.mark.parametrize("columns, files, wanted", [
+    ("patient:pid", ("a/1.png", "b/2.png"), "patient:pid: no table has it, and what was found, class folders, is none"),
+    ("patient:pid", ("1.png", "1.xml"), "patient:pid: no table has it, and what was found, boxes, is none"),
+    ("view:pid", ("1.png", "q.csv"), "view:pid: questions have no column for that, but for image, question")])
+def test_a_column_that_nothing_reads_is_refused(columns, files, wanted, prepare, tmp_path):
+    words = {".xml": "<annotation></annotation>", ".csv": "image,question,answer,pid\n1.png,what?,this,7\n"}
+    for name in files:
+        put(tmp_path / "own" / name, words.get(name[-4:]) or picture(16, 16))
+    with pytest.raises(UserError) as error:
+        prepare(tmp_path / "own", columns=columns)
+    assert str(error.value).startswith(f"--columns={wanted}")
+
+
+def test_a_table_that_cannot_be_read_is_said(prepare, tmp_path):
+    put_questions(tmp_path / "own", row="{0}.png,what, is {0}?,finding {0}")
+    with pytest.raises(UserError, match=r"not understood.*questions.csv: row 2 has 4 cells, but there are 3 columns"):
+        prepare(tmp_path / "own")
+    for name in "ab":
+        put_pictures(tmp_path / "own" / name)
+    assert "passed over: " in (printed := prepare(tmp_path / "own")[1]) and "row 2 has 4 cells" in printed
+    for number in range(65):
+        put(tmp_path / "many" / "s" / f"{number}.json", json.dumps({"question": "what?", "answer": f"this {number}"}))
+    with pytest.raises(UserError, match="65 of 65 tables are not looked into, as there are more than 64; join them"):
+        prepare(tmp_path / "many")
+
+
 @pytest.mark.parametrize("flags, wanted", [
     (("--name=x",), "--name: with --own=path alone"), (("--folds=3",), "--folds: with --own"),
     (("--slices=middle",), "--slices: with --own"), (("--dry_run",), "--dry_run: with --own"),

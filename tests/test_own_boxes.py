@@ -293,6 +293,23 @@ def test_a_patient_in_two_given_splits_is_refused_and_folds_keep_patients_whole(
     refused(tmp_path / "scans.csv", tokenizer, "patient p1 is in train", "and in test")
 
 
+def test_columns_may_be_called_anything_in_any_encoding(tmp_path, tokenizer):
+    put_images(tmp_path, 12)
+    rows = ["sep=;", "Bild;Befund;x1;y1;x2;y2;Fall", *(f"{n}.png;cyst;1;1;9;9;{n // 2}" for n in range(12))]
+    (tmp_path / "scans.csv").write_text("\n".join(rows), encoding="utf-16")
+    records = prepared(tmp_path / "scans.csv", tokenizer, columns="image:Bild,label:Befund,patient:Fall")
+    sides = [{record["group"] for record in some} for some in records.values()]
+    assert sum(map(len, sides)) == 6 == len(set.union(*sides))
+    with pytest.raises(UserError, match="patient:nobody: scans.csv has no such column"):
+        prepared(tmp_path / "scans.csv", tokenizer, columns="image:Bild,label:Befund,patient:nobody")
+
+
+def test_what_is_too_large_to_look_into_is_said(tmp_path, tokenizer, monkeypatch):
+    write_coco(tmp_path / "scans", 4)
+    monkeypatch.setattr("prepare.own_boxes.LARGEST_JSON", 99)
+    refused(tmp_path / "scans", tokenizer, ".json: a JSON of more than 0 MiB, which may be COCO's")
+
+
 def test_the_lists_of_image_sets_are_the_split(tmp_path, tokenizer):
     write_voc(tmp_path / "scans", 6)
     for split, numbers in (("train", "0 1 2"), ("val", "3"), ("test", "4 5"), ("trainval", "0 1 2 3"),

@@ -28,7 +28,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from extras.share import demo_page
-from extras.share.demo_server import MEGABYTES, require_address, require_password, server_settings, stay_here
+from extras.share.demo_server import (MEGABYTES, require_address, require_password, server_settings, stay_here,
+                                      take_files_of_admitted)
 from plumbing.flags import Device, Form, Range, Seconds, UserError, parse_command_line, run
 from run import open_trained_run
 
@@ -70,6 +71,8 @@ def main(config):
     host = f"[{config.address}]" if ":" in config.address else config.address
     print(f"demo.py: the page is at http://{host}:{config.port}{config.base_path}; Ctrl-C ends it", flush=True)
     stay_here(config.address)
+    if config.password_file:
+        take_files_of_admitted()
     cli.main(["run", __file__, *flags, "--", *sys.argv[1:]])
 
 

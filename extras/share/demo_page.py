@@ -13,7 +13,7 @@ from PIL import Image
 from extras.share import demo_images, demo_talk
 from extras.share.demo_draw import (BOX_COLOURS, STYLE, SURE, coloured, draw_boxes, figures, heat_map, note, patches_of,
                                     picture, plain, table)
-from extras.share.demo_server import Gate, server_settings
+from extras.share.demo_server import ADMITTED, Gate, server_settings
 from plumbing.flags import UserError
 from tasks import boxes
 
@@ -303,6 +303,7 @@ def let_in(config):
         sent = st.form_submit_button("Enter")
     if sent and st.cache_resource(Gate, show_spinner=False)(config.password_file).admits(typed):
         st.session_state.knows = True
+        ADMITTED.add(st.runtime.scriptrunner.get_script_run_ctx().session_id)
         st.rerun()
     if sent:
         st.error("This is not the password.")

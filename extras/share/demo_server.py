@@ -14,6 +14,7 @@ from plumbing.flags import UserError
 
 MEGABYTES = 20  # of an upload, at most
 SLOW = 1.0  # seconds that a wrong password costs, and all who try one at that time
+ADMITTED = set()  # ids of the sessions whose visitor has typed the password
 
 
 # ----------------------------------------------------------------------------- who may reach it
@@ -75,6 +76,16 @@ class Gate:
             if not right:
                 time.sleep(SLOW)
         return right
+
+
+def take_files_of_admitted():
+    """
+    Let streamlit take files of ADMITTED sessions alone, before it reads them. It would take them of every page that is
+    open, whatever that shows: of a session it asks there, and nowhere else, but whether it is active.
+    """
+    from streamlit.runtime import Runtime
+    active = Runtime.is_active_session
+    Runtime.is_active_session = lambda runtime, session: session in ADMITTED and active(runtime, session)
 
 
 # ----------------------------------------------------------------------------- what it may do

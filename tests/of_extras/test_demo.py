@@ -484,6 +484,30 @@ def test_under_a_path_behind_a_proxy_who_knows_the_password_gets_in(proxy, chrom
     page.close()
 
 
+PUT = """async (session) => {
+    const token = (document.cookie.match(/_streamlit_xsrf=([^;]+)/) || [])[1], form = new FormData();
+    form.append("file", new Blob(["a scan"]), "scan.png");
+    const url = `/medq/_stcore/upload_file/${session}/of_its_own`, headers = token ? {"X-Xsrftoken": token} : {};
+    return (await fetch(url, {method: "PUT", body: form, headers})).status;
+}"""
+
+
+def test_no_file_is_taken_before_the_password(proxy, chromium):  # noqa: F811
+    page, frames = chromium.new_page(), []
+    page.on("websocket", lambda socket: socket.on("framereceived", lambda frame: frames.append(frame)))
+    page.goto(f"http://127.0.0.1:{proxy}/medq/")
+    typed = page.get_by_label("Password", exact=True)
+    typed.wait_for()
+    ids = sorted({name.decode() for frame in frames if isinstance(frame, bytes)
+                  for name in re.findall(rb"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", frame)})  # its own among them
+    assert ids and {page.evaluate(PUT, name) for name in ids} == {400}
+    typed.fill("open sesame")
+    page.keyboard.press("Enter")
+    page.get_by_placeholder("Ask about this image").wait_for()
+    assert sorted(page.evaluate(PUT, name) for name in ids)[0] == 204
+    page.close()
+
+
 def test_a_proxy_s_name_alone_is_let_in_beside_this_machine_s(proxy):
     assert urllib.request.urlopen(f"http://127.0.0.1:{proxy}/medq/_stcore/health").status == 200
     with pytest.raises(OSError, match="404"):

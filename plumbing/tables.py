@@ -23,6 +23,7 @@ IMAGES = ("image", "images", "imagepath", "imagepaths", "imagename", "imagenames
           "filenames", "file", "files", "path", "filepath", "img", "imgpath", "picture", "film", "figurepath", "series",
           "seriespath", "dicom", "dicompath", "scan", "slide", "imageid", "imgid")  # columns of a question's images
 QUESTIONS = ("question", "query", "prompt", "instruction", "questiontext", "q", "frage", "pregunta")
+PICTURE = re.compile(r"\.(png|jpe?g|tiff?|bmp|webp|gif|jp2|dcm|dicom|ima|nii|nii\.gz|svs|ndpi)$", re.I)
 LARGEST_CELL = 1 << 24  # characters: a report has thousands
 
 
@@ -107,6 +108,8 @@ def read_items(path, notes):
     suffix = path.suffix.lower()
     if suffix in WORKBOOKS:
         raise UserError(f"{path}: a workbook, which is not read; save its sheet as csv, and name that")
+    if suffix not in (*SEPARATED, *JSONS, ""):
+        raise UserError(f"{path}: no table ({' '.join((*SEPARATED, *JSONS))}); name one, or the folder that it is in")
     text = decode(path, path.read_bytes(), notes)
     if suffix in JSONS:
         rows = [(f"{path.name}: item {number}", item) for number, item in items_of(path, text)]
@@ -182,6 +185,15 @@ def image_columns(columns):
     numbered = [(int(match[1]), name) for name in columns
                 if (match := re.fullmatch(r"(?:image|img|picture)(?:path)?(\d{1,2})", plain_name(name)))]
     return [name for _, name in sorted(numbered)]
+
+
+def column_of_files(columns, rows):
+    """[name] of the first of these columns whose cells, but for empty ones, end as files of pictures do; else []."""
+    for name in columns:
+        cells = [cell for row in rows for cell in list_of(row.get(name))]
+        if cells and all(map(PICTURE.search, cells)):
+            return [name]
+    return []
 
 
 def parse_columns(text, roles):

@@ -21,8 +21,9 @@ from scans.pictures import Pictures, file_of, is_left_by_programs
 
 SPLITS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
           "val": "validation", "test": "test", "testing": "test"}
-PATIENTS = ("patientid", "patient", "pid", "mrn", "subjectid", "subject", "caseid", "case", "studyid",
-            "study", "groupid", "group")  # the first that is there, and not empty, counts
+PEOPLE = ("patientid", "patient", "pid", "mrn", "subjectid", "subject", "participantid", "participant", "patientenid",
+          "patientennummer", "patientennr", "idpatient", "idpaciente", "paciente")
+PATIENTS = (*PEOPLE, "caseid", "case", "studyid", "study", "groupid", "group")  # the first that is not empty counts
 ROLES = {  # names that a column may have, without capitals, spaces and signs; the first that is there counts
     "image": ("path", "file", "image", "filename", "imageindex", "imagepath", "imagename", "imageid", "filepath"),
     "label": ("label", "labels", "findinglabels"), "split": ("split",), "patient": PATIENTS,
@@ -228,6 +229,8 @@ def read_table(path, settings=ScanSettings(), given=None):
     grouped_by = "" if places["patient"] is None else f"column {printable(header[places['patient']])}"
     if not grouped_by:
         items, grouped_by = group_by_headers(items, notes)
+        notes += [] if grouped_by else ["no patient is named; a column that names them is given as "
+                                        "--columns=patient:its name"]
     else:
         names = complete_names([item.patient for item in items], [item.header for item in items], notes)
         items = [item._replace(patient=name) for item, name in zip(items, names)]

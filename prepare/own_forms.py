@@ -41,6 +41,7 @@ from scans.frames import Frame, ScanSettings, decode_picture
 from scans.pictures import Pictures, file_of, is_left_by_programs
 
 MOST_TABLES = 64  # of a folder that are looked into: more are no tables of samples, but a file an image
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 LABELS = {"image": (*LISTED["image"], *ROLES["image"]),
           "label": (*LISTED["label"], "class", "classes", "category", "diagnosis")}
 MORE_ROLES = ("label", "findings", "impression", "report", "comparison", "indication", "view")  # of --columns
@@ -78,8 +79,8 @@ def list_tables(path, passed):
     all_tables = [file for file in files if file.suffix.lower() in (".csv", ".tsv", *JSONS)]
     tables = [file for file in all_tables if file.stat().st_size <= LARGEST_JSON]
     if large := [file for file in all_tables if file not in tables]:
-        passed.append(f"{large[0].name}: a table of more than {LARGEST_JSON >> 20:,} MiB is not looked into; divide it, "
-                      "as into train, validation and test")
+        passed.append(f"{large[0].name}: a table of more than {LARGEST_JSON >> 20:,} MiB is not looked into; divide "
+                      "it, as into train, validation and test")
     if len(tables) > MOST_TABLES:
         kept = [file for file in tables if file.parent == path][:MOST_TABLES]
         passed.append(f"{len(tables) - len(kept):,} of {len(tables):,} tables are not looked into, as there are more "
@@ -323,13 +324,13 @@ def say(path, own, shown, grouped_by, settings):
     print(f"{printable(path.name)}: {own.form}: {numbers}")
     splits = Counter(one.split for one in shown if one.split)
     kinds = Counter(one.record.type for one in shown if one.record.type)
-    lost = [view.name for one in shown for view, scan in zip(
-        [view for view in one.record.views() if view.image is None], one.scans) if scan is None]
+    lost = lost_of(shown)
     lines = [f"splits are given: {', '.join(f'{n:,} {split}' for split, n in splits.items())}"] if splits else []
     lines += [f"types: {', '.join(f'{n:,} {printable(kind)}' for kind, n in kinds.most_common(12))}"] if kinds else []
     same = "show alike images" if views else "ask the same"
     lines += [f"patients are known by {printable(grouped_by)}; in what is written hashes stand for them" if grouped_by
-              else f"no patient is named: samples that {same} stay on one side"]
+              else f"no patient is named: samples that {same} stay on one side; a column that names them is given as "
+              "--columns=patient:its name"]
     told = [one for one in shown if len(one.patient) >= LEAST_ID and one.patient.casefold() in " ".join(
         [one.record.context, one.record.question, one.record.answer, *sum(one.record.turns, ())]).casefold()]
     lines += [f"{len(told):,} samples have their patient's id in their words, {told[0].record.id} the first: words are "
@@ -341,6 +342,23 @@ def say(path, own, shown, grouped_by, settings):
     for line in own.notes + lines:
         print(f"  {printable(line)}", flush=True)
     return counts
+
+
+def lost_of(shown):
+    """The names of images that are not there."""
+    return [view.name for one in shown for view, scan in zip(
+        [view for view in one.record.views() if view.image is None], one.scans) if scan is None]
+
+
+def require_there(path, shown):
+    """Raise UserError where images are named, and not one of them is there."""
+    lost = lost_of(shown)
+    if lost and len(lost) == sum(len(one.record.views()) for one in shown):
+        folder = path if path.is_dir() else path.parent
+        archives = [file.name for file in files_below(folder) if file.suffix.lower() in ARCHIVES]
+        what = ("nothing is fetched, so download them, and name their files" if re.match(r"\w+://", lost[0]) else
+                f"unpack {printable(archives[0])}" if archives else "paths start at the table's folder")
+        raise UserError(f"{path}: none of its {len(lost):,} images is there, {lost[0]:.120} the first; {what}")
 
 
 def facts_of(config, own, shown, grouped_by, tokenizer):
@@ -398,6 +416,7 @@ def prepare_samples(config, own, pictures, wanted, tokenizer):
     own.notes.extend(pictures.notes())
     pixels = boxes_in_pixels(shown, own.notes)
     counts = say(path, own, shown, grouped_by, pictures.settings)
+    require_there(path, shown)
     named = any(scan and (scan.patient or scan.study) for one in shown for scan in one.scans)
     complete = functools.partial(record_of, secret=secret_of(path) if named else b"", pixels=pixels)
     facts = wanted.facts(source for one in shown for source in pictures_of(one))

@@ -16,11 +16,12 @@ from dataclasses import replace
 from data import Record, View
 from plumbing.flags import UserError
 from plumbing.own import printable
-from plumbing.tables import (IMAGES, NO_WORDS, NOTHING, QUESTIONS, find_roles, image_columns, image_names, list_of,
-                             plain_name, text_of, value_of, without_zeros)
+from plumbing.tables import (IMAGES, NO_WORDS, NOTHING, QUESTIONS, column_of_files, find_roles, image_columns,
+                             image_names, list_of, plain_name, text_of, value_of, without_zeros)
 from prepare.datasets import count_from, lettered
-from prepare.listing import SPLITS
+from prepare.listing import PEOPLE, SPLITS
 from prepare.own import Draft, Own
+from prepare.own_studies import days_of
 from tasks.boxes import ask
 from tasks.choices import LETTERS, letter_options
 
@@ -30,7 +31,7 @@ ROLES = {  # what a column is for -> names that it may have, without capitals, s
                "correct", "correctoption", "rightanswer", "cop", "answeridx", "answerlabel", "label", "antwort", "a"),
     "choices": ("choices", "options", "candidates"),
     "split": ("split", "partition", "subset", "fold"),
-    "patient": ("patientid", "patient", "pid", "mrn", "subjectid", "subject"),
+    "patient": PEOPLE,
     "study": ("studyid", "study", "caseid", "case", "examid", "exam", "accession", "accessionnumber", "visit"),
     "date": ("studydate", "date", "acquisitiondate", "examdate", "timepoint", "time"),
     "role": ("role", "roles", "view", "viewposition", "projection"),
@@ -153,7 +154,7 @@ def parts_of(names, roles):
     return tuple(View(None, name, role) for name, role in zip(names, [*roles, *[""] * len(names)]))
 
 
-def with_priors(rows, notes):
+def with_priors(file, rows, notes):
     """
     Rows of one study of several dates that ask and answer the same as one: their images in time, those of earlier
     dates with the role "prior". rows: [(Draft, date)]; their Drafts come back.
@@ -170,8 +171,10 @@ def with_priors(rows, notes):
             order.append(key)
         merged[key].append((date, number, draft))
     drafts, count = [], 0
+    days = order_of(file, {date for some in merged.values() if len(some) > 1 for date, *_ in some})
     for some in map(merged.get, order):
-        some.sort(key=lambda row: (day_of(row[0]), row[1]))
+        if len(some) > 1:
+            some.sort(key=lambda row: (days[row[0]], row[1]))
         last, (*before, (_, _, draft)) = some[-1][0], some
         if before:
             count += 1
@@ -185,12 +188,12 @@ def with_priors(rows, notes):
     return drafts
 
 
-def day_of(date):
-    """A date to sort by: 2020-01-31 and 20200131 as they stand, 31.01.2020 turned, numbers as numbers."""
-    if match := re.fullmatch(r"(\d{1,2})\.(\d{1,2})\.(\d{4})(.*)", date):
-        return 0.0, f"{match[3]}{int(match[2]):02}{int(match[1]):02}{match[4]}"
-    plain = re.sub(r"^(\d{4})[-/](\d\d)[-/](\d\d)", r"\1\2\3", date)
-    return (float(plain), "") if re.fullmatch(r"\d{1,7}(\.\d+)?", plain) else (0.0, plain)
+def order_of(file, dates):
+    """{date: what sorts it} of texts: dates and numbers as own_studies.days_of reads them, others as T2 before T10."""
+    some, days = sorted(dates), [0.0] * len(dates)
+    if any(re.search(r"\d[-./]\d|^\d+$", date) for date in some):
+        days = days_of(f"{file}: its dates", some)
+    return {date: (day, re.sub(r"\d+", lambda digits: f"{digits[0]:0>9}", date)) for date, day in zip(some, days)}
 
 
 def read_questions(path, tables, given):
@@ -203,6 +206,9 @@ def read_questions(path, tables, given):
         roles = roles_of(file, columns, given)
         options, several = option_columns([name for name in columns if name not in given.values()]), []
         several = image_columns(columns) if "image" not in roles else []
+        if "image" not in roles and not several:
+            left = [name for name in columns if name not in (*roles.values(), *options)]
+            roles |= {"image": name for name in column_of_files(left, [row for _, row in rows])}
         used = {*roles.values(), *options, *several}
         unused = [printable(name) for name in columns if name not in used]
         notes.append(f"{file.name}: " + ", ".join(f"{role} is {printable(name)!r}" for role, name in roles.items()))
@@ -249,7 +255,7 @@ def read_table(file, rows, roles, options, several, split, notes):
         drafts.append((Draft(record, split_of(own["split"] or split), own["patient"], where), own["date"]))
     words = Counter(answer for answer in told if answer in ("None", "N/A", "-", "?"))
     notes += [f"{count:,} answers are {answer!r}, which is kept as it stands" for answer, count in words.items()]
-    return with_priors(drafts, notes)
+    return with_priors(file, drafts, notes)
 
 
 def without_options(question, options):

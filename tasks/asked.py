@@ -19,8 +19,8 @@ from types import SimpleNamespace
 from plumbing.files import lock, require_writable, write_whole
 from plumbing.flags import UserError
 from plumbing.own import clean, printable
-from plumbing.tables import (IMAGES, JSONS, NO_WORDS, QUESTIONS, SEPARATED, WORKBOOKS, find_roles, image_columns,
-                             image_names, read_items, text_of)
+from plumbing.tables import (IMAGES, JSONS, NO_WORDS, QUESTIONS, SEPARATED, WORKBOOKS, column_of_files, find_roles,
+                             image_columns, image_names, read_items, text_of)
 from scans.frames import ScanSettings, find_scans
 from scans.pictures import Pictures, file_of, plain
 from tasks.seen import open_trained
@@ -105,6 +105,8 @@ def table_rows(path, pictures, notes):
         raise UserError(f"{path}: no column of questions ({printable(', '.join(columns)) or 'it is empty'}); name one "
                         "question")
     several, rows = () if "image" in roles else image_columns(columns), []
+    if "image" not in roles and not several:
+        several = column_of_files([name for name in columns if name not in roles.values()], [row for _, row in table])
     for where, row in table:
         names, question = image_names(row, roles, several), text_of(row.get(roles["question"]), NO_WORDS)
         found = [look_up(pictures, where, name) for name in names]

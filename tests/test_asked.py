@@ -100,7 +100,8 @@ def test_umlauts_are_one_letter_however_they_are_written(tmp_path):
     ("\ufeffIMAGE\tQuestion\na.png | b.png\twas ist das?\n\tund hier?\n", "q.tsv"),
     ('{"images": ["a.png", "b.png"], "question": "was ist das?"}\n\n{"question": "und  hier?"}\n', "q.jsonl"),
     ('[{"image": "[\\"a.png\\", \\"b.png\\"]", "q": "was ist das?"}, {"q": "und hier?"}]', "q.json"),
-    ("image_1,image_2,Pregunta\na.png,B.PNG,was ist das?\n,,und hier?\n", "q.txt")])
+    ("image_1,image_2,Pregunta\na.png,B.PNG,was ist das?\n,,und hier?\n", "q.txt"),
+    ("Bild;Frage\n\"a.png;b.png\";was ist das?\n;und hier?\n", "q.csv")])
 def test_tables_of_several_kinds(made, tmp_path, content, name):
     (tmp_path / name).write_text(content, encoding="utf-8")
     first, second = read_questions(str(tmp_path / name), made[2])

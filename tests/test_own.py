@@ -285,6 +285,18 @@ def test_a_column_that_nothing_reads_is_refused(columns, files, wanted, prepare,
     assert str(error.value).startswith(f"--columns={wanted}")
 
 
+@pytest.mark.parametrize("row, more, wanted", [
+    ("https://a.org/x{0}.png,what is {0}?,this", "", "nothing is fetched, so download them, and name their files"),
+    ("other/x{0}.png,what is {0}?,this", "", "paths start at the table's folder"),
+    ("other/x{0}.png,what is {0}?,this", "films.zip", "unpack films.zip")])
+def test_where_no_image_is_there_that_is_the_reason(row, more, wanted, prepare, tmp_path):
+    put_questions(tmp_path / "own", row=row)
+    if more:
+        put(tmp_path / "own" / more, b"PK")
+    with pytest.raises(UserError, match=f"none of its 12 images is there, .* the first; {wanted}$"):
+        prepare(tmp_path / "own")
+
+
 def test_a_table_that_cannot_be_read_is_said(prepare, tmp_path):
     put_questions(tmp_path / "own", row="{0}.png,what, is {0}?,finding {0}")
     with pytest.raises(UserError, match=r"not understood.*questions.csv: row 2 has 4 cells, but there are 3 columns"):

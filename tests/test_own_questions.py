@@ -209,6 +209,31 @@ def test_images_of_a_study_are_in_the_order_of_time(tmp_path):
     assert "1 questions are asked of a study at several dates" in str(own.notes)
 
 
+@pytest.mark.parametrize("early, late", [
+    ("12/05/2019", "13/02/2020"), ("5.12.2019", "13.02.2020"), ("T2", "T10"), ("9", "10"),
+    ("2019-12-01 9:00", "2019-12-24")])
+def test_dates_are_in_order_however_they_are_written(early, late, tmp_path):
+    own = read(write(tmp_path, "image,study,date,question,answer\n"
+                     f"new.png,S,{late},what?,less\nold.png,S,{early},what?,less\n"))
+    assert [[(view.name, view.role) for view in draft.record.views()] for draft in own.drafts] == [
+        [("old.png", "prior"), ("new.png", "")]]
+
+
+def test_an_order_of_dates_that_is_not_known_is_refused_where_it_matters(tmp_path):
+    text = "image,study,date,question,answer\n1.png,S,03/02/2020,what?,less\n2.png,{},04/05/2020,what?,less\n"
+    with pytest.raises(UserError, match="whether 03/02/2020 begins with its day or its month is not known"):
+        read(write(tmp_path, text.format("S")))
+    assert len(read(write(tmp_path, text.format("S2"))).drafts) == 2
+
+
+def test_a_column_of_files_is_one_of_images_whatever_it_is_called(tmp_path):
+    own = read(write(tmp_path, "chemin;question;answer;patient\nct/1.png;what?;this;P1\n;what?;that;P1\n"))
+    assert [[view.name for view in draft.record.views()] for draft in own.drafts] == [["ct/1.png"], []]
+    assert "image is 'chemin'" in str(own.notes)
+    own = read(write(tmp_path, "note;question;answer\nsee 1.png there;what?;this\n"))
+    assert own.drafts[0].record.parts == () and "not used: note" in str(own.notes)
+
+
 # ----------------------------------------------------------------------------- real ones
 
 @pytest.mark.parametrize("name, count, images, task", [

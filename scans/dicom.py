@@ -30,6 +30,7 @@ from scans.windows import apply_window, named_windows, show, windows_of
 
 # Reasons, each without names and numbers, so that few kinds are counted
 NO_PIXELS = "no pixels: a report, an index, a plan or the like"
+COPY = "a copy of another file of its series"
 NO_PICTURE = "a segmentation or dose, no picture"
 DEFLATED = "a deflated DICOM file, which is not read; save it uncompressed"
 INSTALL = "pip install pydicom pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
@@ -216,7 +217,7 @@ def shots_of(path, sha256, header, window):
 
 def find(files, settings, name_of):
     """([Scan], {file: why}) of DICOM files, as scans.frames.find_scans says; name_of: a path's name."""
-    stacks, about, planes, refused = defaultdict(list), {}, defaultdict(list), {}
+    stacks, about, planes, refused, seen = defaultdict(list), {}, defaultdict(list), {}, set()
     for path in files:
         try:
             if path.name.lower() == "dicomdir":
@@ -228,11 +229,14 @@ def find(files, settings, name_of):
             told = About(patient_of(header), str(header.get("StudyInstanceUID") or ""), time_of(header),
                          header.get("Modality") in STACKED, tuple(warnings_of(header, settings.window)))
             key = stack_of(path, header, shots, planes)
+            if (key, sha256) in seen:
+                raise Unreadable(COPY)
         except (MemoryError, UserError):
             raise
         except Exception as error:  # such as a word where a number should be
             refused[path] = str(error) if isinstance(error, Unreadable) else DAMAGED
             continue
+        seen.add((key, sha256))
         stacks[key] += shots
         before = about.setdefault(key, told)
         about[key] = before._replace(warnings=tuple(dict.fromkeys(before.warnings + told.warnings)))

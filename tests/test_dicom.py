@@ -437,6 +437,15 @@ def test_phases_of_a_series_are_volumes(tmp_path):
     assert greys_of(scan) == [1, 101, 2, 102, 202] and "at one position" in scan.warnings[0]
 
 
+def test_a_copied_slice_is_no_other_slice(tmp_path):
+    for height in (1, 2):
+        slice_at(tmp_path / f"{height}.dcm", height, height)
+        (tmp_path / f"{height} (copy).dcm").write_bytes((tmp_path / f"{height}.dcm").read_bytes())
+    (scan,), refused = find_scans(sorted(tmp_path.iterdir()), ScanSettings(), tmp_path)
+    assert greys_of(scan) == [1, 2] and scan.warnings == () and len(refused) == 2
+    assert set(refused.values()) == {"a copy of another file of its series"}
+
+
 def test_frames_of_one_file(tmp_path):
     """Each has its own position, units and window; what they share counts where they say nothing."""
     def groups(height, slope, **window):

@@ -74,7 +74,7 @@ from plumbing.pixels import SMART_LEAST, SMART_MOST
 from plumbing.shards import PROMPT_VERSION, SHARD_VERSION
 from prepare.datasets import DATASETS
 from prepare.download import fetch, fetch_hub
-from prepare.leaks import REASONS, guard, report_rows
+from prepare.leaks import REASONS, guard, report_lines, report_rows
 from prepare.own_forms import prepare_any
 from prepare.shards import (ImageSettings, leftovers, locked, read_manifests, recover, why_stale,
                             write_dataset)
@@ -313,12 +313,8 @@ def print_leaks(names, config):
     if rows:
         print()
         print_table([("samples of", "whose image is in", *REASONS), *rows])
-    for split, leaks in report.items():
-        met = {test: set().union(*reasons.values()) for test, reasons in leaks["found"].items()}
-        if met:
-            where = ", ".join(f"{test} has {len(numbers):,}" for test, numbers in met.items())
-            print(f"{split}: {len(set().union(*met.values())):,} samples "
-                  f"{'kept all the same' if leaks['leaks'] == 'keep' else 'will be left out of it'}: {where}")
+    for line in report_lines(report):
+        print(line)
 
 
 def print_list(names, config):

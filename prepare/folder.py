@@ -34,7 +34,7 @@ from plumbing.pixels import SUFFIXES
 from plumbing.shards import PROMPT_VERSION, SHARD_VERSION, Shard
 from prepare.classify import group_alike, split_by_group
 from prepare.datasets import DATASETS, Dataset
-from prepare.leaks import guard
+from prepare.leaks import guard, report_lines
 from prepare.listing import SPLITS, read_folder, read_table
 from prepare.own import Wanted
 from prepare.own_page import write_page
@@ -313,7 +313,10 @@ def compared(path, shards_dir, dry_run=False):
         yield
         if not dry_run:
             with locked(shards_dir / "leaks.json", "comparing training with test images"):
-                guard(shards_dir, "")
+                report = guard(shards_dir, "")
+            mine = [split for split in report if not is_anothers((shards_dir / split).parent, path)]
+            for line in report_lines({split: report[split] for split in mine}):
+                print(f"  {line}")
     except (OSError, BrokenProcessPool) as error:
         raise UserError(f"{path}: {printable(str(error))}") from None
     except UserError as error:  # names of files may hold line breaks

@@ -157,6 +157,18 @@ def find_leaks(split, facts, before, open_split):
     return leaks | {"checksum": manifest_checksum(leaks)}
 
 
+def report_lines(report):
+    """Of what guard returns a line for each split that has images of tests: how many samples, and what is done."""
+    lines = []
+    for split, leaks in report.items():
+        met = {test: set().union(*reasons.values()) for test, reasons in leaks["found"].items()}
+        if met:
+            where = ", ".join(f"{test} has {len(numbers):,}" for test, numbers in met.items())
+            lines.append(f"{split}: {len(set().union(*met.values())):,} samples "
+                         f"{'kept all the same' if leaks['leaks'] == 'keep' else 'will be left out of it'}: {where}")
+    return lines
+
+
 def report_rows(report):
     """Rows of a table of what was found: a split with each that it was compared with, then both counts."""
     rows = []

@@ -138,7 +138,8 @@ def refuse(path, found):
     has = (f"columns {', '.join(columns):.200}" if columns else
            f"{printable(books[0])}, a workbook, which is to be saved as csv" if books else
            ", ".join(f"{count:,} files {end or 'without an end'}" for end, count in ends.most_common(3)) or "no file")
-    has += "".join(f"; {printable(why):.200}" for why in found.passed[:1])
+    archives = [f"unpack {printable(file.name)}" for file in files if file.suffix.lower() in ARCHIVES]
+    has += "".join(f"; {printable(why):.200}" for why in [*found.passed, *archives][:1])
     raise UserError(f"{path}: not understood, it has {has}; the nearest layouts are "
                     + "; ".join(f"{name}: {EXAMPLES[name][1]}" for name in nearest)
                     + "; name columns as --columns=image:theirs,question:theirs")

@@ -38,8 +38,12 @@ def several_of(names, headers):
 def complete_names(names, headers, notes):
     """
     A table's names of patients, and where a cell is empty the name that the same header has in other rows, else the
-    header's own. Says where a header has several names, as the table's count.
+    header's own. Says where a header has several names, as the table's count, and where zeros alone tell two apart.
     """
+    zeros = several_of(names, [re.sub(r"(?<!\d)0+(?=\d)", "", name).casefold() for name in names])
+    notes += [f"{len(zeros):,} patients have names that differ in zeros before them alone, "
+              f"{' and '.join(map(printable, next(iter(zeros.values()))[:2])):.80} the first: they count as several; "
+              "where they are one, give them one name"] if zeros else []
     several, of = several_of(names, headers), {}
     if len(set(headers) - {""}) > 1:  # else it is what programs write that take names out
         of = {header: name for name, header in zip(names, headers) if name and header and header not in several}

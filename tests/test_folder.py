@@ -182,8 +182,9 @@ def test_images_of_a_given_test_split_are_found_in_train(prepare, tmp_path):
         put_classes(tmp_path / "scans" / folder, 3)
     put(tmp_path / "scans/train/a/1.png", seed=7)
     put(tmp_path / "scans/test/b/2.png", seed=7)
-    name, splits, _ = prepare(tmp_path / "scans")
+    name, splits, printed = prepare(tmp_path / "scans")
     numbers = read_leaks(Shard(tmp_path / "shards/scans/train"))[1].tolist()
+    assert "  scans/train: 1 samples will be left out of it: scans/test has 1\n" in printed
     assert [list(splits["train"])[number] for number in numbers] == ["train/a/1.png"]
 
 

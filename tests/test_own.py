@@ -261,7 +261,8 @@ def test_a_spoiled_item_is_read_or_refused_in_one_line(item, tmp_path):
     ({"own/t.csv": "question,A,B\nwhich?,x,y\n"}, "choices: question,A,B,answer | which drug?,aspirin,heparin,B"),
     ({"own/t.csv": "study,image,view\n1,a,b\n"}, "reports: study,image,findings,impression | s1,1.png"),
     ({"own/t.xlsx": b"PK"}, "t.xlsx, a workbook, which is to be saved as csv"),
-    ({"own/1.dat": b"\1"}, "it has 1 files .dat"), ({"own/.DS_Store": b"\0"}, "it has no file"),
+    ({"own/1.dat": b"\1"}, "it has 1 files .dat"), ({"own/1.zip": b"PK"}, "1 files .zip; unpack 1.zip"),
+    ({"own/.DS_Store": b"\0"}, "it has no file"),
     ({}, "no folder and no csv there")])
 def test_what_is_not_understood_is_refused_with_the_nearest_layouts(files, wanted, prepare, tmp_path):
     for name, content in files.items():

@@ -80,6 +80,8 @@ def test_headers_name_a_patient_where_a_cell_is_empty():
     assert complete_names(["X1", "X2", ""], ["p1", "p1", "p2"], notes) == ["X1", "X2", "p2"]
     assert len(notes) == 1 and "1 patients of headers have several names in the table, X1 and X2" in notes[0]
     assert complete_names(["X1", "X2", ""], ["ANON"] * 3, notes) == ["X1", "X2", "ANON"] and len(notes) == 1
+    assert complete_names(["007", "7", "a-01", "10", "100"], [""] * 5, notes)[:2] == ["007", "7"]
+    assert "1 patients have names that differ in zeros before them alone, 007 and 7 the first" in notes[1]
 
 
 def test_folds_have_names():

@@ -78,7 +78,9 @@ def group_by_headers(items, notes):
         items = [item._replace(header=item.header and f"study {item.study}") for item in items]
     if not patients:
         return items, ""
-    return [item._replace(patient=item.header or item.patient) for item in items], "the headers of scans"
+    of = {item.study: item.header for item in items if item.header and item.header != f"study {item.study}"}
+    return [item._replace(patient=of.get(item.study, item.header) or item.patient) for item in items
+            ], "the headers of scans"
 
 
 def keep_studies(items, notes):

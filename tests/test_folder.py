@@ -617,6 +617,15 @@ def test_each_slice_of_a_series_is_an_image_of_its_class(prepare, tmp_path):
     assert len({record["group"] for record in records}) == 10 and len({record["study"] for record in records}) == 20
 
 
+def test_a_header_without_an_id_is_of_the_patient_of_its_study(tmp_path):
+    pytest.importorskip("pydicom")
+    for number in range(8):
+        put_series(tmp_path / "ab"[number % 2] / str(number), "" if number > 3 else f"P{number}", number, 1,
+                   f"1.9.{number % 4 + 1}")
+        (tmp_path / "ab"[number % 2] / f"{number}/IM0.dcm").rename(tmp_path / "ab"[number % 2] / f"{number}.dcm")
+    assert sorted(item.patient for item in read_folder(tmp_path).items) == sorted(f"P{n % 4}" for n in range(8))
+
+
 def test_one_name_in_all_headers_is_no_patient(prepare, tmp_path):
     pytest.importorskip("pydicom")
     for number in range(12):

@@ -124,10 +124,13 @@ def write_csv(path, header, rows):
 
 
 def write_split(path, split, probabilities, classes):
-    """Write a csv of a Split's images: what each is, and the (n, m) calibrated probabilities."""
+    """
+    Write a csv of a Split's images: what each is, and the (n, m) calibrated probabilities, each with all of its digits,
+    for a threshold may lie below what six of them tell apart.
+    """
     names = np.array(classes, object)
     write_csv(path, ["image", "group", "labels", *classes], [
-        [image, group, "|".join(names[labels]), *(f"{p:.6f}" for p in row)]
+        [image, group, "|".join(names[labels]), *map(float, row)]
         for image, group, labels, row in zip(split.names, split.groups, split.labels, probabilities)])
 
 

@@ -39,6 +39,7 @@ from tasks.labels import decide
 from weights import load_classifier
 
 CELLS, SQUARE = 8, 2  # of a heat map: places along a side, and along that of the square that hides some
+LEAST = 0.5  # fall of the log-odds, in nats, that is drawn in full red, unless the greatest is larger
 SIDE, QUALITY = 224, 85  # of a picture: pixels, and of the JPEG
 MOST_PATIENTS = 100  # in the table
 
@@ -221,7 +222,8 @@ def show_points(one, config):
                 rows.append([*row, "too few", "", ""])
                 continue
             found = operate(threshold, one.probabilities[:, place], one.actual[:, place], one.groups)
-            rows.append([*row, f"{threshold:.4f}", *(with_interval(found[key]["value"], found[key]["interval"])
+            shown = f"{threshold:.4f}" if 1e-4 <= threshold < 0.9999 else f"{threshold:.12g}"
+            rows.append([*row, shown, *(with_interval(found[key]["value"], found[key]["interval"])
                                                      for key in ("sensitivity", "specificity"))])
     header = ["class", "wanted", "validation images", "threshold", "sensitivity on test", "specificity on test"]
     return section("Operating points", table(header, rows), quiet(
@@ -288,7 +290,7 @@ def occlude(model, pixels, place, autocast):
 def draw_heat(pixels, falls):
     """An image beside itself with its falls in red, as base64 of a JPEG."""
     image = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    heat = np.maximum(falls, 0) / max(falls.max(), 1e-9)
+    heat = np.maximum(falls, 0) / max(falls.max(), LEAST)
     mask = Image.fromarray((200 * heat).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     page, stream = Image.new("RGB", (2 * SIDE + 4, SIDE)), io.BytesIO()
     page.paste(image, (0, 0))
@@ -320,7 +322,8 @@ def show_mistakes(one, config):
             f"<br>{text(split.names[image])}</figcaption></figure>")
     return section("The most confident mistakes", quiet(
         "Beside each picture: where it is red, hiding it lowers the log-odds of the class that is named below it, the "
-        "most where it is reddest. It shows what the model uses, not where a disease is."),
+        f"most where it is reddest, which takes a fall of {LEAST:g} nats. It shows what the model uses, not where a "
+        "disease is."),
         f'<div class="pictures">{"".join(figures)}</div>')
 
 

@@ -1,5 +1,7 @@
 """extras/look/classifier.py: a page of a tiny run, whose numbers are those of the run, and its refusals."""
 
+import base64
+import io
 import re
 import shutil
 from dataclasses import replace
@@ -7,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from data import Record
 from extras.look import classifier as page
 from model import CONFIGS
 from plumbing.files import read_manifest, write_manifest
 from plumbing.flags import UserError
+from tasks.encoders import write_split
 from test_cls import TINY, picture, settings, write
 from train_cls import main as train
 
@@ -103,6 +107,27 @@ def test_the_heat_is_where_the_model_looks():
     assert whole == pytest.approx(200 / 255) and lowest < 0.1
     other, *_ = page.occlude(Corner(), pixels, 0, None)
     assert np.allclose(other, -falls)  # what speaks for one class speaks against the other
+
+
+def test_a_place_that_hardly_counts_is_hardly_red():
+    pixels, falls = np.full((64, 64, 3), 128, np.uint8), np.zeros((8, 8))
+
+    def redness(fall):
+        falls[2, 3] = fall
+        with Image.open(io.BytesIO(base64.b64decode(page.draw_heat(pixels, falls))), formats=["JPEG"]) as image:
+            heat = np.asarray(image, np.float64)[:, page.SIDE + 4:]
+        return (heat[..., 0] - heat[..., 1]).max()
+
+    assert redness(0.01) < 8 < 100 < redness(page.LEAST) <= redness(9.0) + 8
+
+
+def test_probabilities_are_read_as_they_were_measured(made, tmp_path):
+    split = page.read_run(config_of(made, tmp_path)).splits["test"]
+    probabilities = np.random.default_rng(0).random(split.labels.shape)
+    probabilities[:3, 0] = 5e-9, 4e-9, 1 - 1e-12
+    path, classes = tmp_path / "test.csv", ["a<b", "grey", "light"]
+    write_split(path, split, probabilities, classes)
+    assert np.array_equal(page.read_probabilities(path, split, classes), probabilities)
 
 
 def test_a_page_of_another_dataset_or_version_is_refused_in_one_line(made, tmp_path):

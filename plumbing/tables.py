@@ -254,6 +254,8 @@ def list_of(cell, signs="|;"):
 def image_names(row, roles, several):
     """The names of a row's images. several: its columns, as image_columns gives them; roles: as find_roles does."""
     cells = [row.get(name) for name in several] if "image" not in roles else [row.get(roles["image"])]
+    if "image" in roles and not list_of(cells[0]):  # rows of one image may say "image", those of several "images"
+        cells = [cell for name, cell in row.items() if plain_name(name) in ("image", "images")]
     found = []
     for cell in cells:
         value = value_of(cell)

@@ -51,7 +51,8 @@ class Entry(NamedTuple):
 def name_run(folder):
     """What a run's folder is called in the table: its path below out/, without seed and fold."""
     folder = folder.relative_to("out") if folder.is_relative_to("out") else folder
-    parts = [re.sub(r"(^|[_-])fold_\d+(_of_\d+)?", "", part) for part in folder.parts if not re.fullmatch(r"seed_\d+", part)]
+    parts = [re.sub(r"(^|[_-])fold_\d+(_of_\d+)?", "", part) for part in folder.parts
+             if not re.fullmatch(r"seed_\d+", part)]
     return "/".join(filter(None, parts)) or folder.name
 
 

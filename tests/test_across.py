@@ -111,7 +111,8 @@ def test_a_fold_that_is_missing_is_seen(capsys):
 
 @pytest.mark.parametrize("folder, name", [
     ("out/x", "x"), ("out/x/seed_2", "x"), ("out/a/b/seed_0", "a/b"), ("out/own_fold_1_of_5/seed_0", "own"),
-    ("out/own/fold_3", "own"), ("out/manifold_1/seed_0", "manifold_1"), ("out/own-fold_1", "own"), ("else/where", "else/where"), ("out/fold_1", "fold_1"), ("out/seedling", "seedling")])
+    ("out/own/fold_3", "own"), ("out/own-fold_1", "own"), ("out/manifold_1/seed_0", "manifold_1"),
+    ("else/where", "else/where"), ("out/fold_1", "fold_1"), ("out/seedling", "seedling")])
 def test_names_of_runs(folder, name):
     assert name_run(Path(folder)) == name
 

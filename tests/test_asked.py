@@ -1,6 +1,7 @@
 """Tables of questions about a folder of images: what is found, answered, refused with a reason, and gone on with."""
 
 import csv
+import json
 import math
 import unicodedata
 
@@ -177,6 +178,16 @@ def test_a_probability_is_that_of_exactly_this_answer(made, tmp_path):
             break
     assert float(row["probability"]) == pytest.approx(math.exp(total), rel=1e-3)
     assert row["cut"] == ("no" if token in tokenizer.stops else "yes")
+
+
+def test_rows_of_one_image_and_of_several_may_name_their_columns_so(made, tmp_path):
+    rows = [{"image": "b.png", "question": "is it?"},
+            {"images": ["b.png", "deep/c.tif"], "question": "has it changed?"},
+            {"image": "", "images": None, "question": "what is fever?"}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = read_questions(str(tmp_path / "q.jsonl"), str(made[2]))
+    assert [(row.image, len(row.pictures), row.error) for row in asked] == [
+        ("b.png", 1, ""), ("b.png|deep/c.tif", 2, ""), ("", 0, "")]
 
 
 def test_one_question_about_every_image_of_a_folder(made, tmp_path):

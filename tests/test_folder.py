@@ -880,6 +880,13 @@ def test_a_folder_is_refused_in_one_line(files, wanted, tmp_path):
     refused(tmp_path / "scans", tmp_path / "shards", wanted)
 
 
+@pytest.mark.parametrize("shards", ["scans/shards", "scans", "."])
+def test_prepared_datasets_are_not_read_as_one_s_own(shards, tmp_path):
+    put_classes(tmp_path / "scans", 3)
+    with pytest.raises(UserError, match="would be read as images of one's own; choose another --shards_dir"):
+        prepare_folder(tmp_path / "scans", tmp_path / shards)
+
+
 @pytest.mark.parametrize("lines, wanted", [
     (["path,class", "0.png,a"], "no column 'label' among its columns path, class"),
     (["name;label", "0.png;a"], "no column 'image' among its columns name, label"),

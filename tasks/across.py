@@ -282,7 +282,9 @@ def report_runs(config):
     entries = [entry for entry in entries if summary_of(entry.results) and (
         config.data in ("", "all") or entry.dataset.partition("/")[0] in asked)]
     if not entries:
-        raise UserError(f"{', '.join(places)}: no evaluation to report; make one with `python eval_vqa.py --run=...`")
+        of = f" of {config.data}" if config.data not in ("", "all") else ""
+        raise UserError(f"{', '.join(places)}: no evaluation{of} to report; make one with "
+                        "`python eval_vqa.py --run=...`")
     entries, lines = comparable(entries)
     groups, drawn, rows, scored = defaultdict(list), defaultdict(list), [], {}
     for entry in sorted(entries, key=lambda entry: (entry.dataset, entry.run, entry.fold, entry.seed or 0)):

@@ -241,6 +241,9 @@ def choose_evaluations(place=""):
         if results["stands_on"]["checkpoint"] == checkpoint and file_of("model") in results["predictions"]:
             chosen.setdefault(*results["results"], (folder, results))
     if not chosen:
+        if place and (seeds := seeds_of(place)):
+            raise UserError(f"{place}: runs of a seed each; name one, such as {seeds[0]}, or take all of them with "
+                            f"`python eval_vqa.py --report=true --run={place}`")
         where = f"{place}: no predictions.jsonl of an evaluation here" if place else \
             "no predictions.jsonl in a run of out/"
         raise UserError(f"{where}; make one with `python eval_vqa.py{f' --run={place}' if place else ''}`")

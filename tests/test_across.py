@@ -219,6 +219,15 @@ def test_some_runs_and_datasets_of_several(capsys, tmp_path):
     assert len(pairs) == 1 and not Path("out/report.txt").exists()
     with pytest.raises(UserError, match="nowhere: no evaluation to report"):
         eval_vqa.main(Config(report=True, run="nowhere"))
+    with pytest.raises(UserError, match="out: no evaluation of mine to report"):
+        eval_vqa.main(Config(report=True, data="mine"))
+
+
+def test_seeds_are_compared_in_the_report_and_not_one_by_one():
+    evaluate("out/x/seed_0", {1}), evaluate("out/y/seed_0", {1})
+    Path("out/x/seed_0/step_000009").mkdir()
+    with pytest.raises(UserError, match="out/x: runs of a seed each; name one, such as out/x/seed_0, or take all"):
+        eval_vqa.main(Config(run="out/x", against="out/y"))
 
 
 def test_the_evaluations_of_all_seeds_of_a_run_are_in_the_report(capsys, tmp_path):

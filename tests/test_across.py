@@ -160,8 +160,10 @@ def test_a_first_look_at_some_questions_does_not_stand_in_for_all_of_them(capsys
     for seed in range(2):
         evaluate(f"out/x/seed_{seed}", {1, 2}, seed=seed)
     evaluate("out/x/seed_0", {1, 2}, seed=0, n=4, flags={"limit": 4})  # the newest
-    ((row,), _, text) = report(capsys)
-    assert (row["questions"], row["seeds"]) == ("20", "2") and "left out" not in text
+    for n, limit in ((20, 0), (4, 4)):  # of as many runs, the one with the most questions
+        evaluate("out/x/seed_0", {1, 2}, "more/test", n=n, flags={"limit": limit})
+    ((more, row), _, text) = report(capsys)
+    assert (row["questions"], row["seeds"]) == ("20", "2") and more["questions"] == "20" and "left out" not in text
 
 
 def test_seeds_that_were_stopped_at_different_steps_are_named(capsys):

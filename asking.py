@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import Group, Record, View, make_batch, shared_prefix
+from formats.frames import pixels_of
 from generate import finished_groups, generate
 from plumbing.devices import share_out, to_device
 from plumbing.flags import UserError
 from plumbing.shards import Sample
-from scans.frames import pixels_of
 from tasks import reports
 from tasks.asked import yes_no
 from tasks.choices import answers_of, stem_of, ways_of

@@ -45,7 +45,7 @@ BOS, EOS = 1, 2  # LLaMA's ids; PMC-LLaMA's config.json says 0 and 1, which its 
 @dataclass
 class View:
     """One of several images of a record."""
-    image: bytes  # the encoded file; or a scans.frames.Frame, decoded where it is stored
+    image: bytes  # the encoded file; or a formats.frames.Frame, decoded where it is stored
     name: str = ""  # of the file
     role: str = ""  # in words, written before the image: "frontal", "prior frontal"
 

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from data import EOS, Record, View
+from formats.frames import ScanSettings, pixels_of
 from plumbing.order import count_before
 from plumbing.flags import UserError
-from scans.frames import ScanSettings, pixels_of
 from tasks.asked import open_image
 
 

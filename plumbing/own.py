@@ -17,7 +17,9 @@ from plumbing.flags import UserError
 
 TABLES = (".csv", ".tsv")
 LISTS = (*TABLES, ".json", ".jsonl", ".ndjson")  # files that may list one's own images
-SECRET = ".patients.key"  # a file in a folder of one's own, with which its patients are hashed
+SECRET, HASHED = ".patients.key", ".patients.csv"  # files in a folder of one's own: with what its patients are hashed,
+# and which hash is whose; neither leaves it
+OURS = (SECRET, HASHED)
 PREPARE = Path(__file__).resolve().parent.parent / "prepare" / "all.py"
 
 

@@ -13,8 +13,8 @@ from dataclasses import replace
 import numpy as np
 from PIL import ImageOps
 
+from formats.frames import decode_picture, picture_key
 from plumbing.pixels import Unreadable
-from scans.frames import decode_picture, picture_key
 
 LEAST_SIDE = 0.7  # of a crop, as a share of the image's side
 LEAST_AREA = 0.5  # of a box that a crop has to leave; else the box is dropped

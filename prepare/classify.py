@@ -18,12 +18,12 @@ import numpy as np
 from PIL import Image
 
 from data import Record
+from formats.frames import decode_picture
 from plumbing.flags import UserError
 from plumbing.pixels import FORMATS
 from prepare.datasets import (DATASETS, count_from, dataset, find_folder, open_zip, read_csv, read_image,
                               read_json, read_member, read_named_image, read_tar, refuse_damage)
 from prepare.looks import FINGERPRINT, SIDE, alike, fingerprint
-from scans.frames import decode_picture
 
 HELD_OUT = {"train": 0.9, "validation": 0.1}  # of a training part that has no validation split
 

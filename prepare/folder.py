@@ -7,7 +7,7 @@ A folder of your own images, or a csv that lists them, as a prepared classificat
     scans/benign/ct_1/*.dcm  scans/malignant/2.nii.gz  scans, of which each slice is an image
     scans.csv                                          path,label and perhaps split, patient and study
 
-Class folders are searched to any depth. A csv's paths start at its own folder or at /; scans/pictures.py
+Class folders are searched to any depth. A csv's paths start at its own folder or at /; formats/pictures.py
 says what else may stand there. Several labels are joined by | or ;, and beside images with several one without
 any has no finding; where no image has several, a row without one is skipped. A patient may also be called
 subject, case, study or group, or patient_id etc.; where neither folders nor a column name any, headers do.
@@ -28,6 +28,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from data import Record
+from formats.pictures import file_of
 from plumbing.flags import UserError
 from plumbing.own import clean, origins, own_path, printable
 from plumbing.pixels import SUFFIXES
@@ -41,7 +42,6 @@ from prepare.own_page import write_page
 from prepare.own_pictures import read_source
 from prepare.own_splits import SHARES, divide, fold_targets, group_names, hash_names, hide
 from prepare.shards import ImageSettings, locked, recover, why_stale, write_dataset
-from scans.pictures import file_of
 
 LONGEST_NAME = 50  # letters of a dataset's name: four bytes each at most, of the 255 that a disk takes
 
@@ -268,7 +268,7 @@ def prepare_listing(path, shards_dir, facts, write, name="", ending=""):
     if name.lower() in DATASETS:
         raise UserError(f"--name={name}: a public dataset is called so; choose another")
     facts = {"shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION, "limit": 0, "licence": "yours",
-             "path": clean(str(path)), **facts}
+             "path": clean(str(path)), "patients": "hashed", **facts}
     for base in [name] if name else names_for(path):
         name = base + ending
         if "folds" in facts:
@@ -335,6 +335,9 @@ def prepare_folder(path, shards_dir, wanted=Wanted()):
         listing = read_folder(path, wanted.scans) if path.is_dir() else read_table(path, wanted.scans, wanted.columns)
         require_names(path, listing.names)
         require_classes(path, listing.items, listing.names)
+        labels = Counter(label or "of none" for item in listing.items for label in item.labels or [""])
+        print(f"  {len(listing.items):,} pictures: "
+              + ", ".join(f"{count:,} {printable(label):.40}" for label, count in labels.most_common(12)), flush=True)
         facts = wanted.facts(item.source for item in listing.items) | {
             "listing": digest(listing.items + listing.unlabelled),
             "grouped_by": listing.grouped_by or "alike images", "multi_label": listing.multi_label}

@@ -11,13 +11,13 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+from formats.frames import Frame, ScanSettings
+from formats.pictures import Pictures, file_of, is_left_by_programs
 from plumbing.flags import UserError
-from plumbing.own import SECRET, files_below, printable, written
+from plumbing.own import OURS, files_below, printable, written
 from plumbing.tables import NOTHING, find_column, find_roles, plain_name, read_rows
 from prepare.datasets import require_columns
 from prepare.own_splits import complete_names, several_of
-from scans.frames import Frame, ScanSettings
-from scans.pictures import Pictures, file_of, is_left_by_programs
 
 SPLITS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
           "val": "validation", "test": "test", "testing": "test"}
@@ -78,7 +78,8 @@ def group_by_headers(items, notes):
         items = [item._replace(header=item.header and f"study {item.study}") for item in items]
     if not patients:
         return items, ""
-    of = {item.study: item.header for item in items if item.header and item.header != f"study {item.study}"}
+    of = {item.study: item.header for item in items
+          if item.study and item.header and item.header != f"study {item.study}"}
     return [item._replace(patient=of.get(item.study, item.header) or item.patient) for item in items
             ], "the headers of scans"
 
@@ -109,7 +110,7 @@ def is_mask(file, names):
 def read_folder(folder, settings=ScanSettings()):
     """The Listing of a folder with one a class, perhaps in train and test, perhaps with one a patient in it."""
     splits = [path for path in folders_in(folder) if path.name.lower() in SPLITS]
-    files = [file for file in files_below(folder) if file.name != SECRET]
+    files = [file for file in files_below(folder) if file.name not in OURS]
     pictures, depth = Pictures(folder, settings), 1 if splits else 0
     names, masks, others, classes = set(files), [], [], defaultdict(list)
     for file in files:
@@ -129,13 +130,13 @@ def read_folder(folder, settings=ScanSettings()):
             inside[parts].add(patient)
     if not items and pictures.refused:
         raise UserError(f"{folder}: no picture in it can be used: {pictures.notes()[0]}")
-    used = {file_of(item.source) for item in items} | set(masks) | pictures.refused.keys()
+    shown = {file_of(source) for source in (*(item.source for item in items), *pictures.left_out)}
+    used = shown | set(masks) | pictures.refused.keys()
     others = [file for file in files if file not in used]
     notes, grouped_by, patients = [], "", set().union(*inside.values()) - {""}
     if others:
-        chosen = "left out by --slices, " * (settings.slices != "all")
         notes.append(f"{len(others):,} files passed over, {printable(pictures.name_of(others[0])):.80} the first: "
-                     f"hidden, no image, {chosen}or in no class's folder")
+                     "hidden, no image, or in no class's folder")
     if masks:
         notes.append(f"{len(masks):,} masks passed over, {printable(pictures.name_of(masks[0])):.80} the first: each "
                      "is called as an image beside it")

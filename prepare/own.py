@@ -6,7 +6,7 @@ Your own folder or file as a prepared dataset, whatever of a dozen layouts it ha
     prepare/own_questions.py   a csv, JSON or JSON lines of questions
     prepare/own_chats.py       conversations: LLaVA's and ShareGPT's, messages with content parts
     prepare/own_studies.py     studies with reports: a folder each, or a csv
-    scans/pictures.py          the pictures that they name: image files, scans, slices of volumes
+    formats/pictures.py          the pictures that they name: image files, scans, slices of volumes
     prepare/own_splits.py      splits and folds by patient, and patients' hashed names
     prepare/own_page.py        --dry_run: the first samples with their pictures, on a page
     prepare/own_forms.py       recognises which of them reads, has splits made and pictures found, and writes
@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
 from data import Record
+from formats.frames import Frame, ScanSettings
 from prepare.shards import ImageSettings
-from scans.frames import Frame, ScanSettings
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+from formats.frames import Frame, ScanSettings, decode_picture, picture_key
+from formats.pictures import Pictures
 from plumbing.flags import UserError
 from plumbing.own import TABLES, files_below, own_path, printable, written
 from plumbing.pixels import Unreadable
@@ -36,8 +38,6 @@ from prepare.own_page import write_page
 from prepare.own_pictures import read_source
 from prepare.own_splits import complete_names, divide, fold_targets, hash_names, hide
 from prepare.shards import ImageSettings, write_dataset
-from scans.frames import Frame, ScanSettings, decode_picture, picture_key
-from scans.pictures import Pictures
 
 ROLES = {  # what a column is for -> names that it may have, without capitals, spaces and signs; the first counts
     "image": ("image", "path", "file", "filename", "imagepath", "imageid"),

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import View
+from formats.frames import Frame, ScanSettings, decode_picture
+from formats.pictures import Pictures, file_of, is_left_by_programs
 from plumbing.flags import UserError
-from plumbing.own import TABLES, files_below, own_path, printable, secret_of
+from plumbing.own import TABLES, files_below, own_path, printable
 from plumbing.shards import Shard
 from plumbing.tables import JSONS, SEPARATED, WORKBOOKS, find_roles, parse_columns, plain_name, read_items
 from prepare.choices import group_equals
@@ -37,8 +39,6 @@ from prepare.own_splits import LEAST_ID, complete_names, divide, fold_targets, h
 from prepare.own_studies import ROLES as STUDY_ROLES
 from prepare.own_studies import find_studies, read_studies
 from prepare.shards import ImageSettings, write_dataset
-from scans.frames import Frame, ScanSettings, decode_picture
-from scans.pictures import Pictures, file_of, is_left_by_programs
 
 MOST_TABLES = 64  # of a folder that are looked into: more are no tables of samples, but a file an image
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
@@ -196,9 +196,14 @@ class Shown(NamedTuple):
     hashes: tuple  # of patient and study
 
 
+def named_views(record):
+    """The Views of a Record that name a picture and do not hold it."""
+    return [view for view in record.views() if view.image is None]
+
+
 def find_pictures(path, own, pictures):
     """The Shown of each Draft, and where their patients come from; "" where none is named."""
-    scans = [[pictures.find(f"{draft.where}", view.name) for view in draft.record.views() if view.image is None]
+    scans = [[pictures.find(f"{draft.where}", view.name) for view in named_views(draft.record)]
              for draft in own.drafts]
     named = [next((scan.patient for scan in some if scan and scan.patient), "") for some in scans]
     if len(set(named) - {""}) == 1:  # as programs write that take names out: their studies count
@@ -287,9 +292,9 @@ def to_shares(boxes, source, pixels):
             for label, some in boxes.items()}
 
 
-def record_of(one, group, secret, pixels=False):
+def record_of(one, group, hashed, pixels=False):
     """
-    The Record of a Shown with its pictures. group: of what is never divided; secret: by which patients are hashed;
+    The Record of a Shown with its pictures. group: of what is never divided; hashed: {name of a scan: hash};
     pixels: whether its boxes are.
     """
     (patient, study), scans, parts = one.hashes, iter(one.scans), []
@@ -298,7 +303,7 @@ def record_of(one, group, secret, pixels=False):
             parts.append(part)
         else:
             scan = next(scans)
-            name = hide(written_name(scan, part.name, secret) if scan else part.name, one.patient, patient)
+            name = hide(written_name(scan, part.name, hashed) if scan else part.name, one.patient, patient)
             parts += views_of(scan, name, part.role) if scan else [View(None, name, part.role)]
     more = {"id": hide(one.record.id, one.patient, patient), "study": study, "group": group, "parts": tuple(parts)}
     if len(parts) == 1 and isinstance(parts[0], View) and not parts[0].role:
@@ -347,8 +352,7 @@ def say(path, own, shown, grouped_by, settings):
 
 def lost_of(shown):
     """The names of images that are not there."""
-    return [view.name for one in shown for view, scan in zip(
-        [view for view in one.record.views() if view.image is None], one.scans) if scan is None]
+    return [view.name for one in shown for view, scan in zip(named_views(one.record), one.scans) if scan is None]
 
 
 def require_there(path, shown):
@@ -418,8 +422,9 @@ def prepare_samples(config, own, pictures, wanted, tokenizer):
     pixels = boxes_in_pixels(shown, own.notes)
     counts = say(path, own, shown, grouped_by, pictures.settings)
     require_there(path, shown)
-    named = any(scan and (scan.patient or scan.study) for one in shown for scan in one.scans)
-    complete = functools.partial(record_of, secret=secret_of(path) if named else b"", pixels=pixels)
+    names = sorted({view.name for one in shown for view, scan in zip(named_views(one.record), one.scans)
+                    if scan and (scan.patient or scan.study)})
+    complete = functools.partial(record_of, hashed=dict(zip(names, hash_names(path, names))), pixels=pixels)
     facts = wanted.facts(source for one in shown for source in pictures_of(one))
     if wanted.dry_run:
         samples = [(one.split or "not divided yet", complete(one, group_of(one))) for one in shown[:10]]

@@ -14,11 +14,11 @@ from pathlib import Path
 from PIL import ImageDraw
 
 from data import View
+from formats.frames import decode_picture
 from plumbing.files import write_whole
 from plumbing.flags import UserError
 from plumbing.pixels import Unreadable, resize_flags, resize_image
 from prepare.shards import clean_record
-from scans.frames import decode_picture
 from tasks.boxes import plain
 
 FOLDER = "out"

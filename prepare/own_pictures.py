@@ -1,9 +1,8 @@
-"""Pictures of one's own, as scans/pictures.py finds them, into records."""
+"""Pictures of one's own, as formats/pictures.py finds them, into records."""
 
 from data import View
-from plumbing.own import hash_id
+from formats.frames import Frame
 from prepare.datasets import read_image
-from scans.frames import Frame
 
 
 def read_source(source):
@@ -11,12 +10,12 @@ def read_source(source):
     return source if isinstance(source, Frame) else read_image(source)
 
 
-def written_name(scan, name, secret):
+def written_name(scan, name, hashed):
     """
-    The name under which a Scan is written: as the source calls it, but where a header names a patient or study a
-    hash of that, for the files of archives are called by patients' names and dates of birth.
+    The name under which a Scan is written: as the source calls it, but where a header names a patient or study
+    hashed[name], for the files of archives are called by patients' names and dates of birth.
     """
-    return f"scan {hash_id(secret, name)}" if scan.patient or scan.study else name
+    return f"scan {hashed[name]}" if scan.patient or scan.study else name
 
 
 def views_of(scan, name, role=""):

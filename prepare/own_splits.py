@@ -2,11 +2,14 @@
 Splits and folds of one's own data by patient, and the hashes that stand for patients in what is written.
 """
 
+import csv
+import io
 import re
 from collections import Counter, defaultdict
 
+from plumbing.files import write_whole
 from plumbing.flags import UserError
-from plumbing.own import hash_id, printable, secret_of
+from plumbing.own import HASHED, hash_id, printable, secret_of
 from prepare.classify import split_by_group
 
 SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
@@ -17,8 +20,23 @@ LEAST_ID = 4  # letters of an id that is looked for within a part of a path: a s
 
 def hash_names(path, names):
     """Of each patient or study the hash, by the secret of this folder or file; "" for "", which is no one."""
-    secret = secret_of(path) if any(names) else b""
-    return [name and hash_id(secret, name.casefold()) for name in names]
+    if not any(names):
+        return list(names)
+    secret = secret_of(path)
+    hashes = [name and hash_id(secret, name.casefold()) for name in names]
+    keep_hashes(path, dict(zip(hashes, names)))
+    return hashes
+
+
+def keep_hashes(path, names):
+    """Note in a folder, or beside a file, {hash: whose it is}: with it what a model says leads back to a patient."""
+    place = (path if path.is_dir() else path.parent) / HASHED
+    known = dict(csv.reader(io.StringIO(place.read_text("utf-8"), newline=""))) if place.is_file() else {}
+    rows = {"hash": "name"} | known | {hashed: printable(name) for hashed, name in names.items() if hashed}
+    if rows != known:
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows(rows.items())
+        write_whole(place, text.getvalue().encode("utf-8", "backslashreplace"))
 
 
 def group_names(path, patients):

@@ -16,6 +16,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 from data import View
+from formats.pictures import ENDING, is_left_by_programs
 from plumbing.flags import UserError
 from plumbing.own import TABLES, clean, files_below, printable, written
 from plumbing.tables import NO_WORDS, find_roles, list_of, read_items, text_of
@@ -27,7 +28,6 @@ from prepare.own_splits import complete_names, hash_names, several_of
 from prepare.reports import report_sections
 from prepare.studies import ROLES as VIEWS
 from prepare.studies import Study, mimic_role, timed_records
-from scans.pictures import ENDING, is_left_by_programs
 
 ROLES = {  # what a column is for -> names that it may have, without capitals, spaces and signs; the first counts
     "study": ("studyid", "study", "studyinstanceuid", "examid", "exam", "accession", "accessionnumber", "reportid",
@@ -315,7 +315,7 @@ def is_prior_volume(part, pictures):
 
 def read_studies(path, sources, pictures, report="both", columns=""):
     """
-    The Own, of kind "reports", of what find_studies found. pictures: scans.pictures.Pictures, which say when DICOM
+    The Own, of kind "reports", of what find_studies found. pictures: formats.pictures.Pictures, which say when DICOM
     studies were made; report: as --report. Drafts name their pictures by their path; Record.id is a hash.
     Raises UserError.
     """

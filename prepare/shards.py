@@ -28,6 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import View
+from formats.frames import ScanSettings, decode_picture, picture_key
 from plumbing.files import TOKENIZERS, differences, hash_file, lock, manifest_checksum, read_manifest
 from plumbing.flags import UserError
 from plumbing.own import clean
@@ -36,7 +37,6 @@ from plumbing.shards import IMAGE, SAMPLE, hash_words, sample_checksum
 from prepare.augment import altered
 from prepare.download import hub_revision
 from prepare.looks import fingerprint
-from scans.frames import ScanSettings, decode_picture, picture_key
 from tasks import boxes, reasoning
 from tasks.choices import right_of
 from zoo.chatml import open_tokenizer

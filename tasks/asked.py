@@ -4,7 +4,7 @@ Questions that have no prepared split: a table of them with a folder of images, 
     image,question            1.png,is there a fracture?      several images with | between them; none: a text question
     {"images": ["a.png", "b.png"], "question": "what has changed?"}
 
-Tables are those of plumbing/tables.py, and images those of scans/pictures.py, by whatever name they find them.
+Tables are those of plumbing/tables.py, and images those of formats/pictures.py, by whatever name they find them.
 Whatever cannot be asked stays in the table of answers, with the reason.
 """
 
@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
+from formats.frames import ScanSettings, find_scans
+from formats.pictures import Pictures, file_of, plain
 from plumbing.files import lock, require_writable, write_whole
 from plumbing.flags import UserError
 from plumbing.own import clean, printable
 from plumbing.tables import (IMAGES, JSONS, NO_WORDS, QUESTIONS, SEPARATED, WORKBOOKS, column_of_files, find_roles,
                              image_columns, image_names, read_items, text_of)
-from scans.frames import ScanSettings, find_scans
-from scans.pictures import Pictures, file_of, plain
 from tasks.seen import open_trained
 from tasks.summary import write_csv
 from tasks.wording import Familiar
@@ -35,7 +35,7 @@ class Row:
     """A question, and what is to be known of its answer."""
     image: str  # names of its images, as the table has them
     question: str
-    pictures: tuple = ()  # (source, label) of each, as scans.frames has them
+    pictures: tuple = ()  # (source, label) of each, as formats.frames has them
     error: str = ""  # why it was not answered
     answer: str = ""
     facts: dict = field(default_factory=dict)  # the other columns of ANSWERED
@@ -129,8 +129,9 @@ def open_rows(config, record):
     The Rows of eval_vqa.py's --ask, or the one of its --question, each with what tasks.wording says of its question.
     record: what the run's checkpoint was sealed with. Raises UserError.
     """
-    window = record["image"].get("window", "auto") if config.window == "auto" else config.window
-    settings = ScanSettings(window, config.slices)
+    usual = ScanSettings()  # where no flag says otherwise, scans are shown as they were to the run
+    settings = ScanSettings(*(getattr(config, name) if getattr(config, name, value) != value else
+                              record["image"].get(name, value) for name, value in vars(usual).items()))
     if config.question:
         if config.image and not Path(config.image).is_file():
             what = "a folder" if Path(config.image).is_dir() else "no such file"

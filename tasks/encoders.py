@@ -222,12 +222,18 @@ def write_predictions(path, pictures, probabilities, facts):
         if all(len(some) == 1 for some in places.values()):
             table.unlink(missing_ok=True)  # of an earlier prediction
             continue
-        rows = prediction_rows(np.array([probabilities[some].mean(0) for some in places.values()]), facts)
-        write_csv(table, [unit, "images", "first image", *header], [
-            [name, len(some), pictures[some[0]].name, *row] for (name, some), row in zip(places.items(), rows)])
-        told.append(f"{table}: {len(rows):,} {plural}{count_uncertain(rows)}"
+        means = prediction_rows(np.array([probabilities[some].mean(0) for some in places.values()]), facts)
+        write_csv(table, [unit, "images", "first image", "predicted", "uncertain images", *facts["classes"]], [
+            [name, len(some), pictures[some[0]].name, labels, flags_of(rows, some), *numbers]
+            for (name, some), (labels, _, *numbers) in zip(places.items(), means)])
+        told.append(f"{table}: {len(means):,} {plural}"
                     + f"; {unknown:,} images are of no known {unit}" * bool(unknown))
     print("\n".join([*told, describe_trust(facts)]))
+
+
+def flags_of(rows, places):
+    """How many of these rows are uncertain; "" where that is not known: of a mean it is not."""
+    return sum(rows[place][1] == "yes" for place in places) if rows[0][1] else ""
 
 
 def count_uncertain(rows):

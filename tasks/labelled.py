@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from formats.frames import ScanSettings, find_scans, pixels_of
 from plumbing.devices import usable_cores
 from plumbing.files import differences, hash_json, read_manifest
 from plumbing.flags import UserError
@@ -20,7 +21,6 @@ from plumbing.leaks import read_leaks
 from plumbing.order import random_keys
 from plumbing.own import files_below, find_prepared, hash_id, only_dataset_of, prepare_own, secret_of, written
 from plumbing.shards import Shard
-from scans.frames import ScanSettings, find_scans, pixels_of
 from tasks.encoders import EIGHT
 
 SCANNED = tuple(item.name for item in fields(ScanSettings))
@@ -206,7 +206,7 @@ def open_dataset(folder, image_size, leaks="recorded", images_per_class=0):
 class Picture(NamedTuple):
     """A picture that --predict names: an image file, or one of a scan's."""
     name: str  # in the csv: the file's, and which of its pictures
-    source: object  # as scans.frames.decode_picture takes it
+    source: object  # as formats.frames.decode_picture takes it
     study: str  # what is judged together: a hash of the header's study, or the name of its file or series
     patient: str  # a hash of the header's; "" where none is known
 

@@ -12,11 +12,11 @@ import asking
 import eval_vqa
 from data import Record
 from eval_vqa import Config
+from formats.frames import Scan, ScanSettings, pixels_of
+from formats.pictures import Pictures
 from generate import ask
 from plumbing.flags import UserError, parse_flags
 from prepare.leaks import guard
-from scans.frames import Scan, ScanSettings, pixels_of
-from scans.pictures import Pictures
 from tasks import asked
 from tasks.asked import ANSWERED, look_up, open_image, read_questions
 from test_eval import drawing, write_questions

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+import asking
 import eval_vqa
 import prepare.all as all_py
 import train_vlm
@@ -367,24 +368,24 @@ def test_questions_are_asked_behind_the_system_message_and_answers_end_as_the_te
                                                                                             tmp_path):
     shards, run = trained
     asked = []
-    generate = eval_vqa.ask.__globals__["generate"]
+    generate = asking.generate
 
-    def watched(model, groups, max_new_tokens, sampling):
+    def watched(model, groups, max_new_tokens, sampling, *more):
         asked.extend(groups := list(groups))
         assert (sampling.stops, sampling.vocab_size) == (tokenizer.stops, tokenizer.vocab_size)
-        return generate(model, groups, max_new_tokens, sampling)
+        return generate(model, groups, max_new_tokens, sampling, *more)
 
-    monkeypatch.setitem(eval_vqa.ask.__globals__, "generate", watched)
+    monkeypatch.setattr(asking, "generate", watched)
     tokenizer = open_trained_run(str(run))[3]
     (tmp_path / "a.png").write_bytes(picture(3))
     config = eval_vqa.Config(run=str(run), question="what is shown?", image=str(tmp_path / "a.png"),
                              max_new_tokens=3)
-    assert isinstance(eval_vqa.answer_one(config), str)
+    eval_vqa.answer_own(config)
     [(_, [prompt])] = asked
     tokens, spans, _ = tokenizer.write(Record("", "what is shown?", image=b""))
     assert prompt == tokens[:spans[0][0]] and "system" in tokenizer.model.decode(prompt[:4])
     with pytest.raises(UserError, match=r"--question: [\d,]+ tokens; this model was trained on samples of 256"):
-        eval_vqa.answer_one(eval_vqa.Config(run=str(run), question="what? " * 200))
+        eval_vqa.answer_own(eval_vqa.Config(run=str(run), question="what? " * 200))
 
 
 def test_an_evaluation_refuses_shards_of_another_system_message(trained, path, tmp_path):

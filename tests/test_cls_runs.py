@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from formats.frames import Scan, ScanSettings
 import run as trainers
 import train_cls
 import weights
@@ -25,7 +26,6 @@ from plumbing.files import checkpoints, hash_file, lock, read_manifest, seal, wr
 from plumbing.flags import UserError
 from plumbing.own import SECRET, hash_id, secret_of
 from prepare.leaks import guard
-from scans.frames import Scan, ScanSettings
 from tasks import calibration, encoders, labelled
 from tasks.encoders import print_run, read_results
 from tasks.labels import interval_of, score
@@ -372,7 +372,7 @@ def hospital(tmp_path, monkeypatch):
     wanted = []
     monkeypatch.setattr(labelled, "find_scans", lambda files, settings, folder: (wanted.append(settings), (
         SCANS, {Path("e.dcm"): "its header is cut short"}))[1])
-    monkeypatch.setattr("scans.frames.decode_picture", lambda source, at_least: Image.new(
+    monkeypatch.setattr("formats.frames.decode_picture", lambda source, at_least: Image.new(
         "RGB", (40, 40), (35 * int(source),) * 3))
     (tmp_path / "hospital").mkdir()
     (tmp_path / "hospital/f.txt").write_text("")

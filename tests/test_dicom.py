@@ -1,5 +1,5 @@
 """
-scans/dicom.py on files that pydicom writes: the pixels of each are worked out by hand from the standard's formulas.
+formats/dicom.py on files that pydicom writes: the pixels of each are worked out by hand from the standard's formulas.
 """
 
 import pickle
@@ -8,11 +8,11 @@ import random
 import numpy as np
 import pytest
 
+from formats.dicom import DEFLATED, INSTALL, NO_PICTURE, NO_PIXELS
+from formats.frames import ScanSettings, Upload, decode_picture, find_scans, is_scan, picture_key
+from formats.windows import NO_WINDOW
 from plumbing.pixels import DAMAGED, EVEN, TOO_LARGE, Unreadable
 from prepare.shards import ImageSettings, encode_image
-from scans.dicom import DEFLATED, INSTALL, NO_PICTURE, NO_PIXELS
-from scans.frames import ScanSettings, Upload, decode_picture, find_scans, is_scan, picture_key
-from scans.windows import NO_WINDOW
 
 pydicom = pytest.importorskip("pydicom")
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from formats.frames import ScanSettings
+from formats.pictures import Pictures
 from plumbing.flags import UserError
 from plumbing.leaks import read_leaks
 from plumbing.own import SECRET, find_prepared, hash_id, prepare_own, secret_of
@@ -26,8 +28,6 @@ from prepare.folder import prepare_folder
 from prepare.listing import read_folder, read_table
 from prepare.own import Wanted
 from prepare.shards import ImageSettings, locked, read_manifests, write_dataset
-from scans.frames import ScanSettings
-from scans.pictures import Pictures
 from tasks.labelled import open_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -680,7 +680,8 @@ def test_another_window_or_choice_of_slices_makes_it_anew(tmp_path, capsys):
         counts.append(sum(part["images"] for part in read_manifests(tmp_path / "shards" / name).values()))
     said = capsys.readouterr().out
     assert counts == [16, 16, 8, 8] and said.count("scans: up to date") == 1
-    assert said.count("image.") == 2 and "left out by --slices" in said
+    assert said.count("image.") == 2 and "8 slices or pages are left out by --slices=middle" in said
+    assert "passed over" not in said
 
 
 def test_a_folder_is_looked_at_again_by_the_flags_that_it_was_prepared_with(tmp_path, capfd):

@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train_vlm", "train_cls", "eval_vqa", "train_grpo")
 FLOORS = (  # from the ground up: files and folders, which import from lower floors alone
-    ("plumbing",), ("scans",), ("tasks",), ("lora", "data", "quantize"), ("model",), ("zoo",), ("generate", "weights"),
-    ("run", "grpo", "asking"), (*SCRIPTS, "prepare"), ("extras",))
-ROOMS = ("plumbing", "scans", "tasks", "zoo", "prepare")  # folders whose files may import one another
+    ("plumbing",), ("formats",), ("tasks",), ("lora", "data", "quantize"), ("model",), ("zoo",),
+    ("generate", "weights"), ("run", "grpo", "asking"), (*SCRIPTS, "prepare"), ("extras",))
+ROOMS = ("plumbing", "formats", "tasks", "zoo", "prepare")  # folders whose files may import one another
 EXTRAS = ("bench", "faults", "look", "share")  # folders, of which each may do so, and import SHARED
 PROGRESS = "extras.bench.progress"
 SHARED = (PROGRESS, "extras.scripts")

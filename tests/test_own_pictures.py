@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from formats.frames import Frame, Scan, ScanSettings
+from formats.pictures import Pictures, file_of
 from plumbing.flags import UserError
 from plumbing.own import SECRET
 from prepare.own_pictures import views_of, written_name
-from scans.frames import Frame, Scan, ScanSettings
-from scans.pictures import Pictures, file_of
 from test_dicom import AXIAL, I16, made, save
 
 FILES = ("images/0001.png", "images/Müller.PNG", "other/0002.jpg", "other/images/0003.png", "deep/0004.png",
@@ -77,7 +77,7 @@ def test_a_path_out_of_the_folder_is_followed_where_that_is_allowed(folder, tmp_
 
 
 def test_a_path_that_is_there_needs_no_look_at_all_others(folder, monkeypatch):
-    monkeypatch.setattr("scans.pictures.files_below", lambda folder: pytest.fail("it is looked through"))
+    monkeypatch.setattr("formats.pictures.files_below", lambda folder: pytest.fail("it is looked through"))
     assert found(Pictures(folder), "images/0001.png") == "images/0001.png"
 
 
@@ -136,6 +136,6 @@ def test_views_have_roles_places_and_names_that_tell_no_one(folder):
     assert (first.name, first.role) == ("f.tif page 1 of 2", "frontal page 1 of 2")
     assert first.image == (folder / "images/0001.png").read_bytes() and second.image == scan.sources[1]
     assert views_of(Scan("f", (folder / "gone.png",), ("",)), "g")[0].image is None
-    assert written_name(scan, "meier/1.dcm", b"key") == "meier/1.dcm"
-    names = {written_name(Scan("f", (), (), "P1"), f"meier/{n}.dcm", b"key") for n in range(9)}
-    assert len(names) == 9 and not any("meier" in name for name in names)
+    assert written_name(scan, "meier/1.dcm", {}) == "meier/1.dcm"
+    for header in (Scan("f", (), (), "P1"), Scan("f", (), (), "", "1.2.3")):
+        assert written_name(header, "meier/1.dcm", {"meier/1.dcm": "5a"}) == "scan 5a"

@@ -1,12 +1,13 @@
 """Splits and folds by patient, hashed names, and what is refused."""
 
+import csv
 import re
 from collections import Counter
 
 import pytest
 
 from plumbing.flags import UserError
-from plumbing.own import SECRET
+from plumbing.own import HASHED, SECRET
 from prepare.own_splits import complete_names, divide, fold_targets, group_names, hash_names, hide
 
 GROUPS = [f"patient {number // 3}" for number in range(60)]  # 20 patients, of three samples each
@@ -88,3 +89,13 @@ def test_folds_have_names():
     assert fold_targets("ct", 0, -1) == [("ct", None)]
     assert fold_targets("ct", 3, 1) == [("ct_fold_1_of_3", 1)]
     assert [number for _, number in fold_targets("ct", 3, -1)] == [0, 1, 2]
+
+
+def test_whose_a_hash_is_stands_in_the_folder_alone(tmp_path):
+    first = hash_names(tmp_path, ["P1", "", "Müller, Ann"])
+    (tmp_path / "table.csv").write_text("")
+    again = hash_names(tmp_path / "table.csv", ["P2"])  # beside a table
+    rows = dict(csv.reader(open(tmp_path / HASHED, encoding="utf-8", newline="")))
+    assert rows == {"hash": "name", first[0]: "P1", first[2]: "Müller, Ann", again[0]: "P2"}
+    before = (tmp_path / HASHED).stat().st_mtime_ns
+    assert hash_names(tmp_path, ["P1"]) == first[:1] and (tmp_path / HASHED).stat().st_mtime_ns == before

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from formats.frames import ScanSettings
+from formats.pictures import Pictures
 from plumbing.flags import UserError
 from plumbing.own import hash_id, secret_of
 from prepare.own_studies import days_of, find_studies, read_studies, role_of, sections_of
-from scans.frames import ScanSettings
-from scans.pictures import Pictures
 from test_box_data import put
 
 RAW = Path(os.environ.get("NANOMEDQ_RAW", Path(__file__).resolve().parent.parent / "raw"))

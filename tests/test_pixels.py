@@ -15,12 +15,12 @@ from PIL import Image
 
 import plumbing.pixels
 from data import Record
+from formats.frames import pixels_of
 from plumbing.flags import UserError
 from plumbing.pixels import (DEEP_PIXELS, FIT_STEP, FORMATS, SMART_LEAST, SMART_MOST, SUFFIXES, Unreadable,
                              is_grey, load_image, open_stored, resize_flags, resize_image, smart_shape, stretch, tails)
 from prepare.folder import read_folder
 from prepare.shards import ImageSettings, encode_image
-from scans.frames import pixels_of
 from test_prepare import write_toy
 
 RANDOM = np.random.default_rng(0)

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from formats.dicom import open_pydicom
+from formats.frames import (Frame, Scan, ScanSettings, Upload, choose_slices, decode_picture, find_scans, is_scan,
+                          picture_key)
+from formats.nifti import NO_GREYS, read_volume
+from formats.slides import EMPTY, IN_MEMORY, NO_LEVEL, open_slide, starts
+from formats.windows import WINDOWS, apply_window, windows_of
 from plumbing.flags import UserError
 from plumbing.pixels import DAMAGED, SEVERAL, TOO_LARGE, Unreadable, load_image
-from scans.dicom import open_pydicom
-from scans.frames import (Frame, Scan, ScanSettings, Upload, choose_slices, decode_picture, find_scans, is_scan,
-                          picture_key)
-from scans.nifti import NO_GREYS, read_volume
-from scans.slides import EMPTY, IN_MEMORY, NO_LEVEL, open_slide, starts
-from scans.windows import WINDOWS, apply_window, windows_of
 from test_pixels import COLOUR, FILM, GREY, stretched, tiff
 
 
@@ -210,7 +210,7 @@ def test_nifti_that_cannot_be_used(tmp_path):
     assert refusal(nifti(path, VOXELS, intent_code=1002)) == NO_GREYS
     assert refusal(nifti(path, VOXELS.astype(np.complex64))) == NO_GREYS
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("scans.nifti.MOST_VOXELS", 23)
+        patch.setattr("formats.nifti.MOST_VOXELS", 23)
         assert refusal(nifti(path, VOXELS)) == TOO_LARGE
 
 
@@ -253,7 +253,7 @@ def test_pages_that_cannot_be_used(tmp_path):
     path = tmp_path / "stack.tif"
     path.write_bytes(tiff(*[(FILM, {})] * 5))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("scans.pages.MOST_PAGES", 4)
+        patch.setattr("formats.pages.MOST_PAGES", 4)
         path.write_bytes(tiff(*[(FILM, {})] * 5))
         assert find_scans([path])[0][0].sources == (path,)  # a plain image, whose reading refuses it
     frame = Frame(Upload("a", tiff((FILM, {}), (FILM, {}))[:-900]), "0", "pages", (1,))
@@ -403,7 +403,7 @@ def test_what_an_upload_may_not_be(tmp_path):
     assert find_scans([pyramid]) == ([], {pyramid: IN_MEMORY})
     volume = upload(nifti(tmp_path / "a.nii", VOXELS), tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("scans.nifti.MOST_UPLOADED", VOXELS.size - 1)
+        patch.setattr("formats.nifti.MOST_UPLOADED", VOXELS.size - 1)
         assert find_scans([volume]) == ([], {volume: TOO_LARGE})
         assert found(tmp_path / "a.nii")
 

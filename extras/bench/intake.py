@@ -27,9 +27,9 @@ import numpy as np
 from PIL import Image
 
 from extras.bench.progress import Progress
+from formats.frames import ScanSettings, find_scans
 from plumbing.flags import Count, Range, UserError, Whole, parse_command_line, run
 from prepare.shards import ImageSettings, encode_image
-from scans.frames import ScanSettings, find_scans
 
 SETTINGS = ImageSettings(224, "squash", "jpeg", 97)  # prepare/all.py's defaults
 KINDS = {"DICOM": None, "DICOM, RLE": "RLELossless", "DICOM, JPEG 2000": "JPEG2000Lossless", "16-bit PNG": "png"}

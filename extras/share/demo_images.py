@@ -9,12 +9,12 @@ import numpy as np
 from PIL import Image
 
 from extras.share.demo_draw import part_of
+from formats.frames import Frame, ScanSettings, Upload, decode_picture, find_scans
+from formats.pictures import file_of
+from formats.windows import WINDOWS
 from plumbing.flags import UserError
 from plumbing.pixels import TOO_LARGE, UNKNOWN, Unreadable, resize_image
-from scans import dicom, nifti
-from scans.frames import Frame, ScanSettings, Upload, decode_picture, find_scans
-from scans.pictures import file_of
-from scans.windows import WINDOWS
+from formats import dicom, nifti
 
 MOST = 8  # images of a conversation
 MOST_BYTES = 100 << 20  # of a visitor's files, such as the slices of a series, at a time
@@ -35,7 +35,7 @@ class Shown:
 
 def find_in(files, window, at_least):
     """
-    ([Scan], {name: why it cannot be used}) of [(name, bytes)], in their order: what scans.frames.find_scans says, of
+    ([Scan], {name: why it cannot be used}) of [(name, bytes)], in their order: what formats.frames.find_scans says, of
     which a Scan keeps no name or date of its header. at_least: as read_picture takes it. Raises UserError where the
     files are too large.
     """

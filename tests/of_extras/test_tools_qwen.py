@@ -9,7 +9,7 @@ import train_cls
 import train_vlm
 import zoo.qwen3_vl as qwen3_vl
 from extras.look import browse, follow
-from extras.share import demo, export
+from extras.share import demo_draw, demo_talk, export
 from generate import Sampling, finished_groups, generate
 from plumbing.flags import UserError
 from test_qwen3_vl import lay_out, random_images
@@ -32,10 +32,10 @@ def test_the_demo_answers_as_generate_and_shows_where_attention_lies(run, monkey
     """In an image of 2 x 3 tokens, whose positions are fewer than they."""
     model, tokenizer = load_run(run[0]).eval(), open_tokenizer(run[0])
     [image] = random_images([(64, 96)])
-    conversation = demo.Conversation(model, tokenizer, image.numpy(), torch.float32)
+    conversation = demo_talk.Conversation(model, tokenizer, [image.numpy()], torch.float32)
     question = "what is the impression?"
     tokens = list(conversation.ask(question))
-    prefix, own = demo.write_prompt(tokenizer, question)
+    prefix, own = demo_talk.write_prompt(tokenizer, question)
     prompt = [*prefix, *own]
     sampling = Sampling(stops=tokenizer.stops, vocab_size=tokenizer.vocab_size)
     [(_, [answer])] = finished_groups(generate(model, [([image.numpy()], [prompt])], sampling=sampling))
@@ -58,8 +58,8 @@ def test_the_demo_answers_as_generate_and_shows_where_attention_lies(run, monkey
         logits = model.language(flat.clone().index_fill_(0, at, 0), positions, None, None, encoded, at)
         assert token.probability == pytest.approx(logits[-1].softmax(0)[token.id].item(), abs=1e-5)
         assert token.looked == pytest.approx(torch.stack(seen).mean(0)[at].numpy(), abs=1e-5)
-        assert demo.patches_of(image, token.looked).shape == (2, 3)
-    heat = demo.heat_map(image.numpy(), np.array([0, 0, 0, 0, 0, 1.0]))
+        assert demo_draw.patches_of(image.numpy(), token.looked).shape == (2, 3)
+    heat = demo_draw.heat_map(image.numpy(), np.array([[0, 0, 0], [0, 0, 1.0]]), 0, 1)
     assert (heat[32:, 64:] != heat[:1, :1]).any() and heat.shape == (64, 96, 3)
 
 

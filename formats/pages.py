@@ -5,9 +5,9 @@ TIFF's thumbnails and masks are none.
 
 from PIL import Image, TiffImagePlugin
 
+from formats.frames import Frame, choose_slices, make_scan
 from plumbing.files import hash_file
 from plumbing.pixels import DAMAGED, SEVERAL, Unreadable, load_image, whole_pages
-from scans.frames import Frame, Scan, choose_slices
 
 MOST_PAGES = 1 << 12
 
@@ -22,7 +22,7 @@ def pages_of(file):
 
 
 def find(files, settings, name_of):
-    """([Scan], {file: why}) of files of several pages, as scans.frames.find_scans says; name_of: a path's name."""
+    """([Scan], {file: why}) of files of several pages, as formats.frames.find_scans says; name_of: a path's name."""
     scans, refused = [], {}
     for path in files:
         try:
@@ -36,7 +36,7 @@ def find(files, settings, name_of):
         sha256 = hash_file(path)
         pictures = [(Frame(path, sha256, "pages", (page,), ""), f"page {number} of {len(pages)}")
                     for number, page in enumerate(pages, 1)]
-        scans.append(Scan(name_of(path), *zip(*choose_slices(pictures, settings.slices))))
+        scans.append(make_scan(name_of(path), pictures, choose_slices(pictures, settings.slices)))
     return scans, refused
 
 

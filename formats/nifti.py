@@ -2,8 +2,8 @@
 NIfTI files through nibabel: slices of a volume, upright, in physical numbers.
 
 Slices are axial, seen from below with the patient's right at the image's left, from feet to head; of a volume whose
-voxels are half as long again in another direction the slices are those across it, as scans/dicom.py shows them. Pixels
-are the voxels, whatever their size.
+voxels are half as long again in another direction the slices are those across it, as formats/dicom.py shows them.
+Pixels are the voxels, whatever their size.
 """
 
 import functools
@@ -14,11 +14,11 @@ import math
 import numpy as np
 from PIL import Image
 
+from formats.frames import Frame, Upload, choose_slices, keep_last, make_scan, size_of
+from formats.windows import apply_window, named_windows, show, windows_of
 from plumbing.files import hash_file
 from plumbing.flags import UserError
 from plumbing.pixels import DAMAGED, TOO_LARGE, Unreadable
-from scans.frames import Frame, Scan, Upload, choose_slices, keep_last, size_of
-from scans.windows import apply_window, named_windows, show, windows_of
 
 MOST_VOXELS = 1 << 28  # of one volume: 512 x 512 x 1,024
 MOST_UPLOADED = 1 << 26  # the same of an Upload, beside which there may be others'
@@ -78,7 +78,7 @@ def slices_of(image):
 
 
 def find(files, settings, name_of):
-    """([Scan], {file: why}) of NIfTI files, as scans.frames.find_scans says; name_of: a path's name."""
+    """([Scan], {file: why}) of NIfTI files, as formats.frames.find_scans says; name_of: a path's name."""
     scans, refused = [], {}
     for path in files:
         try:
@@ -90,14 +90,14 @@ def find(files, settings, name_of):
         except (ValueError, KeyError, np.linalg.LinAlgError):  # a matrix that turns nothing into anything
             refused[path] = DAMAGED
             continue
-        volumes, sha256, pictures = math.prod(image.shape[3:]), hash_file(path), []
+        volumes, sha256, pictures, chosen = math.prod(image.shape[3:]), hash_file(path), [], []
         for volume in range(volumes):
             of = f"volume {volume + 1} of {volumes}, " if volumes > 1 else ""
-            pictures += choose_slices(
-                [(Frame(path, sha256, "nifti", (volume, axis, number), settings.window),
-                  f"{of}slice {number + 1} of {count}" if count * volumes > 1 else "") for number in range(count)],
-                settings.slices)
-        scans.append(Scan(name_of(path), *zip(*pictures), warnings=tuple(warnings_of(image, settings))))
+            some = [(Frame(path, sha256, "nifti", (volume, axis, number), settings.window),
+                     f"{of}slice {number + 1} of {count}" if count * volumes > 1 else "") for number in range(count)]
+            pictures += some
+            chosen += choose_slices(some, settings.slices)
+        scans.append(make_scan(name_of(path), pictures, chosen, "", "", "", tuple(warnings_of(image, settings))))
     return scans, refused
 
 

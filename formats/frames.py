@@ -2,12 +2,12 @@
 Pictures that are not simply an image file: slices of a volume, frames of a DICOM file, pages of a TIFF, tiles of a
 slide. `find_scans` lists what files hold; each picture is decoded where it is needed, with the window that is wanted.
 
-    scans/windows.py  numbers to greys
-    scans/dicom.py    DICOM through pydicom: physical units, windows, orientation, series in the order of position
-    scans/nifti.py    NIfTI through nibabel
-    scans/pages.py    TIFF, GIF, APNG and WebP of several pages
-    scans/slides.py   pyramidal slides through tifffile or openslide
-    scans/pictures.py whatever a table calls a picture
+    formats/windows.py   numbers to greys
+    formats/dicom.py     DICOM through pydicom: physical units, windows, orientation, series in the order of position
+    formats/nifti.py     NIfTI through nibabel
+    formats/pages.py     TIFF, GIF, APNG and WebP of several pages
+    formats/slides.py    pyramidal slides through tifffile or openslide
+    formats/pictures.py whatever a table calls a picture
 
 Nothing of a header leaves this room but pixels, the place of a slice, and what a Scan says to group by.
 """
@@ -108,7 +108,7 @@ def pixels_of(source, size, how):
 
 def module_of(kind):
     """The module of this folder that reads files of a kind. It imports this one, and so is imported late."""
-    return importlib.import_module(f"scans.{kind}")
+    return importlib.import_module(f"formats.{kind}")
 
 
 def size_of(file):
@@ -152,6 +152,13 @@ class Scan:
     study: str = ""  # the same
     time: str = ""  # of the study, to put studies in order; never written
     warnings: tuple = ()  # kinds that are counted: "may have text burned in"
+    left_out: tuple = ()  # sources that --slices does not show
+
+
+def make_scan(name, pictures, chosen, *more):
+    """The Scan of a volume's (source, label)s, of which the chosen are shown; more: the fields behind its labels."""
+    shown = {source for source, _ in chosen}
+    return Scan(name, *zip(*chosen), *more, left_out=tuple(source for source, _ in pictures if source not in shown))
 
 
 def choose_slices(pictures, slices):

@@ -22,11 +22,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from formats.frames import Frame, choose_slices, keep_last, make_scan, size_of
+from formats.windows import apply_window, named_windows, show, windows_of
 from plumbing.files import hash_file
 from plumbing.flags import UserError
 from plumbing.pixels import DAMAGED, EVEN, TOO_LARGE, Unreadable
-from scans.frames import Frame, Scan, choose_slices, keep_last, size_of
-from scans.windows import apply_window, named_windows, show, windows_of
 
 # Reasons, each without names and numbers, so that few kinds are counted
 NO_PIXELS = "no pixels: a report, an index, a plan or the like"
@@ -216,7 +216,7 @@ def shots_of(path, sha256, header, window):
 
 
 def find(files, settings, name_of):
-    """([Scan], {file: why}) of DICOM files, as scans.frames.find_scans says; name_of: a path's name."""
+    """([Scan], {file: why}) of DICOM files, as formats.frames.find_scans says; name_of: a path's name."""
     stacks, about, planes, refused, seen = defaultdict(list), {}, defaultdict(list), {}, set()
     for path in files:
         try:
@@ -293,7 +293,6 @@ def scan_of(told, shots, slices, name_of, in_folder):
     kind = "slice" if shots[0].position is not None or told.stacked else "frame"
     labelled = [(shot.frame, f"{kind} {number} of {count}" if count > 1 else "")
                 for number, shot in enumerate(shots, 1)]
-    frames, labels = zip(*choose_slices(labelled, slices))
     places = {(turned(shot.orientation), shot.position) for shot in shots}
     warnings = told.warnings
     if count > 1 and None in {shot.position for shot in shots}:
@@ -301,8 +300,8 @@ def scan_of(told, shots, slices, name_of, in_folder):
                      ) * told.stacked
     elif len(places) < count:
         warnings += "have several slices at one position, and not as many at each",
-    return Scan(name_of(first.parent if whole else first), frames, labels, told.patient, told.study, told.time,
-                warnings)
+    return make_scan(name_of(first.parent if whole else first), labelled, choose_slices(labelled, slices),
+                     told.patient, told.study, told.time, warnings)
 
 
 def patient_of(header):

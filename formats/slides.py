@@ -14,9 +14,9 @@ import math
 import numpy as np
 from PIL import Image
 
+from formats.frames import Frame, Scan, Upload
 from plumbing.files import hash_file
 from plumbing.pixels import DAMAGED, TOO_LARGE, Unreadable, lay_over_black
-from scans.frames import Frame, Scan, Upload
 
 OVERVIEW = 1024  # pixels of its longer side, at least
 MOST_PIXELS = 1 << 28  # of a level, which tifffile reads as a whole
@@ -126,7 +126,7 @@ def pictures_of(path, tiles):
 
 
 def find(files, settings, name_of):
-    """([Scan], {file: why}) of slides, as scans.frames.find_scans says; name_of: a path's name."""
+    """([Scan], {file: why}) of slides, as formats.frames.find_scans says; name_of: a path's name."""
     scans, refused = [], {}
     for path in files:
         try:

@@ -17,9 +17,9 @@ import unicodedata
 from collections import defaultdict
 from pathlib import Path
 
+from formats.frames import Frame, ScanSettings, find_scans
 from plumbing.flags import UserError
-from plumbing.own import SECRET, files_below, printable, written
-from scans.frames import Frame, ScanSettings, find_scans
+from plumbing.own import OURS, files_below, printable, written
 
 LEFT_BY_PROGRAMS = ("thumbs.db", "ehthumbs.db", "desktop.ini")
 ENDING = re.compile(r"(\.nii)?\.[a-z][a-z0-9]{1,4}$", re.I)  # the end of a name that says what the file is
@@ -48,6 +48,7 @@ class Pictures:
         self.folder, self.settings, self.outside = folder, settings, outside
         self.refused, self.passed = {}, []  # Path -> why; names of files that were not looked at
         self.warned = defaultdict(set)  # kind of a warning -> files
+        self.left_out = set()  # sources that --slices does not show
         self.read, self.by_name_alone = {}, {}  # Path -> its Scans; what a table calls a picture -> its Path
         self.entered = {}  # name -> Scan, of those that a reader found itself
 
@@ -61,6 +62,7 @@ class Pictures:
         scans, refused = find_scans(files, self.settings, self.folder)
         self.refused |= refused
         for scan in scans:
+            self.left_out.update(scan.left_out)
             for warning in scan.warnings:
                 self.warned[warning].add(file_of(scan.sources[0]))
         return scans
@@ -68,7 +70,7 @@ class Pictures:
     @functools.cached_property
     def files(self):
         """{name: Path} of all pictures below the folder."""
-        files = [file for file in files_below(self.folder) if file.name != SECRET]
+        files = [file for file in files_below(self.folder) if file.name not in OURS]
         self.passed += [self.name_of(file) for file in files if is_left_by_programs(file)]
         scans, found = self.read_files([file for file in files if not is_left_by_programs(file)]), {}
         for scan in scans:
@@ -151,7 +153,9 @@ class Pictures:
         alone = [f"{len(self.by_name_alone):,} pictures are found by the name of their file alone: "
                  f"{printable(self.name_of(found)):.80} is taken for {printable(called):.80}, the first"
                  for called, found in list(self.by_name_alone.items())[:1]]
-        return alone + notes_of(self.refused, self.passed, self.warned, self.name_of)
+        chosen = [f"{len(self.left_out):,} slices or pages are left out by --slices={self.settings.slices}"
+                  ] if self.left_out else []
+        return alone + chosen + notes_of(self.refused, self.passed, self.warned, self.name_of)
 
 
 def notes_of(refused, passed, warned, name_of):

@@ -226,7 +226,10 @@ def skipped_of(shard):
 
 
 def write(target, path, listing, facts, workers):
-    """Split and write what is listed, and say what each split then holds of each class, and skipped."""
+    """Say what is listed, split and write it, and say what each split then holds of each class, and skipped."""
+    labels = Counter(label or "of none" for item in listing.items for label in item.labels or [""])
+    print(f"  {len(listing.items):,} pictures: "
+          + ", ".join(f"{count:,} {printable(label):.40}" for label, count in labels.most_common(12)))
     for note in listing.notes:
         print(f"  {note}", flush=True)
     items, groups = arrange(path, listing, facts)
@@ -335,9 +338,6 @@ def prepare_folder(path, shards_dir, wanted=Wanted()):
         listing = read_folder(path, wanted.scans) if path.is_dir() else read_table(path, wanted.scans, wanted.columns)
         require_names(path, listing.names)
         require_classes(path, listing.items, listing.names)
-        labels = Counter(label or "of none" for item in listing.items for label in item.labels or [""])
-        print(f"  {len(listing.items):,} pictures: "
-              + ", ".join(f"{count:,} {printable(label):.40}" for label, count in labels.most_common(12)), flush=True)
         facts = wanted.facts(item.source for item in listing.items) | {
             "listing": digest(listing.items + listing.unlabelled),
             "grouped_by": listing.grouped_by or "alike images", "multi_label": listing.multi_label}

@@ -240,10 +240,17 @@ def evaluate(model, splits, config, autocast):
     return scores, {"validation": before, "test": probabilities}, chosen
 
 
+def remove_checkpoints(folder):
+    """Remove what a finished run no longer needs."""
+    for leftover in [*folder.glob("damaged_*"), *checkpoints(folder)]:
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def make_run(run, encoder, device, dtype):
     """Train and test, unless that was done; returns what result.json holds."""
     if run.result:
         print(f"{run.folder}: finished already")
+        remove_checkpoints(run.folder)  # one that was killed as it did so
         return run.result
     config, folder, splits, start = run.config, run.folder, run.splits, time.perf_counter()
     classes = run.inputs["classes"]
@@ -273,8 +280,7 @@ def make_run(run, encoder, device, dtype):
     for name, some in probabilities.items():
         write_split(folder / f"{name}.csv", splits[name], some, classes)
     write_manifest(folder, "result.json", entry)
-    for leftover in [*folder.glob("damaged_*"), *checkpoints(folder)]:
-        shutil.rmtree(leftover, ignore_errors=True)
+    remove_checkpoints(folder)
     return entry
 
 

@@ -138,10 +138,11 @@ def try_kill(config, trial):
         if code == -signal.SIGKILL:
             kills += 1
             newest = next(iter(checkpoints(target)), None)
-            damage = newest and find_damage(newest)
+            removing = (target / "result.json").exists()  # of a finished run, which needs none of them
+            damage = newest and not removing and find_damage(newest)
             wrong = [f"newest checkpoint {newest.name}: {damage}"] if damage else []
             now = int(newest.name[5:]) if newest else 0
-            if now < before and not (target / "result.json").exists():
+            if now < before and not removing:
                 wrong.append(f"went back from epoch {before} to {now}")
             before = max(now, before)
             yield "killed", wrong

@@ -16,6 +16,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from data import Record
 from formats.frames import decode_picture
@@ -70,7 +71,9 @@ def group_alike(sources):
             return np.zeros((1, SIDE, SIDE), np.uint8)  # like no other
 
     with ThreadPoolExecutor() as pool:  # Pillow lets go of the interpreter lock
-        looks = np.concatenate([np.zeros((0, SIDE, SIDE), np.uint8), *pool.map(look, sources)])
+        seen = tqdm(pool.map(look, sources), "which images are alike", len(sources), unit=" images", leave=False,
+                    disable=len(sources) < 200)
+        looks = np.concatenate([np.zeros((0, SIDE, SIDE), np.uint8), *seen])
     group = np.arange(len(sources))
     for one, other in alike(looks, looks):
         group[group == group[other]] = group[one]

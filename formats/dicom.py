@@ -39,6 +39,7 @@ STACKED = ("CT", "MR", "PT")  # modalities whose series are volumes, even where 
 OVERLAID = ("US", "IVUS", "OT", "SC", "ES", "XC")  # whose pictures may show letters
 MOST_FRAMES = 1 << 16
 MOST_NUMBERS = 1 << 17  # between the least and the greatest stored one, to look at each once
+TYPES = (b"OB", b"OW", b"OF", b"OD", b"UN")  # of pixels, where a file writes them
 SAME_PLANE = 0.02  # difference of direction cosines: one degree
 DEFLATED_SYNTAX = b"1.2.840.10008.1.2.1.99"
 SEGMENTATION, DOSE = "1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.481.2"
@@ -123,7 +124,8 @@ def read_header(file, sha256):
             group, element = group[::-1], element[::-1]
         if group != b"\xe0\x7f" or element not in PIXELS:
             raise Unreadable(DAMAGED)
-        return header, PIXELS[element], content.tell() + (2 if implicit else 6)
+        # Some files are written without types although they say otherwise, which pydicom notices and does not tell
+        return header, PIXELS[element], content.tell() + (6 if kind in TYPES and not implicit else 2)
 
 
 def require_values(header):

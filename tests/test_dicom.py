@@ -505,6 +505,20 @@ def test_files_of_any_name_with_and_without_a_preamble(tmp_path, syntax):
     assert grey(bare) == STEPS
 
 
+def test_elements_without_types_in_a_file_that_claims_them(tmp_path):
+    """Of pydicom's own files SC_rgb_jpeg.dcm is so written."""
+    path = save(tmp_path / "typeless", made(U16, ImplicitVRLittleEndian, **FOUR))
+    content = path.read_bytes()
+    claim = str(ExplicitVRLittleEndian).encode() + b"\0"  # longer than what it replaces, 1.2.840.10008.1.2, and even
+    place = content.index(b"\2\0\x10\0UI")
+    length = int.from_bytes(content[place + 6:place + 8], "little")
+    more = len(claim) - length
+    group = int.from_bytes(content[140:144], "little") + more
+    path.write_bytes(content[:140] + group.to_bytes(4, "little") + content[144:place + 6]
+                     + len(claim).to_bytes(2, "little") + claim + content[place + 8 + length:])
+    assert grey(path) == STEPS
+
+
 def test_what_is_no_dicom_is_not_mentioned(tmp_path):
     for name, content in (("notes.txt", b"a"), ("empty", b""), ("program", b"\x7fELF" + bytes(300)),
                           ("zeros", bytes(300)), ("two", b"\2\0" + b"abcdefgh" * 30)):

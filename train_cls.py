@@ -300,7 +300,8 @@ def predict_new(dataset, config, device, dtype):
     pictures, unreadable, others = find_pictures(source, facts["image"], folder)
     read, probabilities = [], []
     for batch, pixels, why in read_pictures(pictures, facts["image"], config.batch_size):
-        read, unreadable = read + batch, unreadable + why
+        read += batch
+        unreadable += why
         if batch:
             probabilities.append(model.predict(pixels, config.batch_size, autocast))
     if not read:

@@ -20,7 +20,7 @@ import os
 import re
 import weakref
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +140,11 @@ class ScanSettings:
     window: str = "auto"
     slices: str = "all"
     tiles: str = ""
+
+
+def settings_of(image):
+    """The ScanSettings that a manifest's image settings have, where there are scans; else those without a flag."""
+    return ScanSettings(**{item.name: image[item.name] for item in fields(ScanSettings) if item.name in image})
 
 
 @dataclass(frozen=True)

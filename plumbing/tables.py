@@ -100,14 +100,18 @@ def items_of(path, text):
     return items
 
 
+def refuse_workbook(path):
+    if path.suffix.lower() in WORKBOOKS:
+        raise UserError(f"{path}: a workbook, which is not read; save its sheet as csv, and name that")
+
+
 def read_items(path, notes):
     """
     The columns of a table and its rows: ([name, as it is written], [(where, {name: value})]); values of a csv are
     texts. notes: a list, to which lines are added that are to be said. Raises UserError.
     """
     suffix = path.suffix.lower()
-    if suffix in WORKBOOKS:
-        raise UserError(f"{path}: a workbook, which is not read; save its sheet as csv, and name that")
+    refuse_workbook(path)
     if suffix not in (*SEPARATED, *JSONS, ""):
         raise UserError(f"{path}: no table ({' '.join((*SEPARATED, *JSONS))}); name one, or the folder that it is in")
     text = decode(path, path.read_bytes(), notes)
@@ -128,8 +132,7 @@ def read_rows(path, notes=None):
         return [name.lower() for name in columns], [
             (number, ["|".join(list_of(item.get(name))) for name in columns])
             for number, (_, item) in enumerate(rows, 1)]
-    if path.suffix.lower() in WORKBOOKS:
-        raise UserError(f"{path}: a workbook, which is not read; save its sheet as csv, and name that")
+    refuse_workbook(path)
     header, rows = read_separated(path, decode(path, path.read_bytes(), notes))
     return [name.lower() for name in header], rows
 
@@ -152,8 +155,7 @@ def find_column(path, header, known):
     """The place of the first of these columns that the header has, or None; refused where it is there twice."""
     names = list(map(plain_name, header))
     for name in known:
-        if names.count(name) > 1:
-            raise UserError(f"{path}: {names.count(name)} columns are named {name!r}; leave one of them")
+        require_different(path, [other for other in names if other == name])
         if name in names:
             return names.index(name)
     return None

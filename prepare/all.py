@@ -187,7 +187,7 @@ def require_flags_of_own(config):
         raise UserError("--own: without --only, --convert and --list; run them one after another")
     if not re.fullmatch(r"(\w[\w.-]*)?", config.name):
         raise UserError(f"--name={config.name:.60}: letters, digits, _, - and points, and first none of these signs")
-    if config.folds == 1 or config.fold >= max(config.folds, 0) > 0 or config.fold >= 0 == config.folds:
+    if config.folds == 1 or config.fold >= config.folds > 0 or config.fold >= 0 == config.folds:
         raise UserError(f"--folds={config.folds} --fold={config.fold}: two folds or more, and one of them, from 0 to "
                         f"{max(config.folds, 2) - 1}, or none for all")
 

@@ -12,11 +12,11 @@ import contextlib
 import hashlib
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from formats.frames import ScanSettings, find_scans
+from formats.frames import ScanSettings, find_scans, settings_of
 from formats.pictures import Pictures, file_of, plain
 from plumbing.files import lock, require_writable, write_whole
 from plumbing.flags import UserError
@@ -129,9 +129,9 @@ def open_rows(config, record):
     The Rows of eval_vqa.py's --ask, or the one of its --question, each with what tasks.wording says of its question.
     record: what the run's checkpoint was sealed with. Raises UserError.
     """
-    usual = ScanSettings()  # where no flag says otherwise, scans are shown as they were to the run
-    settings = ScanSettings(*(getattr(config, name) if getattr(config, name, value) != value else
-                              record["image"].get(name, value) for name, value in vars(usual).items()))
+    given = {name: getattr(config, name, usual) for name, usual in vars(ScanSettings()).items()
+             if getattr(config, name, usual) != usual}
+    settings = replace(settings_of(record["image"]), **given)  # else scans are shown as they were to the run
     if config.question:
         if config.image and not Path(config.image).is_file():
             what = "a folder" if Path(config.image).is_dir() else "no such file"

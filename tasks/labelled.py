@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from formats.frames import ScanSettings, find_scans, pixels_of
+from formats.frames import ScanSettings, find_scans, pixels_of, settings_of
 from plumbing.devices import usable_cores
 from plumbing.files import differences, hash_json, read_manifest
 from plumbing.flags import UserError
@@ -230,8 +230,7 @@ def find_pictures(source, image, folder):
     that patients are hashed with where `source` cannot be written to.
     """
     files = image_files(source)
-    settings = ScanSettings(**{name: image[name] for name in SCANNED if name in image})
-    scans, reasons = find_scans(files, settings, source if source.is_dir() else source.parent)
+    scans, reasons = find_scans(files, settings_of(image), source if source.is_dir() else source.parent)
     secret = None
     if any(scan.patient or scan.study for scan in scans):
         try:

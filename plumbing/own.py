@@ -69,8 +69,8 @@ def secret_of(path):
 
 
 def hash_id(secret, text):
-    """What stands in a shard for the id of a patient or study: the same for the same, 16 hexadecimal digits."""
-    return hmac.new(secret, text.encode("utf-8", "replace"), "sha256").hexdigest()[:16]
+    """What stands for the id of a patient or study, 16 hexadecimal digits: the same for the same, whatever its case."""
+    return hmac.new(secret, text.casefold().encode("utf-8", "replace"), "sha256").hexdigest()[:16]
 
 
 # ----------------------------------------------------------------------------- the dataset of a folder

@@ -23,7 +23,7 @@ def hash_names(path, names):
     if not any(names):
         return list(names)
     secret = secret_of(path)
-    hashes = [name and hash_id(secret, name.casefold()) for name in names]
+    hashes = [name and hash_id(secret, name) for name in names]
     keep_hashes(path, dict(zip(hashes, names)))
     return hashes
 

@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from formats.frames import ScanSettings, find_scans, pixels_of, settings_of
+from formats.pictures import file_of
 from plumbing.devices import usable_cores
 from plumbing.files import differences, hash_json, read_manifest
 from plumbing.flags import UserError
@@ -243,7 +244,7 @@ def find_pictures(source, image, folder):
         patient = hash_id(secret, scan.patient) if scan.patient else ""
         for label, picture in zip(scan.labels, scan.sources):
             pictures.append(Picture(f"{scan.name} {label}".strip(), picture, study, patient))
-            used.add(getattr(picture, "file", picture))
+            used.add(file_of(picture))
     unreadable = [unreadable_line(path, why) for path, why in reasons.items()]
     return pictures, unreadable, [path for path in files if path not in used]
 

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from plumbing.flags import UserError
-from plumbing.own import HASHED, SECRET
+from plumbing.own import HASHED, SECRET, hash_id, secret_of
 from prepare.own_splits import complete_names, divide, fold_targets, group_names, hash_names, hide
 
 GROUPS = [f"patient {number // 3}" for number in range(60)]  # 20 patients, of three samples each
@@ -97,5 +97,6 @@ def test_whose_a_hash_is_stands_in_the_folder_alone(tmp_path):
     again = hash_names(tmp_path / "table.csv", ["P2"])  # beside a table
     rows = dict(csv.reader(open(tmp_path / HASHED, encoding="utf-8", newline="")))
     assert rows == {"hash": "name", first[0]: "P1", first[2]: "Müller, Ann", again[0]: "P2"}
+    assert first[0] == hash_id(secret_of(tmp_path), "P1") == hash_id(secret_of(tmp_path), "p1")
     before = (tmp_path / HASHED).stat().st_mtime_ns
     assert hash_names(tmp_path, ["P1"]) == first[:1] and (tmp_path / HASHED).stat().st_mtime_ns == before

@@ -221,11 +221,6 @@ def kind_of_image(file, head):
         return "plain"
 
 
-def is_scan(file):
-    """Whether a file's pictures are Frames, and not simply an image."""
-    return kind_of(file) not in ("plain", "")
-
-
 def find_scans(files, settings=ScanSettings(), folder=None):
     """
     ([Scan], {file: why it cannot be used}) of files, Paths or Uploads; those of one DICOM series in one folder become

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from formats.dicom import open_pydicom
-from formats.frames import (Frame, Scan, ScanSettings, Upload, choose_slices, decode_picture, find_scans, is_scan,
+from formats.frames import (Frame, Scan, ScanSettings, Upload, choose_slices, decode_picture, find_scans, kind_of,
                           picture_key)
 from formats.nifti import NO_GREYS, read_volume
 from formats.slides import EMPTY, IN_MEMORY, NO_LEVEL, open_slide, starts
@@ -83,7 +83,7 @@ def test_each_number_of_slices_is_so_many():
 def test_a_plain_image_is_a_scan_of_one(tmp_path):
     path = tmp_path / "film.png"
     Image.fromarray(GREY).save(path)
-    assert found(path) == Scan("film.png", (path,), ("",)) and not is_scan(path)
+    assert found(path) == Scan("film.png", (path,), ("",)) and kind_of(path) == "plain"
     assert np.array_equal(pixels_of(path)[..., 0], GREY)
     assert np.array_equal(pixels_of(path.read_bytes()), pixels_of(path))
     assert picture_key(path) == picture_key(path.read_bytes())
@@ -121,7 +121,8 @@ RANGE = {"cal_min": 0, "cal_max": 255}  # a window that leaves numbers as they a
 def test_slices_are_seen_from_below_from_feet_to_head(tmp_path, name):
     """The patient's right is at the image's left, the front above."""
     scan = found(nifti(tmp_path / name, VOXELS, **RANGE))
-    assert scan.labels == tuple(f"slice {number} of 4" for number in (1, 2, 3, 4)) and is_scan(tmp_path / name)
+    assert scan.labels == tuple(f"slice {number} of 4" for number in (1, 2, 3, 4))
+    assert kind_of(tmp_path / name) == "nifti"
     for height, frame in enumerate(scan.sources):
         assert pixels_of(frame)[..., 0].tolist() == [[voxel + height for voxel in row]
                                                      for row in ([20, 8], [16, 4], [12, 0])]
@@ -220,7 +221,7 @@ def test_pages_are_pictures(tmp_path):
     path = tmp_path / "stack.tif"
     path.write_bytes(tiff((FILM, {}), (FILM[::2, ::2], {254: 1}), (FILM.T, {})))  # the second is a thumbnail
     scan = found(path)
-    assert scan.labels == ("page 1 of 2", "page 2 of 2") and is_scan(path)
+    assert scan.labels == ("page 1 of 2", "page 2 of 2") and kind_of(path) == "pages"
     assert [pixels_of(frame).tolist() for frame in scan.sources] == [stretched(FILM).tolist(),
                                                                      stretched(FILM.T).tolist()]
     assert found(path, slices="middle").labels == ("page 1 of 2",)

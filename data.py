@@ -34,8 +34,6 @@ import sentencepiece
 
 from plumbing.order import count_before, random_keys
 from plumbing.flags import UserError
-from plumbing.leaks import read_leaks
-from plumbing.shards import Shard
 
 BOS, EOS = 1, 2  # LLaMA's ids; PMC-LLaMA's config.json says 0 and 1, which its tokenizer contradicts
 
@@ -433,33 +431,3 @@ class Mixture:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
-
-
-def open_shards(names, shards_dir, split):
-    """
-    {"shards", "weights", "leaks"}, as a Mixture takes them, of "path_vqa,vqa_rad:2": prepared datasets by name,
-    each with an optional weight. Raises UserError when one is not prepared or their tokenizers differ.
-    """
-    shards, weights, leaks = [], [], []
-    for entry in names.split(","):
-        name, _, weight = entry.strip().partition(":")
-        try:
-            weights.append(float(weight or 1))
-        except ValueError:
-            raise UserError(f"--data: {weight!r} is no weight; write name:2 or name") from None
-        if not 0 <= weights[-1] <= 1000:
-            raise UserError(f"--data: a weight of {weight} for {name}: from 0 to 1000")
-        shards.append(Shard(Path(shards_dir) / name / split))
-        if shards[-1].folder in [shard.folder for shard in shards[:-1]]:
-            raise UserError(f"--data: {name} is named twice; write {name}:2 to see it twice as often")
-        shards[-1].require_questions()
-        leaks.append(read_leaks(shards[-1]))
-    if len({(shard.manifest["tokenizer_sha256"], shard.manifest.get("system", "")) for shard in shards}) > 1:
-        raise UserError(f"--data: {names} were prepared with different tokenizers or system messages; prepare "
-                        "them with one: `python prepare/all.py --tokenizer=... --system=...`")
-    return {"shards": shards, "weights": weights, "leaks": leaks}
-
-
-def open_mixture(names, shards_dir, split, **settings):
-    """The Mixture of prepared datasets, as open_shards takes them."""
-    return Mixture(**open_shards(names, shards_dir, split), **settings)

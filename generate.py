@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from data import EOS, Record, View
 from formats.frames import ScanSettings, pixels_of
+from plumbing.kernels import add_sink
 from plumbing.order import count_before
 from plumbing.flags import UserError
 from tasks.asked import open_image
@@ -31,46 +32,55 @@ class Cache:
     def __init__(self, config, rows, dtype, device):
         self.used = np.zeros(rows, np.int64)  # slots of each row that are in use, from the first on
         self.branch = torch.zeros(rows, 0, dtype=torch.long, device=device)  # of what a slot holds; 0: prefix
+        self.position, self.window = self.branch, getattr(config, "sliding_window", 0)  # 0: all sees all before it
         self.layers = [[torch.zeros(rows, config.num_key_value_heads, 0, config.head_size, dtype=dtype,
                                     device=device) for _ in ("keys", "values")]
                        for _ in range(config.num_hidden_layers)]
 
-    def place(self, row, branch):
+    def place(self, row, branch, position):
         """
         Give the next T tokens slots in their rows, and note who will see whom: a token sees what stands
-        before it in its row, if that is prefix or of its own branch. row, branch: (T,) int64.
+        before it in its row, if that is prefix or of its own branch. row, branch, position: (T,) int64.
         """
         device, lane = self.branch.device, count_before(row)  # (T,): the how-manieth of its row here
         slot = self.used[row] + lane
         np.add.at(self.used, row, 1)
         rows, K = np.unique(row), int(lane.max()) + 1
         if (more := -(-int(self.used.max()) // 64) * 64 - self.branch.shape[1]) > 0:
-            self.branch = F.pad(self.branch, (0, more))  # store() makes the layers as long
+            self.branch, self.position = (F.pad(x, (0, more)) for x in (self.branch, self.position))  # layers: store()
         # All rows as they lie, or a copy of the few that these tokens are of
         few = 2 * len(rows) < len(self.used)
         self.rows = torch.from_numpy(rows).to(device) if few else slice(None)
         self.shape = (len(rows) if few else len(self.used), K)
         lane += K * (np.searchsorted(rows, row) if few else row)
-        self.row, self.slot, self.lane, branch = (
-            torch.from_numpy(array).to(device) for array in (row, slot, lane, branch))
-        self.branch[self.row, self.slot] = branch
+        self.row, self.slot, self.lane, branch, position = (
+            torch.from_numpy(array).to(device) for array in (row, slot, lane, branch, position))
+        self.branch[self.row, self.slot], self.position[self.row, self.slot] = branch, position
         self.S = -(-int(self.used[rows].max()) // 8) * 8  # what lies behind is in nobody's sight
-        own, last = torch.zeros(2, self.shape[0] * K, dtype=torch.long, device=device)
-        own[self.lane], last[self.lane] = branch, self.slot
+        own, last, at = torch.zeros(3, self.shape[0] * K, dtype=torch.long, device=device)
+        own[self.lane], last[self.lane], at[self.lane] = branch, self.slot, position
         of_slot = self.branch[self.rows, None, :self.S]  # (R, 1, S)
         seen = (of_slot == 0) | (of_slot == own.view(self.shape)[:, :, None])  # (R, K, S)
         seen &= torch.arange(self.S, device=device) <= last.view(self.shape)[:, :, None]
-        self.mask = torch.zeros(seen.shape, dtype=self.layers[0][0].dtype, device=device)
-        self.mask = self.mask.masked_fill_(~seen, -torch.inf)[:, None]  # (R, 1, K, S), added to the scores
+        near = at.view(self.shape)[:, :, None] - self.position[self.rows, None, :self.S] < self.window
+        zero = torch.zeros(seen.shape, dtype=self.layers[0][0].dtype, device=device)  # added to the scores
+        self.masks = [zero.masked_fill(~some, -torch.inf)[:, None]  # (R, 1, K, S)
+                      for some in ([seen, seen & near] if self.window else [seen])]
 
-    def attend(self, layer, q, k, v):
-        """Attention of (T, nh, hs) queries to all in their sight, (T, nkv, hs) keys and values among it."""
+    def attend(self, layer, q, k, v, sinks=None, near=False):
+        """
+        Attention of (T, nh, hs) queries to all in their sight, (T, nkv, hs) keys and values among it. sinks: as
+        model.attend takes them; near: what is within the model's sliding window alone.
+        """
         k, v = (self.store(layer, kind, new) for kind, new in enumerate((k, v)))  # (R, nkv, S, hs)
         lanes = q.new_zeros(self.shape[0] * self.shape[1], *q.shape[1:])
         lanes[self.lane] = q
         lanes = lanes.unflatten(0, self.shape).transpose(1, 2)  # (R, nh, K, hs)
-        y = F.scaled_dot_product_attention(lanes, k, v, attn_mask=self.mask,
-                                           enable_gqa=q.shape[1] != k.shape[1])
+        mask = self.masks[near]
+        if sinks is not None:
+            lanes, k, v, mask = add_sink(lanes, k, v, mask, sinks)
+        y = F.scaled_dot_product_attention(lanes, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1],
+                                           scale=q.shape[-1] ** -0.5)[..., :q.shape[-1]]
         return y.transpose(1, 2).flatten(0, 1)[self.lane]  # (T, nh, hs)
 
     def store(self, layer, kind, new):
@@ -112,7 +122,7 @@ def run_pieces(model, cache, pieces, wanted=True):
             position += count
         last.append(len(columns) - 1)
     tokens, positions, of_piece, row, branch = np.array(columns, np.int64).T.copy()
-    cache.place(row, branch)
+    cache.place(row, branch, positions)
     device = next(model.projector.parameters()).device
     tokens, positions, of_piece, image_at, last = (
         torch.as_tensor(numbers, dtype=torch.long, device=device)

@@ -22,12 +22,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 from torch.utils.checkpoint import checkpoint
 
 from lora import token_keys
 from plumbing.flags import UserError
-from plumbing.kernels import HAS_TRITON, Linear, compiled_create_block_mask, compiled_flex_attention
+from plumbing.kernels import HAS_TRITON, Linear, add_sink, compiled_create_block_mask, compiled_flex_attention
+from plumbing.tiles import count_tiles, cut_tiles
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -66,6 +67,12 @@ class ViTConfig:
     head_size: int = 64  # channels of a head, from Ti to L
     activation: str = ""  # gelu or quick_gelu; none: OpenAI's quick one where clip, else the exact one
     merge: int = 1  # this times this patches become one token, for a VLM; 1: none do
+    class_token: bool = True  # is among what leaves it; never beside merged patches
+    final_norm: bool = True  # of what leaves the last block
+    tiled: bool = False  # images are cut into squares of image_size, which it sees one by one, see plumbing/tiles.py
+
+    def __post_init__(self):
+        self.class_token &= self.merge == 1
 
     @property
     def grid(self):
@@ -159,13 +166,15 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, config.grid ** 2 + 1, config.width).normal_(std=0.02))
         self.norm_pre = nn.LayerNorm(config.width, config.eps) if config.clip else nn.Identity()
         self.blocks = nn.ModuleList(ViTBlock(config) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.width, config.eps)
+        self.norm = nn.LayerNorm(config.width, config.eps) if config.final_norm else nn.Identity()
         self.apply(init_weights)
 
     def tokens(self, height, width):
-        """Tokens of an image of so many pixels, numbers or arrays: a class token and one a patch, or merged ones."""
-        side = self.config.patch_size * self.config.merge
-        return (height // side) * (width // side) + (self.config.merge == 1)
+        """Tokens of an image of so many pixels, numbers or arrays: of a tile a class token and its patches, or merged ones."""
+        side, S, tiles = self.config.patch_size * self.config.merge, self.config.image_size, 1
+        if self.config.tiled:
+            tiles, height, width = count_tiles(height, width, S), S, S
+        return tiles * ((height // side) * (width // side) + self.config.class_token)
 
     extent = tokens  # how many positions an image takes
 
@@ -175,10 +184,14 @@ class ViT(nn.Module):
 
     def require_shapes(self, name, sizes):
         """Raise UserError where images of these sizes, (I,) with height and width, are not whole patches."""
-        side, sides = self.config.patch_size * self.config.merge, {*sizes["height"].tolist(), *sizes["width"].tolist()}
-        if wrong := [pixels for pixels in sides if pixels % side]:
+        config, sides = self.config, {*sizes["height"].tolist(), *sizes["width"].tolist()}
+        side, what = ((config.image_size, "tiles") if config.tiled else
+                      (config.patch_size * config.merge, "patches"))
+        own = config.image_size if config.grid % config.merge == 0 else 0  # its rest past the last patch is not seen
+        if wrong := [pixels for pixels in sides if pixels % side and pixels != own]:
             raise UserError(f"{name}: an image has {min(wrong)} pixels along a side, no multiple of {side}, the "
-                            "model's patches; prepare with --resize=squash and an --image_size that is one")
+                            f"model's {what}; prepare with --image_size={own or side} "
+                            + ("--max_tiles=12" if config.tiled else "--resize=squash"))
 
     @property
     def output_width(self):
@@ -199,25 +212,35 @@ class ViT(nn.Module):
         grid = F.interpolate(grid, (rows, columns), mode="bicubic", antialias=True)
         return torch.cat([first, grid.flatten(2).transpose(1, 2).to(first.dtype)], dim=1)
 
+    def embed(self, images):
+        """(I, 3, H, W) normalised pixels -> (I, 1 + patches, C), class token first: what enters the blocks."""
+        grid = (side // self.config.patch_size for side in images.shape[2:])
+        x = torch.cat([self.cls_token.expand(len(images), -1, -1), self.patch_embed(images)], dim=1)
+        return self.norm_pre(x + self.positions(*grid))
+
     def forward(self, images, keys=None):
         """
-        (I, 3, H, W) normalised pixels -> (I, N, C) tokens after the final norm, class token first; with
-        config.merge without it, (I, N, output_width). keys: (I, N) int32, by which LoRA drops.
+        (I, 3, H, W) normalised pixels -> (I, N, output_width) tokens, what config says of what leaves the last
+        block; of tiles one after the other. keys: (I, N) int32, by which LoRA drops.
         """
         def run(x, block):
             if self.dropout_keys:  # anew where a block is recomputed: images of other shapes have run by then
                 self.dropout_keys.set(keys)
             return block(x)
 
-        rows, columns = (side // self.config.patch_size for side in images.shape[2:])
-        x = torch.cat([self.cls_token.expand(len(images), -1, -1), self.patch_embed(images)], dim=1)  # (I, N, C)
-        x = self.norm_pre(x + self.positions(rows, columns))
+        I, config = len(images), self.config
+        images = cut_tiles(images, config.image_size) if config.tiled else images
+        rows, columns = (side // config.patch_size for side in images.shape[2:])
+        x = self.embed(images)  # (I * tiles, N, C)
         if keys is not None:  # merged patches have one between them, so each gets its own by the image's first
-            keys = token_keys(keys[:, :1], torch.arange(x.shape[1], device=x.device))
+            number = torch.arange(x.shape[:2].numel() // I, device=x.device)
+            keys = token_keys(keys[:, :1], number).view(x.shape[:2])
         for number, block in enumerate(self.blocks):
             x = run_block(run, number < self.recomputed, x, block)
         x = self.norm(x)  # CLIP norms its class token alone; here patches come to the same scale
-        return x if self.config.merge == 1 else merge_patches(x[:, 1:], rows, columns, self.config.merge)
+        x = x if config.class_token else x[:, -rows * columns:]
+        x = x if config.merge == 1 else merge_patches(x, rows, columns, config.merge)
+        return x.reshape(I, -1, self.output_width)
 
 
 def merge_patches(x, rows, columns, side):
@@ -250,9 +273,10 @@ def rotate(x, cos, sin):
     return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, dims=-1) * sin.to(x.dtype)
 
 
-def attend(q, k, v, mask):
+def attend(q, k, v, mask, sinks=None):
     """
-    Attention of (T, nh, hs) queries to (T, nkv, hs) keys and values -> (T, nh, hs).
+    Attention of (T, nh, hs) queries to (T, nkv, hs) keys and values -> (T, nh, hs). sinks: (nh,) scores of nothing,
+    see add_sink, for models that have them.
 
     The one place that knows the ways in which it is computed. They give the same numbers, and what the
     mask is decides, see packed_mask:
@@ -265,12 +289,20 @@ def attend(q, k, v, mask):
     gqa = q.shape[1] != k.shape[1]  # several queries' heads share one of keys and values
     if isinstance(mask, BlockMask):
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, nh, T, hs)
-        return compiled_flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa)[0].transpose(0, 1)
-    parts = zip(*(x.split([length for length, _ in mask]) for x in (q, k, v)))
-    y = [F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in part),  # (1, nh, length, hs)
-                                        attn_mask=seen, is_causal=seen is None, enable_gqa=gqa)
-         for part, (_, seen) in zip(parts, mask)]
-    return torch.cat([group[0].transpose(0, 1) for group in y])
+        if sinks is None:
+            return compiled_flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa)[0].transpose(0, 1)
+        y, aux = compiled_flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa, return_aux=AuxRequest(lse=True))
+        y = y * torch.sigmoid(aux.lse - sinks.float()[:, None])[..., None].to(y.dtype)  # lse has a gradient, too
+        return y[0].transpose(0, 1)
+    parts, y = zip(*(x.split([length for length, _ in mask]) for x in (q, k, v))), []
+    for part, (length, seen) in zip(parts, mask):
+        part = [x.transpose(0, 1)[None] for x in part]  # (1, nh, length, hs)
+        if sinks is not None:
+            *part, seen = add_sink(*part, seen, sinks)
+        group = F.scaled_dot_product_attention(*part, attn_mask=seen, is_causal=seen is None, enable_gqa=gqa,
+                                               scale=q.shape[-1] ** -0.5)
+        y.append(group[0, :, -length:, :q.shape[-1]].transpose(0, 1))
+    return torch.cat(y)
 
 
 def packed_mask(group, branch, flex=True):
@@ -372,12 +404,14 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-    def __init__(self, config, attention):
+    Attention, MLP, Norm = LlamaAttention, LlamaMLP, RMSNorm  # of which another family's are others
+
+    def __init__(self, config):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = LlamaMLP(config)
+        self.input_layernorm = self.Norm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = self.Attention(config)
+        self.post_attention_layernorm = self.Norm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = self.MLP(config)
 
     def forward(self, x, cos, sin, mask, cache=None, layer=0, wanted=None):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
@@ -389,7 +423,7 @@ class LlamaBlock(nn.Module):
 class LLaMA(nn.Module):
     """LLaMA 1 and 2, and what shares their layout: grouped-query attention, other widths and thetas."""
 
-    attention = LlamaAttention  # of its blocks
+    Block = LlamaBlock
     recomputed = 0  # blocks, from the first on, that are run again in the backward pass
     dropout_keys = None  # add_lora's, where it drops anything
 
@@ -398,8 +432,8 @@ class LLaMA(nn.Module):
         self.config = config
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
-            layers=nn.ModuleList(LlamaBlock(config, self.attention) for _ in range(config.num_hidden_layers)),
-            norm=RMSNorm(config.hidden_size, config.rms_norm_eps)))
+            layers=nn.ModuleList(self.Block(config) for _ in range(config.num_hidden_layers)),
+            norm=self.Block.Norm(config.hidden_size, config.rms_norm_eps)))
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(init_weights)
 
@@ -411,6 +445,10 @@ class LLaMA(nn.Module):
         """(T,) token ids -> (T, C) embeddings, with (N, C) image tokens over those at image_at, (N,)."""
         x = self.model.embed_tokens(tokens)
         return x if image_tokens is None else x.index_copy(0, image_at, image_tokens.to(x.dtype))
+
+    def angles(self, positions):
+        """cos and sin by which queries and keys at (T,) positions are rotated, each (T, 1, hs) float32."""
+        return rotary_angles(positions, self.config.head_size, self.config.rope_theta)
 
     def run_layer(self, layer, x, cos, sin, mask, cache, wanted):
         """A block's output, (T, C), or (M, C) of the wanted tokens; of the first `recomputed` nothing is kept."""
@@ -433,7 +471,7 @@ class LLaMA(nn.Module):
             positions = torch.arange(len(tokens), device=tokens.device)
         mask = [(len(tokens), None)] if mask is None else mask
         x = self.embed(tokens, image_tokens, image_at)
-        cos, sin = rotary_angles(positions, self.config.head_size, self.config.rope_theta)
+        cos, sin = self.angles(positions)
         last = len(self.blocks) - 1
         for layer in range(len(self.blocks)):
             x = self.run_layer(layer, x, cos, sin, mask, cache, wanted if layer == last else None)

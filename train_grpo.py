@@ -31,7 +31,7 @@ from typing import Annotated, Literal
 
 from plumbing.flags import (BatchSize, Count, Datasets, Device, Range, Scale, Seconds, Share, UserError, Whole,
                             parse_command_line, run)
-from plumbing.sources import SEVEN, checkpoint_of, hub_folder, require_own_tokenizer
+from plumbing.sources import SEVEN, checkpoint_of, hub_folder, open_shards, require_own_tokenizer
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from data import Mixture, open_shards
+from data import Mixture
 from grpo import (balanced, find_advantages, find_shares, log_probabilities, make_micro_batches, policy_loss,
                   read_prompts, reward_all, roll_out)
 from plumbing.devices import LossScale, agree, autocast_to, join_group, pick_device, share_out, sum_of_ranks, to_device

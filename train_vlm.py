@@ -85,14 +85,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Mixture, open_shards
+from data import Mixture
 from plumbing.devices import (LossScale, agree, autocast_to, gather, join_group, pick_device,
                               split_among_ranks, sum_of_ranks, to_device, usable_cores)
 from plumbing.files import lock, lowest_held_out_loss, read_manifest, sync
 from plumbing.runs import (FREE_ON_RESUME, choose_folders, describe_run, image_settings, learnt_before, open_log,
                            open_run, require_same_inputs, write_run)
 from plumbing.signals import agree_on_stop, between_runs, catch_signals, end_stopped
-from plumbing.sources import find_start, settle, weights_of
+from plumbing.sources import find_start, open_shards, settle, weights_of
 from run import (device_of, even_out, learning_rate_at, load_optimizer, lora_settings, make_optimizer,
                  make_trainable, require_images, save_checkpoint, update)
 from weights import build_vlm, load_vlm, save_vlm

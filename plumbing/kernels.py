@@ -32,6 +32,22 @@ def linear(x, weight, bias=None):
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
+def add_sink(q, k, v, mask, sinks):
+    """
+    (R, nh, T, hs) queries, (R, nkv, S, hs) keys and values and their mask, such that all queries may also look at
+    nothing: at a key and a value of zeros, which come first, and which a head's queries score as its sink, (nh,),
+    says. One channel more makes that score, so that any kernel computes it, with its gradient. mask: (..., T, S), or
+    None for causal, which then has a query more in front.
+    """
+    T, hs = q.shape[2:]
+    scores = (sinks.to(q.dtype) * hs ** 0.5)[:, None, None].expand(*q.shape[:2], T, 1).reshape(*q.shape[:3], 1)
+    q, k, v = torch.cat([q, scores], dim=-1), F.pad(k, (0, 1, 1, 0)), F.pad(v, (0, 1, 1, 0))
+    k = k + F.pad(k.new_ones(1, 1), (hs, 0, 0, k.shape[2] - 1))  # (S + 1, hs + 1), 1 in the first key's last channel
+    if mask is None:
+        return F.pad(q, (0, 0, 1, 0)), k, v, None
+    return q, k, v, F.pad(mask, (1, 0), value=mask.dtype == torch.bool)
+
+
 class Linear(nn.Linear):
     """nn.Linear by the function above."""
 

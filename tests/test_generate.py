@@ -270,7 +270,7 @@ def test_the_cache_grows_one_tensor_at_a_time(monkeypatch):
 
     monkeypatch.setattr(generate_file.F, "pad", watched)
     for _ in range(3):
-        cache.place(np.zeros(70, np.int64), np.zeros(70, np.int64))
+        cache.place(np.zeros(70, np.int64), np.zeros(70, np.int64), np.arange(70))
         before = [weakref.ref(tensor) for layer in cache.layers for tensor in layer]
         assert len({layer[0].shape[2] for layer in cache.layers}) == 1  # place() has grown none
         for layer in range(6):

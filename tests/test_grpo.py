@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import train_grpo
 import train_vlm
-from data import BOS, Mixture, open_shards
+from data import BOS, Mixture
 from generate import Sampling
 from grpo import (Prompt, Rollout, balanced, find_advantages, find_shares, log_probabilities, make_micro_batches,
                   policy_loss, read_prompts, roll_out)
@@ -23,6 +23,7 @@ from model import LLaMA, LlamaConfig, VLM, ViT
 from plumbing.devices import autocast_to, to_device
 from plumbing.flags import UserError
 from plumbing.shards import Sample
+from plumbing.sources import open_shards
 from tasks import rewards
 from test_model import VIT, randomise
 from test_ranks import together

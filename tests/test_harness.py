@@ -14,11 +14,12 @@ import pytest
 import torch
 
 import eval_vqa
-from data import Record, Tokenizer, View, open_mixture
+from data import Mixture, Record, Tokenizer, View
 from eval_vqa import Config
 from generate import Answer
 from plumbing.flags import UserError
 from plumbing.shards import Shard
+from plumbing.sources import open_shards
 from prepare import sample
 from prepare.datasets import multiple_choice
 from prepare.leaks import guard
@@ -362,7 +363,7 @@ def test_a_patient_is_never_divided_between_training_and_the_held_out_part(tmp_p
         for n in range(40)]})
     guard(tmp_path, "drop")
     for seed in range(3):
-        mixture = open_mixture("own", tmp_path, "train", count_tokens=lambda height, width: 0 * height + 1,
+        mixture = Mixture(**open_shards("own", tmp_path, "train"), count_tokens=lambda height, width: 0 * height + 1,
                                held_out=12, seed=seed)
         train, out = ({number % 10 for number in part[0].tolist()} for part in (mixture.train, mixture.validation))
         assert train and out and not train & out and len(mixture.validation[0]) == 12

@@ -11,12 +11,13 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 import prepare.all as all_py
 import prepare.leaks
 import prepare.looks
-from data import Record, View, open_mixture
+from data import Mixture, Record, View
 from plumbing.files import manifest_checksum
 from plumbing.flags import UserError
 from plumbing.leaks import read_leaked_images, read_leaks
 from plumbing.pixels import load_image
 from plumbing.shards import PROMPT_VERSION, SHARD_VERSION, Shard
+from plumbing.sources import open_shards
 from prepare.classify import group_alike
 from prepare.datasets import DATASETS, Dataset
 from prepare.folder import prepare_folder
@@ -257,16 +258,16 @@ def test_training_images_that_a_test_split_has_are_found_and_left_out(write):
                                    ("learn/train", "exam/test", "2", "1", "", "")]
     shard = Shard(shards / "learn/train")
     assert (read_leaks(shard)[0], read_leaks(shard)[1].tolist()) == ("drop", [0, 1, 3, 5])
-    mixture = open_mixture("learn", shards, "train", count_tokens=five, batch_size=2)
+    mixture = Mixture(**open_shards("learn", shards, "train"), count_tokens=five, batch_size=2)
     assert mixture.train[0].tolist() == [2, 4] and mixture.samples_per_epoch == 2
     assert {number for n in range(4) for _, number in mixture.step(n).samples} == {2, 4}
-    mixture = open_mixture("learn", shards, "train", count_tokens=five, batch_size=2, held_out=1)
+    mixture = Mixture(**open_shards("learn", shards, "train"), count_tokens=five, batch_size=2, held_out=1)
     assert len(mixture.validation[0]) == 1 and len(mixture.train[0]) == 1
 
     kept = guard(shards, "keep")["learn/train"]  # the published mix, and leaks.json says so
     assert kept["leaks"] == "keep" and kept["found"] == report["learn/train"]["found"]
     assert (read_leaks(shard)[0], read_leaks(shard)[1].tolist()) == ("keep", [0, 1, 3, 5])
-    mixture = open_mixture("learn", shards, "train", count_tokens=five, batch_size=2)
+    mixture = Mixture(**open_shards("learn", shards, "train"), count_tokens=five, batch_size=2)
     assert mixture.train[0].tolist() == [0, 1, 2, 3, 4, 5]
 
 
@@ -285,7 +286,7 @@ def test_a_sample_leaks_if_any_of_its_images_does(write):
     train, exam = Shard(shards / "learn/train"), Shard(shards / "exam/test")
     assert read_leaked_images(train, exam).tolist() == [1, 2, 5]  # none that stands beside them
     assert [numbers.tolist() for numbers in exam.image_pairs()] == [[0, 0, 1, 1, 2, 2], [0, 1, 2, 3, 4, 5]]
-    mixture = open_mixture("learn", shards, "train", count_tokens=five, batch_size=1)
+    mixture = Mixture(**open_shards("learn", shards, "train"), count_tokens=five, batch_size=1)
     assert mixture.train[0].tolist() == [3]
 
 
@@ -366,11 +367,11 @@ def test_a_shard_that_was_not_compared_with_all_beside_it_is_refused(write):
 
     def refused(message):
         with pytest.raises(UserError, match=f"learn/train: not compared with {message}; run `python prepare/all.py"):
-            open_mixture("learn", shards, "train", count_tokens=five)
+            Mixture(**open_shards("learn", shards, "train"), count_tokens=five)
 
     refused("the test splits")
     guard(shards, "drop")
-    open_mixture("learn", shards, "train", count_tokens=five)
+    Mixture(**open_shards("learn", shards, "train"), count_tokens=five)
     write("exam", ("test", "a.png", drawing(1)))
     refused("exam/test")
     guard(shards, "drop")

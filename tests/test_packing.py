@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 import model as model_file
-from data import (BOS, EOS, Batch, Group, Mixture, Record, View, make_batch, open_mixture, shared_prefix,
-                  write_plain)
+from data import BOS, EOS, Batch, Group, Mixture, Record, View, make_batch, shared_prefix, write_plain
 from lora import add_lora
 from model import LLaMA, VLM, ViT, attend, block_mask, group_masks
 from plumbing import kernels
 from plumbing.devices import to_device
 from plumbing.flags import UserError
 from plumbing.shards import IMAGE, PROMPT_VERSION, SAMPLE, SHARD_VERSION, Shard
+from plumbing.sources import open_shards
 from prepare.leaks import guard
 from prepare.shards import ImageSettings, SplitWriter, encode_image
 from test_model import LLAMA, TOLERANCE, VIT, randomise, relative_error
@@ -690,10 +690,10 @@ def test_datasets_are_opened_by_name_and_weight(tmp_path):
     write_records(tmp_path / "labels" / "train", [Record("", image=as_file(image), labels=("none",))],
                   kind="classification")
     guard(tmp_path, "drop")
-    mixture = open_mixture("one, two:0.5", tmp_path, "train", count_tokens=count_tokens)
+    mixture = Mixture(**open_shards("one, two:0.5", tmp_path, "train"), count_tokens=count_tokens)
     assert mixture.counts == [4, 2]
     for names, message in [("one,three", "one,three were prepared with different tokenizers"),
                            ("one,four", "four/train: not prepared; .*prepare/all.py --only=four`"),
                            ("one:twice", "'twice' is no weight"), ("labels", "labels has labels but")]:
         with pytest.raises(UserError, match=message):
-            open_mixture(names, tmp_path, "train", count_tokens=count_tokens)
+            Mixture(**open_shards(names, tmp_path, "train"), count_tokens=count_tokens)

@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train_vlm
-from data import open_mixture
+from data import Mixture
 from model import LLaMA, LlamaConfig, ViT, ViTConfig
 from plumbing.files import (checkpoints, differences, find_damage, find_run, lock, manifest_checksum,
                             newest_checkpoint, read_manifest, require_writable, write_manifest)
 from plumbing.flags import UserError, parse_flags
 from plumbing.tensors import hash_weights, tensor_hashes, tensors_of
 from plumbing.runs import image_settings, require_same_inputs
+from plumbing.sources import open_shards
 from run import learning_rate_at
 from weights import load_run, load_trained_encoder, load_vlm, save_module
 from test_train import flags, prepare_sample, read_log, shards  # noqa: F401, shards: a prepared part of the sample
@@ -506,8 +507,9 @@ def test_vision_and_projector_have_learning_rates_of_their_own(shards, tmp_path,
 
 
 def test_the_held_out_samples_do_not_move_with_the_seed(shards):  # noqa: F811
-    mixtures = [open_mixture("sample", shards, "train", count_tokens=lambda height, width: 0 * height + 1, seed=seed,
-                             held_out=8) for seed in (0, 1, 2)]
+    mixtures = [Mixture(**open_shards("sample", shards, "train"),
+                        count_tokens=lambda height, width: 0 * height + 1, seed=seed,
+                        held_out=8) for seed in (0, 1, 2)]
     held_out = [mixture.validation[0].tolist() for mixture in mixtures]
     assert held_out[0] == held_out[1] == held_out[2] and len(held_out[0]) >= 8
     assert len({tuple(mixture.epoch_order(0)[0].tolist()) for mixture in mixtures}) == 3
@@ -522,7 +524,7 @@ def test_images_that_were_brought_to_size_in_two_ways_are_not_trained_on_togethe
     with pytest.raises(UserError, match=f"--data: .*sample/train has images made by {usual}, .*sample_captions/train "
                                         "by --image_size=64 --resize=fit; prepare one as the other: `python"):
         train_vlm.main(flags(shards, tmp_path / "run", data=data))
-    mixture = open_mixture(data, shards, "train", count_tokens=lambda height, width: 0 * height + 1)
+    mixture = Mixture(**open_shards(data, shards, "train"), count_tokens=lambda height, width: 0 * height + 1)
     captions, sample = mixture.shards
     captions.image_index = captions.image_index[:0]  # as of texts alone, whose settings count for nothing
     assert image_settings([captions, sample])["size"] == 224 and image_settings([captions])["size"] == 64

@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lora import token_keys
-from model import LLaMA, LlamaAttention, LlamaConfig, RMSNorm, attend, half_split, init_weights, rotate, run_block
+from model import LLaMA, LlamaAttention, LlamaBlock, LlamaConfig, RMSNorm, attend, half_split, init_weights, rotate, run_block
 from plumbing.flags import UserError
 from plumbing.kernels import Linear
 
@@ -285,10 +285,14 @@ def interleaved_angles(positions, config):
     return half_split(positions[:, axis].float() / config.rope_theta ** (2 * pair / config.head_size))
 
 
+class TextBlock(LlamaBlock):
+    Attention = TextAttention
+
+
 class Text(LLaMA):
     """The decoder: a LLaMA with norms of queries and keys, positions of three axes, and DeepStack."""
 
-    attention = TextAttention
+    Block = TextBlock
 
     def __init__(self, config):
         super().__init__(config)

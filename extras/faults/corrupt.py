@@ -44,7 +44,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from data import Record, Tokenizer, open_mixture
+from data import Mixture, Record, Tokenizer
 from extras.bench.progress import Progress
 from lora import add_lora, lora_layers
 from model import VLM, LLaMA, LlamaConfig, ViT, ViTConfig, init_weights
@@ -53,6 +53,7 @@ from plumbing.files import checkpoints, newest_checkpoint, seal
 from plumbing.flags import UserError, parse_command_line, run
 from plumbing.leaks import read_leaked_images
 from plumbing.shards import PROMPT_VERSION, SHARD_VERSION, Shard
+from plumbing.sources import open_shards
 from prepare.all import print_table
 from prepare.datasets import Dataset
 from prepare.leaks import Split, guard
@@ -113,7 +114,7 @@ def write_toy(shards_dir, seed, tokenizer):
 
 def use_dataset(shards_dir):
     """All that training, the leak guard and an evaluation read of it."""
-    mixture = open_mixture("toy", shards_dir, "train", count_tokens=lambda heights, widths: 0 * heights + 1)
+    mixture = Mixture(**open_shards("toy", shards_dir, "train"), count_tokens=lambda heights, widths: 0 * heights + 1)
     tokenizer = Tokenizer(shards_dir / "toy" / "tokenizer.model")
     train, test = mixture.shards[0], Shard(shards_dir / "toy" / "test")
     if tokenizer.sha256 != train.manifest["tokenizer_sha256"]:

@@ -40,17 +40,18 @@ RUNNERS_UP = 3  # tokens listed beside the one that was taken
 class WatchedCache(Cache):
     """A Cache of one row that notes where the last of the tokens that are run through it looks."""
 
-    def place(self, row, branch):
-        super().place(row, branch)
+    def place(self, row, branch, position):
+        super().place(row, branch, position)
         self.weights = []  # of each layer, (S,)
 
-    def attend(self, layer, q, k, v):
-        y = super().attend(layer, q, k, v)
+    def attend(self, layer, q, k, v, sinks=None, near=False):
+        y = super().attend(layer, q, k, v, sinks, near)
         last, heads = q[-1, :, None].float(), q.shape[1] // k.shape[1]  # (nh, 1, hs)
         keys = self.layers[layer][0][0, :, :self.S].float().repeat_interleave(heads, dim=0)  # (nh, S, hs)
         # No matrix product, which autocast would do in bfloat16
-        scores = (last * keys).sum(-1) / q.shape[-1] ** 0.5 + self.mask[0, 0, -1].float()  # (nh, S)
-        self.weights.append(scores.softmax(-1).mean(0))
+        scores = (last * keys).sum(-1) / q.shape[-1] ** 0.5 + self.masks[near][0, 0, -1].float()  # (nh, S)
+        nothing = scores.new_full((len(scores), 1), -torch.inf) if sinks is None else sinks.float()[:, None]
+        self.weights.append(torch.cat([scores, nothing], dim=-1).softmax(-1)[:, :-1].mean(0))
         return y
 
 

@@ -69,7 +69,7 @@ class Options:
     row: str  # of the table
     way: str  # "as asked", or as tasks.choices.ways_of names it
     order: list  # which of the record's options stands where
-    prompt: list  # token ids; image number n of the shard as -1 - n
+    prompt: list  # token ids, up to the options' own words; image number n of the shard as -1 - n
     answers: list  # of K answers their token ids
     letter: int  # tokens with which each begins, to its letter; 0 where the question lists none
 
@@ -85,7 +85,8 @@ def list_options(shard, tokenizer, count, shown):
             for way, (line, order) in (ways | (ways_of(record) if row == "model" else {})).items():
                 answers = [tokenizer.encode(answer) for answer in answers_of(line)]
                 tokens = asked.tolist() if way == "as asked" else write_prompt(tokenizer, line, images)
-                yield Options(number, row, way, order, tokens, answers, count_letter(answers) * stem_of(record)[1])
+                yield Options(number, row, way, order, [*tokens, *tokenizer.lead], answers,
+                              count_letter(answers) * stem_of(record)[1])
 
 
 def count_letter(answers):

@@ -113,7 +113,7 @@ def write_plain(record, encode):
 class Tokenizer:
     """A SentencePiece model whose <bos> is 1 and <eos> is 2, as in every LLaMA; zoo.chatml's has the same face."""
 
-    stops, system, word_start = (EOS,), "", "\u2581"  # what ends an answer; a system message; begins words' pieces
+    stops, system, word_start, lead = (EOS,), "", "\u2581", ()  # ends answers; a system message; begins words; answers
 
     def __init__(self, path):
         self.path = Path(path)

@@ -356,7 +356,7 @@ def tokenizer_mismatch(folder, pieces):
     wrong = next((n for n in range(len(pieces)) if own.get(n) != pieces[n]), None)
     if wrong is None:
         return "", ""
-    readable = source == "tokenizer.model" or "<|im_start|>" in own.values()  # which zoo/chatml.py reads
+    readable = source == "tokenizer.model" or {"<|im_start|>", "<|channel|>"} & {*own.values()}  # see zoo/chatml.py
     remedy = f"--tokenizer={folder}/{source}" if readable else "--tokenizer=<its tokenizer.model>"
     return (f"{folder}/{source}: id {wrong} is {own.get(wrong)!r:.40} there, {pieces[wrong]!r:.40} in the "
             f"shards' tokenizer; prepare the data anew with `python prepare/all.py --only=... {remedy}`"), ""

@@ -59,8 +59,8 @@ def add_pieces(model, special=SPECIAL, others=OTHERS):
     return model
 
 
-def write_chat_tokenizer(path, corpus=CORPUS, special=SPECIAL, others=OTHERS):
-    """A tokenizer.json in the layout of Qwen's, of a few hundred merges; gives the path back."""
+def write_chat_tokenizer(path, corpus=CORPUS, special=SPECIAL, others=OTHERS, finish=finish):
+    """A tokenizer.json, in the layout of Qwen's unless `finish` gives another, of a few hundred merges: its path."""
     model = finish(Tokenizer(models.BPE()))
     model.train_from_iterator(corpus, trainers.BpeTrainer(
         vocab_size=600, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))

@@ -39,7 +39,7 @@ class Config:
     max_pixels: Annotated[int, Range(0, 1 << 24)] = 0  # at most, with --resize=fit; 0: by --image_size
     box_format: Literal["medmo", "qwen"] = "medmo"  # how boxes are written: <box>[[...]]</box>, or JSON with bbox_2d
     report: Literal["both", "findings", "impression"] = "both"  # what of its report a study is answered with
-    reasoning: Literal["none", "before", "after"] = "none"  # where a choice's explanation stands, if at all
+    reasoning: Literal["none", "before", "after", "analysis"] = "none"  # a choice's explanation; analysis: with gpt-oss
     augment: Annotated[int, Range(0, 100)] = 0  # copies of each training image with boxes, mirrored or cropped
     codec: Literal["jpeg", "png"] = "jpeg"  # of stored images; png is lossless and twice as large
     quality: Annotated[int, Range(1, 100)] = 97  # of jpeg; 97 alters a pixel by 1.1 of 255 levels on average
@@ -80,6 +80,7 @@ from prepare.shards import (ImageSettings, leftovers, locked, read_manifests, re
                             write_dataset)
 from prepare.weights import WEIGHTS, convert_llama
 from zoo.chatml import open_tokenizer
+from zoo.harmony import HarmonyTokenizer
 
 TOKENIZER = "huggyllama/llama-7b"  # hub repository; its tokenizer.model is Meta's, unchanged
 # Flags of --own that train_cls.py gives again, when it looks whether its folder is as it was
@@ -167,6 +168,10 @@ def require_flags_that_fit(config):
     if config.system.strip() and not names_chat_model(config):
         raise UserError("--system: only a chat model's template has a place for it; name its tokenizer.json, as "
                         "--tokenizer=weights/medmo_4b/tokenizer.json")
+    if config.reasoning == "analysis" and not (names_chat_model(config) and isinstance(
+            open_tokenizer(config.tokenizer, config.system), HarmonyTokenizer)):
+        raise UserError("--reasoning=analysis: only gpt-oss's template has this channel; name its tokenizer.json with "
+                        "--tokenizer, or take --reasoning=before")
     if config.max_pixels and (config.resize, config.image_size) != ("fit", Config.image_size):
         raise UserError("--max_pixels: with --resize=fit and in place of --image_size; give "
                         f"--resize=fit --max_pixels={config.max_pixels} alone")

@@ -115,7 +115,7 @@ def clean_record(record, box_format="medmo"):
 def words_of(record, reasoning="none"):
     """
     A clean Record's line in records.jsonl, as a dict; what it has none of is left out. reasoning: where that stands in
-    the text that is trained on, "before" or "after" the answer, or "none".
+    what is trained on, "before" or "after" the answer, in its channel "analysis", or "none".
     """
     words = {"id": record.id, "question": record.question, "answer": record.answer, "type": record.type,
              "image": record.image_name or next((view.name for view in record.views()), "")}
@@ -185,8 +185,8 @@ class SplitWriter:
     def add(self, record):
         """Check and tokenize a record and send its images to be encoded, those that are new."""
         record = clean_record(record, self.box_format)
-        written = record if self.reasoning == "none" or not record.reasoning else replace(
-            record, answer=reasoning.write(record.answer, record.reasoning, self.reasoning))
+        written = record if self.reasoning == "analysis" else replace(record, reasoning="", answer=reasoning.write(
+            record.answer, record.reasoning, self.reasoning))
         tokens, spans, cut = self.tokenizer.write(written) if self.asks else ([], [], (0, 0))
         if reason := self.find_fault(record, spans):
             return self.skip(reason, words_of(record, self.reasoning))
@@ -213,7 +213,7 @@ class SplitWriter:
         imageless = self.kind == "text questions" and not record.image_name
         return ("empty question" if self.asks and not all(questions) else
                 "empty answer" if self.asks and (
-                    not all(answers) or any(end - begin == 1 for begin, end in spans)) else  # <eos> alone
+                    not all(answers) or any(end - begin == 1 for begin, end in spans)) else  # <eos> alone, of LLaMA's
                 "no label" if record.labels is None and not self.asks else
                 "no label" if record.labels == () and not self.multi_label else
                 "several labels" if len(labels) > 1 and not self.multi_label else

@@ -5,7 +5,8 @@ Answers with their reasoning, before or behind them: how both are written as one
     after    B. heparin Reasoning: heparin acts at once.
 
 The answer alone is scored as a record's answer is. The reasoning is scored apart, by its likeness to the one that the
-dataset has: it may be right where the answer is wrong, and the other way round.
+dataset has: it may be right where the answer is wrong, and the other way round. One in gpt-oss's channel "analysis"
+(zoo/harmony.py) is no part of the text of an answer, which its tokenizer parts from it: it is not kept, and not scored.
 """
 
 import numpy as np
@@ -18,7 +19,9 @@ REASONING, ANSWER = "Reasoning:", "Answer:"
 
 
 def write(answer, reasoning, place):
-    """An answer and its reasoning as one text; place: "before" or "after"."""
+    """An answer and its reasoning, if it has any, as one text; place: "before", "after", or "none": without it."""
+    if place == "none" or not reasoning:
+        return answer
     if place == "before":
         return f"{REASONING} {reasoning} {ANSWER} {answer}"
     return f"{answer} {REASONING} {reasoning}"
@@ -37,12 +40,17 @@ def part(text, place):
     return answer.strip(), reasoning.strip()
 
 
+def is_written(record):
+    """Whether the text that answers a record is to have a reasoning: "before" or "after" the answer."""
+    return bool(record.get("reasoning")) and record["reasoning"]["place"] != "analysis"
+
+
 def answer_of(record, text):
     """
     The answer in a text given to a question: all of it, but for a reasoning where the record has one, or where the
     text gives one to a multiple choice: whoever was trained to reason does so where the data has no reasoning, too.
     """
-    if record.get("reasoning"):
+    if is_written(record):
         return part(text, record["reasoning"]["place"])[0]
     if record.get("choices") and REASONING in text:
         return part(text, "before" if text.lstrip().startswith(REASONING) else "after")[0]
@@ -53,14 +61,14 @@ def report(answers, records, scored, main, units, seed=0):
     """
     Print how the reasonings of each row's answers compare with those that the records have, and return it as a dict:
     {row: {"given": percent of answers with one, "ROUGE-L": [mean, low, high], "right with it": percent}}; {} where no
-    record has one. scored, main: the rows' scores of their answers, and which of them says what is right.
+    text is to have one. scored, main: the rows' scores of their answers, and which of them says what is right.
     """
-    chosen = np.array([bool(record.get("reasoning")) for record in records])
+    chosen = np.array(list(map(is_written, records)))
     table = {}
     for row, texts in answers.items() if chosen.any() else ():
         alike, given, right = [], [], []
         for record, text, one in zip(records, texts, scored[row], strict=True):
-            if record.get("reasoning"):
+            if is_written(record):
                 reasoning = part(text, record["reasoning"]["place"])[1]
                 alike.append(100 * lcs_f1(words_of(reasoning), words_of(record["reasoning"]["text"])))
                 given.append(bool(reasoning))

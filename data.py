@@ -281,6 +281,7 @@ class Mixture:
     rank: int = 0
     ranks: int = 1
     multiple: int = 1  # of tokens that a Batch is padded to
+    loss_weight: str = "mean"  # of all targets; square: each counts 1 / root of how many its sample has (InternVL's)
 
     def __post_init__(self):
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])  # number of each first sample
@@ -386,11 +387,14 @@ class Mixture:
 
     def pack(self, number, samples, groups):
         """Read samples, (n,) numbers, put those of a group together, and this rank's part into micro-batches."""
-        gathered, names = defaultdict(list), []
+        gathered, names, divisor = defaultdict(list), [], 0
         keys = random_keys(self.seed, 2 * len(self.shards) + DROPOUT, number, len(samples)) >> np.uint64(33)
         for sample, group, key in zip(samples, groups, keys.tolist()):
             index, local, read = self.read(sample)
             read.key = key
+            length = int((read.spans[:, 1] - read.spans[:, 0]).sum())
+            weight = length ** -0.5 if self.loss_weight == "square" else 1
+            read.weight, divisor = read.weight * weight, divisor + weight * length
             gathered[group, index].append(read)
             names.append((self.shards[index], local))
         pieces = []
@@ -398,8 +402,6 @@ class Mixture:
             group = Group(some, shared_prefix(some), some[0].key, self.image_tokens[index],
                           self.shards[index].read_image)
             pieces += group.cut(min(self.max_length, self.micro_batch_tokens))  # masks grow with the square
-        divisor = sum(end - begin for piece in pieces for sample in piece.samples
-                      for begin, end in sample.spans.tolist())
         batches = [make_batch(some, self.multiple) for some in self.divide(pieces)]
         padding = np.concatenate([batch.group for batch in batches] or [np.zeros(1)]) < 0
         return Step(number, batches, divisor, float(padding.mean()), names)

@@ -68,7 +68,8 @@ class ViTConfig:
     activation: str = ""  # gelu or quick_gelu; none: OpenAI's quick one where clip, else the exact one
     merge: int = 1  # this times this patches become one token, for a VLM; 1: none do
     class_token: bool = True  # is among what leaves it; never beside merged patches
-    final_norm: bool = True  # of what leaves the last block
+    layer: str = "normed"  # what leaves it: the last block's output behind a norm, or the last (-1) or the last but
+    # one's (-2) as it is; blocks behind that are not among `depth`
     tiled: bool = False  # images are cut into squares of image_size, which it sees one by one, see plumbing/tiles.py
 
     def __post_init__(self):
@@ -166,11 +167,11 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, config.grid ** 2 + 1, config.width).normal_(std=0.02))
         self.norm_pre = nn.LayerNorm(config.width, config.eps) if config.clip else nn.Identity()
         self.blocks = nn.ModuleList(ViTBlock(config) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.width, config.eps) if config.final_norm else nn.Identity()
+        self.norm = nn.LayerNorm(config.width, config.eps) if config.layer == "normed" else nn.Identity()
         self.apply(init_weights)
 
     def tokens(self, height, width):
-        """Tokens of an image of so many pixels, numbers or arrays: of a tile a class token and its patches, or merged ones."""
+        """Tokens of an image of so many pixels, numbers or arrays: patches, or merged ones, and a class token."""
         side, S, tiles = self.config.patch_size * self.config.merge, self.config.image_size, 1
         if self.config.tiled:
             tiles, height, width = count_tiles(height, width, S), S, S
@@ -190,8 +191,8 @@ class ViT(nn.Module):
         own = config.image_size if config.grid % config.merge == 0 else 0  # its rest past the last patch is not seen
         if wrong := [pixels for pixels in sides if pixels % side and pixels != own]:
             raise UserError(f"{name}: an image has {min(wrong)} pixels along a side, no multiple of {side}, the "
-                            f"model's {what}; prepare with --image_size={own or side} "
-                            + ("--max_tiles=12" if config.tiled else "--resize=squash"))
+                            f"model's {what}; prepare with " + ("--max_tiles=12" if config.tiled else
+                            "--resize=squash") + f" and an --image_size that {'it has' if config.tiled else 'is one'}")
 
     @property
     def output_width(self):

@@ -109,12 +109,12 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, layer):
-        ctx.low = [*layer.buffers()], layer.bits, layer.weight.shape
-        return multiply(x, *ctx.low, False, None if layer.bias is None else layer.bias.to(x.dtype))
+        ctx.layer = layer
+        return layer.multiply(x)
 
     @staticmethod
     def backward(ctx, gradient):
-        return multiply(gradient, *ctx.low, True), None
+        return ctx.layer.multiply(gradient, transposed=True), None
 
 
 class LowLinear(nn.Linear):
@@ -137,6 +137,14 @@ class LowLinear(nn.Linear):
     def dequantise(self, dtype=torch.float32):
         """The weight (out, in) that is stored, in a dtype."""
         return dequantise([*self.buffers()], self.bits, self.weight.shape, dtype)
+
+    def bias_in(self, dtype):
+        return None if self.bias is None else self.bias.to(dtype)
+
+    def multiply(self, x, transposed=False):
+        """x W^T + b, or x W: transposed."""
+        return multiply(x, [*self.buffers()], self.bits, self.weight.shape, transposed,
+                        None if transposed else self.bias_in(x.dtype))
 
     def forward(self, x):
         kind = x.device.type

@@ -32,15 +32,18 @@ class Config:
     held_out: Whole = 512  # samples kept from training for the validation loss
     workers: Threads = 0  # that read and decode ahead of the trainer; 0: one a core, of a process's share
     start: str = ""  # run, checkpoint or adapter folder whose parts this run begins with
-    model: str = "paper"  # paper, small, sample, qwen_small or qwen_sample; or a Qwen3-VL's folder, also in weights/
-    vision_weights: str = "auto"  # safetensors file; auto: BiomedCLIP for the paper's; none: random
+    model: str = "paper"  # paper, small, sample; gpt_oss_small, qwen_small, ..._sample; or a Qwen3-VL's folder
+    vision_weights: str = "auto"  # file or hub folder of an encoder; auto: BiomedCLIP for the paper's; none: random
+    vision_layer: Literal["auto", "normed", "-1", "-2"] = "auto"  # of the encoder, taken; auto: --start's, or normed
+    vision_tokens: Literal["auto", "all", "patches"] = "auto"  # all: a class token, too; auto: --start's or all
     language_weights: str = "auto"  # hub folder; auto: PMC-LLaMA for the paper's; none: random
     merge: Annotated[int, Range(1, 4)] = 1  # this times this patches of an image become one token; 1: each is one
     vision: Literal["auto", "full", "lora", "frozen"] = "auto"  # what trains of the ViT; auto: full, a Qwen's frozen
     projector: Literal["full", "frozen"] = "full"  # what trains of the projection
+    projector_type: Literal["auto", "linear", "mlp", "mlp1"] = "auto"  # LLaVA's mlp, InternVL's mlp1; auto: --start's
     language: Literal["lora", "full", "frozen"] = "lora"  # what trains of the language model
     base_bits: Literal[0, 16, 8, 4] = 0  # of the frozen base's matrices in memory; 0: as --dtype
-    lora_targets: str = "auto"  # matrices of the language model with LoRA; auto: q_proj,v_proj, all of a loaded Qwen
+    lora_targets: str = "auto"  # matrices of the language model with LoRA; auto: q_proj,v_proj, or more of the zoo's
     lora_vision_targets: str = "qkv"  # matrices of the vision transformer with --vision=lora
     lora_r: Annotated[int, Range(1, 1 << 16)] = 8  # rank
     lora_alpha: Scale = 16.0  # the update is scaled by alpha / r
@@ -54,6 +57,7 @@ class Config:
     final_learning_rate: Scale = 0.0  # where the cosine ends
     weight_decay: Scale = 0.01  # of matrices; biases, norms, class token and positions have none
     beta2: ShareBelow1 = 0.999  # AdamW's second-moment decay
+    loss_weight: Literal["mean", "square"] = "mean"  # square: a sample counts by the root of its answers' length
     clip: Scale = 1.0  # largest norm of the gradient; 0: no clipping
     seed: Whole = 0  # of initialisation, order and dropout
     seeds: Annotated[int, Range(1, 1000)] = 1  # runs, in seed_0, seed_1, ... of --run, of this seed and those behind it
@@ -98,6 +102,7 @@ from run import (device_of, even_out, learning_rate_at, load_optimizer, lora_set
 from weights import build_vlm, load_vlm, save_vlm
 from zoo.adapters import load_adapters, read_adapter
 from zoo.chatml import tokenizer_of
+from zoo.encoders import features_by, require_features
 
 RESTATED = ("epochs", "max_steps")  # of a finished run that goes on
 
@@ -110,7 +115,8 @@ def open_data(config, opened, vision, device, rank=0, ranks=1):
         **opened, count_tokens=vision.tokens, batch_size=config.batch_size,
         questions_per_image=config.questions_per_image, max_length=config.max_length,
         micro_batch_tokens=config.micro_batch_tokens, seed=config.seed, held_out=config.held_out, rank=rank,
-        ranks=ranks, multiple=128 if device.type == "cuda" else 1)  # the blocks of FlexAttention
+        ranks=ranks, loss_weight=config.loss_weight,
+        multiple=128 if device.type == "cuda" else 1)  # the blocks of FlexAttention
     parts = zip(mixture.shards, mixture.train, mixture.validation, mixture.leaks)
     for shard, train, validation, (leaks, numbers) in parts:
         vision.require_shapes(shard.folder, shard.image_index)
@@ -124,7 +130,7 @@ def open_data(config, opened, vision, device, rank=0, ranks=1):
     return mixture
 
 
-def load_parts(config, tokenizer, checkpoint, device, dtype):
+def load_parts(config, tokenizer, image, checkpoint, device, dtype):
     """The VLM, from a checkpoint of this run, what --start names, or the weights files; a line for each part."""
     begun, adapter = (checkpoint, None) if checkpoint else find_start(config, tokenizer)
     split = split_among_ranks if config.shard else None
@@ -136,12 +142,12 @@ def load_parts(config, tokenizer, checkpoint, device, dtype):
     else:
         lora = lora_settings(config, config.lora_targets) if config.language == "lora" else None
         vision, language = weights_of(config, tokenizer)
-        model = build_vlm(config.model, tokenizer.vocab_size, vision, language, dtype, device, config.merge,
-                          read_adapter(adapter).get("language") if adapter else lora, split, trained, config.base_bits)
+        lora = read_adapter(adapter).get("language") if adapter else lora
+        model = build_vlm(config.model, tokenizer.vocab_size, vision, language, dtype, device,
+                          features_by(config, image), config.projector_type, lora, split, trained, config.base_bits)
     if adapter:
         load_adapters(model, adapter)
-    if config.merge != model.vision.config.merge:
-        raise UserError(f"--merge={config.merge}: {begun or config.model} has {model.vision.config.merge}; give that")
+    require_features(model, config, image, begun or config.model)
     for part in ("vision", "projector", "language"):
         source = begun or model.weights.get(part) or "random"
         print(f"{part:9} from {source}{f' and {adapter}' if adapter and part in model.lora else ''}")
@@ -209,7 +215,7 @@ def train(config, folder, rank, ranks, device, dtype):
     checkpoint = agree(lambda: open_run(folder, config, FREE_ON_RESUME, RESTATED))
     opened = open_shards(config.data, config.shards_dir, "train")  # what is wrong with them is told
     image, tokenizer = image_settings(opened["shards"]), tokenizer_of(opened["shards"][0])  # before weights are read
-    model = load_parts(config, tokenizer, checkpoint, device, dtype)
+    model = load_parts(config, tokenizer, image, checkpoint, device, dtype)
     mixture = open_data(config, opened, model.vision, device, rank, ranks)
     make_trainable(model, config, checkpoint)
     record = describe_run(config, mixture, image, tokenizer, model, device)

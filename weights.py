@@ -1,40 +1,39 @@
 """
 Loading and saving: how the parts of a model lie in files, and what of a file belongs to which part.
 
-    encoders     safetensors in timm's layout (BiomedCLIP, PubMedCLIP) or OpenAI CLIP's (PMC-CLIP's ResNet)
-    LLaMA        a hub folder: config.json and model.safetensors, whole or in several files
+    encoders     safetensors, see zoo/encoders.py
+    LLaMA        a hub folder, see zoo/llama_files.py; other families: zoo/gpt_oss_files.py, qwen3_files.py
     LoRA         PEFT's folder, see zoo/adapters.py
     a VLM        a folder of those, with projector.safetensors and a config.json that names its parts
     a classifier encoder.safetensors, head.safetensors and a config.json with its classes
 
 Every file is read in both directions completely: a tensor that is unknown, missing, repeated or of another shape stops
-loading with one line. plumbing/claims.py holds what tensors do not tell against configs. Qwen3-VL: zoo/qwen3_files.py.
+loading with one line. plumbing/claims.py holds what tensors do not tell against configs.
 """
 
 import difflib
 import os
-import re
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from data import BOS, EOS
 from lora import add_lora, lora_layers
-from model import CONFIGS, VLM, LLaMA, LlamaConfig, ViT, ViTConfig
-from plumbing.claims import llama_refusal, vit_facts, vit_problem
+from model import CONFIGS, VLM, LLaMA, ViT
 from plumbing.files import find_damage, find_run, read_settings, sort_metadata, write_settings
 from plumbing.flags import UserError
-from plumbing.tensors import (find_weights, hash_weights, language_files, load_exactly, plain_names, read_metadata,
-                              tensor_shapes, tensors_of)
-from quantize import store_low
-from zoo import qwen3_files
+from plumbing.tensors import find_weights, hash_weights, load_exactly, plain_names, tensors_of
+from zoo import gpt_oss_files, qwen3_files
 from zoo.adapters import ADAPTERS, load_adapter, save_adapter
 from zoo.classifier import Classifier
+from zoo.encoders import FEATURES, features_of, load_encoder
+from zoo.gpt_oss import GptOss, GptOssConfig
+from zoo.gpt_oss_files import is_gpt_oss, load_gpt_oss, save_gpt_oss
+from zoo.llama_files import hub_config, load_llama
+from zoo.projectors import make_projector, projector_like
 from zoo.qwen3_files import build_qwen, is_qwen, load_qwen, write_config
 from zoo.qwen3_vl import Text
-from zoo.resnet import load_resnet
 
 
 # ----------------------------------------------------------------------------- one module
@@ -59,42 +58,7 @@ def save_module(module, file, state=None):
     sort_metadata(file)
 
 
-# ----------------------------------------------------------------------------- image encoders
-
-def load_vit(file, dtype=torch.float32, device="cpu", merge=1):
-    """
-    A ViT from a safetensors file: timm's keys as they are, or under BiomedCLIP's `visual.trunk.`, whose
-    projection head and text tower are dropped. Sizes are read from the shapes, and CLIP's variant is known by
-    norm_pre. Heads and activation are told by the file's own metadata or a config beside it; without that,
-    heads of Ti, S, B and L are of 64 channels. merge: see ViTConfig.
-
-    Raises UserError when they are not known, or what is told is not done here, and as load_exactly does.
-    """
-    shapes = {key.removeprefix("visual.trunk."): shape for key, shape in tensor_shapes(file).items()}
-    try:
-        (width, _, P, _), grid = shapes["patch_embed.proj.weight"], shapes["pos_embed"][1] - 1
-    except (KeyError, ValueError):
-        raise UserError(f"{file}: no ViT in timm's layout (patch_embed.proj.weight, pos_embed); "
-                        "docs/interchange.md says which files fit") from None
-    depth = len([key for key in shapes if re.fullmatch(r"blocks\.\d+\.norm1\.weight", key)])
-    config = ViTConfig(round(grid ** 0.5) * P, P, width, depth, "norm_pre.weight" in shapes, merge=merge)
-    facts, problem = vit_facts(file, read_metadata(file))
-    if problem := problem or vit_problem(facts, width, depth, config.clip):
-        raise UserError(f"{file}: {problem}")
-    activation = facts.get("activation", config.gelu)
-    config = replace(config, head_size=width // facts.get("heads", width // 64),
-                     activation="" if activation == config.gelu else activation)
-    with torch.device("meta"):
-        model = ViT(config)
-    return load_exactly(model, [file], dtype, device, prefix="visual.trunk.",
-                        dropped=r"visual\.head\.proj\.weight|text\..*|logit_scale")
-
-
-def load_encoder(file, dtype=torch.float32, device="cpu"):
-    """The image encoder that a safetensors file holds: a ViT or a ResNet. UserError if neither."""
-    load = load_resnet if "attnpool.c_proj.weight" in tensor_shapes(file) else load_vit
-    return load(file, dtype, device)
-
+# ----------------------------------------------------------------------------- image encoders with a head
 
 def save_classifier(model, folder, facts):
     """Write encoder.safetensors, head.safetensors, and config.json with facts such as "classes"."""
@@ -118,58 +82,7 @@ def load_classifier(folder, device="cpu"):
     return model.to(device).eval(), facts
 
 
-# ----------------------------------------------------------------------------- LLaMA
-
-def read_llama_config(folder):
-    """The LlamaConfig of a hub folder. Raises UserError where it is of another model, or cannot be."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}/config.json: not there; `python prepare/all.py "
-                        "--only=pmc_llama_7b` brings the paper's")
-    hub = read_settings(folder / "config.json")
-    ropes = [rope for rope in map(hub.get, ("rope_parameters", "rope_scaling")) if isinstance(rope, dict)]
-    config = LlamaConfig(**{item.name: hub[item.name] for item in fields(LlamaConfig)
-                            if hub.get(item.name) is not None})
-    config.num_key_value_heads = hub.get("num_key_value_heads") or config.num_attention_heads
-    config.rope_theta = next((rope["rope_theta"] for rope in ropes if rope.get("rope_theta")), config.rope_theta)
-    impossible = [f"{name} {value!r:.50}" for name, value in asdict(config).items()
-                  if type(value) not in (int, type(getattr(LlamaConfig, name)))
-                  or not (name == "head_dim" and value == 0)
-                  and not 0 < value < (1e30 if isinstance(value, float) else 1 << 24)]
-    if impossible or (config.num_attention_heads % config.num_key_value_heads or config.head_size % 2
-                      or not config.head_dim and config.hidden_size % config.num_attention_heads):
-        raise UserError(f"{folder}/config.json: {', '.join(impossible) or 'its sizes'} cannot be")
-    if refused := llama_refusal(hub, config.head_size):
-        raise UserError(f"{folder}/config.json: {refused}")
-    return config
-
-
-def load_llama(folder, dtype=torch.float32, device="cpu", lora=None, split=None, bits=0):
-    """
-    A LLaMA from a hub folder. lora: the settings of its LoRA, newly made, if it is to have one; split: a
-    function that divides the empty model among processes before it is filled; bits: of its blocks, see quantize.py.
-
-    Raises UserError when the folder is incomplete or a tensor does not fit.
-    """
-    folder = Path(folder)
-    config, files = read_llama_config(folder), language_files(folder)
-    if config.num_hidden_layers > sum(len(tensor_shapes(file)) for file in files):
-        raise UserError(f"{folder}/config.json: {config.num_hidden_layers} layers are more than the "
-                        "tensors beside it")  # and would take for ever to build
-    with torch.device("meta"):
-        model = LLaMA(config).to(dtype)
-        store_low(model.blocks, bits)
-        if split and lora:
-            add_lora(model, **lora)
-    if split:
-        split(model)
-    load_exactly(model, files, dtype, device, dropped=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-    if split:
-        for _, layer in sorted(lora_layers(model).items()):  # in add_lora's order: the same random numbers
-            layer.reset()
-    elif lora:
-        add_lora(model, **lora)
-    return model
-
+# ----------------------------------------------------------------------------- language models
 
 def save_llama(module, folder, state=None):
     """Write a LLaMA as a hub folder, which transformers reads. state: as save_module takes it."""
@@ -178,43 +91,48 @@ def save_llama(module, folder, state=None):
     write_settings(folder / "config.json", hub_config(module.config))
 
 
-def hub_config(config):
-    """A LlamaConfig as the hub's config.json has it, as a dict."""
-    sizes = {name: value for name, value in asdict(config).items() if value or name != "head_dim"}
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes, "hidden_act": "silu",
-            "bos_token_id": BOS, "eos_token_id": EOS, "tie_word_embeddings": False}
+def load_language(folder, dtype, device, lora=None, split=None, bits=0, trained=()):
+    """The LLaMA or gpt-oss of a hub folder, the rest as build_vlm takes it."""
+    if not is_gpt_oss(folder):
+        return load_llama(folder, dtype, device, lora, split, bits)
+    if split:
+        raise UserError("--shard=true: processes do not split a gpt-oss; leave it out")
+    return load_gpt_oss(folder, dtype, device, lora, bits, "language" in trained)
 
 
 # ----------------------------------------------------------------------------- the whole
 
 def build_vlm(name, vocab_size, vision_weights="", language_weights="", dtype=torch.float32, device="cpu",
-              merge=1, lora=None, split=None, trained=(), bits=0):
+              features=FEATURES, projector="linear", lora=None, split=None, trained=(), bits=0):
     """
-    A VLM of CONFIGS[name], or of zoo.qwen3_files'; a part with a weights file is loaded from it, sizes and all: of a
-    Qwen3-VL all from one folder. merge: ViTConfig's; lora, split, bits: of the language part, as load_llama takes
-    them; trained: names of the parts that are to be trained in full, in float32.
+    A VLM of CONFIGS[name], or of the zoo's; a part with a weights file is loaded from it, sizes and all: of a
+    Qwen3-VL all from one folder. features: what is taken of the encoder, see zoo/encoders.py; projector: of
+    zoo/projectors.py; lora, split, bits: of the language part, as load_llama takes them; trained: names of the parts
+    that are to be trained in full, in float32.
     """
+    sizes = CONFIGS | gpt_oss_files.CONFIGS
     if name in qwen3_files.CONFIGS or is_qwen(language_weights):
-        if vision_weights != language_weights:
-            raise UserError("--vision_weights, --language_weights: a Qwen3-VL is loaded as a whole; name its folder "
-                            "with --model, and leave both out")
+        if vision_weights != language_weights or (features, projector) != (FEATURES, "linear"):
+            raise UserError("--vision_weights, --language_weights, --merge, --vision_layer and the like: a Qwen3-VL is "
+                            "loaded as a whole; name its folder with --model, and leave them out")
         model = build_qwen(name, vocab_size, language_weights, dtype, device, lora, split, trained, bits)
         return note_weights(model, dict.fromkeys(model.weights, language_weights), bits)
-    if name not in CONFIGS:
-        near = difflib.get_close_matches(name, [*CONFIGS, *qwen3_files.CONFIGS], n=1)
+    if name not in sizes:
+        near = difflib.get_close_matches(name, [*sizes, *qwen3_files.CONFIGS], n=1)
         meant = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"--model={name}: no such sizes, and no folder with a config.json, here or in weights/; {meant}"
                         "`python prepare/all.py --only=medmo_4b` brings MedMO's")
-    vision_config, language_config = CONFIGS[name]
+    vision_config, language_config = sizes[name]
     with torch.device(device):
-        vision = (load_vit(vision_weights, device=device, merge=merge) if vision_weights
-                  else ViT(replace(vision_config, merge=merge)))
+        vision = (load_encoder(vision_weights, device=device, **features) if vision_weights
+                  else ViT(replace(vision_config, **features)))
         if language_weights:
-            language = load_llama(language_weights, dtype, device, lora, split, bits)
+            language = load_language(language_weights, dtype, device, lora, split, bits, trained)
         elif bits:
             raise UserError(f"--base_bits={bits}: no base; name one with --language_weights or --start")
         else:
-            language = LLaMA(replace(language_config, vocab_size=vocab_size)).to(dtype)
+            kind = GptOss if isinstance(language_config, GptOssConfig) else LLaMA
+            language = kind(replace(language_config, vocab_size=vocab_size)).to(dtype)
             if lora:
                 add_lora(language, **lora)
             if split:
@@ -222,7 +140,7 @@ def build_vlm(name, vocab_size, vision_weights="", language_weights="", dtype=to
         if language.config.vocab_size < vocab_size:
             raise UserError(f"{language_weights}: its {language.config.vocab_size} tokens are fewer "
                             f"than the tokenizer's {vocab_size}; prepare with its own tokenizer")
-        model = VLM(vision, language)
+        model = VLM(vision, language, make_projector(projector, vision.output_width, language.config.hidden_size))
     model.lora |= {"language": lora} if lora else {}
     return note_weights(model, {"vision": vision_weights, "language": language_weights}, bits)
 
@@ -262,10 +180,12 @@ def save_vlm(model, folder, language=None):
             (folder / "language").mkdir()
             save_module(module, folder / "language" / "model.safetensors")
             write_config(folder / "language", model.vision.config, module.config)
+        elif isinstance(module, GptOss):
+            save_gpt_oss(module, folder / "language")
         else:
             save_llama(module, folder / "language", language)
     write_settings(folder / "config.json", {"weights": weights, "hashes": model.hashes, "lora": model.lora,
-                                            "merge": model.vision.config.merge, "base_bits": model.base_bits})
+                                            **features_of(model.vision), "base_bits": model.base_bits})
 
 
 def read_vlm_config(folder, parts=("vision", "projector", "language")):
@@ -277,13 +197,13 @@ def read_vlm_config(folder, parts=("vision", "projector", "language")):
     paths = {part: config["weights"].get(part, "") for part in parts}
     places = {path: find_weights(path, hashes.get(part)) for part, path in paths.items() if path}
     weights = {part: places.get(path, "") for part, path in paths.items()}
-    return {"merge": 1, "base_bits": 0, **config, "weights": weights, "hashes": hashes}
+    return {**FEATURES, "base_bits": 0, **config, "weights": weights, "hashes": hashes}
 
 
 def load_vision(folder, config, device):
     """The vision part of what save_vlm wrote, config its read_vlm_config, with its LoRA."""
     file = config["weights"]["vision"] or folder / "vision.safetensors"
-    model = load_vit(file, device=device, merge=config["merge"])
+    model = load_encoder(file, device=device, **{name: config[name] for name in FEATURES})
     if "vision" in config["lora"]:
         add_lora(model, **config["lora"]["vision"])
         load_adapter(model, folder / ADAPTERS["vision"])
@@ -310,12 +230,13 @@ def load_vlm(folder, dtype=torch.float32, device="cpu", split=None, trained=(), 
             add_lora(getattr(model, part), **lora[part])
             load_adapter(getattr(model, part), folder / ADAPTERS[part])
     else:
-        language = load_llama(source, dtype, device, lora.get("language"), split, bits)
+        language = load_language(source, dtype, device, lora.get("language"), split, bits, trained)
         if "language" in lora:
             load_adapter(language, folder / ADAPTERS["language"])
+        vision, file = load_vision(folder, config, device), folder / "projector.safetensors"
         with torch.device("meta"):
-            model = VLM(load_vision(folder, config, device), language)
-        load_exactly(model.projector, [folder / "projector.safetensors"], torch.float32, device)
+            model = VLM(vision, language, projector_like(file, vision.output_width, language.config.hidden_size))
+        load_exactly(model.projector, [file], torch.float32, device)
     model.weights, model.hashes, model.lora = weights, model.hashes | config["hashes"], lora
     model.base_bits = bits
     return model
@@ -333,7 +254,7 @@ def load_trained_encoder(folder, device="cpu"):
     if any(map(is_qwen, [*read_settings(folder / "config.json")["weights"].values(), folder / "language"])):
         raise UserError(f"{folder}: the tower of a Qwen3-VL, which no classifier here is made of; choose the run of "
                         "another model, or another --encoder")
-    model = load_vision(folder, {**config, "merge": 1}, device)
+    model = load_vision(folder, {**config, **FEATURES, "layer": config["layer"]}, device)
     for name, layer in lora_layers(model).items():
         layer.merge()
         parent, _, child = name.rpartition(".")

@@ -11,7 +11,10 @@ from plumbing.leaks import read_leaks
 from plumbing.shards import Shard
 
 SEVEN = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # matrices of a block
-SUFFIXES = {"llama": ".model", "qwen3_vl": ".json"}  # of the tokenizer's file, by a config.json's model_type
+FOUR = "q_proj,k_proj,v_proj,o_proj"  # those of a gpt-oss block's attention
+SUFFIXES = {"llama": ".model", "qwen3_vl": ".json", "gpt_oss": ".json"}  # of the tokenizer, by config.json's model_type
+AUTO = {"vision": "full", "lora_targets": "q_proj,v_proj", "vision_layer": "normed", "vision_tokens": "all",
+        "projector_type": "linear"}  # flags that can be "auto", and what that is of OpenMedQ's parts
 
 
 def open_shards(names, shards_dir, split):
@@ -46,20 +49,24 @@ def hub_folder(name):
 
 def settle(config):
     """
-    train_vlm.py's flags with "auto" replaced in --vision and --lora_targets: of a pretrained Qwen3-VL the tower is
-    frozen, and LoRA is on all seven matrices of a block. A run that goes on keeps what it had.
+    train_vlm.py's flags with "auto" replaced: of a pretrained Qwen3-VL the tower is frozen, and LoRA is on all seven
+    matrices of a block; of a gpt-oss on the four of its attention. What is taken of the encoder, and the kind of
+    projector, are those of --start. A run that goes on keeps what it had.
     """
     before = read_manifest(Path(config.run), "config.json") if config.resume and config.run else None
     if before:
-        settled = before["flags"]
+        settled = AUTO | before["flags"]
     else:
-        name = config.model
+        begun, settled = {"model": config.model, "language_weights": config.language_weights}, AUTO
         if config.start and not Path(config.start, "adapter_config.json").is_file():
-            name = read_manifest(find_run(config.start)[1]).get("flags", {}).get("model", name)
-        settled = {"vision": "frozen", "lora_targets": SEVEN} if hub_folder(name) else {
-            "vision": "full", "lora_targets": "q_proj,v_proj"}
-    return replace(config, **{flag: settled[flag] for flag in ("vision", "lora_targets")
-                              if getattr(config, flag) == "auto"})
+            begun |= read_manifest(find_run(config.start)[1]).get("flags", {})
+            settled = AUTO | {flag: begun[flag] for flag in ("vision_layer", "vision_tokens", "projector_type")
+                              if flag in begun}
+        if hub_folder(begun["model"]):
+            settled = settled | {"vision": "frozen", "lora_targets": SEVEN}
+        elif begun["model"].startswith("gpt_oss") or family_of(begun["language_weights"]) == "gpt_oss":
+            settled = settled | {"lora_targets": FOUR}
+    return replace(config, **{flag: settled[flag] for flag in AUTO if getattr(config, flag) == "auto"})
 
 
 def weights_of(config, tokenizer):
@@ -76,15 +83,20 @@ def weights_of(config, tokenizer):
     return chosen["vision"], chosen["language"]
 
 
+def family_of(folder):
+    """The model_type of a hub folder, None where it cannot be read: whoever loads it says what is wrong."""
+    try:
+        return json.loads(Path(folder, "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def require_own_tokenizer(folder, tokenizer):
     """
     Raise UserError where a model's hub folder is of another family than the tokenizer of the shards, or has
     another tokenizer beside it. Where it has none, that is printed.
     """
-    try:
-        family = json.loads(Path(folder, "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        family = None  # whoever loads it says what is wrong
+    family = family_of(folder)
     if SUFFIXES.get(family, tokenizer.path.suffix) != tokenizer.path.suffix:
         raise UserError(f"{folder}: of another family ({family}) than the shards' {tokenizer.path}; prepare the data "
                         f"anew with `python prepare/all.py --only=... --tokenizer={find_tokenizer(folder)}`")

@@ -17,7 +17,7 @@ def count_tiles(height, width, S):
 
 
 def cut_tiles(images, S):
-    """(I, 3, H, W) of whole tiles -> (I * n, 3, S, S), of each image its tiles and, where they are several, all of it."""
+    """(I, 3, H, W) of whole tiles -> (I * n, 3, S, S): of each image its tiles and, behind several, all of it."""
     tiles = images.unflatten(3, (-1, S)).unflatten(2, (-1, S))  # (I, 3, rows, S, columns, S)
     tiles = tiles.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # (I, rows * columns, 3, S, S)
     if tiles.shape[1] > 1:

@@ -16,14 +16,14 @@ import asking
 import eval_vqa
 import prepare.all as all_py
 import train_vlm
-from data import EOS, Mixture, Record, View, open_shards
+from data import EOS, Mixture, Record, View
 from extras.look import follow
 from extras.share import demo_talk
 from plumbing.files import read_manifest
 from plumbing.flags import UserError, parse_flags
 from plumbing.runs import write_run
 from plumbing.shards import Shard
-from plumbing.sources import require_own_tokenizer
+from plumbing.sources import open_shards, require_own_tokenizer
 from prepare.questions import train_sample_tokenizer
 from prepare.shards import read_manifests
 from run import open_trained_run

@@ -22,7 +22,8 @@ from plumbing.flags import UserError
 from plumbing.sources import settle
 from test_encoders import fill, some_pixels
 from test_model import LLAMA, TOLERANCE, V, edit_json, hub_llama, logits_of, randomise, relative_error, some_tokens
-from weights import load_encoder, load_llama, load_vit, load_vlm, save_vlm
+from weights import load_llama, load_vlm, save_vlm
+from zoo.encoders import load_encoder, load_vit
 from zoo.adapters import load_adapter
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"

@@ -16,7 +16,8 @@ from lora import add_lora, lora_layers
 from model import LLaMA, LlamaConfig, RMSNorm, VLM, ViT, ViTConfig, normalise, rotary_angles, rotate
 from plumbing.flags import UserError
 from plumbing.kernels import Linear
-from weights import build_vlm, load_llama, load_vit, load_vlm, save_vlm
+from weights import build_vlm, load_llama, load_vlm, save_vlm
+from zoo.encoders import load_vit
 
 TOLERANCE = 1e-5  # relative, float32
 V = 307  # odd, as 32001 is

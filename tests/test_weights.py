@@ -24,7 +24,8 @@ from plumbing.flags import UserError, parse_flags
 from prepare.weights import WEIGHTS, convert_llama, write_llama
 from test_encoders import CLIP_VIT, fill
 from test_model import TOLERANCE, V, VIT, hub_llama, logits_of, relative_error, some_tokens, tiny_vlm
-from weights import load_encoder, load_llama, load_vit
+from weights import load_llama
+from zoo.encoders import load_encoder, load_vit
 from zoo.resnet import ResNet, ResNetConfig
 
 ROOT = Path(__file__).resolve().parent.parent

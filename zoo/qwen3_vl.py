@@ -26,7 +26,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lora import token_keys
-from model import LLaMA, LlamaAttention, LlamaBlock, LlamaConfig, RMSNorm, attend, half_split, init_weights, rotate, run_block
+from model import (LLaMA, LlamaAttention, LlamaBlock, LlamaConfig, RMSNorm, attend, half_split, init_weights, rotate,
+                   run_block)
 from plumbing.flags import UserError
 from plumbing.kernels import Linear
 

@@ -10,7 +10,7 @@ import struct
 import torch
 
 from model import LLaMA, LlamaConfig
-from weights import hub_config
+from zoo.llama_files import hub_config
 from zoo.qwen3_files import CONFIGS, PARTS, write_config
 from zoo.qwen3_vl import TextConfig, VisionConfig
 

@@ -44,7 +44,8 @@ from plumbing.files import (find_tokenizer, hash_file, lock, read_settings, requ
 from plumbing.flags import Range, UserError, parse_command_line, run
 from plumbing.tensors import language_files, plain_names, tensor_shapes
 from run import open_trained_run
-from weights import hub_config, load_trained_encoder, load_vit, load_vlm, read_vlm_config, save_module
+from weights import hub_config, load_trained_encoder, load_vlm, read_vlm_config, save_module
+from zoo.encoders import load_vit
 from zoo.adapters import ADAPTERS
 from zoo.qwen3_vl import Text
 

@@ -1,0 +1,199 @@
+"""
+gpt-oss, the language model of MedGPT-oss (arXiv 2508.10925, 2603.00842), by hand: a LLaMA with biases and sinks in its
+attention, of which every other layer sees no further than a window, and with experts in place of its MLP.
+
+    x -> norm -> attention, every other within 128 positions -> + -> norm -> router -> 4 of 32 experts -> +
+
+    attention     p_j = exp(l_j) / (exp(sink) + sum_k exp(l_k)): a head may look at nothing, more so by a higher sink
+    router        the 4 experts with the largest logits, weighted by the softmax over those 4
+    expert        (up + 1) * gate * sigmoid(1.702 gate), gate at most 7, up within -7 and 7; both with biases
+    positions     YaRN (arXiv 2309.00071): slow channels turn 32 times slower, queries and keys grow by 1.35 each
+
+The formulas are those of transformers' modeling_gpt_oss.py, to which tests/test_gpt_oss.py holds this file. The window
+is measured in positions, not in places of the packed sequence, where the branches behind a shared prefix stand far from
+its end. In 32 bits, whatever the weights are: the router, the statistics of norms, sines and cosines.
+
+Letters: T tokens, C width, nh heads, nkv key-value heads, hs head size, E experts, K of them for a token, D width of an
+expert. The 20B's sizes: C=2880 nh=64 nkv=8 hs=64 E=32 K=4 D=2880.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, and_masks
+
+from model import LLaMA, LlamaBlock, LlamaConfig, RMSNorm, attend, half_split, rotate
+from plumbing.kernels import Linear, compiled_create_block_mask
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@dataclass
+class GptOssConfig(LlamaConfig):
+    """gpt-oss-20b; the fields are those of the hub's config.json, and of the YaRN in it."""
+    vocab_size: int = 201088
+    hidden_size: int = 2880
+    intermediate_size: int = 2880  # of an expert
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 64
+    num_key_value_heads: int = 8
+    head_dim: int = 64
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 150000.0
+    num_local_experts: int = 32
+    num_experts_per_tok: int = 4
+    sliding_window: int = 128  # positions, a token's own among them
+    layer_types: tuple = ()  # of each layer; none: sliding and full in turns
+    swiglu_limit: float = 7.0
+    factor: float = 32.0  # of YaRN: how many times longer than trained for
+    beta_fast: float = 32.0  # channels that turn more often than this in the trained length stay as they are
+    beta_slow: float = 1.0  # those that turn less often are slowed by the factor
+    original_max_position_embeddings: int = 4096
+    truncate: bool = False  # round the channels of both limits outwards
+
+    def __post_init__(self):
+        self.layer_types = tuple(self.layer_types) or (SLIDING, FULL) * self.num_hidden_layers
+
+    def slides(self, layer):
+        return self.layer_types[layer] == SLIDING
+
+
+# ----------------------------------------------------------------------------- positions
+
+def yarn_speeds(config, device=None):
+    """(hs/2,) by how much each pair of channels turns from one position to the next, float32."""
+    half, theta = config.head_size // 2, config.rope_theta
+    pair = torch.arange(half, dtype=torch.float32, device=device)
+    fast = theta ** (-pair / half)
+    # The pair that turns so often in the trained length
+    low, high = (half * math.log(config.original_max_position_embeddings / (turns * 2 * math.pi)) / math.log(theta)
+                 for turns in (config.beta_fast, config.beta_slow))
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * half - 1)
+    slowed = ((pair - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return fast * (1 - slowed) + fast / config.factor * slowed
+
+
+def near_masks(mask, positions, window):
+    """
+    packed_mask's with a window: who may see whom, of those that are fewer than `window` positions away. positions:
+    (T,), of a sample, in which a branch goes on where its prefix ends.
+    """
+    if isinstance(mask, BlockMask):
+        def near(sequence, head, at, other):
+            return positions[at] - positions[other] < window
+
+        return compiled_create_block_mask(and_masks(mask.mask_mod, near), None, None, len(positions), len(positions),
+                                          device=positions.device)
+    masks, begin = [], 0
+    for length, seen in mask:
+        own = positions[begin:begin + length]
+        if length > window:  # else nobody is far from anybody
+            seen = torch.ones(length, length, dtype=torch.bool, device=own.device).tril() if seen is None else seen
+            seen = seen & (own[:, None] - own[None] < window)
+        masks.append((length, seen))
+        begin += length
+    return masks
+
+
+# ----------------------------------------------------------------------------- layers
+
+class Norm(RMSNorm):
+    """RMSNorm that multiplies by its weight before it rounds, where LLaMA's does so after."""
+
+    def forward(self, x):
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (self.weight.float() * wide).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.hs = config, config.head_size
+        inner, keys = (heads * self.hs for heads in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = Linear(config.hidden_size, inner)
+        self.k_proj = Linear(config.hidden_size, keys)
+        self.v_proj = Linear(config.hidden_size, keys)
+        self.o_proj = Linear(inner, config.hidden_size)
+        self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads))
+
+    def forward(self, x, cos, sin, mask, cache=None, layer=0):
+        q, k, v = (proj(x).unflatten(-1, (-1, self.hs)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache:
+            y = cache.attend(layer, q, k, v, self.sinks, near=self.config.slides(layer))
+        else:
+            y = attend(q, k, v, mask, self.sinks)  # (T, nh, hs)
+        return self.o_proj(y.flatten(1))
+
+
+class Expert(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.limit = config.swiglu_limit
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).unflatten(-1, (-1, 2)).unbind(-1)  # each (T, D): they take turns
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return self.down_proj((up + 1) * gate * torch.sigmoid(1.702 * gate))
+
+
+class Experts(nn.Module):
+    """The router and what it chooses from. No token is dropped, and no auxiliary loss evens the choices out."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.K = config.num_experts_per_tok
+        self.router = nn.Linear(config.hidden_size, config.num_local_experts)
+        self.experts = nn.ModuleList(Expert(config) for _ in range(config.num_local_experts))
+
+    def choose(self, x):
+        """Of (T, C) tokens the weights of K experts each, (T, K) float32, and which they are, (T, K)."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.float(), self.router.weight.float(), self.router.bias.float())  # (T, E)
+        largest, chosen = logits.topk(self.K, dim=-1)
+        return largest.softmax(-1), chosen
+
+    @torch.compiler.disable  # how many tokens an expert has is known once it runs
+    def forward(self, x):
+        weights, chosen = self.choose(x)
+        order = chosen.flatten().argsort(stable=True)  # (T K,): expert after expert
+        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        parts = x[order // self.K].split(counts)
+        y = torch.cat([expert(part) for expert, part in zip(self.experts, parts) if len(part)])  # (T K, C)
+        y = y * weights.flatten()[order, None]
+        # Back into the tokens' order and summed by token, which gives the same numbers on any device each time
+        return y[order.argsort()].unflatten(0, chosen.shape).sum(1).to(x.dtype)
+
+
+class Block(LlamaBlock):
+    Attention, MLP, Norm = Attention, Experts, Norm
+
+
+class GptOss(LLaMA):
+    Block = Block
+
+    def angles(self, positions):
+        """cos and sin at (T,) positions, each (T, 1, hs) float32, by how much YaRN has queries and keys grow, too."""
+        growth = 0.1 * math.log(self.config.factor) + 1 if self.config.factor > 1 else 1.0
+        cos, sin = half_split(positions[:, None].float() * yarn_speeds(self.config, positions.device))
+        return growth * cos, growth * sin
+
+    def run_layer(self, layer, x, cos, sin, mask, cache, wanted):
+        return super().run_layer(layer, x, cos, sin, mask and mask[self.config.slides(layer)], cache, wanted)
+
+    def forward(self, tokens, positions=None, mask=None, wanted=None, image_tokens=None, image_at=None, cache=None,
+                keys=None):
+        """As model.LLaMA's; positions, (T,), are those within a sample."""
+        if positions is None:
+            positions = torch.arange(len(tokens), device=tokens.device)
+        mask = [(len(tokens), None)] if mask is None else mask
+        masks = None if cache else (mask, near_masks(mask, positions, self.config.sliding_window))
+        return super().forward(tokens, positions, masks, wanted, image_tokens, image_at, cache, keys)

@@ -37,7 +37,7 @@ class Config:
     vision_layer: Literal["auto", "normed", "-1", "-2"] = "auto"  # of the encoder, taken; auto: --start's, or normed
     vision_tokens: Literal["auto", "all", "patches"] = "auto"  # all: a class token, too; auto: --start's or all
     language_weights: str = "auto"  # hub folder; auto: PMC-LLaMA for the paper's; none: random
-    merge: Annotated[int, Range(1, 4)] = 1  # this times this patches of an image become one token; 1: each is one
+    merge: Annotated[int, Range(0, 4)] = 0  # this times this patches become one token; 0: as --start has it, or 1
     vision: Literal["auto", "full", "lora", "frozen"] = "auto"  # what trains of the ViT; auto: full, a Qwen's frozen
     projector: Literal["full", "frozen"] = "full"  # what trains of the projection
     projector_type: Literal["auto", "linear", "mlp", "mlp1"] = "auto"  # LLaVA's mlp, InternVL's mlp1; auto: --start's

@@ -14,7 +14,7 @@ SEVEN = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # matrices of
 FOUR = "q_proj,k_proj,v_proj,o_proj"  # those of a gpt-oss block's attention
 SUFFIXES = {"llama": ".model", "qwen3_vl": ".json", "gpt_oss": ".json"}  # of the tokenizer, by config.json's model_type
 AUTO = {"vision": "full", "lora_targets": "q_proj,v_proj", "vision_layer": "normed", "vision_tokens": "all",
-        "projector_type": "linear"}  # flags that can be "auto", and what that is of OpenMedQ's parts
+        "projector_type": "linear", "merge": 1}  # flags that can be "auto" or 0, and what that is of OpenMedQ's
 
 
 def open_shards(names, shards_dir, split):
@@ -60,13 +60,13 @@ def settle(config):
         begun, settled = {"model": config.model, "language_weights": config.language_weights}, AUTO
         if config.start and not Path(config.start, "adapter_config.json").is_file():
             begun |= read_manifest(find_run(config.start)[1]).get("flags", {})
-            settled = AUTO | {flag: begun[flag] for flag in ("vision_layer", "vision_tokens", "projector_type")
+            settled = AUTO | {flag: begun[flag] for flag in ("vision_layer", "vision_tokens", "projector_type", "merge")
                               if flag in begun}
         if hub_folder(begun["model"]):
             settled = settled | {"vision": "frozen", "lora_targets": SEVEN}
         elif begun["model"].startswith("gpt_oss") or family_of(begun["language_weights"]) == "gpt_oss":
             settled = settled | {"lora_targets": FOUR}
-    return replace(config, **{flag: settled[flag] for flag in AUTO if getattr(config, flag) == "auto"})
+    return replace(config, **{flag: settled[flag] for flag in AUTO if getattr(config, flag) in ("auto", 0)})
 
 
 def weights_of(config, tokenizer):

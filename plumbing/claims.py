@@ -144,14 +144,15 @@ def rope_oddities(config):
 
 LORA_HARMLESS = set("""
     r lora_alpha lora_dropout target_modules task_type auto_mapping peft_version base_model_name_or_path
-    revision inference_mode megatron_core qalora_group_size runtime_config""".split())
+    revision inference_mode megatron_core qalora_group_size runtime_config target_parameters""".split())
+EXPERTS = re.compile(r"(?:mlp\.)?experts\.(gate_up_proj|down_proj)")  # of all layers, of target_parameters
 LORA_NEUTRAL = dict.fromkeys("""
     fan_in_fan_out use_rslora use_dora lora_bias use_qalora use_bdlora ensure_weight_tying
     """.split(), (False,)) | dict.fromkeys("""
     exclude_modules modules_to_save layers_to_transform layers_pattern rank_pattern alpha_pattern
     megatron_config trainable_token_indices loftq_config eva_config corda_config lora_ga_config
-    velora_config alora_invocation_tokens monteclora_config layer_replication target_parameters
-    arrow_config kasa_config""".split(), ()) | {
+    velora_config alora_invocation_tokens monteclora_config layer_replication arrow_config
+    kasa_config""".split(), ()) | {
     "peft_type": ("LORA",), "bias": ("none",),
     # Others (pissa, olora, corda, loftq, ...) change the base's own weights before training
     "init_lora_weights": (True, False, "gaussian", "orthogonal")}
@@ -162,6 +163,9 @@ def lora_refusal(config):
     unsupported, unknown = odd_fields(config, LORA_HARMLESS, LORA_NEUTRAL)
     if isinstance(config.get("target_modules"), str):
         unsupported.append("target_modules as a pattern")
+    experts = config.get("target_parameters") or []
+    if not isinstance(experts, list) or not all(EXPERTS.fullmatch(str(name)) for name in experts):
+        unsupported.append(f"target_parameters {json.dumps(experts):.60} other than those of all layers' experts")
     return refusal(unsupported, unknown, "plain LoRA is")
 
 
@@ -177,8 +181,9 @@ def read_adapter_config(folder):
     config = read_settings(path)
     if refused := lora_refusal(config):
         raise UserError(f"{path}: {refused}")
-    targets, r, alpha, dropout = (
-        config.get(key) for key in ("target_modules", "r", "lora_alpha", "lora_dropout"))
+    r, alpha, dropout = (config.get(key) for key in ("r", "lora_alpha", "lora_dropout"))
+    targets, experts = config.get("target_modules"), config.get("target_parameters") or []
+    targets = [] if targets is None and experts else targets
     sound = {"target_modules": isinstance(targets, list) and all(isinstance(t, str) for t in targets),
              "r": type(r) is int and 0 < r < 1 << 16,
              "lora_alpha": type(alpha) in (int, float) and abs(alpha) < 1e9,
@@ -186,7 +191,8 @@ def read_adapter_config(folder):
     if not all(sound.values()):
         wrong = ", ".join(f"{key} {config.get(key)!r:.50}" for key in sound if not sound[key])
         raise UserError(f"{path}: {wrong} cannot be")
-    return {"targets": ",".join(sorted(targets)), "r": r, "alpha": alpha, "dropout": dropout}
+    targets = sorted({*targets, *(EXPERTS.fullmatch(name)[1] for name in experts)})
+    return {"targets": ",".join(targets), "r": r, "alpha": alpha, "dropout": dropout}
 
 
 # ----------------------------------------------------------------------------- a ViT's config
@@ -356,7 +362,8 @@ def tokenizer_mismatch(folder, pieces):
     wrong = next((n for n in range(len(pieces)) if own.get(n) != pieces[n]), None)
     if wrong is None:
         return "", ""
-    readable = source == "tokenizer.model" or {"<|im_start|>", "<|channel|>"} & {*own.values()}  # see zoo/chatml.py
+    readable = source == "tokenizer.model" or any(  # as zoo/chatml.py knows them
+        piece in own.values() for piece in ("<|im_start|>", "<|channel|>"))
     remedy = f"--tokenizer={folder}/{source}" if readable else "--tokenizer=<its tokenizer.model>"
     return (f"{folder}/{source}: id {wrong} is {own.get(wrong)!r:.40} there, {pieces[wrong]!r:.40} in the "
             f"shards' tokenizer; prepare the data anew with `python prepare/all.py --only=... {remedy}`"), ""

@@ -187,9 +187,10 @@ def language_files(folder):
     if whole.is_file() and whole.name not in names:
         raise UserError(f"{folder}: both {whole.name} and the files of {index.name} are there; remove one of "
                         "the two")
-    count = re.search(r"-of-(\d{5})\.safetensors$", names[0])
-    if count and len(names) != int(count[1]):
-        raise UserError(f"{folder}: {len(names)} of {int(count[1])} files of the weights are in its index; "
+    count = re.search(r"-(\d{5})-of-(\d{5})\.safetensors$", names[0])
+    # gpt-oss-20b's three are 0 to 2 of 2: who counts from 0 names the last one
+    if count and len(names) != (total := int(count[2]) + (int(count[1]) == 0)):
+        raise UserError(f"{folder}: {len(names)} of {total} files of the weights are in its index; "
                         "fetch the others, then delete what prepare/all.py made of these and run it again")
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise UserError(f"{folder}: {missing[0]} is missing, {len(missing)} of {len(names)} files that "

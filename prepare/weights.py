@@ -1,6 +1,6 @@
 """
 Pretrained weights: published as pickles, kept here as safetensors, which hold numbers and no code. What is
-published as safetensors, Qwen3-VL and MedMO, is downloaded into weights/ and used as it is, once it is checked.
+published as safetensors, Qwen3-VL, MedMO and gpt-oss, is downloaded into weights/ and used as it is, once checked.
 
 A pickle is read with weights_only=True, which can build tensors and numbers and nothing else, and
 through a memory map. Values are kept (float16 of an image encoder as float32, which is exact), names
@@ -184,17 +184,33 @@ def write_llama(weights, raw, target):
 
 
 def check_qwen(weights, raw, target):
-    """
-    Load a Qwen3-VL's hub folder without its values, which names what does not fit, and write the hashes of its
-    tensors into it. Nothing else in it changes, so that it may be a link to where the files have always been.
-    """
+    """Check a Qwen3-VL's hub folder, see check_folder."""
     import torch
-    from plumbing.tensors import write_hashes
-    from zoo.chatml import open_tokenizer
     from zoo.qwen3_files import PARTS, load_qwen
 
     model = load_qwen(dict.fromkeys(PARTS, target), torch.bfloat16, "meta")
-    words, rows = open_tokenizer(target).vocab_size, model.language.config.vocab_size
+    check_folder(weights, target, model, model.language)
+
+
+def check_gpt_oss(weights, raw, target):
+    """Check a gpt-oss's hub folder, see check_folder."""
+    import torch
+    from zoo.gpt_oss_files import load_gpt_oss
+
+    model = load_gpt_oss(target, torch.bfloat16, "meta", trained=True)  # so that each weight is counted as one
+    check_folder(weights, target, model, model)
+
+
+def check_folder(weights, target, model, language):
+    """
+    Once a hub folder's model was loaded without its values, which names what does not fit, hold its tokenizer against
+    the language part, and write the hashes of its tensors into it. Nothing else in it changes, so that it may be a
+    link to where the files have always been.
+    """
+    from plumbing.tensors import write_hashes
+    from zoo.chatml import open_tokenizer
+
+    words, rows = open_tokenizer(target).vocab_size, language.config.vocab_size
     if words > rows:
         raise UserError(f"{target}: tokenizer.json has {words:,} tokens and config.json {rows:,}; is one of "
                         "the two another model's?")
@@ -236,6 +252,10 @@ def qwen(name, hub, parameters):
                    target=name, write=check_qwen)
 
 
+GPT_OSS_FILES = (  # neither original/ nor metal/, which hold the same numbers
+    "config.json", "model*.safetensors", "model.safetensors.index.json", "generation_config.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
 WEIGHTS = {weights.name: weights for weights in (
     Weights(name="biomedclip", licence="MIT", access="open", megabytes=784,
             page="https://huggingface.co/microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
@@ -270,4 +290,8 @@ WEIGHTS = {weights.name: weights for weights in (
     qwen("medmo_4b", "MBZUAI/MedMO-4B", 4_437_815_808),
     qwen("medmo_8b", "MBZUAI/MedMO-8B", 8_767_123_696),
     qwen("medmo_4b_next", "MBZUAI/MedMO-4B-Next", 4_437_815_808),
-    qwen("medmo_8b_next", "MBZUAI/MedMO-8B-Next", 8_767_123_696))}
+    qwen("medmo_8b_next", "MBZUAI/MedMO-8B-Next", 8_767_123_696),
+    Weights(name="gpt_oss_20b", licence="Apache-2.0", access="open", megabytes=13_761 + 28,
+            page="https://huggingface.co/openai/gpt-oss-20b", hub="openai/gpt-oss-20b", hub_files=GPT_OSS_FILES,
+            layouts=(("config.json", "model*.safetensors", "tokenizer.json"),), in_place=True, only_by_name=True,
+            target="gpt_oss_20b", write=check_gpt_oss))}

@@ -339,7 +339,7 @@ def test_a_model_s_own_tokenizer_is_held_against_the_shards(tmp_path, capsys):
     base = str(tmp_path / "base")
     config = settle(train_vlm.Config(model="sample", language_weights=base, vision="frozen", language="lora"))
     device = torch.device("cpu")
-    train_vlm.load_parts(config, ours, None, device, torch.float32)
+    train_vlm.load_parts(config, ours, {"resize": "squash"}, None, device, torch.float32)
     assert f"{base}: not known whether its tokenizer is the shards': no tokenizer.model" in capsys.readouterr().out
     (tmp_path / "base/tokenizer.json").write_text(json.dumps(
         {"model": {"vocab": {piece: token for token, piece in enumerate(pieces)}}, "added_tokens": []}))
@@ -348,7 +348,7 @@ def test_a_model_s_own_tokenizer_is_held_against_the_shards(tmp_path, capsys):
     assert theirs.sha256 != ours.sha256
     with pytest.raises(UserError, match=r"base/tokenizer.model: id \d+ is .* prepare/all.py --only=... "
                                         f"--tokenizer={base}/tokenizer.model`"):
-        train_vlm.load_parts(config, ours, None, device, torch.float32)
+        train_vlm.load_parts(config, ours, {"resize": "squash"}, None, device, torch.float32)
     (tmp_path / "base/tokenizer.model").write_bytes((tmp_path / "tokenizer.model").read_bytes())
     assert tokenizer_mismatch(base, pieces) == ("", "")
     (tmp_path / "base/tokenizer.model").write_bytes(POINTER)

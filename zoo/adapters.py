@@ -4,12 +4,17 @@ LoRA in files, as PEFT writes it: a folder with adapter_config.json and adapter_
     base_model.model.layers.0.self_attn.q_proj.lora_A.weight      of a LLaMA; of an encoder without "layers."
     base_model.model.model.language_model.layers.0. ...           of the text part of a Qwen3-VL
     base_model.model.model.visual.blocks.0.attn.qkv. ...          of its tower
+    base_model.model.model.layers.0.mlp.experts. ...              of a gpt-oss's experts, all of a layer together
+
+PEFT calls the last target_parameters. Of E experts A is (E r, in), one expert's rows after the other's, and B
+(out, r E), in which the experts take turns. Where both matrices of experts have LoRA, the first is named base_layer.
 
 A run keeps a folder of each part. One that PEFT has written for a Qwen3-VL may have both parts in it: the names
 tell which tensor is whose. Every tensor has to find its place.
 """
 
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -25,6 +30,7 @@ from plumbing.tensors import plain_names
 ADAPTERS = {"vision": "vision_adapter", "language": "adapter"}  # part -> its folder in a VLM's
 TOWER = "base_model.model.model.visual."
 MERGERS = re.escape(TOWER) + r"(merger|deepstack_merger_list)\."
+EXPERT = re.compile(r"(.*\.mlp\.experts\.)\d+\.(gate_up_proj|down_proj)\.(lora_[AB]\.weight)")
 
 
 def adapter_parameters(model):
@@ -34,15 +40,45 @@ def adapter_parameters(model):
             for name, layer in lora_layers(model).items() for side in "AB"}
 
 
+def peft_parameters(model):
+    """{PEFT's name: parameters of the one matrix, or of a layer's experts in order} of a model's LoRA."""
+    groups, matrices = defaultdict(list), adapted_experts(model)
+    for key, parameter in adapter_parameters(model).items():
+        if match := EXPERT.fullmatch(key):
+            inner = "base_layer." * (match[2] == "gate_up_proj" and len(matrices) == 2)
+            key = f"{match[1]}{inner}{match[3]}"
+        groups[key].append(parameter)
+    return groups
+
+
+def adapted_experts(model):
+    """Which matrices of a model's experts have LoRA, in the order in which PEFT wraps them."""
+    return sorted({match[2] for key in adapter_parameters(model) if (match := EXPERT.fullmatch(key))}, reverse=True)
+
+
+def stack(key, parameters):
+    """One tensor of those of a layer's experts, or of one matrix alone."""
+    return torch.cat(parameters) if "lora_A" in key else torch.stack(parameters, dim=2).flatten(1)
+
+
+def unstack(key, tensor, count):
+    """The tensors that `stack` made one of."""
+    return tensor.chunk(count) if "lora_A" in key else tensor.unflatten(1, (-1, count)).unbind(2)
+
+
+@torch.no_grad()
 def save_adapter(model, folder, base_name, targets, r, alpha, dropout):
     """Write adapter_config.json and adapter_model.safetensors as PEFT does."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: parameter.detach().contiguous() for key, parameter in adapter_parameters(model).items()}
+    tensors = {key: stack(key, parameters).contiguous() for key, parameters in peft_parameters(model).items()}
+    names, experts = [name.strip() for name in targets.split(",")], adapted_experts(model)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM" if hasattr(model, "embed") else None,
               "base_model_name_or_path": base_name, "r": r, "lora_alpha": alpha,
-              "lora_dropout": dropout, "target_modules": [name.strip() for name in targets.split(",")],
+              "lora_dropout": dropout * (not experts),  # which PEFT has not for experts
+              "target_modules": [name for name in names if name.split(".")[-1] not in experts],
+              "target_parameters": [f"mlp.experts.{name}" for name in experts] or None,
               "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "modules_to_save": None,
               "use_rslora": False, "use_dora": False, "init_lora_weights": True,
               "rank_pattern": {}, "alpha_pattern": {}}
@@ -91,6 +127,7 @@ def load_adapters(model, folder):
         load_adapter(getattr(model, part), folder, of_both=True)
 
 
+@torch.no_grad()
 def load_adapter(model, folder, of_both=False):
     """
     Copy an adapter's tensors into a model that add_lora has prepared. of_both: those of the other part of a
@@ -100,7 +137,8 @@ def load_adapter(model, folder, of_both=False):
     that PEFT has saved beside them have to equal the model's.
     """
     path, tensors = read_tensors(folder)
-    wanted = adapter_parameters(model)
+    groups = peft_parameters(model)
+    wanted = {key: stack(key, parameters) for key, parameters in groups.items()}
     if of_both:
         own = min(wanted).startswith(TOWER)
         tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(TOWER) == own}
@@ -115,9 +153,9 @@ def load_adapter(model, folder, of_both=False):
         tensor = tensors.get(wrong[0])
         here = "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
         raise UserError(f"{path}: {len(wrong)} tensors do not fit, the first {wrong[0]} (here {here})")
-    with torch.no_grad():
-        for key, parameter in wanted.items():
-            parameter.copy_(tensors[key])
+    for key, parameters in groups.items():
+        for parameter, tensor in zip(parameters, unstack(key, tensors[key], len(parameters))):
+            parameter.copy_(tensor)
 
 
 def drop_base(path, tensors, model):

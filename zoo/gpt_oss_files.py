@@ -7,9 +7,10 @@ as transformers and others save them. Keys tell which.
                           or model.layers.0.mlp.experts.gate_up_proj                 (E, C, 2D): in before out
 
 Nothing is assumed: a value that is not what gpt_oss.py computes, a field that nobody here knows, and a size that is
-missing stop loading, by name.
+missing stop loading, by name. So do the layouts of others.
 """
 
+import re
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from model import ViTConfig
 from plumbing.claims import odd_fields, refusal
 from plumbing.files import read_settings, sort_metadata, write_settings
 from plumbing.flags import UserError
+from plumbing.kernels import linear
 from plumbing.tensors import language_files, load_exactly, plain_names, read_tensor, tensor_shapes, tensors_of
 from quantize import LowLinear, store_low
 from zoo.gpt_oss import FULL, SLIDING, GptOss, GptOssConfig
@@ -30,7 +32,10 @@ from zoo.mxfp4 import BLOCK, MXLinear, decode
 FAMILY = "gpt_oss"
 EXPERTS = r"model\.layers\.\d+\.mlp\.experts\..*"
 MATRICES = ("gate_up_proj", "down_proj")
-ATTENTION = "q_proj,k_proj,v_proj,o_proj"  # matrices with LoRA unless a flag says otherwise
+OTHERS = {  # keys of layouts that are refused -> whose they are
+    r"block\.\d+\..*": "OpenAI's own in original/", r"(language_model|vision_model|mlp1)\..*": "InternVL's",
+    r".*\.mlp\.experts\.\w+_projs\..*": "unsloth's, expert by expert"}
+WANTED = "here a gpt-oss is read as openai/gpt-oss-20b has it outside of original/: model.layers.0.mlp.experts..."
 
 CONFIGS = {  # name -> sizes of models that are made here, for any tokenizer
     "gpt_oss_sample": (ViTConfig(patch_size=32, width=128, depth=4),
@@ -51,9 +56,13 @@ NEUTRAL = {"attention_bias": (True,), "tie_word_embeddings": (False,), "rope_typ
 # ----------------------------------------------------------------------------- config
 
 def is_gpt_oss(folder):
-    """Whether a hub folder says that it is a gpt-oss."""
+    """Whether a hub folder says that it is a gpt-oss, also in another layout than read_config takes."""
     path = Path(folder) / "config.json"
-    return bool(folder) and path.is_file() and read_settings(path).get("model_type") == FAMILY
+    if not folder or not path.is_file():
+        return False
+    hub = read_settings(path)
+    parts = [part for part in (hub, hub.get("llm_config"), hub.get("text_config")) if isinstance(part, dict)]
+    return FAMILY in [part.get("model_type") for part in parts] or "swiglu_limit" in hub
 
 
 def read_config(folder):
@@ -63,14 +72,21 @@ def read_config(folder):
     """
     path = Path(folder) / "config.json"
     hub = read_settings(path)
+    if hub.get("model_type") != FAMILY:
+        whose = "InternVL's, in which a gpt-oss is a part" if "architectures" in hub else "OpenAI's own in original/"
+        raise UserError(f"{path}: the layout is {whose}; {WANTED}")
     stored = hub.get("quantization_config") or {"quant_method": "mxfp4"}
     if not isinstance(stored, dict) or stored.get("quant_method") != "mxfp4":
         raise UserError(f"{path}: quantization_config {stored!r:.60} not supported here: OpenAI's MXFP4 is, and "
                         "weights without any")
     for rope in ("rope_scaling", "rope_parameters"):  # transformers 4 and 5
-        hub |= hub.pop(rope, None) or {}
+        inner = hub.pop(rope, None) or {}
+        if not isinstance(inner, dict) or any(hub.get(name, value) != value for name, value in inner.items()):
+            raise UserError(f"{path}: {rope} {inner!r:.80} is no YaRN, or not what is said beside it")
+        hub |= inner
+    hub.setdefault("truncate", True)  # as transformers takes it
     names = {item.name: item for item in fields(GptOssConfig)}
-    missing = [f"no {name}" for name in sorted(names.keys() - {"truncate"} - hub.keys())]
+    missing = [f"no {name}" for name in sorted({*names, "rope_type"} - hub.keys())]
     values = {name: hub[name] for name in names.keys() & hub.keys()}
     wrong = [f"{name} {value!r:.40}" for name, value in values.items() if not fits(value, names[name].type)]
     if not wrong and not missing:
@@ -100,13 +116,29 @@ def hub_config(config):
     values = asdict(config)
     rope = {name: values.pop(name) for name in ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings",
                                                 "truncate")}
+    values["layer_types"] = values["layer_types"][:config.num_hidden_layers]  # a config may have more in store
     return {"architectures": ["GptOssForCausalLM"], "model_type": FAMILY, **values, "hidden_act": "silu",
             "attention_bias": True, "tie_word_embeddings": False,
+            "pad_token_id": None,  # transformers would take 199999, which a small vocabulary has not
             "max_position_embeddings": round(rope["factor"] * rope["original_max_position_embeddings"]),
             "rope_scaling": {"rope_type": "yarn", **rope}}
 
 
 # ----------------------------------------------------------------------------- loading
+
+class Head(LowLinear):
+    """A head in 16 bits, which is brought to float32 in pieces: whole that of gpt-oss would take 2.3 GB, each time."""
+
+    ROWS = 1 << 14  # of a piece
+
+    def multiply(self, x, transposed=False):
+        if x.dtype == torch.bfloat16:
+            return super().multiply(x, transposed)
+        pieces = self.codes.split(self.ROWS)
+        if transposed:
+            return sum(part @ piece.to(x.dtype) for part, piece in zip(x.split(self.ROWS, dim=-1), pieces))
+        return torch.cat([linear(x, piece.to(x.dtype)) for piece in pieces], dim=-1)
+
 
 def expert_shapes(config, packed):
     """{name behind "mlp.experts.": shape} of a layer's tensors; packed: in MXFP4."""
@@ -127,10 +159,14 @@ def find_experts(files, config):
     file_of, shapes, problems = {}, {}, []
     for file in files:
         for key, shape in tensor_shapes(file).items():
+            if whose := next((whose for pattern, whose in OTHERS.items() if re.fullmatch(pattern, key)), None):
+                raise UserError(f"{file}: {key}: the layout is {whose}; {WANTED}")
             if ".mlp.experts." in key:
                 problems += [f"{key} comes twice"] * (key in file_of)
                 file_of[key], shapes[key] = file, shape
     packed = any(key.endswith("_blocks") for key in file_of)
+    if packed and (config.hidden_size % BLOCK or config.intermediate_size % BLOCK):
+        raise UserError(f"{files[0]}: in MXFP4, with sizes in config.json that are no multiples of {BLOCK}")
     wanted = {f"model.layers.{layer}.mlp.experts.{name}": shape for layer in range(config.num_hidden_layers)
               for name, shape in expert_shapes(config, packed).items()}
     problems += [f"{key} is {shapes[key]}, not {wanted[key]}" if key in wanted and key in shapes else
@@ -145,13 +181,17 @@ def find_experts(files, config):
 def fill_experts(layers, file_of, packed, dtype, device):
     """Fill the experts of all layers from their stacked tensors, of which each expert gets its slice."""
     def read(key):
-        tensor = read_tensor(file_of[key], key)
-        return tensor.to(device) if tensor.dtype == torch.uint8 else tensor.to(device, dtype)
+        tensor, coded = read_tensor(file_of[key], key), key.endswith(("_blocks", "_scales"))
+        if tensor.dtype != torch.uint8 if coded else not tensor.is_floating_point():
+            raise UserError(f"{file_of[key]}: {key} is {tensor.dtype}, which holds no weights")
+        if key.endswith("_scales") and tensor.max() == 255:
+            raise UserError(f"{file_of[key]}: {key} has a scale of 255, which stands for no number")
+        return tensor.to(device)
 
     for number, experts in enumerate(layers):
         for matrix in MATRICES:
             key = f"model.layers.{number}.mlp.experts.{matrix}"
-            biases = read(f"{key}_bias")
+            biases = read(f"{key}_bias").to(dtype)
             if packed:
                 blocks, scales = read(f"{key}_blocks"), read(f"{key}_scales")
             else:
@@ -165,7 +205,7 @@ def fill_experts(layers, file_of, packed, dtype, device):
                     linear.store(decode(blocks[e], scales[e], torch.bfloat16) if packed else weights[e])
                 else:
                     linear.weight = nn.Parameter(decode(blocks[e], scales[e], dtype) if packed else
-                                                 weights[e].contiguous())
+                                                 weights[e].to(dtype).contiguous())
 
 
 def load_gpt_oss(folder, dtype=torch.float32, device="cpu", lora=None, bits=0, trained=False):
@@ -188,8 +228,8 @@ def load_gpt_oss(folder, dtype=torch.float32, device="cpu", lora=None, bits=0, t
             block.mlp.experts = nn.ModuleList()  # filled by themselves below
             store_low(block.self_attn, bits and 16)
         if bits:
-            model.model.embed_tokens.to(torch.bfloat16)
-            model.lm_head = LowLinear(model.lm_head, 16)
+            model.model.embed_tokens.to(torch.bfloat16).register_forward_hook(lambda module, tokens, x: x.to(dtype))
+            model.lm_head = Head(model.lm_head, 16)
         for expert in [expert for experts in layers for expert in experts]:
             if packed and bits in (0, 4) and not trained:
                 for matrix in MATRICES:

@@ -297,6 +297,9 @@ def attend(q, k, v, mask, sinks=None):
         return y[0].transpose(0, 1)
     parts, y = zip(*(x.split([length for length, _ in mask]) for x in (q, k, v))), []
     for part, (length, seen) in zip(parts, mask):
+        if seen is not None and seen.shape[1] > length:  # a piece of a group, which sees the end of the one before it
+            part = [part[0], *(torch.cat([x[length - seen.shape[1]:], own]) for x, own in zip(before, part[1:]))]
+        before = part[1:]
         part = [x.transpose(0, 1)[None] for x in part]  # (1, nh, length, hs)
         if sinks is not None:
             *part, seen = add_sink(*part, seen, sinks)

@@ -29,6 +29,7 @@ from model import LLaMA, LlamaBlock, LlamaConfig, RMSNorm, attend, half_split, r
 from plumbing.kernels import Linear, compiled_create_block_mask
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+PIECE = 256  # tokens of a group whose attention within a window is computed at a time
 
 
 @dataclass
@@ -81,7 +82,7 @@ def yarn_speeds(config, device=None):
 def near_masks(mask, positions, window):
     """
     packed_mask's with a window: who may see whom, of those that are fewer than `window` positions away. positions:
-    (T,), of a sample, in which a branch goes on where its prefix ends.
+    (T,), of a sample, in which a branch goes on where its prefix ends. A long group of one sample comes in pieces.
     """
     if isinstance(mask, BlockMask):
         def near(sequence, head, at, other):
@@ -92,11 +93,16 @@ def near_masks(mask, positions, window):
     masks, begin = [], 0
     for length, seen in mask:
         own = positions[begin:begin + length]
-        if length > window:  # else nobody is far from anybody
-            seen = torch.ones(length, length, dtype=torch.bool, device=own.device).tril() if seen is None else seen
-            seen = seen & (own[:, None] - own[None] < window)
-        masks.append((length, seen))
         begin += length
+        if length <= window:  # nobody is far from anybody
+            masks.append((length, seen))
+        elif seen is not None:
+            masks.append((length, seen & (own[:, None] - own[None] < window)))
+        else:  # one token after the other: each piece sees itself and what is just before it
+            size = max(PIECE, window)
+            for at in range(0, length, size):
+                ahead = own[at:at + size, None] - own[None, max(at - window + 1, 0):at + size]
+                masks.append((len(ahead), (ahead >= 0) & (ahead < window)))
     return masks
 
 
@@ -145,32 +151,74 @@ class Expert(nn.Module):
         return self.down_proj((up + 1) * gate * torch.sigmoid(1.702 * gate))
 
 
-class Experts(nn.Module):
-    """The router and what it chooses from. No token is dropped, and no auxiliary loss evens the choices out."""
+class Router(nn.Module):
+    """Which experts a token has, and how much of each. No nn.Linear, so that it stays as it is beside LoRA."""
 
     def __init__(self, config):
         super().__init__()
         self.K = config.num_experts_per_tok
-        self.router = nn.Linear(config.hidden_size, config.num_local_experts)
-        self.experts = nn.ModuleList(Expert(config) for _ in range(config.num_local_experts))
+        self.weight = nn.Parameter(torch.empty(config.num_local_experts, config.hidden_size).normal_(std=0.02))
+        self.bias = nn.Parameter(torch.zeros(config.num_local_experts))
 
-    def choose(self, x):
+    def forward(self, x):
         """Of (T, C) tokens the weights of K experts each, (T, K) float32, and which they are, (T, K)."""
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.router.weight.float(), self.router.bias.float())  # (T, E)
+            logits = F.linear(x.float(), self.weight.float(), self.bias.float())  # (T, E)
         largest, chosen = logits.topk(self.K, dim=-1)
         return largest.softmax(-1), chosen
 
+
+class Reorder(torch.autograd.Function):
+    """
+    x[order // K]: of (T, C) rows K copies each, as a permutation of all copies, (T K,), has them; back: that which
+    undoes it. The gradient is gathered, too: indexing's own adds one row after the other.
+    """
+
+    @staticmethod
+    def forward(ctx, x, order, back, K):
+        ctx.back, ctx.K = back, K
+        return x.index_select(0, order // K)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.index_select(0, ctx.back).unflatten(0, (-1, ctx.K)).sum(1), None, None, None
+
+
+class Experts(nn.Module):
+    """The router and what it chooses from. No token is dropped, and no auxiliary loss evens the choices out."""
+
+    dropout_keys = None  # as GptOss's
+
+    def __init__(self, config):
+        super().__init__()
+        self.router = Router(config)
+        self.experts = nn.ModuleList(Expert(config) for _ in range(config.num_local_experts))
+
+    def run(self, expert, x, rows, T):
+        """What an expert makes of (n, C), those rows of T tokens; its LoRA drops by these tokens' keys."""
+        keys = self.dropout_keys
+        if not keys or keys.all is None:
+            return expert(x)
+        before = keys.all, keys.wanted
+        keys.set((keys.all if len(keys.all) == T else keys.wanted)[rows])
+        y = expert(x)
+        keys.all, keys.wanted = before
+        return y
+
     @torch.compiler.disable  # how many tokens an expert has is known once it runs
     def forward(self, x):
-        weights, chosen = self.choose(x)
+        if not len(x):  # where a prefix is run for its keys and values alone
+            return x
+        weights, chosen = self.router(x)
+        T, K = chosen.shape
         order = chosen.flatten().argsort(stable=True)  # (T K,): expert after expert
+        back = order.argsort()
         counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
-        parts = x[order // self.K].split(counts)
-        y = torch.cat([expert(part) for expert, part in zip(self.experts, parts) if len(part)])  # (T K, C)
-        y = y * weights.flatten()[order, None]
-        # Back into the tokens' order and summed by token, which gives the same numbers on any device each time
-        return y[order.argsort()].unflatten(0, chosen.shape).sum(1).to(x.dtype)
+        parts = zip(self.experts, Reorder.apply(x, order, back, K).split(counts), (order // K).split(counts))
+        y = torch.cat([self.run(expert, part, rows, T) for expert, part, rows in parts if len(rows)])  # (T K, C)
+        y = Reorder.apply(y, back, order, 1).unflatten(0, (T, K)) * weights[..., None]
+        # Summed by token, in the order of its experts, which gives the same numbers on any device each time
+        return y.sum(1).to(x.dtype)
 
 
 class Block(LlamaBlock):
@@ -187,7 +235,7 @@ class GptOss(LLaMA):
         return growth * cos, growth * sin
 
     def run_layer(self, layer, x, cos, sin, mask, cache, wanted):
-        return super().run_layer(layer, x, cos, sin, mask and mask[self.config.slides(layer)], cache, wanted)
+        return super().run_layer(layer, x, cos, sin, mask[self.config.slides(layer)], cache, wanted)
 
     def forward(self, tokens, positions=None, mask=None, wanted=None, image_tokens=None, image_at=None, cache=None,
                 keys=None):
@@ -195,5 +243,7 @@ class GptOss(LLaMA):
         if positions is None:
             positions = torch.arange(len(tokens), device=tokens.device)
         mask = [(len(tokens), None)] if mask is None else mask
-        masks = None if cache else (mask, near_masks(mask, positions, self.config.sliding_window))
-        return super().forward(tokens, positions, masks, wanted, image_tokens, image_at, cache, keys)
+        near = mask if cache else near_masks(mask, positions, self.config.sliding_window)  # a Cache has its own
+        for block in self.blocks:
+            block.mlp.dropout_keys = self.dropout_keys
+        return super().forward(tokens, positions, (mask, near), wanted, image_tokens, image_at, cache, keys)

@@ -27,9 +27,9 @@ def byte_pairs(dtype, device):
 
 
 def powers_of_two(scales):
-    """2 ^ (scale - 127) of uint8 scales, float32: the byte is a float's exponent, and of 0 its highest fraction bit."""
+    """2 ^ (scale - 127) of uint8 scales, float32, NaN of 255: a float's exponent, of both ends with a fraction bit."""
     bits = scales.int()
-    return (bits << 23 | (bits == 0).int() << 22).view(torch.float32)
+    return (bits << 23 | (bits % 255 == 0).int() << 22).view(torch.float32)
 
 
 def decode(blocks, scales, dtype=torch.float32):
@@ -45,7 +45,7 @@ def encode(weight):
     groups = weight.float().unflatten(-1, (-1, BLOCK))
     largest = groups.abs().amax(-1).clamp(min=2.0 ** -125)
     scales = largest.frexp().exponent.int() - 1 - 2 + 127  # 6, the largest value, has an exponent of 2
-    shares = groups / powers_of_two(scales.clamp(0, 254))[..., None]
+    shares = (groups / powers_of_two(scales.clamp(0, 254))[..., None]).contiguous()
     steps = torch.tensor(VALUES[:8], device=weight.device)
     codes = torch.bucketize(shares.abs(), (steps[1:] + steps[:-1]) / 2) + 8 * (shares < 0)
     codes = codes.to(torch.uint8).unflatten(-1, (-1, 2))

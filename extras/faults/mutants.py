@@ -33,6 +33,7 @@ PACKED, MODEL, FOLDER = "test_packing.py::", "test_model.py::", "test_folder.py:
 TOGETHER = "test_generate.py::test_generation_together_equals_uncached_generation_one_at_a_time"
 GRPO, BOXES = "test_grpo.py::", "test_boxes.py::"
 CHOICES, HARNESS = "test_choices.py::", "test_harness.py::"
+OSS, MXFP4 = "test_gpt_oss.py::", "test_mxfp4.py::"
 QWEN, GOLDEN = "test_qwen3_vl.py::", "test_qwen3_vl.py::test_golden_numbers_of_a_tiny_model"
 SCORES, BLEU = "test_cls_metrics.py::", "test_eval.py::test_bleu1_agrees_with_an_independent_statement"
 RANGES = "test_flags.py::test_a_value_out_of_its_range_is_named_in_one_line"
@@ -265,6 +266,38 @@ MUTANTS = [  # what is wrong, in which file, [(its words, the words instead), ..
     ("Qwen: a head of its own is taken for the embeddings", "zoo/qwen3_files.py",
      [("                require_tied(files, file)\n", "")],
      QWEN + "test_a_head_beside_tied_embeddings_has_to_equal_them"),
+    # Where gpt-oss is no LLaMA; mistakes in its formulas are planted by test_gpt_oss.py itself
+    ("gpt-oss: the log-sum-exp beside a sink has no gradient", "model.py",
+     [("sigmoid(aux.lse - sinks", "sigmoid(aux.lse.detach() - sinks")],
+     OSS + "test_sinks_by_the_log_sum_exp_have_the_gradients_of_a_key_of_nothing"),
+    ("gpt-oss: a piece sees the beginning of the one before it", "model.py",
+     [("x[length - seen.shape[1]:]", "x[:seen.shape[1] - length]")],
+     OSS + "test_attention_within_a_window_in_pieces_is_the_dense_one"),
+    ("gpt-oss: a window by places in the row", "zoo/gpt_oss.py",
+     [("own = positions[begin:begin + length]", "own = torch.arange(length)")],
+     OSS + "test_packed_loss_and_gradients_equal_samples_run_alone"),
+    ("gpt-oss: sliding layers see all of the cache", "zoo/gpt_oss.py",
+     [("near=self.config.slides(layer)", "near=False")], OSS + "test_logits_out_of_the_cache_are_those_without_it"),
+    ("gpt-oss: a window of the cache is one wider", "generate.py", [("< self.window", "<= self.window")],
+     OSS + "test_logits_out_of_the_cache_are_those_without_it"),
+    ("gpt-oss: sinks are scaled as scores are", "plumbing/kernels.py",
+     [("(sinks.to(q.dtype) * hs ** 0.5)", "sinks.to(q.dtype)")], OSS + "test_a_key_of_nothing_is_one_logit_more"),
+    ("gpt-oss: shares of experts have no gradient", "zoo/gpt_oss.py",
+     [("return largest.softmax(-1), chosen", "return largest.softmax(-1).detach(), chosen")],
+     OSS + "test_a_frozen_router_hands_gradients_on"),
+    ("gpt-oss: gates are clamped below, too", "zoo/gpt_oss.py",
+     [("gate.clamp(max=self.limit)", "gate.clamp(-self.limit, self.limit)")], OSS + "test_an_expert_by_hand"),
+    ("gpt-oss: an expert's LoRA drops by other tokens' keys", "zoo/gpt_oss.py",
+     [("keys.wanted)[rows])", "keys.wanted)[:len(rows)])")],
+     OSS + "test_dropout_of_experts_is_by_token_packed_recomputed_and_alone"),
+    ("gpt-oss: a norm rounds before its weight", "zoo/gpt_oss.py",
+     [("(self.weight.float() * wide).to(x.dtype)", "self.weight.to(x.dtype) * wide.to(x.dtype)")],
+     OSS + "test_a_norm_in_bfloat16_rounds_once_behind_its_weight"),
+    ("gpt-oss: the high nibble comes first", "zoo/mxfp4.py",
+     [("[values.repeat(16), values.repeat_interleave(16)]", "[values.repeat_interleave(16), values.repeat(16)]")],
+     MXFP4 + "test_the_low_nibble_comes_first"),
+    ("gpt-oss: the lowest scale is 0", "zoo/mxfp4.py", [("(bits % 255 == 0).int() << 22", "(bits == 255).int() << 22")],
+     MXFP4 + "test_a_scale_is_a_power_of_two_down_to_the_last_and_255_is_no_number"),
     # Metrics
     ("the brevity penalty is turned round", "tasks/vqa.py",
      [("math.exp(1 - len(wanted) / len(predicted))", "math.exp(1 - len(predicted) / len(wanted))")], BLEU),

@@ -200,15 +200,15 @@ class ViT(nn.Module):
 
     def stages(self):
         """Its parameters in lists, from where images enter to the outputs: for learning rates by depth."""
-        first = [self.cls_token, self.pos_embed, *self.patch_embed.parameters(), *self.norm_pre.parameters()]
+        first = [p for name, p in self.named_parameters() if not name.startswith(("blocks.", "norm."))]
         return [first, *(list(part.parameters()) for part in (*self.blocks, self.norm))]
 
     def positions(self, rows, columns):
-        """(1, 1 + rows * columns, C) position embeddings, interpolated where the grid is not its own."""
+        """(1, N, C) position embeddings of so many patches, interpolated where the grid is not its own."""
         side = self.config.grid
         if (rows, columns) == (side, side):
             return self.pos_embed
-        first, grid = self.pos_embed.split([1, side * side], dim=1)
+        first, grid = self.pos_embed.tensor_split([-side * side], dim=1)  # a class token's, where there is one
         grid = grid.transpose(1, 2).unflatten(2, (side, side)).float()  # (1, C, side, side)
         grid = F.interpolate(grid, (rows, columns), mode="bicubic", antialias=True)
         return torch.cat([first, grid.flatten(2).transpose(1, 2).to(first.dtype)], dim=1)

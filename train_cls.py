@@ -6,10 +6,10 @@ Fine-tune an image encoder with a linear head to classify images, and compare en
     python train_cls.py --report=true                               the table of all runs made so far
     torchrun --standalone --nproc_per_node=8 -- train_cls.py --dataset=all --seeds=3    eight at a time
 
-The head reads the class token and the mean of the patch tokens side by side, Linear(2d, classes)
-(OpenMedQ, arXiv 2606.12953), see zoo/classifier.py. One recipe serves all encoders. The epoch that is best on
-the validation split is the one that is tested. A run that was killed goes on where it stopped when the same
-command is given again, and one that is finished is not made twice.
+The head reads the class token and the mean of the patch tokens side by side, Linear(2d, classes) (OpenMedQ, arXiv
+2606.12953), see zoo/classifier.py. One recipe serves all encoders. The epoch that is best on the validation split is
+the one that is tested. A run that was killed goes on where it stopped when the same command is given again, and one
+that is finished is not made twice.
 
 Each run is a folder <out>/<dataset>/<name>/seed_<n>: model/ (encoder, head, classes, temperature), log.jsonl,
 validation.csv and test.csv (calibrated probabilities) and, written last, result.json (scores). What a run stands on,
@@ -22,11 +22,14 @@ from typing import Annotated, Literal
 from plumbing.flags import (BatchSize, Count, Device, Name, Range, Scale, Share, UserError, Whole,
                             parse_command_line, run)
 
+Encoder = Literal["openmedq", "biomedclip", "pubmedclip", "pmc_clip", "clip_l_336", "siglip_so400m", "medsiglip",
+                  "scratch"]
+
 
 @dataclass(frozen=True)
 class Config:
     dataset: str = "chaoyang"  # prepared, several with commas; all: the paper's eight; or your folder
-    encoder: Literal["openmedq", "biomedclip", "pubmedclip", "pmc_clip", "scratch"] = "biomedclip"  # to start from
+    encoder: Encoder = "biomedclip"  # to start from; clip_l_336 sees 336 pixels, SigLIPs 384 and 448, others 224
     run: str = ""  # with --encoder=openmedq: the train_vlm.py run whose encoder it is
     model: Literal["paper", "small", "sample"] = "paper"  # with --encoder=scratch: sizes of the ViT
     name: Name = ""  # under which the run is filed and reported; none: the encoder's
@@ -73,12 +76,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from model import CONFIGS, ViT, normalise
+from model import CONFIGS, ViT
 from plumbing.devices import (LossScale, agree, autocast_to, describe_machine, join_group, pick_device, to_device,
                               together)
 from plumbing.order import random_keys
-from plumbing.files import (checkpoints, find_run, read_manifest, require_writable, sealed, write_manifest,
-                            write_whole)
+from plumbing.files import checkpoints, find_run, read_manifest, require_writable, sealed, write_manifest, write_whole
 from plumbing.tensors import hash_weights, tensors_of
 from run import learning_rate_at, load_optimizer, make_optimizer, save_checkpoint, update
 from tasks.calibration import compare_errors, conform, fit_temperature, probabilities_of
@@ -155,7 +157,7 @@ def train_epoch(model, optimizer, split, epoch, config, autocast, scale=None):
     steps, total = -(-count // config.batch_size), 0.0
     for step in range(steps):
         chosen = np.sort(order[step * config.batch_size:(step + 1) * config.batch_size])
-        images = normalise(to_device(split.pixels[chosen], device))
+        images = model.normalise(to_device(split.pixels[chosen], device))
         if config.augment == "light":
             images = augment(images, generator)
         with autocast:

@@ -27,7 +27,7 @@ from plumbing.tensors import find_weights, hash_weights, load_exactly, plain_nam
 from zoo import gpt_oss_files, qwen3_files
 from zoo.adapters import ADAPTERS, load_adapter, save_adapter
 from zoo.classifier import Classifier
-from zoo.encoders import FEATURES, features_of, load_encoder
+from zoo.encoders import FEATURES, features_of, load_encoder, untold
 from zoo.gpt_oss import GptOss, GptOssConfig
 from zoo.gpt_oss_files import is_gpt_oss, load_gpt_oss, save_gpt_oss
 from zoo.llama_files import hub_config, load_llama
@@ -53,7 +53,7 @@ def save_module(module, file, state=None):
                 if layer.unmerged is not None}
     facts = {"format": "pt"}
     if isinstance(module, ViT):
-        facts |= {"heads": str(module.config.heads), "activation": module.config.gelu}
+        facts |= untold(module.config)
     save_file(tensors, file, metadata=facts)
     sort_metadata(file)
 

@@ -200,9 +200,10 @@ def read_adapter_config(folder):
 # timm's names of sizes -> width, heads
 VIT_SIZES = {"xsmall": (256, 4), "tiny": (192, 3), "small": (384, 6), "medium": (512, 8),
              "betwixt": (640, 10), "base": (768, 12), "large": (1024, 16), "huge": (1280, 16),
-             "giant": (1408, 16), "gigantic": (1664, 16)}
+             "giant": (1408, 16), "gigantic": (1664, 16), "so400m": (1152, 16)}
 KNOWN_WIDTHS = (128, 192, 384, 768, 1024)  # in heads of 64 wherever they are: the sample's, Ti, S, B, L
-TIMM_VIT = re.compile(r"(?:vit|deit)_([a-z]+)_patch\d+(_clip)?(_quickgelu)?_\d+(?:_in21k|_dino)?(?:\..*)?")
+TIMM_VIT = re.compile(r"(?:vit|deit)_([a-z]+|so400m)_patch\d+(_clip|_siglip)?(_quickgelu)?_\d+"
+                      r"(?:_in21k|_dino)?(?:\..*)?")
 TIMM_HARMLESS = set("""
     img_size patch_size embed_dim depth num_heads act_layer num_classes global_pool pre_norm drop_rate
     pos_drop_rate patch_drop_rate proj_drop_rate attn_drop_rate drop_path_rate weight_init fix_init
@@ -228,16 +229,18 @@ def timm_facts(config):
     match = TIMM_VIT.fullmatch(name)
     if not match or not isinstance(arguments, dict):
         return {}, f"architecture {name!r:.80} not supported here: timm's plain ViTs are"
-    size, clip, quick = match.groups()
+    size, kind, quick = match.groups()
     width, heads = VIT_SIZES.get(size, (None, None))
+    clip, siglip = kind == "_clip", kind == "_siglip"
     facts = {"width": arguments.get("embed_dim", width), "heads": arguments.get("num_heads", heads),
-             "depth": arguments.get("depth"), "clip": bool(arguments.get("pre_norm", clip)),
+             "depth": arguments.get("depth"), "clip": bool(arguments.get("pre_norm", clip)), "siglip": siglip,
              "eps": 1e-5 if clip else 1e-6,
              "activation": arguments.get("act_layer") or ("quick_gelu" if quick else "gelu")}
     tag = str((config.get("pretrained_cfg") or {}).get("tag", name.partition(".")[2]))
-    if clip and not quick and tag == "openai" and not arguments.get("act_layer"):
-        del facts["activation"]  # timm computes OpenAI's weights with GELU under this name
-    return facts, refusal(*odd_fields(arguments, TIMM_HARMLESS, TIMM_NEUTRAL), "timm's plain ViTs are")
+    if (siglip or clip and not quick and tag == "openai") and not arguments.get("act_layer"):
+        del facts["activation"]  # timm computes OpenAI's and SigLIP's weights with the exact GELU under these names
+    neutral = TIMM_NEUTRAL | {"class_token": (False,), "mlp_ratio": (4, 3.7362)} if siglip else TIMM_NEUTRAL
+    return facts, refusal(*odd_fields(arguments, TIMM_HARMLESS, neutral), "timm's plain ViTs are")
 
 
 def open_clip_facts(config):
@@ -256,29 +259,33 @@ def open_clip_facts(config):
 
 
 def hub_facts(config):
-    """The same of transformers' config of a CLIP or a ViT, whose names in our files are timm's."""
+    """The same of transformers' config of a CLIP, a SigLIP or a ViT, which last has timm's names in our files."""
     family = config["model_type"]
-    if family not in ("clip", "clip_vision_model", "vit", "deit"):
-        return {}, f"model_type {family!r:.60} not supported here: timm's and CLIP's plain ViTs are"
-    vision, clip = config.get("vision_config") or config, "clip" in family
+    if family not in ("clip", "clip_vision_model", "siglip", "siglip_vision_model", "vit", "deit"):
+        return {}, f"model_type {family!r:.60} not supported here: timm's, CLIP's and SigLIP's plain ViTs are"
+    vision, clip, siglip = config.get("vision_config") or config, "clip" in family, family.startswith("siglip")
     if vision.get("qkv_bias", True) is not True:
         return {}, "qkv_bias false not supported here: plain ViTs are"
+    activation = vision.get("hidden_act", "quick_gelu" if clip else "gelu_pytorch_tanh" if siglip else "gelu")
     return {"width": vision.get("hidden_size", 768), "heads": vision.get("num_attention_heads", 12),
-            "depth": vision.get("num_hidden_layers", 12), "clip": clip,
-            "eps": vision.get("layer_norm_eps", 1e-5 if clip else 1e-12),
-            "activation": vision.get("hidden_act", "quick_gelu" if clip else "gelu")}, ""
+            "depth": vision.get("num_hidden_layers", 12), "clip": clip, "siglip": siglip,
+            "MLP width": vision.get("intermediate_size"), "patch size": vision.get("patch_size"),
+            "image_size": vision.get("image_size"),
+            "eps": vision.get("layer_norm_eps", 1e-5 if clip else 1e-6 if siglip else 1e-12),
+            "activation": "gelu_tanh" if activation == "gelu_pytorch_tanh" else activation}, ""
 
 
 def vit_facts(file, metadata):
     """
     ({fact: value}, problem) that a ViT's file and the configs beside it tell: width, heads, depth, clip
-    (a norm before the blocks), eps and activation, those that are told. problem: one line, "" for none.
+    (a norm before the blocks), siglip (no class token), eps, activation, image_size and more, those that are told.
+    problem: one line, "" for none.
 
     metadata: the file's own, of safetensors; config.json is timm's or transformers', and
     open_clip_config.json open_clip's. A config.json of another kind, as a checkpoint's, tells nothing.
     """
     sources = [("its metadata", {name: int(metadata[name]) if metadata[name].isdecimal() else metadata[name]
-                                 for name in ("heads", "activation") if name in metadata})]
+                                 for name in ("heads", "activation", "image_size") if name in metadata})]
     for name in ("config.json", "open_clip_config.json"):
         path = Path(file).parent / name
         if not path.is_file():
@@ -303,16 +310,28 @@ def vit_facts(file, metadata):
     return {fact: value for fact, (value, _) in claims.items()}, ""
 
 
-def vit_problem(facts, width, depth, clip):
-    """What vit_facts tells that tensors or our code contradict, or what nobody tells; "" if all is known."""
-    write = "write beside it, as config.json,"
-    for fact, here in (("width", width), ("depth", depth), ("clip", clip)):
-        if facts.get(fact, here) != here:
-            return f"{fact} is {facts[fact]!r:.40} by the config beside it, {here} by its tensors"
+def vit_problem(facts, here):
+    """
+    What vit_facts tells that tensors or our code contradict, or what nobody tells; "" if all is known. here: what
+    the tensors tell: width, depth, clip, siglip, patch size and patches, along a side, among it.
+    """
+    width, clip, siglip, write = here["width"], here["clip"], here["siglip"], "write beside it, as config.json,"
+    for fact, value in here.items():
+        if facts.get(fact, value) != value:
+            return f"{fact} is {facts[fact]!r:.40} by the config beside it, {value} by its tensors"
+    P, side = here["patch size"], here["patches"]
+    image_size = facts.get("image_size", side * P)
+    if type(image_size) is not int or image_size // P != side:
+        return f"image_size is {image_size!r:.40} by the config beside it, {side} patches of {P} pixels by its tensors"
     if facts.get("eps", 1e-5 if clip else 1e-6) != (1e-5 if clip else 1e-6):
         return f"a norm's eps of {facts['eps']!r:.40} not supported here: {1e-5 if clip else 1e-6} is"
-    if facts.get("activation", "gelu") not in ("gelu", "quick_gelu"):
-        return f"activation {facts['activation']!r:.60} not supported here: gelu and quick_gelu are"
+    done = ("gelu_tanh",) if siglip else ("gelu", "quick_gelu")
+    if facts.get("activation", done[0]) not in done:
+        return f"activation {facts['activation']!r:.60} not supported here: {' and '.join(done)}, no other"
+    if siglip and (clip or not {"heads", "activation"} <= facts.keys()):
+        return ("no class token, but nothing says that it is a SigLIP, of how many heads; "
+                f'{write} {{"model_type": "siglip_vision_model", "hidden_size": {width}, "num_hidden_layers": '
+                f'{here["depth"]}, "num_attention_heads": ..., "image_size": ...}}, of so400m-patch14-384 16 and 384')
     if "heads" not in facts and width not in KNOWN_WIDTHS:
         return (f"how many heads its {width} channels have is not known; {write} "
                 f'{{"architecture": "vit_base_patch16{"_clip" * clip}_224", "model_args": {{"embed_dim": '

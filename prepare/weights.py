@@ -27,31 +27,16 @@ class Weights(Source):
     target: str  # file or folder below weights/
     write: Callable  # (Weights, raw folder, target) -> None
     hub_type: str = "model"
-    activation: str = ""  # of a ViT, which no tensor tells: gelu or quick_gelu
+    activation: str = ""  # of a ViT, which no tensor tells: gelu, quick_gelu or gelu_tanh
     only_by_name: bool = False  # not of the paper's model, and large: left out unless --only names it
 
     def is_prepared(self, weights_dir):
         return (Path(weights_dir) / self.target / (TENSOR_HASHES if self.in_place else "")).exists()
 
 
-# CLIP's ViT: names on the hub and in OpenAI's layout -> timm's. The hub's keys may lack vision_model.
-TO_TIMM = (
-    (r"^(vision_model|visual)\.", ""), (r"^(embeddings\.)?class_embedding$", "cls_token"),
-    (r"^(embeddings\.position_embedding\.weight|positional_embedding)$", "pos_embed"),
-    (r"^(embeddings\.patch_embedding|conv1)\.", "patch_embed.proj."),
-    (r"^(pre_layrnorm|ln_pre)\.", "norm_pre."), (r"^(post_layernorm|ln_post)\.", "norm."),
-    (r"^(encoder\.layers|transformer\.resblocks)\.", "blocks."),
-    (r"\.(layer_norm|ln_)([12])\.", r".norm\2."), (r"\.(self_)?attn\.out_proj\.", ".attn.proj."),
-    (r"\.self_attn\.([qkv])_proj\.", r".attn.\1."), (r"\.attn\.in_proj_", ".attn.qkv."),
-    (r"\.mlp\.c_fc\.", ".mlp.fc1."), (r"\.mlp\.c_proj\.", ".mlp.fc2."))
-
-ENCODERS = {  # raw file -> keys dropped, as no part of the image encoder, and how the others are renamed
-    "open_clip_pytorch_model.bin": (r"visual\.head\.proj\.weight|text\..*|logit_scale", ()),
-    "pytorch_model.bin": (r"(text_model|text_projection|visual_projection)\..*|logit_scale|"
-                          r"(vision_model\.)?embeddings\.position_ids", TO_TIMM),
-    "PubMedCLIP_ViT32.pth": (r"(?!visual\.).*|visual\.proj", TO_TIMM),
-    "image_encoder(resnet50).pth": (r"(?!)", ()),
-    "checkpoint.pt": (r"module\.(?!visual\.).*", ((r"^module\.visual\.", ""),))}
+ENCODERS = {  # raw file -> keys dropped, as no part of the image encoder, and what is taken off the others
+    "open_clip_pytorch_model.bin": (r"visual\.head\.proj\.weight|text\..*|logit_scale", ""),
+    "image_encoder(resnet50).pth": (r"(?!)", ""), "checkpoint.pt": (r"module\.(?!visual\.).*", "module.visual.")}
 
 
 def read_pickle(source):
@@ -92,25 +77,21 @@ def write_tensors(weights, source, tensors, target, **facts):
 def write_encoder(weights, raw, target):
     """An image encoder alone, of the first layout that is there; refused if model.py cannot load it."""
     import torch
+    from plumbing.tensors import read_tensor, tensor_shapes
     from weights import load_encoder
+    from zoo.clip import gather, require_no_program, timm_names
 
-    source = next(raw / file for file, in weights.layouts if (raw / file).is_file())
-    dropped, renames = ENCODERS[source.name]
-    tensors = {}
-    for key, tensor in read_pickle(source).items():
-        if re.fullmatch(dropped, key):
-            continue
-        name = key
-        for pattern, replacement in renames:
-            name = re.sub(pattern, replacement, name)
-        if name in tensors:
-            raise UserError(f"{source}: {key} comes twice, under another name")
-        tensors[name] = tensor.float() if tensor.dtype == torch.float16 else tensor
-    for name in [name for name in tensors if ".attn.q." in name]:  # timm joins queries, keys and values
-        parts = [tensors.pop(name.replace(".q.", f".{part}."), None) for part in "qkv"]
-        tensors[name.replace(".q.", ".qkv.")] = torch.cat([part for part in parts if part is not None])
-    for name in tensors.keys() & {"cls_token", "pos_embed"}:  # and has a first dimension of one image
-        tensors[name] = tensors[name].reshape(1, -1, tensors[name].shape[-1])
+    source = next(raw / files[-1] for files in weights.layouts if (raw / files[-1]).is_file())
+    require_no_program(source)
+    stored = tensor_shapes(source) if source.suffix == ".safetensors" else read_pickle(source)
+    dropped, prefix = ENCODERS.get(source.name, ("(?!)", ""))
+    names = timm_names(stored) or {key: key.removeprefix(prefix) for key in stored if not re.fullmatch(dropped, key)}
+
+    def read(key):
+        tensor = read_tensor(source, key) if source.suffix == ".safetensors" else stored[key]
+        return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+    tensors = gather(source, names, read)
     partial = target.with_name(f".{target.name}.partial")
     write_tensors(weights, source, tensors, partial, **encoder_facts(weights, source, tensors))
     try:
@@ -121,19 +102,14 @@ def write_encoder(weights, raw, target):
 
 
 def encoder_facts(weights, source, tensors):
-    """A ViT's heads and activation, as metadata: what a config beside the pickle says, or is known of it."""
+    """What no tensor of a ViT tells, as metadata: by a config beside its file, or known of it."""
+    from zoo.encoders import read_config, untold
+
     if not weights.activation:
         return {}
-    facts, problem = vit_facts(source, {})
-    if problem:
-        raise UserError(f"{source}: {problem}")
-    width = max((tensor.shape[-1] for name, tensor in tensors.items() if name.endswith("cls_token")),
-                default=0)
-    for fact, here in (("width", width), ("eps", 1e-5 if "norm_pre.weight" in tensors else 1e-6)):
-        if facts.get(fact, here) != here:
-            raise UserError(f"{source}: {fact} is {facts[fact]!r:.40} by the config beside it, here {here}")
-    return {"heads": str(facts.get("heads", width // 64)),
-            "activation": facts.get("activation", weights.activation)}
+    known = {} if "activation" in vit_facts(source, {})[0] else {"activation": weights.activation}
+    shapes = {name.removeprefix("visual.trunk."): tuple(tensor.shape) for name, tensor in tensors.items()}
+    return untold(read_config(source, shapes, known))
 
 
 def llama_pickles(raw):
@@ -252,6 +228,14 @@ def qwen(name, hub, parameters):
                    target=name, write=check_qwen)
 
 
+def siglip(name, hub, licence, access, megabytes):
+    """A SigLIP on the hub, of whose file the image tower is written: heads and pixels are told by the config beside."""
+    files = ("config.json", "model.safetensors")
+    return Weights(name=name, licence=licence, access=access, megabytes=megabytes, only_by_name=True,
+                   page=f"https://huggingface.co/{hub}", hub=hub, hub_files=files, layouts=(files,),
+                   target=f"{name}.safetensors", write=write_encoder, activation="gelu_tanh")
+
+
 GPT_OSS_FILES = (  # neither original/ nor metal/, which hold the same numbers
     "config.json", "model*.safetensors", "model.safetensors.index.json", "generation_config.json", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -273,6 +257,15 @@ WEIGHTS = {weights.name: weights for weights in (
             # or its authors' own, to be brought by hand from https://huggingface.co/sarahESL/PubMedCLIP
             layouts=(("pytorch_model.bin",), ("PubMedCLIP_ViT32.pth",)),
             target="pubmedclip.safetensors", write=write_encoder, activation="quick_gelu"),
+    Weights(name="clip_l_336", licence="MIT", access="open", megabytes=1711,
+            page="https://huggingface.co/openai/clip-vit-large-patch14-336",
+            hub="openai/clip-vit-large-patch14-336", hub_files=("pytorch_model.bin",),
+            # or OpenAI's own, which is refused: it is known which file to take instead
+            layouts=(("pytorch_model.bin",), ("ViT-L-14-336px.pt",)), only_by_name=True,
+            target="clip_l_336.safetensors", write=write_encoder, activation="quick_gelu"),
+    siglip("siglip_so400m", "google/siglip-so400m-patch14-384", "Apache-2.0", "open", 3512),
+    siglip("medsiglip", "google/medsiglip-448", "Health AI Developer Foundations",
+           "an account at Hugging Face and Google's terms", 0),
     Weights(name="pmc_clip", licence="OpenRAIL", access="open", megabytes=151,
             page="https://huggingface.co/datasets/axiong/pmc_oa", hub="axiong/pmc_oa",
             hub_type="dataset", hub_files=("image_encoder(resnet50).pth",),

@@ -1,7 +1,8 @@
 """
 The image encoders against other people's code, with the same random values, through the files that
 prepare/weights.py makes. transformers is the reference of PubMedCLIP and a loop written out below that
-of PMC-CLIP; timm and open_clip are compared with as well where they are installed.
+of PMC-CLIP; timm and open_clip are compared with as well where they are installed. CLIP's and SigLIP's own files:
+test_clip.py and test_siglip.py. And what is between an encoder and a language model: projectors, and --start.
 """
 
 from dataclasses import replace
@@ -12,12 +13,16 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 
+import train_vlm
 from model import LLaMA, VLM, ViT, ViTConfig
 from plumbing.flags import UserError
 from prepare.weights import WEIGHTS
-from test_model import LLAMA, TOLERANCE, VIT, relative_error
+from test_model import LLAMA, TOLERANCE, VIT, randomise, relative_error
 from weights import load_encoder, load_vlm, save_vlm
+from zoo.encoders import require_features
+from zoo.projectors import make_projector
 from zoo.resnet import ResNet, ResNetConfig
+from zoo.siglip import Siglip, SiglipConfig
 
 CLIP_VIT = ViTConfig(image_size=64, patch_size=32, width=128, depth=2, clip=True)  # 5 tokens an image
 RESNET = ResNetConfig(image_size=64, layers=(1, 2, 1, 1))  # 5 outputs an image; 32 heads as published
@@ -242,3 +247,75 @@ def test_file_that_is_no_whole_encoder_is_refused_in_one_line(damage, message, t
     with pytest.raises(UserError, match=f"{tmp_path / 'x'}: .*{message}") as caught:
         load_encoder(tmp_path / "x")
     assert "\n" not in str(caught.value)
+
+
+# ----------------------------------------------------------------------------- projectors, and what --start has
+
+SIGLIP = SiglipConfig(16, 4, 32, 2, head_size=8, hidden=80)  # 16 tokens an image
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, published, names", [
+    ("linear", "", ["bias", "weight"]),
+    ("mlp", "mm_projector.", ["0.bias", "0.weight", "2.bias", "2.weight"]),
+    ("mlp1", "mlp1.", ["0.bias", "0.weight", "1.bias", "1.weight", "3.bias", "3.weight"])])
+def test_projectors_are_llava_s_and_internvl_s_by_names_and_numbers(kind, published, names):
+    model = randomise(make_projector(kind, 24, 40))
+    state = {f"{published}{name}": tensor for name, tensor in model.state_dict().items()}
+    assert sorted(state) == [f"{published}{name}" for name in names]
+    x = wanted = 3 + 2 * torch.randn(5, 24, generator=torch.Generator().manual_seed(0))
+    if kind == "mlp1":
+        spread = ((x - x.mean(1, keepdim=True)) ** 2).mean(1, keepdim=True)
+        wanted = (x - x.mean(1, keepdim=True)) / (spread + 1e-5).sqrt() * state["mlp1.0.weight"] + state["mlp1.0.bias"]
+    first, second = {"linear": ("", ""), "mlp": ("mm_projector.0.", "mm_projector.2."),
+                     "mlp1": ("mlp1.1.", "mlp1.3.")}[kind]
+    wanted = wanted @ state[f"{first}weight"].T + state[f"{first}bias"]
+    if second:
+        wanted = wanted * (1 + torch.erf(wanted / 2 ** 0.5)) / 2
+        wanted = wanted @ state[f"{second}weight"].T + state[f"{second}bias"]
+    assert model(x).shape == (5, 40) and relative_error(model(x), wanted) < TOLERANCE
+
+
+def some_vlm(encoder, projector, **features):
+    vision = (Siglip(replace(SIGLIP, **features)) if encoder == "siglip" else
+              ViT(replace(VIT, patch_size=4, clip=encoder == "clip", **features)))
+    return randomise(VLM(vision, LLaMA(LLAMA), make_projector(projector, vision.output_width, LLAMA.hidden_size)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("encoder", ["timm", "clip", "siglip"])
+@pytest.mark.parametrize("projector", ["linear", "mlp", "mlp1"])
+@pytest.mark.parametrize("features", [{}, {"merge": 2, "layer": "-1"}, {"layer": "-2", "class_token": False}])
+def test_a_vlm_of_each_encoder_and_projector_is_saved_and_loaded_the_same(encoder, projector, features, tmp_path):
+    model = some_vlm(encoder, projector, **features)
+    save_vlm(model, tmp_path)
+    loaded = load_vlm(tmp_path)
+    assert loaded.vision.config == model.vision.config and str(loaded.projector) == str(model.projector)
+    images = [torch.randint(256, (16, width, 3), dtype=torch.uint8) for width in (16, 32)]
+    assert torch.equal(loaded.encode_images(images), model.encode_images(images))
+    assert len(model.encode_images(images)) == sum(model.vision.tokens(16, width) for width in (16, 32))
+
+
+FLAGS = {"merge": 1, "vision_layer": "-1", "vision_tokens": "patches", "projector_type": "mlp1"}
+
+
+@pytest.mark.parametrize("flag, value, has", [
+    ("", "", ""), ("merge", 2, "has 1; give that"), ("vision_layer", "-2", "has -1; give that"),
+    ("vision_layer", "normed", "has -1; give that"), ("vision_tokens", "all", "has patches; give that"),
+    ("projector_type", "linear", "has mlp1; give that"), ("projector_type", "mlp", "has mlp1; give that")])
+@pytest.mark.parametrize("encoder", ["clip", "siglip"])
+def test_a_start_that_takes_other_features_is_refused_by_the_flag(flag, value, has, encoder):
+    model = some_vlm(encoder, "mlp1", layer="-1", class_token=False)
+    config = train_vlm.Config(**FLAGS | ({flag: value} if flag else {}))
+    if not flag or (flag, encoder) == ("vision_tokens", "siglip"):  # which has patches alone, whatever is asked for
+        return require_features(model, config, {"resize": "squash"}, "out/x")
+    with pytest.raises(UserError, match=f"^--{flag}={value}: out/x {has}$"):
+        require_features(model, config, {"resize": "squash"}, "out/x")
+
+
+def test_tiles_whose_patches_do_not_merge_are_refused():
+    model = some_vlm("siglip", "linear", merge=3)
+    config = train_vlm.Config(merge=3, vision_layer="normed", vision_tokens="all", projector_type="linear")
+    require_features(model, config, {"resize": "squash"}, "out/x")
+    with pytest.raises(UserError, match="^--merge=3: out/x sees tiles of 4 patches along a side, which that does not"):
+        require_features(model, config, {"resize": "tiles:12"}, "out/x")

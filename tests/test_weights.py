@@ -309,7 +309,7 @@ def test_a_folder_of_one_s_own_pickles_is_converted_with_its_tokenizer(tmp_path)
 
 @pytest.mark.parametrize("vision, gelu, heads, message", [
     ({"hidden_act": "gelu", "num_attention_heads": 4}, "gelu", 4, ""), ({}, "quick_gelu", 2, ""),
-    ({"layer_norm_eps": 1e-6}, "", 0, "eps is 1e-06 by the config beside it, here 1e-05")])
+    ({"layer_norm_eps": 1e-6}, "", 0, "a norm's eps of 1e-06 not supported here: 1e-05 is")])
 def test_a_clip_s_own_config_tells_its_activation_and_heads(vision, gelu, heads, message, tmp_path):
     torch.save(pubmedclip_hub()[1], tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": {

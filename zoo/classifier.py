@@ -10,18 +10,23 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import normalise
+from model import CLIP_MEAN, CLIP_STD, normalise
 from plumbing.devices import to_device
 from tasks.calibration import probabilities_of
+from zoo.encoders import features_of
 
 
 class Classifier(nn.Module):
-    """An encoder, a ViT or a ResNet, and a linear head on its class token beside the mean of its patch tokens."""
+    """
+    An encoder, a ViT or a ResNet, and a linear head on its class token beside the mean of its patch tokens. A SigLIP
+    has no class token: its head reads that mean alone. The attention pool that it was trained with is not loaded.
+    """
 
     def __init__(self, encoder, classes, multi_label=False):
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Linear(2 * encoder.config.width, classes)
+        self.class_token = features_of(encoder)["class_token"]
+        self.head = nn.Linear((1 + self.class_token) * encoder.config.width, classes)
         self.multi_label = multi_label  # an image may have several labels, or none
         self.temperature = None  # of its probabilities, see tasks/calibration.py; None: 1, not calibrated
         nn.init.normal_(self.head.weight, std=0.01)
@@ -30,8 +35,13 @@ class Classifier(nn.Module):
     def forward(self, images):
         """(I, 3, H, W) normalised pixels -> (I, m) logits, float32."""
         tokens = self.encoder(images)  # (I, N, C)
-        features = torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)  # (I, 2C)
+        features = tokens[:, int(self.class_token):].mean(1)  # (I, C)
+        features = torch.cat([tokens[:, 0], features], dim=1) if self.class_token else features  # (I, 2C) or (I, C)
         return self.head(features).float()
+
+    def normalise(self, images):
+        """(I, H, W, 3) uint8 -> (I, 3, H, W) float32 by its encoder's mean and std, which are CLIP's of a ResNet."""
+        return normalise(images, getattr(self.encoder, "mean", CLIP_MEAN), getattr(self.encoder, "std", CLIP_STD))
 
     def loss(self, images, labels):
         """Mean cross-entropy of (I, 3, H, W) normalised pixels and (I, m) bool labels."""
@@ -45,7 +55,7 @@ class Classifier(nn.Module):
         """(n, m) float32 logits of (n, H, W, 3) uint8 images; arrays of numpy."""
         logits = []
         for begin in range(0, len(pixels), batch_size):
-            images = normalise(to_device(pixels[begin:begin + batch_size], self.head.weight.device))
+            images = self.normalise(to_device(pixels[begin:begin + batch_size], self.head.weight.device))
             with autocast:
                 logits.append(self(images))
         return torch.cat(logits).cpu().numpy()

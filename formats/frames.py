@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image, TiffImagePlugin
 
 from plumbing.own import written
-from plumbing.pixels import SUFFIXES, load_image, resize_image
+from plumbing.pixels import SUFFIXES, enough_pixels, load_image, resize_image
 
 EXPLICIT = (b"CS", b"UI", b"UL", b"DA", b"LO", b"SH", b"OB", b"US")  # types of a DICOM file's first element
 DICOM = (".dcm", ".dicom", ".ima")
@@ -103,7 +103,7 @@ def pixels_of(source, size, how):
     What decode_picture gives, brought to size as prepare/ brings it, see plumbing.pixels.resize_image: (H, W, 3) uint8.
     Raises Unreadable, with the reason.
     """
-    return np.array(resize_image(decode_picture(source, 2 * size), size, how))
+    return np.array(resize_image(decode_picture(source, enough_pixels(size, how)), size, how))
 
 
 def module_of(kind):

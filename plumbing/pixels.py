@@ -339,13 +339,15 @@ def is_grey(image):
 
 def resize_image(image, size, how="squash"):
     """
-    Bring an RGB image to size x size pixels, bicubic and antialiased; fit and smart alone keep its shape.
+    Bring an RGB image to size x size pixels, bicubic and antialiased; fit and smart alone keep its shape, and tiles
+    come near it.
 
     squash: the whole image, its aspect changed (the paper's "resized to 224x224");
     crop: shortest side to size, then the centre (BiomedCLIP's own); pad: black borders;
     fit: longest side to the largest multiple of FIT_STEP in size, the other to the multiple next to its
     aspect; both are FIT_STEP at least;
-    smart: see smart_shape, size being the most pixels of the whole image. Raises Unreadable as that does.
+    smart: see smart_shape, size being the most pixels of the whole image. Raises Unreadable as that does;
+    tiles:12: as many whole squares of size x size pixels, 12 at most, as tile_grid says.
     """
     bicubic = Image.Resampling.BICUBIC
     if image.mode == "RGB" and is_grey(image):  # one channel takes half the time of three, and becomes the same
@@ -360,6 +362,9 @@ def resize_image(image, size, how="squash"):
     if how == "smart":
         height, width = smart_shape(image.height, image.width, size)
         return image.resize((width, height), bicubic)
+    if most := most_tiles(how):
+        rows, columns = tile_grid(image.height, image.width, size, most)
+        return image.resize((columns * size, rows * size), bicubic)
     assert how == "squash", how
     return image.resize((size, size), bicubic)
 
@@ -382,8 +387,40 @@ def smart_shape(height, width, most):
     return tuple(sides)
 
 
+def tile_grid(height, width, size, most):
+    """
+    InternVL's (rows, columns) of the tiles for an image (arXiv 2404.16821; dynamic_preprocess in its code): of all
+    grids of `most` tiles or fewer the one whose aspect is nearest to the image's, in floats. Where two are as near,
+    that of more tiles if the image has more than half of their pixels. Grids of as many tiles may stand in any order:
+    between two of them lies one of fewer, so that never both are the nearest.
+    """
+    best, grid = math.inf, (1, 1)
+    for tiles in range(1, most + 1):
+        for columns in range(1, tiles + 1):
+            rows, rest = divmod(tiles, columns)
+            distance = abs(width / height - columns / rows)
+            if not rest and (distance < best or distance == best and height * width > 0.5 * size ** 2 * tiles):
+                best, grid = distance, (rows, columns)
+    return grid
+
+
+def most_tiles(how):
+    """Of a way of resize_image so many tiles at most; 0: none are cut."""
+    return int(how[6:]) if how.startswith("tiles:") else 0
+
+
+def enough_pixels(size, how):
+    """
+    Pixels along each side at which a JPEG may be decoded for resize_image, as load_image takes them: twice the size
+    alters a pixel less than the codec does. 0: all of it, where its own size says what becomes of it.
+    """
+    return 0 if how == "smart" or most_tiles(how) else 2 * size
+
+
 def resize_flags(image):
     """The flags of prepare/all.py that bring images to size as these settings say, {"size", "resize", ...}."""
+    if most := most_tiles(image["resize"]):
+        return f"--image_size={image['size']} --max_tiles={most}"
     if image["resize"] == "smart":
         return f"--resize=fit --max_pixels={image['size']}"
     return f"--image_size={image['size']} --resize={image['resize']}"

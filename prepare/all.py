@@ -37,6 +37,7 @@ class Config:
     image_size: Annotated[int, Range(1, 1 << 12)] = 224  # pixels, height and width of a stored image
     resize: Literal["squash", "crop", "pad", "fit"] = "squash"  # how an image becomes square; fit: keeps its shape
     max_pixels: Annotated[int, Range(0, 1 << 24)] = 0  # at most, with --resize=fit; 0: by --image_size
+    max_tiles: Annotated[int, Range(0, 40)] = 0  # squares of --image_size that an image becomes, at most; 0: none
     box_format: Literal["medmo", "qwen"] = "medmo"  # how boxes are written: <box>[[...]]</box>, or JSON with bbox_2d
     report: Literal["both", "findings", "impression"] = "both"  # what of its report a study is answered with
     reasoning: Literal["none", "before", "after", "analysis"] = "none"  # a choice's explanation; analysis: with gpt-oss
@@ -68,6 +69,8 @@ import time
 import traceback
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+
+from PIL import Image
 
 from plumbing.files import find_tokenizer, hash_file
 from plumbing.pixels import SMART_LEAST, SMART_MOST
@@ -178,6 +181,12 @@ def require_flags_that_fit(config):
     if 0 < config.max_pixels < SMART_LEAST:
         raise UserError(f"--max_pixels={config.max_pixels}: from {SMART_LEAST} to {SMART_MOST}, pixels of a whole "
                         "image")
+    if config.max_tiles and config.resize != "squash":
+        raise UserError(f"--max_tiles={config.max_tiles}: leave out --resize={config.resize}; the tiles come near an "
+                        "image's aspect")
+    if config.max_tiles * config.image_size ** 2 > Image.MAX_IMAGE_PIXELS:
+        raise UserError(f"--max_tiles={config.max_tiles}: of --image_size={config.image_size} at most "
+                        f"{Image.MAX_IMAGE_PIXELS // config.image_size ** 2}, or an image is too large to be read")
 
 
 def require_flags_of_own(config):
@@ -198,8 +207,9 @@ def require_flags_of_own(config):
 
 
 def image_settings(config):
-    return ImageSettings(config.max_pixels or config.image_size, "smart" if config.max_pixels else config.resize,
-                         config.codec, config.quality if config.codec == "jpeg" else 0)
+    resize = "smart" if config.max_pixels else f"tiles:{config.max_tiles}" if config.max_tiles else config.resize
+    return ImageSettings(config.max_pixels or config.image_size, resize, config.codec,
+                         config.quality if config.codec == "jpeg" else 0)
 
 
 def prepare_own(config):

@@ -32,7 +32,8 @@ from formats.frames import ScanSettings, decode_picture, picture_key
 from plumbing.files import TOKENIZERS, differences, hash_file, lock, manifest_checksum, read_manifest
 from plumbing.flags import UserError
 from plumbing.own import clean
-from plumbing.pixels import DEEP_PIXELS, SMART_LEAST, Unreadable, open_stored, resize_image
+from plumbing.pixels import (DEEP_PIXELS, SMART_LEAST, Unreadable, enough_pixels, most_tiles, open_stored,
+                             resize_image)
 from plumbing.shards import IMAGE, SAMPLE, hash_words, sample_checksum
 from prepare.augment import altered
 from prepare.download import hub_revision
@@ -72,9 +73,7 @@ def encode_image(content, settings):
     be used, the reason alone, in words.
     """
     try:
-        # Decoding at no less than twice the size alters a pixel less than the codec does. Where the size is the
-        # pixels of a whole image (smart), no JPEG has so many along a side, and all of it is decoded
-        source = decode_picture(content, at_least=2 * settings.size)
+        source = decode_picture(content, enough_pixels(settings.size, settings.resize))
         image = resize_image(source, settings.size, settings.resize)
         mark = fingerprint(source)
     except Unreadable as error:
@@ -432,7 +431,8 @@ def write_dataset(target, dataset, raw, sources, tokenizer, facts, workers, need
         spawn = multiprocessing.get_context("spawn")  # a fork would copy the parent's threads' locks
         with ProcessPoolExecutor(workers, spawn, end_with_parent) as pool:
             encode = functools.partial(pool.submit, encode_image, settings=image)
-            side = math.isqrt(SMART_LEAST) if image.resize == "smart" else image.size  # of a drawn image
+            tiles = math.isqrt(most_tiles(image.resize)) or 1  # along a side of a drawn image
+            side = math.isqrt(SMART_LEAST) if image.resize == "smart" else tiles * image.size
             read = dataset.read(raw, side) if dataset.drawn else dataset.read(raw)
             records = altered(limited(read, limit, dataset.counts), facts.get("augment", 0))
             total = sum(min(limit or count, count) for count in dataset.counts.values())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from model import CONFIGS
 from plumbing.files import read_manifest
+from plumbing.pixels import most_tiles
 from prepare.datasets import DATASETS
 from prepare.weights import WEIGHTS
 from tasks.box_tables import SIZES
@@ -234,6 +235,9 @@ def write_card(checkpoint, public, path):
     per_image = f"{model.vision.tokens(size, size)} tokens for an image of {size} x {size} pixels"
     if public["image"]["resize"] == "smart":
         per_image = f"images in their own shapes, of {size:,} pixels at most"
+    if most := most_tiles(public["image"]["resize"]):
+        per_image = (f"{model.vision.tokens(size, size)} tokens for each of up to {most} tiles of {size} x {size} "
+                     "pixels,\nand as many for the whole image behind several")
     parts = (QWEN if isinstance(model.language, Text) else LLAVA).format(
         **sizes, per_image=per_image, pieces=model.language.config.vocab_size)
     path.write_text(CARD.format(

@@ -12,6 +12,8 @@ import re
 import numpy as np
 from PIL import Image
 
+from plumbing.tiles import map_of_tiles
+
 SURE = (0.9, "#cfe6f2"), (0.7, "#e0efd6"), (0.5, "#fbeec2"), (0, "#f8d3b8")  # probability from, colour
 HEAT = (226, 88, 0)  # colour of the map
 BOX_COLOURS = ("#56b4e9", "#f0e442", "#f29bc6", "#2fd6a3", "#ff9d5c", "#c9b3ff")  # of labels, in dark letters
@@ -96,8 +98,13 @@ def draw_boxes(image, pairs, part=(0, 0, 1000, 1000)):
 
 # ----------------------------------------------------------------------------- the map
 
-def patches_of(image, looked):
-    """(rows, columns) of the attention (N,) to an image's tokens, without that to a class token: it is nowhere."""
+def patches_of(image, looked, tile=0):
+    """
+    (rows, columns) of the attention (N,) to an image's tokens, without that to a class token: it is nowhere. tile:
+    pixels along the squares that it was cut into; 0: into none.
+    """
+    if tile:
+        return map_of_tiles(looked, image.shape[0] // tile, image.shape[1] // tile)
     for patches in (looked, looked[1:]):
         rows = round((len(patches) * image.shape[0] / image.shape[1]) ** 0.5)  # they are squares
         if rows and len(patches) % rows == 0 and rows * image.shape[1] == len(patches) // rows * image.shape[0]:

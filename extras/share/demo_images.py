@@ -102,11 +102,12 @@ def name_windows(hounsfield, trained):
 
 def show(image, role, size, how, stored=False, classes=None):
     """
-    The Shown of an RGB image as the model takes it, see resize_image. stored: it is one that was prepared; where that
-    cropped or padded it, what the whole one was is not known. Raises UserError where it cannot be brought to size.
+    The Shown of an RGB image as the model takes it, see resize_image. stored: it is one that was prepared, and so of
+    its size; where that cropped or padded it, what the whole one was is not known. Raises UserError where it cannot be
+    brought to size.
     """
     try:
-        seen = np.array(resize_image(image, size, how))
+        seen = np.array(image if stored else resize_image(image, size, how))
     except Unreadable as error:
         raise UserError(f"This image cannot be used: {error}.") from None
     if stored and how in ("crop", "pad"):

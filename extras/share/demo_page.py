@@ -15,6 +15,7 @@ from extras.share.demo_draw import (BOX_COLOURS, STYLE, SURE, coloured, draw_box
                                     picture, plain, table)
 from extras.share.demo_server import ADMITTED, Gate, server_settings
 from plumbing.flags import UserError
+from plumbing.pixels import enough_pixels, most_tiles
 from tasks import boxes
 
 try:
@@ -43,7 +44,7 @@ def choose_images(loaded):
     state, ids = st.session_state, tuple(file.file_id for file in files)
     if state.get("files") != ids:
         state.scans = demo_images.find_in([(file.name, file.getvalue()) for file in files], loaded.window,
-                                          2 * loaded.size)
+                                          enough_pixels(loaded.size, loaded.resize))
         state.files, state.units = ids, {}
     scans, refused = state.scans
     if refused:
@@ -94,7 +95,7 @@ def begin(name, chosen, loaded):
     """A new conversation about what the visitor has chosen, in place of the last one."""
     state, stored, shown = st.session_state, isinstance(name, str), []
     for source, role in chosen:
-        image = source if stored else demo_images.read_picture(source, 2 * loaded.size)  # as prepare/
+        image = source if stored else demo_images.read_picture(source, enough_pixels(loaded.size, loaded.resize))
         shown.append(demo_images.show(image, role, loaded.size, loaded.resize, stored))
         if loaded.classifier:
             with loaded.line.turn(tell_place(st.empty())):
@@ -178,9 +179,12 @@ def show_boxes(question, text, recorded, shown):
     return pairs, number
 
 
-def draw_maps(looked, shown, pairs, boxed):
-    """Where the model looked on each image, as HTML. looked: of each (N,); pairs: boxes, which image `boxed` has."""
-    patches = [patches_of(one.seen, some) for one, some in zip(shown, looked)]
+def draw_maps(looked, shown, pairs, boxed, tile):
+    """
+    Where the model looked on each image, as HTML. looked: of each (N,); pairs: boxes, which image `boxed` has; tile: as
+    patches_of takes it.
+    """
+    patches = [patches_of(one.seen, some, tile) for one, some in zip(shown, looked)]
     low, high, maps = min(some.min() for some in patches), max(some.max() for some in patches), []
     whole = "the whole image" if len(shown) == 1 else "all images"
     for number, (one, some, all_of_it) in enumerate(zip(shown, patches, looked)):
@@ -206,7 +210,8 @@ def show_details(tokens, words, pairs, boxed, loaded):
                       format_func=lambda n: plain(f"{words[n].text} {words[n].probability:.1%}"))
     looked = np.mean([one.looked for one in (tokens if chosen is None else [words[chosen]])], axis=0)
     left, right = st.columns(2) if len(state.shown) == 1 else (st.container(), st.container())
-    left.html(draw_maps(state.conversation.parted(looked), state.shown, pairs, boxed))
+    tile = loaded.size if most_tiles(loaded.resize) else 0
+    left.html(draw_maps(state.conversation.parted(looked), state.shown, pairs, boxed, tile))
     legend = [f'<span class="word key" style="background:{colour}">'
               f'{f"from {least:.0%}" if least else "less"}</span>' for least, colour in SURE]
     right.html("".join(legend) + note("How probable it found each word. It can be sure and wrong."))

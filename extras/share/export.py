@@ -145,14 +145,14 @@ def remove(path):
 def write_vision(checkpoint, image, folder):
     """
     The encoder, its LoRA merged, and the config.json by which timm builds and fills it, for images of the
-    run's settings. What --merge makes of its patches is not in it, as the projection is not.
+    run's settings, or for its tiles. What --merge makes of its patches is not in it, as the projection is not.
     """
     folder.mkdir()
     vit = load_trained_encoder(checkpoint)
     config, size = vit.config, image["size"]
     vit.pos_embed = nn.Parameter(vit.positions(*[size // config.patch_size] * 2).detach())
     save_module(vit, folder / "model.safetensors")
-    crop_mode = {"squash": "squash", "crop": "center", "pad": "border"}[image["resize"]]  # ours pads with black
+    crop_mode = {"crop": "center", "pad": "border"}.get(image["resize"], "squash")  # ours pads with black
     write_settings(folder / "config.json", {
         "architecture": "vit_base_patch32_clip_224" if config.clip else "vit_base_patch16_224",
         "num_classes": 0, "num_features": config.width, "global_pool": "token",

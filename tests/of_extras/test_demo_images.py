@@ -52,7 +52,8 @@ PAIRS = {"cyst": (np.array([[100, 200, 300, 400]]), np.array([[0, 0, 1000, 1000]
 
 
 @pytest.mark.parametrize("width, height", [(400, 200), (200, 400), (300, 300)])
-@pytest.mark.parametrize("how, size", [("squash", 128), ("crop", 128), ("pad", 128), ("fit", 128), ("smart", 1 << 17)])
+@pytest.mark.parametrize("how, size", [("squash", 128), ("crop", 128), ("pad", 128), ("fit", 128), ("smart", 1 << 17),
+                                       ("tiles:6", 64)])
 def test_boxes_lie_on_what_the_model_sees_of_the_whole_image(how, size, width, height):
     """A box of thousandths of the whole image, and the same rectangle painted on it and seen as the model sees it."""
     box = np.array([400, 300, 600, 550])

@@ -4,10 +4,14 @@ step of LoRA: what that takes in seconds and memory, without the download.
 
     python extras/bench/load_large.py --tokenizer=weights/medmo_4b/tokenizer.json      a Qwen3-VL-4B
     python extras/bench/load_large.py --model=llama_7b --base_bits=0 --dtype=bfloat16  PMC-LLaMA and BiomedCLIP
+    python extras/bench/load_large.py --model=gpt_oss_20b --layers=4 --base_bits=4 --tokenizer=<its tokenizer.json>
+    python extras/bench/load_large.py --model=gpt_oss_20b --base_bits=4 --short=true --tokenizer=...      all 24 layers
 
-The files (8.9 GB of the 4B, in two; of LLaMA 13.5 GB in three, and 0.3 GB) are written once and may be deleted
-afterwards. The answer is noise, the cost is real. Each number of --base_bits is measured in a process of its
-own: it loads the model, all of it frozen, answers, and takes a step of train_vlm.py's, of LoRA alone.
+The files (8.9 GB of the 4B, in two; of LLaMA 13.5 GB in three, and 0.3 GB; of gpt-oss 13.8 GB in three, and 1.2 GB)
+are written once and may be deleted afterwards. With a gpt-oss comes CLIP's ViT-L/14 of 336 pixels, which sees an image
+of 1024 x 768 pixels as twelve tiles and all of it once more: 13 times 144 tokens, by InternVL's projector. The answer
+is noise, the cost is real. Each number of --base_bits is measured in a process of its own: it loads the model, all of
+it frozen, answers, and takes a step of train_vlm.py's, of LoRA alone.
 """
 
 import sys
@@ -25,7 +29,6 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from data import Group, Record, Step, make_batch
 from extras.bench.memory import allocated, print_heads, print_row, train_vlm
@@ -35,39 +38,42 @@ from generate import Sampling, finished_groups, generate
 from model import ViT, ViTConfig
 from plumbing.devices import autocast_to, describe_machine
 from plumbing.files import find_tokenizer
-from plumbing.flags import Range, UserError, parse_command_line, run
+from plumbing.flags import Range, UserError, Whole, parse_command_line, run
 from plumbing.shards import Sample
 from plumbing.sources import settle
 from plumbing.tensors import write_hashes
 from run import make_optimizer
+from weights import save_module
 from zoo.chatml import open_tokenizer
 
 DEVICE = torch.device("cpu")
 QUESTION, ANSWER = "what does the image show?", "a fracture of the left clavicle"
+TOWERS = {"llama_7b": ViTConfig(), "gpt_oss_20b": ViTConfig(336, 14, 1024, 24, clip=True)}  # BiomedCLIP's and CLIP's
+Sizes = Literal["qwen3_vl_2b", "qwen3_vl_4b", "qwen3_vl_8b", "qwen_sample", "llama_7b", "gpt_oss_20b"]
+TILED = {"merge": 2, "vision_layer": "-1", "projector_type": "mlp1"}  # flags, of a gpt-oss
 
 
 @dataclass(frozen=True)
 class Config:
-    model: Literal["qwen3_vl_2b", "qwen3_vl_4b", "qwen3_vl_8b", "qwen_sample", "llama_7b"] = "qwen3_vl_4b"  # sizes
+    model: Sizes = "qwen3_vl_4b"  # sizes
+    layers: Whole = 0  # of a gpt-oss, the first ones alone; 0: all
     folder: str = ""  # where the files are written; none: weights/random_<model>
-    tokenizer: str = "weights/llama_tokenizer/tokenizer.model"  # of a Qwen3-VL a tokenizer.json; it is copied
+    tokenizer: str = "weights/llama_tokenizer/tokenizer.model"  # of the others a tokenizer.json; it is copied
     base_bits: str = "16,4"  # of the frozen base's matrices; 0: as --dtype
     dtype: Literal["float32", "bfloat16"] = "float32"  # that is computed in; on many CPUs bfloat16 is far slower
     image_size: Annotated[int, Range(32, 4096)] = 448  # pixels of a Qwen3-VL's image; the ViT's has 224
     new_tokens: Annotated[int, Range(1, 2048)] = 2  # to answer with
+    short: bool = False  # answer a question without an image, and take no step
 
 
-def write_all(name, folder, tokenizer):
-    """The folder of a model, with its tokenizer and its tensors' hashes; of a LLaMA with BiomedCLIP's tower."""
+def write_all(name, folder, tokenizer, layers):
+    """The folder of a model, with its tokenizer and its tensors' hashes; but of a Qwen3-VL with a tower beside it."""
     torch.manual_seed(0)
-    write_folder(name, folder)
+    write_folder(name, folder, layers=layers)
     shutil.copy(tokenizer, folder)
-    if name == "llama_7b":
-        (folder / "vision").mkdir(exist_ok=True)  # where no config.json of a LLaMA lies beside it
-        with torch.device("meta"):
-            shapes = {key: tensor.shape for key, tensor in ViT(ViTConfig()).state_dict().items()}
-        tower = {f"visual.trunk.{key}": 0.02 * torch.randn(shape) for key, shape in shapes.items()}
-        save_file(tower, folder / "vision/biomedclip.safetensors")
+    if name in TOWERS:
+        (folder / "vision").mkdir(exist_ok=True)  # where no config.json of a language model lies beside it
+        save_module(ViT(TOWERS[name]), folder / "vision/tower.safetensors")
     write_hashes(folder)
 
 
@@ -80,18 +86,21 @@ def new_peak():
 
 def measure(config, folder, bits):
     """What loading, an answer and a step of LoRA take: seconds, and bytes that are held, and were at most."""
-    flags = {"model": str(folder)} if config.model != "llama_7b" else {
-        "vision_weights": str(folder / "vision/biomedclip.safetensors"), "language_weights": str(folder)}
+    flags = {"model": str(folder)} if config.model not in TOWERS else {
+        "vision_weights": str(folder / "vision/tower.safetensors"), "language_weights": str(folder)}
+    flags |= TILED if config.model == "gpt_oss_20b" else {}
+    image = {"resize": "tiles:12" if config.model == "gpt_oss_20b" else "squash"}
     flags = settle(train_vlm.Config(base_bits=bits, compile=False, dtype=config.dtype, vision="frozen",
                                     projector="frozen", language="frozen", **flags))
     dtype, tokenizer, before = getattr(torch, config.dtype), open_tokenizer(folder), allocated()
     begin = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
-        model = train_vlm.load_parts(flags, tokenizer, None, DEVICE, dtype)
+        model = train_vlm.load_parts(flags, tokenizer, image, None, DEVICE, dtype)
     facts = {"parts": parts_of(model), "loading": time.perf_counter() - begin, "resident": allocated() - before,
-             "loading_peak": allocated(peak=True)}
+             "loading_peak": allocated(peak=True),
+             "files": sum(path.stat().st_size for path in folder.rglob("*.safetensors"))}
     tell(f"loaded {sum(facts['parts'].values()) / 1e9:.2f} GB, {facts['loading']:.0f} s")
-    for name, act in (("answering", answer), ("stepping", step)):
+    for name, act in [("answering", answer), ("stepping", step)][:1 if config.short else 2]:
         new_peak()
         begin = time.perf_counter()
         tell(f"{name}: {act(config, flags, model, tokenizer, autocast_to(DEVICE, dtype))}")
@@ -111,16 +120,16 @@ def parts_of(model):
 
 def example(config, model, tokenizer):
     """An image, and the tokens of a question about it with its answer: (H, W, 3) uint8, a list, its spans."""
-    side = config.image_size if config.model != "llama_7b" else model.vision.config.image_size
-    image = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
-    return image, *tokenizer.write(Record("", QUESTION, ANSWER, image=b""))[:2]
+    sides = {"llama_7b": (224, 224), "gpt_oss_20b": (3 * 336, 4 * 336)}.get(config.model, 2 * (config.image_size,))
+    image = np.random.default_rng(0).integers(0, 256, (*sides, 3), np.uint8)
+    return image, *tokenizer.write(Record("", QUESTION, ANSWER, image=None if config.short else b""))[:2]
 
 
 def answer(config, flags, model, tokenizer, autocast):
     """Answer a question about an image; gives the answer."""
     image, tokens, spans = example(config, model.eval(), tokenizer)
     choice = Sampling(stops=(), vocab_size=tokenizer.vocab_size)
-    passes = generate(model, [([image], [tokens[:spans[0][0]]])], config.new_tokens, choice)
+    passes = generate(model, [([image] * (not config.short), [tokens[:spans[0][0]]])], config.new_tokens, choice)
     with autocast:
         [(_, [reply])] = finished_groups(passes)
     return repr(tokenizer.decode(reply.tokens))
@@ -156,7 +165,7 @@ def main(config):
         raise UserError(f"--base_bits={config.base_bits}: of 0, 16, 8 and 4, with commas between them")
     if not (folder / "tensors.json").is_file():  # it is the last to be written
         tell(f"writing {folder}")
-        apart(write_all, config.model, folder, open_tokenizer(config.tokenizer).path)
+        apart(write_all, config.model, folder, open_tokenizer(config.tokenizer).path, config.layers)
     if find_tokenizer(folder).suffix != {"llama_7b": ".model"}.get(config.model, ".json"):
         raise UserError(f"{folder}: has another model's tokenizer; delete it, and name --tokenizer")
     print(", ".join(f"{name} {fact}" for name, fact in describe_machine(DEVICE).items() if name != "python"), "\n")
@@ -177,13 +186,15 @@ def show(results):
     for name, words in (("resident", "resident once loaded, less what it was before"),
                         ("loading_peak", "peak of loading, with Python and torch"),
                         ("answering_peak", "peak of answering"), ("stepping_peak", "peak of a step of LoRA")):
-        rows[f"{words}, GB"] = [facts[name] / 1e9 for facts in results.values()]
+        rows |= {f"{words}, GB": [facts[name] / 1e9 for facts in results.values()]} if name in results[first] else {}
     rows["resident, share of the first column's"] = [
         facts["resident"] / results[first]["resident"] for facts in results.values()]
+    rows["all files, GB"] = [facts["files"] / 1e9 for facts in results.values()]
+    rows["peak of loading over the files"] = [facts["loading_peak"] / facts["files"] for facts in results.values()]
     rows["peak of loading over the weights"] = [
         facts["loading_peak"] / totals[bits] for bits, facts in results.items()]
     for name in ("loading", "answering", "stepping"):
-        rows[f"{name}, s"] = [facts[name] for facts in results.values()]
+        rows |= {f"{name}, s": [facts[name] for facts in results.values()]} if name in results[first] else {}
     print_heads("base", *(f"{bits} bits" for bits in results))
     for words, numbers in rows.items():
         print_row(words, *(f"{number:.{0 if words.endswith(', s') else 3}f}" for number in numbers))

@@ -206,7 +206,7 @@ def written_out(state, config, tokens):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("number", [0, 3, 10])
+@pytest.mark.parametrize("number", [0, 3])
 def test_logits_are_those_of_the_formulas_written_out(number, peers):
     folder, tokens = peers(number)[1], some_tokens(20)
     state = {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
@@ -229,7 +229,7 @@ def test_logits_are_those_of_transformers(number, peers):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("number", [0, 1, 9])
+@pytest.mark.parametrize("number", [0, 9])
 def test_greedy_answers_are_those_of_transformers(number, peers):
     """Prompts longer and shorter than the window, all under way at once."""
     theirs, folder = peers(number)
@@ -243,10 +243,9 @@ def test_greedy_answers_are_those_of_transformers(number, peers):
         assert answers[number] == reply[0, -12:].tolist()
 
 
-@pytest.mark.parametrize("number", [0, 10])
-def test_every_gradient_is_that_of_transformers(number, peers):
+def test_every_gradient_is_that_of_transformers(peers):
     """Of the router, sinks and biases, too; of an expert that no token has it is 0."""
-    theirs, folder = peers(number)
+    theirs, folder = peers(0)
     ours, tokens = load_gpt_oss(folder, trained=True), some_tokens()
     with in_float64(ours, theirs) as (ours, theirs):
         for logits in (ours(tokens), logits_of(theirs, tokens)):

@@ -15,11 +15,11 @@ from plumbing.flags import UserError
 from plumbing.tensors import read_metadata
 from prepare.weights import WEIGHTS
 from tasks.encoders import read_results
-from test_clip import (LAYERS, cubic, prepare_from, redraw, serve, shuffle_pixels, some_pixels,  # noqa: F401
+from test_clip import (LAYERS, cubic, hub_clip, prepare_from, redraw, serve, shuffle_pixels, some_pixels,  # noqa: F401
                        stand_in_hub)
 from test_cls import picture, settings, toy_records, write
 from test_model import LLAMA, TOLERANCE, randomise, relative_error
-from weights import load_classifier, load_encoder, load_vlm, save_vlm
+from weights import build_vlm, load_classifier, load_encoder, load_vlm, save_vlm
 from zoo.clip import gather, timm_names
 from zoo.siglip import Siglip, SiglipConfig
 
@@ -249,3 +249,23 @@ def test_training_sees_pixels_by_its_mean_and_deviation(toy, monkeypatch):
     assert len(seen) == 5 and values.abs().max() <= 1  # CLIP's numbers would make of black -1.79
     levels = values * 127.5 + 127.5
     assert (levels - levels.round()).abs().max() < 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hub", [hub_siglip, hub_clip])
+def test_a_frozen_tower_stays_in_its_hub_folder(hub, tmp_path):
+    hub(tmp_path / "hub")
+    features = {"merge": 2, "class_token": False, "layer": "-2", "tiled": False}
+    model = build_vlm("sample", 300, str(tmp_path / "hub"), features=features, projector="mlp1")
+    model.vision.requires_grad_(False)
+    save_vlm(model, tmp_path / "model")
+    assert not (tmp_path / "model/vision.safetensors").exists()
+    loaded = load_vlm(tmp_path / "model")
+    image = torch.randint(256, (model.vision.config.image_size,) * 2 + (3,), dtype=torch.uint8)
+    assert loaded.vision.config == model.vision.config and loaded.weights["vision"] == str(tmp_path / "hub")
+    assert torch.equal(loaded.encode_images([image]), model.encode_images([image]))
+    assert load_vlm(tmp_path / "model", device="meta").vision.pos_embed.is_meta
+    config = json.loads((tmp_path / "hub/config.json").read_text()) | {"num_attention_heads": 2}
+    (tmp_path / "hub/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="hub: not the base weights that the run was trained on"):
+        load_vlm(tmp_path / "model")

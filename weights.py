@@ -114,7 +114,8 @@ def build_vlm(name, vocab_size, vision_weights="", language_weights="", dtype=to
     if name in qwen3_files.CONFIGS or is_qwen(language_weights):
         if vision_weights != language_weights or (features, projector) != (FEATURES, "linear"):
             raise UserError("--vision_weights, --language_weights, --merge, --vision_layer and the like: a Qwen3-VL is "
-                            "loaded as a whole; name its folder with --model, and leave them out")
+                            "loaded as a whole; name its folder with --model, leave them out, and prepare its images "
+                            "without --max_tiles")
         model = build_qwen(name, vocab_size, language_weights, dtype, device, lora, split, trained, bits)
         return note_weights(model, dict.fromkeys(model.weights, language_weights), bits)
     if name not in sizes:

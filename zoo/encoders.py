@@ -39,6 +39,11 @@ def require_features(model, config, image, source):
     Whether images are tiles is up to the data: a run may begin with a model that has seen none.
     """
     here, wanted = features_of(model.vision), features_by(config, image)
+    size = getattr(model.vision.config, "image_size", 0)
+    if wanted["tiled"] and image["size"] != size:
+        raise UserError(f"--data: its images are tiles of {image['size']} pixels; {source} sees "
+                        + (f"tiles of {size}: prepare with --image_size={size} --max_tiles=12" if size else
+                           "images in one piece: prepare without --max_tiles"))
     model.vision.config.tiled = here["tiled"] = wanted["tiled"]
     if isinstance(model.vision, Siglip):  # its patches are all that it has
         here["class_token"] = wanted["class_token"]

@@ -69,7 +69,7 @@ def verdict(pairs):
         return "Nothing is compared: " + ("one encoder." if not pairs else "all of the test is about one image.")
     beyond = [f"{a} - {b} {cell_text(cell)}" for a, b, cell in pairs if not cell[1] <= 0 <= cell[2]]
     if not beyond:
-        return f"No two encoders differ beyond the intervals: 0 is within all {len(pairs)} of their differences."
+        return f"No two encoders differ beyond the intervals: 0 is within all {len(pairs)} differences."
     return (f"Beyond the intervals are {len(beyond)} of {len(pairs)} differences: {'; '.join(beyond)}. By chance one "
             "in twenty would be.")
 

@@ -269,8 +269,8 @@ def test_draws_are_of_labels_too_and_one_patient_has_no_interval():
 
 def test_what_differs_beyond_its_interval_is_said():
     pairs = [("a", "b", [1.0, -0.5, 2.5]), ("a", "c", [3.0, 0.5, 5.5]), ("b", "c", [-2.0, -3.0, -0.1])]
-    assert ablation_table.verdict(pairs[:1]) == (
-        "No two encoders differ beyond the intervals: 0 is within all 1 of their differences.")
+    assert ablation_table.verdict([("a", "b", [1.0, -0.5, 2.5]), ("a", "c", [-1.0, -2.5, 0.5]), ("b", "c", [1, 0, 2])
+                                   ]) == "No two encoders differ beyond the intervals: 0 is within all 3 differences."
     assert ablation_table.verdict(pairs).startswith(
         "Beyond the intervals are 2 of 3 differences: a - c 3.0 [0.5 5.5]; b - c -2.0 [-3.0 -0.1].")
     assert ablation_table.verdict([("a", "b", [1.0, None, None])]).endswith("all of the test is about one image.")

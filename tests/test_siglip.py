@@ -50,6 +50,7 @@ def test_each_layer_is_transformers(prefix, tmp_path):
     theirs, _ = hub_siglip(tmp_path, prefix)
     ours, pixels = load_encoder(tmp_path), some_pixels(30, 30)
     assert ours.config == TINY and ours.mean == ours.std == (0.5, 0.5, 0.5)
+    assert {module.eps for module in ours.modules() if isinstance(module, torch.nn.LayerNorm)} == {1e-6}
     wanted = theirs(pixels, output_hidden_states=True)
     x = ours.embed(pixels)
     for block, hidden in zip([lambda x: x, *ours.blocks], wanted.hidden_states, strict=True):
@@ -164,6 +165,12 @@ def test_what_a_config_says_that_is_not_so_is_refused_in_one_line(config, messag
     with pytest.raises(UserError, match=message) as caught:
         load_encoder(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_tells_heads_alone_is_no_siglip_s(tmp_path):
+    save_file(Siglip(TINY).state_dict(), tmp_path / "x.safetensors", {"heads": "4"})
+    with pytest.raises(UserError, match="no class token, but nothing says that it is a SigLIP"):
+        load_encoder(tmp_path / "x.safetensors")
 
 
 # ----------------------------------------------------------------------------- files, VLM and classifier

@@ -361,6 +361,7 @@ def test_from_scratch_saved_and_read_again_here_and_by_transformers(tmp_path):
 
 
 def test_an_mxfp4_folder_is_trained_in_full_and_comes_back_bit_for_bit(hub, wanted, tmp_path):
+    torch.manual_seed(0)
     model = build_vlm("sample", 512, "", str(hub), trained=("language",)).requires_grad_(True)
     with torch.no_grad():
         assert relative_error(model.language(TOKENS), wanted) < EXACT
@@ -372,8 +373,9 @@ def test_an_mxfp4_folder_is_trained_in_full_and_comes_back_bit_for_bit(hub, want
     with torch.no_grad():
         logits = theirs_of(tmp_path / "saved/language")(TOKENS[None]).logits[0]
         assert relative_error(model.language(TOKENS), logits) < EXACT < relative_error(wanted, logits)
-        low = load_vlm(tmp_path / "saved", bits=4)  # NF4 now, since these numbers are no MXFP4
-        assert relative_error(low.language(TOKENS), logits) < 0.5
+    low = load_vlm(tmp_path / "saved", bits=4)  # NF4 now, since these numbers are no MXFP4
+    expert, trained = (part.language.blocks[3].mlp.experts[5].down_proj for part in (low, model))
+    assert EXACT < relative_error(expert.dequantise(), trained.weight.detach()) < 0.12
     assert low.weights["language"] == str(tmp_path / "saved/language") and low.base_bits == 4
 
 

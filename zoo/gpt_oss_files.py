@@ -119,7 +119,6 @@ def hub_config(config):
     values["layer_types"] = values["layer_types"][:config.num_hidden_layers]  # a config may have more in store
     return {"architectures": ["GptOssForCausalLM"], "model_type": FAMILY, **values, "hidden_act": "silu",
             "attention_bias": True, "tie_word_embeddings": False,
-            "pad_token_id": None,  # transformers would take 199999, which a small vocabulary has not
             "max_position_embeddings": round(rope["factor"] * rope["original_max_position_embeddings"]),
             "rope_scaling": {"rope_type": "yarn", **rope}}
 

@@ -16,8 +16,8 @@ def config(tmp_path_factory):
     """Of a model that takes no time, in a folder."""
     folder = tmp_path_factory.mktemp("experts")
     config = experts.Config(width=64, inner=32, layers=2, vocab_size=96, samples=4, shortest=60, longest=200,
-                            prefix=140, share=2, micro_batch_tokens=300, batch_size=2, new_tokens=2, matrix=64, threads=1,
-                            folder=str(folder))
+                            prefix=140, share=2, micro_batch_tokens=300, batch_size=2, new_tokens=2, matrix=64,
+                            threads=1, folder=str(folder))
     experts.write_models(config, folder)
     return config
 

@@ -3,6 +3,7 @@ How much memory a training step of train_vlm.py takes, and which GPUs it fits: c
 
     python extras/bench/memory.py                    the paper's model (each takes two minutes on one core)
     python extras/bench/memory.py --model=qwen3_vl_4b --image_size=448,1280 --base_bits=16,8,4
+    python extras/bench/memory.py --model=gpt_oss_20b --base_bits=4 --recompute=1 --micro_batch_tokens=4096,32768
     python extras/bench/memory.py --check=true       the small model on this machine, computed and measured
 
 What runs is train_vlm.train_step itself, on fake tensors: they have a shape, a type and a storage, but
@@ -10,7 +11,9 @@ no content, so that LLaMA-7B takes no memory here and next to no time. A ledger 
 storage that an operation makes and takes them off when it dies; the table holds the most there ever
 were. That is in a step's second micro-batch, beside AdamW's moments and the gradients of the first. A
 micro-batch is full of images with one or more questions. Of a Qwen3-VL trains what train_vlm.py lets train of one
-that is loaded: LoRA on seven matrices of a block, and the mergers.
+that is loaded: LoRA on seven matrices of a block, and the mergers. gpt_oss_20b is MedGPT-oss by its parts: behind CLIP
+ViT-L/14@336, which sees an image of 4:3 as 13 tiles, 1,872 tokens after their merging, and a two-layer projector,
+gpt-oss-20b, whose experts have as many tokens each.
 
 The CPU plays the GPU, since autograd wants a device that is there. Types under autocast are the same,
 and attention keeps what FlexAttention does: inputs, output, one number a query and head. Not counted
@@ -46,31 +49,40 @@ from torch.utils._pytree import tree_leaves
 
 from extras.scripts import load_script
 from data import BOS, EOS, Group, make_batch, shared_prefix
+from extras.bench import experts
 from extras.bench.progress import Progress
-from extras.bench.published import QWEN, write_folder
-from model import CONFIGS, ViT, group_masks
+from extras.bench.published import QWEN, write_file, write_folder
+from model import CONFIGS, ViT, ViTConfig, group_masks
 from plumbing.devices import autocast_to, describe_machine, pick_device, to_device
 from plumbing.flags import UserError, parse_command_line, run
 from plumbing.shards import Sample
 from plumbing.sources import settle
 from quantize import dequantise
 from run import make_optimizer
+from zoo import gpt_oss_files
 from zoo.qwen3_vl import Vision
 
 train_vlm = load_script("train_vlm.py")  # whose step is measured
 DEVICE, DTYPE = pick_device("cuda" if torch.cuda.is_available() else "cpu", "auto")  # --check=true's
 PROMPT, ANSWER = 17, 4  # tokens of a question; PathVQA's have 15.7 and 3.2 on average
 
-Sizes = Literal["paper", "small", "sample", "qwen_small", "qwen3_vl_2b", "qwen3_vl_4b", "qwen3_vl_8b"]
+CLIP = ViTConfig(336, 14, 1024, 24, clip=True)  # ViT-L/14@336
+# What MedGPT-oss takes of it: its code is InternVL's, which merges patches and has a norm in its projector
+MEDGPT = {"merge": 2, "vision_layer": "-2", "vision_tokens": "patches", "projector_type": "mlp1"}
+TILES = 1008, 1344  # height and width in pixels of an image of 4:3, as it is stored in tiles of 336
+
+Sizes = Literal["paper", "small", "sample", "qwen_small", "qwen3_vl_2b", "qwen3_vl_4b", "qwen3_vl_8b",
+                "gpt_oss_small", "gpt_oss_20b"]
 
 
 @dataclass(frozen=True)
 class Config:
     model: Sizes = "paper"  # sizes
     image_size: str = "0"  # pixels along a side of a Qwen3-VL's images; 0: 448, and of others what they have
-    base_bits: str = "0"  # of a Qwen3-VL's frozen matrices: 16, 8, 4; 0: as they are computed in
+    base_bits: str = "0"  # of a loaded model's frozen matrices: 16, 8, 4; 0: as computed in, experts of MXFP4 as stored
     vision: Literal["auto", "full", "lora", "frozen"] = "auto"  # what trains of the vision part; as train_vlm.py's
     language: Literal["lora", "full", "frozen"] = "lora"  # what trains of the language model
+    lora_targets: str = "auto"  # matrices of the language model with LoRA; as train_vlm.py's
     micro_batch_tokens: str = "1024,2048,4096,8192,16384"  # sizes of a micro-batch
     questions: str = "1,8"  # about an image, that share it
     recompute: str = "0,0.5,1"  # shares of the blocks whose activations are computed twice
@@ -79,10 +91,26 @@ class Config:
 
 
 def flags_of(name, folder="", **given):
-    """train_vlm.py's flags for a model of these sizes, or for the Qwen3-VL in a folder."""
-    source = "auto" if folder else "none"
-    return settle(train_vlm.Config(model=folder or name, vision_weights=source, language_weights=source,
-                                   compile=False, **given))
+    """train_vlm.py's flags for a model of these sizes, or for the one whose parts lie in a folder."""
+    parts = {"model": name, "vision_weights": "none", "language_weights": "none"}
+    if name in QWEN:
+        parts = {"model": folder} if folder else parts
+    elif folder:
+        parts |= {"model": "gpt_oss_small", "language_weights": folder}
+        if name == "gpt_oss_20b":
+            parts |= {"vision_weights": f"{folder}/vision/clip.safetensors", **MEDGPT}
+    return settle(train_vlm.Config(**parts, compile=False, **given))
+
+
+def write_parts(name, folder):
+    """Write the folder of a model whose parts are loaded, without values; its path as text."""
+    if name == "gpt_oss_20b":
+        with torch.device("meta"):
+            shapes = {key: tensor.shape for key, tensor in ViT(CLIP).state_dict().items()}
+        (folder / "vision").mkdir()
+        write_file(folder / "vision/clip.safetensors", shapes, values=False)
+        (folder / "vision/config.json").write_text('{"architecture": "vit_large_patch14_clip_quickgelu_336"}')
+    return write_folder(name, folder, values=False)
 
 
 class Ledger(TorchDispatchMode):
@@ -118,9 +146,11 @@ class Ledger(TorchDispatchMode):
 def pack(name, tokens, questions, side=0):
     """A data.Batch of black images, each with so many questions about it. side: in pixels, of a Qwen3-VL's."""
     with torch.device("meta"):
-        vision = Vision(QWEN[name][0]) if name in QWEN else ViT(CONFIGS[name][0])
+        vision = Vision(QWEN[name][0]) if name in QWEN else ViT(
+            replace(CLIP, merge=2, tiled=True) if name == "gpt_oss_20b" else (CONFIGS | gpt_oss_files.CONFIGS)[name][0])
     side = (side or 448) if name in QWEN else vision.config.image_size
-    count, black = vision.tokens(side, side), np.zeros((side, side, 3), np.uint8)
+    shape = TILES if name == "gpt_oss_20b" else (side, side)
+    count, black = vision.tokens(*shape), np.zeros((*shape, 3), np.uint8)
     images = tokens // (1 + count + questions * (PROMPT + ANSWER))
     if not images:
         raise UserError(f"--micro_batch_tokens={tokens}: too few for an image's {count} and "
@@ -133,11 +163,12 @@ def pack(name, tokens, questions, side=0):
 
 
 def make(flags, device, dtype):
-    """train_vlm.py's model with random weights, or those of the folder of a Qwen3-VL."""
+    """train_vlm.py's model with random weights, or those of the folder of a loaded one."""
     words = CONFIGS[flags.model][1].vocab_size if flags.model in CONFIGS else 0
     tokenizer = SimpleNamespace(vocab_size=words, sha256="", path=Path("tokenizer.json"), piece=str)
+    image = {"resize": "tiles" if flags.merge == MEDGPT["merge"] else "squash", "size": CLIP.image_size}
     with contextlib.redirect_stdout(None), patch("weights.hash_weights", str):  # which would read them all
-        model = train_vlm.load_parts(flags, tokenizer, None, device, dtype)
+        model = train_vlm.load_parts(flags, tokenizer, image, None, device, dtype)
         train_vlm.make_trainable(model, flags, None)
     return model.train()
 
@@ -155,17 +186,36 @@ def train(model, flags, batch, device, dtype):
 
 
 class Attention(torch.autograd.Function):
-    """model.attend, of which only what FlexAttention keeps is there: q, k, v, y, one number a query and head."""
+    """What FlexAttention keeps: q, k, v, y, one number a query and head, which model.attend needs where sinks are."""
 
     @staticmethod
-    def forward(ctx, q, k, v, mask):
-        y = torch.empty_like(q)  # (T, nh, hs)
-        ctx.save_for_backward(q, k, v, y, q.new_empty(q.shape[:2], dtype=torch.float32))
-        return y
+    def forward(ctx, q, k, v):
+        y, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)  # (T, nh, hs), (T, nh)
+        ctx.save_for_backward(q, k, v, y, lse)
+        return y, lse
 
     @staticmethod
-    def backward(ctx, gradient):
-        return *map(torch.empty_like, ctx.saved_tensors[:3]), None
+    def backward(ctx, gradient, of_lse):
+        return (*map(torch.empty_like, ctx.saved_tensors[:3]),)
+
+
+def attend(q, k, v, mask, sinks=None):
+    """model.attend of a GPU, of which only what it keeps is there."""
+    y, lse = Attention.apply(q, k, v)
+    return y if sinks is None else y * torch.sigmoid(lse - sinks.float())[..., None].to(y.dtype)
+
+
+def spread(chosen, minlength):
+    """Tensor.bincount of the experts that tokens have chosen, which have no values here: as many for each."""
+    counts = [len(chosen) // minlength + (expert < len(chosen) % minlength) for expert in range(minlength)]
+    return SimpleNamespace(tolist=lambda: counts)
+
+
+def hold(layer, weight):
+    """MXLinear.store, whose numbers nobody needs."""
+    rows, columns = weight.shape
+    layer.register_buffer("codes", torch.empty(rows, columns // 32, 16, dtype=torch.uint8), persistent=False)
+    layer.register_buffer("scale", torch.empty(rows, columns // 32, dtype=torch.uint8), persistent=False)
 
 
 def multiply(x, stored, bits, shape, transposed, bias=None):
@@ -184,10 +234,12 @@ def compute(flags, batch, dtype, gpu=True):
     stand_ins = {"model.packed_mask": lambda group, branch, flex: masks,  # for what asks for values
                  "zoo.qwen3_vl.Vision.place": lambda *given: places,
                  "torch._subclasses.FakeTensor.tolist": lambda tensor: [0.0] * len(tensor),
+                 "torch._subclasses.FakeTensor.bincount": spread, "zoo.mxfp4.MXLinear.store": hold,
                  "quantize.multiply": multiply, "quantize.PIECE": 1 << 40}  # at once: no content takes no time
     if gpu:  # for ways that only a CPU has; a GPU's mask takes next to nothing
-        stand_ins |= {"plumbing.kernels.Linear.forward": nn.Linear.forward,
-                      "model.attend": Attention.apply, "zoo.qwen3_vl.attend": Attention.apply}
+        stand_ins |= {"plumbing.kernels.Linear.forward": nn.Linear.forward, "zoo.mxfp4.linear": F.linear,
+                      "zoo.gpt_oss.near_masks": lambda mask, positions, window: mask,
+                      **{f"{module}.attend": attend for module in ("model", "zoo.qwen3_vl", "zoo.gpt_oss")}}
     with contextlib.ExitStack() as stack:
         for name, stand_in in stand_ins.items():
             stack.enter_context(patch(name, stand_in))
@@ -212,7 +264,7 @@ def allocated(peak=False):
 
 def measure(name, tokens, recompute, folder="", bits=0):
     """
-    Bytes at the peak of training over those before it; right once in a process. folder: of a Qwen3-VL of name's
+    Bytes at the peak of training over those before it; right once in a process. folder: of a loaded model of name's
     sizes, with its base in so many bits.
     """
     for model, size in [(name if folder else "sample", 256), (name, tokens)]:  # first libraries make their buffers
@@ -241,6 +293,14 @@ def print_heads(*heads):
     print_row(*["--:"] * len(heads))
 
 
+def write_small(name, folder):
+    """Write the folder of a small model that is loaded, with values; its path as text, or "" of one that is not."""
+    if name == "gpt_oss_small":
+        experts.write_models(experts.Config(), folder)
+        return str(folder / "packed")
+    return write_folder(name, folder) if name in QWEN else ""
+
+
 def check(name, bits):
     """Print what steps of a small model take on this machine: computed, measured."""
     if DEVICE.type == "cpu" and not Path("/proc/self/status").is_file():
@@ -251,7 +311,7 @@ def check(name, bits):
     cases = list(itertools.product(bits, (4096, 8192), (0, 0.5, 1)))
     progress = Progress(len(cases), "steps")
     with tempfile.TemporaryDirectory() as folder:
-        folder = write_folder(name, Path(folder)) if name in QWEN else ""
+        folder = write_small(name, Path(folder))
         for base, tokens, recompute in cases:
             flags = flags_of(name, folder, recompute=recompute, base_bits=base)
             _, computed = compute(flags, pack(name, tokens, 1), DTYPE, DEVICE.type == "cuda")
@@ -283,21 +343,25 @@ def fit(sizes, peaks, room):
 def main(config):
     bits, shared = (read_numbers(config, name, int, least, most) for name, least, most in (
         ("base_bits", 0, 16), ("questions", 1, 1000)))
-    if wrong := [number for number in bits if number not in (0, 4, 8, 16) or number and config.model not in QWEN]:
-        raise UserError(f"--base_bits={wrong[0]}: 16, 8 or 4, of a Qwen3-VL; 0 of every model")
+    loaded = config.model in QWEN or config.model.startswith("gpt_oss")
+    if wrong := [number for number in bits if number not in (0, 4, 8, 16) or number and not loaded]:
+        raise UserError(f"--base_bits={wrong[0]}: 16, 8 or 4, of a Qwen3-VL and a gpt-oss; 0 of every model")
     if config.check:
-        return check(config.model if config.model in QWEN else "small", bits)
+        return check(config.model if loaded else "small", bits)
     sizes = read_numbers(config, "micro_batch_tokens", int, 1, 1_000_000)
     shares = read_numbers(config, "recompute", float, 0, 1)
     cards = read_numbers(config, "cards", float, 1, 1000)
     sides = read_numbers(config, "image_size", int, 0, 4096)
     progress = Progress(len(shared) * len(bits) * len(sides) * len(sizes) * len(shares), "peaks")
     with tempfile.TemporaryDirectory() as folder:
-        folder = write_folder(config.model, Path(folder), values=False) if config.model in QWEN else ""
-        flags = flags_of(config.model, folder, vision=config.vision, language=config.language)
+        folder = (write_small(config.model, Path(folder)) if config.model == "gpt_oss_small" else
+                  write_parts(config.model, Path(folder)) if loaded else "")
+        flags = flags_of(config.model, folder, vision=config.vision, language=config.language,
+                         lora_targets=config.lora_targets)
         for questions, side, base in itertools.product(shared, sides, reversed(bits)):
             print(f"Peak in GB by tokens of a micro-batch; questions that share an image: {questions}"
-                  + f"; images of {side or 448} pixels; base in {base} bits" * (config.model in QWEN) + "\n")
+                  + f"; images of {side or 448} pixels" * (config.model in QWEN)
+                  + f"; base in {base} bits" * loaded + "\n")
             show(config, replace(flags, base_bits=base), questions, side, sizes, shares, cards, progress)
 
 

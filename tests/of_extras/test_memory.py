@@ -66,6 +66,16 @@ def test_a_process_with_a_qwen_takes_what_was_computed(bits, tmp_path):
     assert memory.measure_afresh("qwen_small", 2048, 0, folder, bits) == pytest.approx(computed, rel=0.05)
 
 
+@pytest.mark.skipif(not has_peak(), reason="no GPU, and no /proc that tells the peak of a process")
+def test_a_process_with_a_gpt_oss_takes_what_was_computed(tmp_path):
+    """Whose experts are in MXFP4; their tokens are spread evenly where it is computed."""
+    folder = memory.write_small("gpt_oss_small", tmp_path)
+    flags = memory.flags_of("gpt_oss_small", folder, base_bits=4)
+    batch = memory.pack("gpt_oss_small", 2048, 1)
+    _, computed = memory.compute(flags, batch, memory.DTYPE, memory.DEVICE.type == "cuda")
+    assert memory.measure_afresh("gpt_oss_small", 2048, 0, folder, 4) == pytest.approx(computed, rel=0.05)
+
+
 @pytest.mark.parametrize("bits, of_a_weight", [(0, 2), (16, 2), (8, 1), (4, 0.5 + 1 / 64 + 4 / 64 / 256)])
 def test_a_qwens_frozen_matrices_take_their_bits(bits, of_a_weight, tmp_path):
     """And its embedding two bytes a number, the mergers four, since they train."""
@@ -130,7 +140,7 @@ def test_tables_have_a_line_for_every_size_and_card(thin, capsys):
     ("--micro_batch_tokens=0", "--micro_batch_tokens=0: numbers from 1 to 1,000,000"),
     ("--micro_batch_tokens=100", "--micro_batch_tokens=100: too few for an image's 197"),
     ("--questions=1.5", "--questions=1.5: numbers from 1 to 1,000"),
-    ("--base_bits=4", "--base_bits=4: 16, 8 or 4, of a Qwen3-VL; 0 of every model"),
+    ("--base_bits=4", "--base_bits=4: 16, 8 or 4, of a Qwen3-VL and a gpt-oss; 0 of every model"),
     ("--card=24", "unknown flag '--card=24': did you mean --cards?")])
 def test_a_mistake_is_told_in_one_line(flag, told, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["memory.py", flag])

@@ -400,7 +400,8 @@ def test_a_folder_is_trained_goes_on_bit_for_bit_begins_a_stage_and_answers(hub,
 
     def start(name, **changes):
         settings = dict(language_weights=str(tmp_path / "hub"), language="lora", lora_dropout=0.2,
-                        lora_targets="q_proj,gate_up_proj,down_proj", base_bits=4, batch_size=4, max_steps=2, save_every=1, evaluate_every=2)
+                        lora_targets="q_proj,gate_up_proj,down_proj", base_bits=4, batch_size=4, max_steps=2,
+                        save_every=1, evaluate_every=2)
         train_vlm.main(flags(shards, tmp_path / name, **settings | changes))
         return tmp_path / name / "step_000002"
 

@@ -104,7 +104,8 @@ def make(config, dtype=torch.float32):
     """train_vlm.py's model and optimizer; dtype: of a language model that is not trained in full."""
     torch.manual_seed(0)
     with contextlib.redirect_stdout(None):
-        model = train_vlm.load_parts(config, SimpleNamespace(vocab_size=VOCABULARY, sha256=""), None, CPU, dtype)
+        model = train_vlm.load_parts(config, SimpleNamespace(vocab_size=VOCABULARY, sha256=""), {"resize": "squash"},
+                                     None, CPU, dtype)
         train_vlm.make_trainable(model, config, None)
     for part in (model.vision, model.language):
         for layer in lora_layers(part).values():

@@ -29,6 +29,7 @@ def features_of(vision):
 
 def features_by(config, image):
     """The same by train_vlm.py's settled flags, and by how its images are stored, a dict of a run's record."""
+    assert config.merge and "auto" not in (config.vision_layer, config.vision_tokens), "flags are not settled"
     return {"merge": config.merge, "class_token": config.vision_tokens == "all" and config.merge == 1,
             "layer": config.vision_layer, "tiled": image["resize"].startswith("tiles")}
 

@@ -141,7 +141,7 @@ def contents(run, step):
 
 def open_saver(config, checkpoint):
     """The model and the optimizer of a checkpoint, ready to be saved again, on one thread."""
-    model = train_vlm.load_parts(config, None, checkpoint, torch.device("cpu"), torch.float32)
+    model = train_vlm.load_parts(config, None, {"resize": "squash"}, checkpoint, torch.device("cpu"), torch.float32)
     train_vlm.make_trainable(model, config, checkpoint)
     optimizer = make_optimizer(train_vlm.trained_parameters(model, config), config.weight_decay, config.beta2)
     load_optimizer(optimizer, model, checkpoint)

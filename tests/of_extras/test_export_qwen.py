@@ -19,6 +19,7 @@ from lora import add_lora, lora_layers
 from plumbing.files import seal
 from plumbing.flags import UserError
 from plumbing.tensors import plain_names
+from plumbing.sources import settle
 from prepare.questions import train_sample_tokenizer
 from test_chatml import write_chat_tokenizer
 from test_model import randomise
@@ -228,9 +229,10 @@ def write_theirs(base, folder, targets, **changes):
                                             (["v_proj", "qkv", "attn.proj"], {"language", "vision"})])
 def test_a_run_begins_with_an_adapter_of_peft_s(targets, parts, base, tokenizer, tmp_path):
     theirs = write_theirs(base["float32"], tmp_path / "theirs", targets)
-    config = train_vlm.Config(model=str(base["float32"]), start=str(tmp_path / "theirs"), language="lora",
-                              vision="frozen", lora_targets=ALL)
-    model = train_vlm.load_parts(config, tokenizer_of(512, tokenizer), None, torch.device("cpu"), torch.float32)
+    config = settle(train_vlm.Config(model=str(base["float32"]), start=str(tmp_path / "theirs"), language="lora",
+                                     vision="frozen", lora_targets=ALL))
+    model = train_vlm.load_parts(config, tokenizer_of(512, tokenizer), {"resize": "squash"}, None,
+                                 torch.device("cpu"), torch.float32)
     assert model.lora.keys() == parts and model.lora["language"]["r"] == 4
     assert farthest(model.eval(), theirs) < EXACT
     run = make_run(tmp_path / "run", model.requires_grad_(False), tokenizer)

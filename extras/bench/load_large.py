@@ -4,7 +4,7 @@ step of LoRA: what that takes in seconds and memory, without the download.
 
     python extras/bench/load_large.py --tokenizer=weights/medmo_4b/tokenizer.json      a Qwen3-VL-4B
     python extras/bench/load_large.py --model=llama_7b --base_bits=0 --dtype=bfloat16  PMC-LLaMA and BiomedCLIP
-    python extras/bench/load_large.py --model=gpt_oss_20b --layers=4 --base_bits=4 --tokenizer=<its tokenizer.json>
+    python extras/bench/load_large.py --model=gpt_oss_20b --layers=4 --base_bits=4 --tokenizer=path/to/tokenizer.json
     python extras/bench/load_large.py --model=gpt_oss_20b --base_bits=4 --short=true --tokenizer=...      all 24 layers
 
 The files (8.9 GB of the 4B, in two; of LLaMA 13.5 GB in three, and 0.3 GB; of gpt-oss 13.8 GB in three, and 1.2 GB)

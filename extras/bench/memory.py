@@ -68,7 +68,7 @@ PROMPT, ANSWER = 17, 4  # tokens of a question; PathVQA's have 15.7 and 3.2 on a
 
 CLIP = ViTConfig(336, 14, 1024, 24, clip=True)  # ViT-L/14@336
 # What MedGPT-oss takes of it: its code is InternVL's, which merges patches and has a norm in its projector
-MEDGPT = {"merge": 2, "vision_layer": "-2", "vision_tokens": "patches", "projector_type": "mlp1"}
+MEDGPT = {"merge": 2, "vision_layer": "-1", "vision_tokens": "patches", "projector_type": "mlp1"}
 TILES = 1008, 1344  # height and width in pixels of an image of 4:3, as it is stored in tiles of 336
 
 Sizes = Literal["paper", "small", "sample", "qwen_small", "qwen3_vl_2b", "qwen3_vl_4b", "qwen3_vl_8b",

@@ -4,6 +4,7 @@ What a training run takes in hours, network, disk and checkpoints, worked out be
     python extras/bench/plan.py                               the paper's run, and one with ten times the data
     python extras/bench/plan.py --mfu=0.35 --tflops=312       on other GPUs, or as training.py measured on yours
     python extras/bench/plan.py --model=weights/medmo_8b --image_size=448     a Qwen3-VL, by its config.json
+    python extras/bench/plan.py --model=gpt_oss_20b --image_size=1008         behind CLIP, images of 3 x 3 tiles
 
 Counted: the products that a step cannot do without (as training.py counts them), the bytes of what trains.
 Measured here, on this machine's disk: how long a checkpoint of that size takes to save and verify.
@@ -23,17 +24,18 @@ if __name__ == "__main__":
 import tempfile
 import time
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-from extras.bench.memory import read_numbers
+from extras.bench.memory import flags_of, read_numbers, write_parts
+from extras.bench.memory import make as make_parts
 from extras.bench.training import count_flop
 from lora import add_lora, lora_layers
 from model import CONFIGS, VLM
-from plumbing.flags import Count, Range, parse_command_line, run
+from plumbing.flags import Count, Range, UserError, parse_command_line, run
 from plumbing.shards import SAMPLE
 from plumbing.sources import SEVEN
 from prepare.datasets import DATASETS
@@ -52,7 +54,8 @@ CHECKPOINTS = 4  # at most: the two newest, the best, and the one that is being 
 
 @dataclass(frozen=True)
 class Config:
-    model: str = "paper"  # or the folder of a Qwen3-VL, of which config.json is enough
+    model: str = "paper"  # or gpt_oss_20b, or the folder of a Qwen3-VL, of which config.json is enough
+    language: Literal["lora", "frozen"] = "lora"  # what trains of the language model
     image_size: Count = 224  # pixels of a side, as squares that are as large on average
     samples: Count = 3_350_000  # in the mix
     images: Count = 2_300_000  # among them, each stored once
@@ -68,12 +71,18 @@ class Config:
     save_minutes: Positive = 30.0  # between two checkpoints
 
 
-def make(name, dtype):
-    """A VLM without values in which its recipe's parts train, and that recipe."""
+def make(name, language, dtype):
+    """A VLM without values in which its recipe's parts train, and that recipe. language: "lora" or "frozen"."""
+    if language == "frozen" and name != "gpt_oss_20b":
+        raise UserError(f"--language=frozen: worked out for gpt_oss_20b alone; of {name} LoRA trains")
     if name in CONFIGS:
         model = build_vlm(name, CONFIGS[name][1].vocab_size, dtype=dtype, device="meta", lora=LORA)
         model.weights["language"] = "weights/pmc_llama_7b"  # so that its frozen weights are not saved
         return model, RECIPE
+    if name == "gpt_oss_20b":
+        with tempfile.TemporaryDirectory(dir=".") as folder:
+            flags = flags_of(name, write_parts(name, Path(folder)), base_bits=4, vision="full", language=language)
+            return make_parts(flags, torch.device("meta"), dtype), flags
     vision, text = read_config(name)
     with torch.device("meta"):
         model = VLM(Vision(vision).to(dtype), Text(text).to(dtype), Mergers(vision))
@@ -105,7 +114,7 @@ def time_saving(model):
 
 
 def main(config):
-    model, recipe = make(config.model, torch.bfloat16)
+    model, recipe = make(config.model, config.language, torch.bfloat16)
     N = model.vision.tokens(config.image_size, config.image_size)
     pictures = config.batch_size * config.images / config.samples
     tokens = config.batch_size * config.text_tokens + pictures * (N + 1)

@@ -228,8 +228,11 @@ def count_flop(model, steps, config):
     forward, once more where a gradient passes through, and once more where the matrix itself trains.
     """
     def count(module):
-        return sum(parameter.numel() for name, parameter in module.named_parameters()
-                   if parameter.dim() > 1 and ".lora" not in name)
+        experts = getattr(model.language.config, "num_local_experts", 1)
+        share = getattr(model.language.config, "num_experts_per_tok", 1) / experts  # of them that a token has
+        return round(sum(parameter.numel() * (share if ".experts." in f".{name}" else 1)
+                         for name, parameter in module.named_parameters()
+                         if parameter.dim() > 1 and ".lora" not in name))
 
     def passes(how, before):
         return 1 + (how != "frozen" or before) + (how == "full")

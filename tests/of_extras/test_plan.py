@@ -8,7 +8,9 @@ import torch
 
 import train_vlm
 from extras.bench import plan
+from plumbing.flags import UserError
 from plumbing.sources import settle
+from weights import build_vlm
 from zoo.qwen3_files import CONFIGS, write_config
 from zoo.qwen3_vl import TextConfig, VisionConfig
 
@@ -44,7 +46,7 @@ def test_a_checkpoint_of_what_trains_is_timed(tmp_path, monkeypatch):
     (tmp_path / "qwen").mkdir()
     write_config(tmp_path / "qwen", *CONFIGS["qwen_sample"])
     for name in ("sample", "qwen"):
-        model, recipe = plan.make(name, torch.float32)
+        model, recipe = plan.make(name, "lora", torch.float32)
         for part, how in vars(recipe).items():
             assert {p.requires_grad for p in getattr(model, part).parameters()} == {
                 "full": {True}, "lora": {True, False}, "frozen": {False}}[how]
@@ -67,7 +69,7 @@ def test_flop_of_a_step_of_qwens_by_hand(sizes, side, known, tmp_path):
     attention and with the whole of the last block; vision and mergers are frozen.
     """
     write_config(tmp_path, *sizes)
-    model, _ = plan.make(str(tmp_path), torch.bfloat16)
+    model, _ = plan.make(str(tmp_path), "lora", torch.bfloat16)
     N = model.vision.tokens(side, side)
     step = SimpleNamespace(group=np.zeros(N + 128), image_at=range(N), targets=range(128))
     flop = plan.count_flop(model, [step], SimpleNamespace(vision="frozen", projector="frozen", language="lora"))
@@ -89,3 +91,17 @@ def test_what_it_takes_for_the_recipe_is_train_vlm_s(tmp_path):
             "dropout": flags.lora_dropout}
     assert plan.CHECKPOINTS == flags.keep + 2 and plan.Config.batch_size == flags.batch_size
     assert plan.Config.epochs == flags.epochs
+
+
+def test_of_experts_a_token_counts_those_that_it_has():
+    """gpt_oss_small: of 8 experts a token has 4; the last layer's are for the tokens that predict alone."""
+    model = build_vlm("gpt_oss_small", 1000, device="meta").requires_grad_(False)
+    step = SimpleNamespace(group=np.zeros(50), image_at=np.zeros(0), targets=range(10))
+    attention = 256 * (256 + 64 + 64 + 256)
+    expert, router = 3 * 256 * 256, 8 * 256
+    layer = 4 * expert + router
+    by_hand = 2 * (50 * (6 * attention + 5 * layer) + 10 * (layer + 1000 * 256))
+    frozen = SimpleNamespace(vision="frozen", projector="frozen", language="frozen")
+    assert plan.count_flop(model, [step], frozen) == by_hand
+    with pytest.raises(UserError, match="--language=frozen: worked out for gpt_oss_20b alone"):
+        plan.make("paper", "frozen", torch.float32)

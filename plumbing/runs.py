@@ -16,6 +16,7 @@ from plumbing.files import (TOKENIZERS, checkpoints, differences, find_run, hash
                             read_manifest, require_writable, seeds_of, sync, write_manifest, write_whole)
 from plumbing.flags import UserError
 from plumbing.pixels import resize_flags
+from plumbing.sources import AUTO
 
 FREE_ON_RESUME = {"workers", "recompute", "compile", "device", "resume", "run", "config", "log_every",
                   "evaluate_every", "save_every", "save_minutes", "keep", "shard", "rank_timeout", "wandb",
@@ -72,7 +73,7 @@ def open_run(folder, config, free=(), restated=()):
     if manifest is None:
         raise UserError(f"{newest}: whole a moment ago, now not to be read; see to the disk, then try again")
     for item in fields(config):  # one that the run does not know came later, with a default that it had
-        value, before = getattr(config, item.name), manifest["flags"].get(item.name, item.default)
+        value, before = getattr(config, item.name), (AUTO | manifest["flags"]).get(item.name, item.default)
         if item.name in restated and before != value:
             print(f"{folder}: --{item.name} was {before}, is {value} from here on: the schedule is another one")
         elif item.name not in free and before != value:

@@ -129,6 +129,17 @@ def test_a_flag_that_the_run_does_not_know_has_its_default(shards, tmp_path):  #
         train_vlm.main(flags(shards, tmp_path, max_steps=1, resume=True, beta2=0.5))
 
 
+def test_a_run_from_before_a_flag_that_settles_goes_on(shards, tmp_path):  # noqa: F811
+    train_vlm.main(flags(shards, tmp_path, max_steps=1))
+    rewrite_manifest(tmp_path / "step_000001", lambda manifest: [manifest["flags"].pop(name) for name in (
+        "vision_layer", "vision_tokens", "projector_type", "loss_weight")])
+    shutil.copy(tmp_path / "step_000001/manifest.json", tmp_path / "config.json")
+    with pytest.raises(UserError, match="--projector_type=mlp: the run in .* has linear"):
+        train_vlm.main(flags(shards, tmp_path, max_steps=2, resume=True, projector_type="mlp"))
+    train_vlm.main(flags(shards, tmp_path, max_steps=2, resume=True))
+    assert newest_checkpoint(tmp_path).name == "step_000002"
+
+
 # ----------------------------------------------------------------------------- base weights
 
 def write_llama(folder, seed, hashes=True):

@@ -11,8 +11,6 @@ A message of the channel `analysis` may stand before the final one: what the mod
 MedGPT-oss has a system message of its own, which is not known. This file needs no torch.
 """
 
-import itertools
-
 from plumbing.flags import UserError
 from zoo.turns import TurnTokenizer
 
@@ -83,18 +81,24 @@ class HarmonyTokenizer(TurnTokenizer):
         said = [*analysis, *self.lead, *self.encode(answer)]
         return ([*said, self.stops[0]], []) if last else (said, self.end)
 
-    def decode(self, tokens):
+    def final(self, tokens):
         """
-        The text of the last message in the channel `final`, of tokens behind "<|start|>assistant"; "" where there is
-        none, as in an answer that was cut in its analysis. Tokens without any channel are a text as they are.
+        The part, a slice, of a list of tokens behind "<|start|>assistant" that is the text of the last message in the
+        channel `final`: nothing where there is none, as in an answer that was cut in its analysis; all where there is
+        no channel.
         """
-        tokens, final = [int(token) for token in tokens], []
         if self.channel not in tokens:
-            return super().decode(tokens)
-        for between, message in itertools.groupby(tokens, {self.start, *self.end}.__contains__):
-            message = list(message)
-            if not between and self.channel in message and self.message in message:
-                begin, end = message.index(self.channel) + 1, message.index(self.message)
-                if super().decode(message[begin:end]).split()[:1] == ["final"]:
-                    final = message[end + 1:]
-        return super().decode(final)
+            return slice(None)
+        part, ends = slice(0, 0), [at for at, token in enumerate(tokens) if token in (self.start, *self.end)]
+        for begin, end in zip([0, *(at + 1 for at in ends)], [*ends, len(tokens)]):
+            message = tokens[begin:end]
+            if self.channel in message and self.message in message:
+                name, text = message.index(self.channel) + 1, message.index(self.message)
+                if super().decode(message[name:text]).split()[:1] == ["final"]:
+                    part = slice(begin + text + 1, end)
+        return part
+
+    def decode(self, tokens):
+        """The text of the message that `final` finds."""
+        tokens = [int(token) for token in tokens]
+        return super().decode(tokens[self.final(tokens)])

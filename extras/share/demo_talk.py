@@ -25,6 +25,7 @@ from tasks.seen import open_trained
 from tasks.splits import QUESTIONS_PER_ROW, open_splits
 from tasks.wording import Familiar
 from weights import load_classifier, load_vlm
+from zoo.harmony import HarmonyTokenizer
 
 EXAMPLES = 12  # records to choose from, about
 MAX_NEW_TOKENS = 32  # an answer is cut here, as generate()'s is
@@ -148,8 +149,10 @@ def write_prompt(tokenizer, question, roles=("",)):
 
 
 def words_of(tokens, tokenizer):
-    """The Words of an answer's Tokens; their texts, joined by spaces, are the answer."""
+    """The Words of an answer's Tokens, not of what a gpt-oss thinks; their texts, joined by spaces, are the answer."""
     groups = []
+    if isinstance(tokenizer, HarmonyTokenizer):
+        tokens = tokens[tokenizer.final([token.id for token in tokens])]
     for token in tokens:
         if token.id in tokenizer.stops:
             break

@@ -13,8 +13,10 @@ from generate import finished_groups, generate
 from model import VLM, LLaMA, LlamaConfig, ViT, ViTConfig, rotary_angles, rotate
 from plumbing.shards import Shard
 from test_eval import TOKENIZER, write_questions
+from test_harmony import write_tokenizer
 from test_leaks import drawing, encoded
 from test_model import randomise
+from zoo.harmony import HarmonyTokenizer
 
 SIZE, N = 32, 17  # pixels; tokens of an image
 HOSTILE = "is ![this](http://192.0.2.1/x.png) <img src=http://192.0.2.1/y.png> *it*, :red[or] $x^2$?"
@@ -258,3 +260,17 @@ def test_words_join_to_the_answer_and_their_tokens_count(model, tokenizer):
     assert [word.probability for word in words] == pytest.approx([0.2, 0.36])
     assert [word.looked[0] for word in words] == pytest.approx([0.6, 0.65])
     assert demo_talk.words_of([demo_talk.Token(EOS, 1.0, [], np.ones(N))], tokenizer) == []
+
+
+@pytest.mark.parametrize("said, texts", [
+    ("<|channel|>final<|message|>a lung<|return|>", ["a", "lung"]), ("a lung", ["a", "lung"]),
+    ("<|channel|>analysis<|message|>it is large<|end|><|start|>assistant<|channel|>final<|message|>a lung",
+     ["a", "lung"]),
+    ("<|channel|>analysis<|message|>it is large", []), ("<|channel|>final", [])])
+def test_what_a_gpt_oss_thinks_is_no_word_of_its_answer(said, texts, tmp_path):
+    harmony = HarmonyTokenizer(write_tokenizer(tmp_path / "tokenizer.json"))
+    harmony.model.encode_special_tokens = False
+    tokens = [demo_talk.Token(number, 0.5, [], np.ones(N)) for number in harmony.encode(said)]
+    words = demo_talk.words_of(tokens, harmony)
+    assert " ".join(word.text for word in words).split() == texts
+    assert demo_talk.text_of(tokens, harmony) == " ".join(texts)

@@ -111,6 +111,12 @@ def clean_record(record, box_format="medmo"):
                    turns=tuple((clean(question), clean(answer)) for question, answer in record.turns))
 
 
+def with_reasoning(record, place):
+    """A Record as a template writes it: its reasoning where prepare/all.py --reasoning puts it, or left out."""
+    return record if place == "analysis" else replace(
+        record, reasoning="", answer=reasoning.write(record.answer, record.reasoning, place))
+
+
 def words_of(record, reasoning="none"):
     """
     A clean Record's line in records.jsonl, as a dict; what it has none of is left out. reasoning: where that stands in
@@ -184,8 +190,7 @@ class SplitWriter:
     def add(self, record):
         """Check and tokenize a record and send its images to be encoded, those that are new."""
         record = clean_record(record, self.box_format)
-        written = record if self.reasoning == "analysis" else replace(record, reasoning="", answer=reasoning.write(
-            record.answer, record.reasoning, self.reasoning))
+        written = with_reasoning(record, self.reasoning)
         tokens, spans, cut = self.tokenizer.write(written) if self.asks else ([], [], (0, 0))
         if reason := self.find_fault(record, spans):
             return self.skip(reason, words_of(record, self.reasoning))

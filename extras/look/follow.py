@@ -27,7 +27,7 @@ from plumbing.flags import UserError, Whole, parse_command_line, run
 from plumbing.pixels import FORMATS
 from plumbing.shards import Shard
 from prepare.datasets import DATASETS
-from prepare.shards import clean_record
+from prepare.shards import clean_record, with_reasoning
 from run import open_trained_run
 from tasks.splits import find_misfit
 from tasks import boxes
@@ -83,18 +83,20 @@ def main(config):
     print(f"{config.data + '(raw)':16} Record {record.id!r}: {record.question!r} -> {record.answer!r}, "
           f"{image.format} {image.mode} {image.size}, {len(view.image):,} bytes")
 
-    tokens, [(begin, end)], (head, cut) = tokenizer.write(record)
+    written = with_reasoning(record, shard.manifest.get("reasoning", "none"))
+    tokens, [(begin, end)], (head, cut) = tokenizer.write(written)
     if tokens != np.maximum(shard.read_sample(config.number).tokens, -1).tolist():  # its one image is -1
         raise UserError(f"{shard.folder}: the tokens of sample {config.number} are not those of its words; "
                         f"{shard.again}")
     pixels = shard.read_image(entry["image"])
-    prompt, answer = tokens[head:cut], tokenizer.encode(words["answer"])
+    prompt, answer = tokens[head:cut], tokenizer.encode(written.answer.strip())
     if isinstance(tokenizer, Tokenizer):
         template, before, between, behind = "write_plain", "<bos>, the image", "", "<eos>"
         print(f"format_prompt    {tokenizer.decode(prompt)!r}")
     else:
-        template, before, between = "write", f"{head} up to the image's end", f"{begin - cut} up to the answer, "
-        behind = f"{end - begin - len(answer)} that end it"
+        after = next(count for count in range(end) if tokens[end - count - len(answer):end - count] == answer)
+        template, before, behind = "write", f"{head} up to the image's end", f"{after} that end it"
+        between = f"{end - after - len(answer) - cut} up to the answer, "
     print(f"Tokenizer.encode {prompt} | {answer}")
     print(f"{template:16} {end} tokens: {before}, {len(prompt)} of prompt, {between}{len(answer)} of answer, "
           f"{behind}; supervised: {begin} to {end - 1}")

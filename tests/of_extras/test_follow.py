@@ -3,16 +3,21 @@
 import re
 
 import pytest
+import torch
 
 import train_vlm
-from data import Tokenizer
+from data import Record, Tokenizer
 from extras.bench import progress
 from extras.look import follow
 from plumbing.flags import UserError, parse_flags, require_packages
 from plumbing.shards import Shard
 from prepare import sample
+from tasks.reasoning import ANSWER, REASONING
 from test_eval import TOKENIZER, write_questions
+from test_harmony import write_tokenizer
+from test_leaks import drawing, encoded
 from test_train import flags, prepare_sample
+from zoo.harmony import HarmonyTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +70,26 @@ def test_a_sample_is_followed_to_its_loss_and_its_answer(tmp_path, capsys):
     follow.main(follow.Config(run=str(tmp_path / "run"), data="sample_boxes", number=1, shards_dir=str(shards)))
     *_, last = capsys.readouterr().out.splitlines()
     assert last == "boxes.score      F-IoU 0.0"
+
+
+@pytest.mark.parametrize("place", ["none", "before", "analysis"])
+def test_an_answer_stands_behind_its_channel_and_what_the_split_has_of_its_reasoning(place, tmp_path, capsys,
+                                                                                      monkeypatch):
+    path = write_tokenizer(tmp_path / "tokenizer.json")
+    record = Record("1", "what is shown?", "a lung", image=encoded(drawing(0)), reasoning="it is  large")
+    write_questions(tmp_path / "shards", "scans", {"test": [record]}, tokenizer=path.read_bytes(), reasoning=place)
+    tokenizer = HarmonyTokenizer(path)
+    monkeypatch.setattr(follow, "open_trained_run", lambda run: (None, None, None, tokenizer))
+    monkeypatch.setattr(follow, "find_record", lambda name, config: record)
+    monkeypatch.setattr(follow, "load_vlm", lambda checkpoint: torch.nn.Identity())
+    monkeypatch.setattr(follow, "follow_model", lambda *arguments: None)
+    follow.main(follow.Config(data="scans", shards_dir=str(tmp_path / "shards")))
+    shown = capsys.readouterr().out
+    answer = tokenizer.encode(f"{REASONING} it is large {ANSWER} a lung" if place == "before" else "a lung")
+    thought = [tokenizer.channel, *tokenizer.encode("analysis"), tokenizer.message, *tokenizer.encode("it is large"),
+               *tokenizer.end, *tokenizer.begin("assistant")] if place == "analysis" else []
+    before = len([*tokenizer.end, *tokenizer.begin("assistant"), *thought, *tokenizer.lead])
+    assert f"{before} up to the answer, {len(answer)} of answer, 1 that end it" in shown
 
 
 def test_progress_tells_each_row_and_what_is_left(capsys, monkeypatch):

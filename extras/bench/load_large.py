@@ -89,7 +89,7 @@ def measure(config, folder, bits):
     flags = {"model": str(folder)} if config.model not in TOWERS else {
         "vision_weights": str(folder / "vision/tower.safetensors"), "language_weights": str(folder)}
     flags |= TILED if config.model == "gpt_oss_20b" else {}
-    image = {"resize": "tiles:12" if config.model == "gpt_oss_20b" else "squash"}
+    image = {"size": 336, "resize": "tiles:12" if config.model == "gpt_oss_20b" else "squash"}
     flags = settle(train_vlm.Config(base_bits=bits, compile=False, dtype=config.dtype, vision="frozen",
                                     projector="frozen", language="frozen", **flags))
     dtype, tokenizer, before = getattr(torch, config.dtype), open_tokenizer(folder), allocated()

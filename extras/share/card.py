@@ -18,6 +18,7 @@ from tasks.summary import (HEADS, label_of, list_rows, markdown, name_of, sort_e
                            text_cells)
 from tasks.vqa import cell_text
 from weights import load_vlm
+from zoo.projectors import kind_of
 from zoo.qwen3_files import CONFIGS as QWENS
 from zoo.qwen3_vl import Text
 
@@ -72,8 +73,10 @@ METRICS_A_TABLE = 6
 UNITS = {"count error": "count error, boxes", "sensitivity": "a box where there is one", "specificity":
          "none where there is none", **{size: f"IoU of {size} boxes" for size in SIZES}}  # whose names do not say it
 LLAVA = """a ViT
-of {vision:,} parameters ({per_image}), one linear
-projection of {projector:,}, a LLaMA of {language:,} with {pieces:,} pieces."""
+of {vision:,} parameters ({per_image}), {projection}
+of {projector:,}, a LLaMA of {language:,} with {pieces:,} pieces."""
+PROJECTIONS = {"linear": "one linear projection", "mlp": "a projector of two layers",
+               "mlp1": "a projector of a norm and two layers"}
 QWEN = """a Qwen3-VL
 whose vision tower has {vision:,} parameters ({per_image}), its
 mergers {projector:,}, its decoder {language:,} with {pieces:,} pieces."""
@@ -239,7 +242,8 @@ def write_card(checkpoint, public, path):
         per_image = (f"{model.vision.tokens(size, size)} tokens for each of up to {most} tiles of {size} x {size} "
                      "pixels,\nand as many for the whole image behind several")
     parts = (QWEN if isinstance(model.language, Text) else LLAVA).format(
-        **sizes, per_image=per_image, pieces=model.language.config.vocab_size)
+        **sizes, per_image=per_image, projection=PROJECTIONS.get(kind_of(model.projector.state_dict())),
+        pieces=model.language.config.vocab_size)
     path.write_text(CARD.format(
         objective=describe_objective(checkpoint.parent, step, flags), parts=parts,
         script="train_grpo.py" if "reward" in flags else "train_vlm.py", steps=step,

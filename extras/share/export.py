@@ -17,7 +17,7 @@ printed, and exported_from.json in each folder has its checksum. What is written
 datasets nor places on this machine. The tokenizer and the base weights have to be those of the training.
 
 Two things are not there, since they would not be this model. transformers' LLaVA has two layers where
-we have one projection, and its ViT leaves out the last norm. open_clip's whole models have a text
+--projector_type=linear has one, and its ViT has no norm behind the layer that it takes. open_clip's whole models have a text
 tower, which nobody trained here: its TimmModel is the image tower alone. What comes back from those
 libraries is read by --vision_weights, --language_weights, --model and --start of train_vlm.py.
 """
@@ -48,6 +48,7 @@ from weights import hub_config, load_trained_encoder, load_vlm, read_vlm_config,
 from zoo.encoders import load_vit
 from zoo.adapters import ADAPTERS
 from zoo.qwen3_vl import Text
+from zoo.siglip import SiglipConfig
 
 SOURCE = "exported_from.json"  # in each folder: which checkpoint it is of
 
@@ -145,19 +146,27 @@ def remove(path):
 def write_vision(checkpoint, image, folder):
     """
     The encoder, its LoRA merged, and the config.json by which timm builds and fills it, for images of the
-    run's settings, or for its tiles. What --merge makes of its patches is not in it, as the projection is not.
+    run's settings, or for its tiles. What --merge makes of its patches is not in it, as the projection is not. Of a
+    --vision_layer without a norm timm's has none either; a SigLIP's pool is the mean of its patches.
     """
     folder.mkdir()
     vit = load_trained_encoder(checkpoint)
     config, size = vit.config, image["size"]
     vit.pos_embed = nn.Parameter(vit.positions(*[size // config.patch_size] * 2).detach())
+    config.image_size = size
     save_module(vit, folder / "model.safetensors")
     crop_mode = {"crop": "center", "pad": "border"}.get(image["resize"], "squash")  # ours pads with black
+    siglip = isinstance(config, SiglipConfig)
+    pool = "avg" if siglip else "token"
+    own = {"mlp_ratio": (config.hidden + 0.5) / config.width,  # timm rounds its product with the width down
+           "global_pool": pool, "fc_norm": False} if siglip else {}
     write_settings(folder / "config.json", {
-        "architecture": "vit_base_patch32_clip_224" if config.clip else "vit_base_patch16_224",
-        "num_classes": 0, "num_features": config.width, "global_pool": "token",
+        "architecture": ("vit_so400m_patch14_siglip_384" if siglip else
+                         "vit_base_patch32_clip_224" if config.clip else "vit_base_patch16_224"),
+        "num_classes": 0, "num_features": config.width, "global_pool": pool,
         "model_args": {"img_size": size, "patch_size": config.patch_size, "embed_dim": config.width,
-                       "depth": config.depth, "num_heads": config.heads, "act_layer": config.gelu},
+                       "depth": config.depth, "num_heads": config.heads, "act_layer": config.gelu, **own,
+                       **({} if config.layer == "normed" else {"final_norm": False})},
         "pretrained_cfg": {
             "input_size": [3, size, size], "fixed_input_size": True, "pool_size": None, "num_classes": 0,
             "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": crop_mode, "mean": vit.mean,

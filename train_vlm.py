@@ -57,7 +57,7 @@ class Config:
     final_learning_rate: Scale = 0.0  # where the cosine ends
     weight_decay: Scale = 0.01  # of matrices; biases, norms, class token and positions have none
     beta2: ShareBelow1 = 0.999  # AdamW's second-moment decay
-    loss_weight: Literal["mean", "square"] = "mean"  # square: a sample counts by the root of its answers' length
+    loss_weight: Literal["mean", "square"] = "mean"  # square: a sample counts by the root of its answers; held out, too
     clip: Scale = 1.0  # largest norm of the gradient; 0: no clipping
     seed: Whole = 0  # of initialisation, order and dropout
     seeds: Annotated[int, Range(1, 1000)] = 1  # runs, in seed_0, seed_1, ... of --run, of this seed and those behind it
@@ -181,7 +181,7 @@ def train_step(model, optimizer, step, rate, config, autocast, scale=None):
 
 @torch.no_grad()
 def held_out_loss(model, mixture, config, autocast):
-    """Mean cross-entropy over the supervised tokens of the held-out samples, in nats."""
+    """Mean cross-entropy over the supervised tokens of the held-out samples, in nats; by --loss_weight, too."""
     model.eval()
     device = device_of(model)
     total = divisor = 0.0

@@ -208,7 +208,7 @@ TIMM_HARMLESS = set("""
     img_size patch_size embed_dim depth num_heads act_layer num_classes global_pool pre_norm drop_rate
     pos_drop_rate patch_drop_rate proj_drop_rate attn_drop_rate drop_path_rate weight_init fix_init
     dynamic_img_size dynamic_img_pad strict_img_size""".split())
-TIMM_NEUTRAL = dict.fromkeys("class_token qkv_bias proj_bias final_norm".split(), (True,)) | dict.fromkeys(
+TIMM_NEUTRAL = dict.fromkeys("class_token qkv_bias proj_bias".split(), (True,)) | dict.fromkeys(
     "no_embed_class fc_norm qk_norm scale_attn_norm scale_mlp_norm".split(), (False,)) | dict.fromkeys(
     """init_values norm_layer embed_norm_layer block_fn mlp_layer attn_layer embed_layer
     pos_embed_ft""".split(), ()) | {
@@ -239,8 +239,13 @@ def timm_facts(config):
     tag = str((config.get("pretrained_cfg") or {}).get("tag", name.partition(".")[2]))
     if (siglip or clip and not quick and tag == "openai") and not arguments.get("act_layer"):
         del facts["activation"]  # timm computes OpenAI's and SigLIP's weights with the exact GELU under these names
-    neutral = TIMM_NEUTRAL | {"class_token": (False,), "mlp_ratio": (4, 3.7362)} if siglip else TIMM_NEUTRAL
-    return facts, refusal(*odd_fields(arguments, TIMM_HARMLESS, neutral), "timm's plain ViTs are")
+    if siglip and "mlp_ratio" in arguments:
+        facts["MLP width"] = int(facts["width"] * arguments["mlp_ratio"])  # as timm rounds it
+    if "final_norm" in arguments:
+        facts["last norm"] = arguments["final_norm"]  # none is behind the block that --vision_layer takes
+    told = {"final_norm"} | ({"mlp_ratio"} if siglip else set())
+    neutral = TIMM_NEUTRAL | {"class_token": (False,)} if siglip else TIMM_NEUTRAL
+    return facts, refusal(*odd_fields(arguments, TIMM_HARMLESS | told, neutral), "timm's plain ViTs are")
 
 
 def open_clip_facts(config):

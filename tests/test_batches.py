@@ -127,6 +127,30 @@ def state_of(model, optimizer):
     return found
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_loss_weighted_by_length_is_internvl_s(ranks):
+    """sum w ce / sum w over all targets of a step, w = 1 / root of its sample's targets (arXiv 2412.05271, 3.2)."""
+    samples = [0, 1, 2, 3, 7, 8, 9]
+    steps = [pack(mixture_of(loss_weight="square", rank=rank, ranks=ranks), 0, samples) for rank in range(ranks)]
+    total = weights = 0
+    for sample in map(TinyShard().read_sample, samples):
+        (begin, end), = sample.spans.tolist()
+        weight = (end - begin) ** -0.5
+        total += weight * sum(map(cross_entropy, sample.tokens[begin:end].tolist()))
+        weights += weight * (end - begin)
+    here = sum((batch.weights * [*map(cross_entropy, batch.targets.tolist())]).sum() for step in steps
+               for batch in step.batches)
+    assert here / steps[0].divisor == pytest.approx(total / weights, rel=1e-6)
+    assert {step.divisor for step in steps} == {pack(mixture_of(loss_weight="square"), 0, samples).divisor}
+    plain = pack(mixture_of(), 0, samples)
+    assert plain.divisor == sum(len(batch.targets) for batch in plain.batches) != steps[0].divisor
+
+
+def cross_entropy(token):
+    """A model's at a target, whichever."""
+    return 1 + token % 7
+
+
 def run_case(case, rank, ranks):
     """A step of each of KINDS: the losses and norms, and the states before and behind, as many and one more."""
     parts, recompute, shard = case

@@ -19,7 +19,7 @@ from prepare.weights import WEIGHTS
 from test_download import ranged, serve  # noqa: F401
 from test_model import TOLERANCE, relative_error
 from test_weights import prepare
-from weights import load_encoder
+from weights import load_encoder, save_module
 from zoo.clip import gather, timm_names
 
 SIZES = dict(hidden_size=32, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, image_size=28,
@@ -320,3 +320,10 @@ def test_clip_l_336_comes_from_the_hub_s_pickle(prepare_from, tmp_path):
     wanted = theirs(some_pixels(), output_hidden_states=True).hidden_states[-2]
     assert relative_error(ours(some_pixels()), wanted) < TOLERANCE
     assert "up to date" in prepare("clip_l_336", tmp_path)[1]
+
+
+def test_the_last_but_one_of_a_single_block_is_refused(tmp_path):
+    save_module(ViT(ViTConfig(32, 16, 64, 1)), tmp_path / "one.safetensors")
+    assert len(load_encoder(tmp_path / "one.safetensors", layer="-1").blocks) == 1
+    with pytest.raises(UserError, match="--vision_layer=-2: the encoder has one block"):
+        load_encoder(tmp_path / "one.safetensors", layer="-2")

@@ -124,7 +124,7 @@ def read_config(file, shapes, metadata, **features):
     facts, problem = vit_facts(file, metadata)
     problem = problem or vit_problem(facts, {
         "width": width, "depth": depth, "clip": clip, "siglip": siglip, "MLP width": hidden, "patch size": P,
-        "patches": side})
+        "patches": side, "last norm": "norm.weight" in shapes})
     if problem:
         raise UserError(f"{file}: {problem}")
     config = ViTConfig(facts.get("image_size", side * P), P, width, depth, clip,
@@ -163,6 +163,8 @@ def cut_depth(config, whole):
     if config.layer == "normed" or not whole:
         return config, "(?!)"
     depth = config.depth - (config.layer == "-2")
+    if not depth:
+        raise UserError("--vision_layer=-2: the encoder has one block, so that nothing would be left of it")
     return replace(config, depth=depth), rf"blocks\.{depth}\..*|norm\.(weight|bias)"
 
 

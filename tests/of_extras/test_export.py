@@ -39,8 +39,10 @@ from tasks.vqa import METRICS, cell_text
 from test_encoders import CLIP_VIT, fill
 from test_model import LLAMA, TOLERANCE, VIT, logits_of, randomise, relative_error
 from test_train import flags, shards  # noqa: F401, the fixture: a prepared part of the sample
-from weights import build_vlm, load_encoder, load_llama, load_run, load_trained_encoder, load_vlm, save_vlm
+from weights import (build_vlm, load_encoder, load_llama, load_run, load_trained_encoder, load_vlm, save_module,
+                     save_vlm)
 from zoo.adapters import load_adapter
+from zoo.siglip import Siglip, SiglipConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -626,6 +628,26 @@ def test_other_sizes_and_clip_s(config, resize, crop_mode, references, tmp_path)
     pixels = torch.randn(2, 3, config.image_size, config.image_size)
     assert relative_error(theirs.forward_features(pixels), model.vision(pixels)) < TOLERANCE
     assert references[0].data.resolve_data_config(model=theirs)["crop_mode"] == crop_mode
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [30, 36])  # 2 pixels along a side are in no patch, or 1; the second's are interpolated
+@pytest.mark.parametrize("kind, layer", [("siglip", "normed"), ("siglip", "-2"), ("clip", "-2"), ("vit", "-1")])
+def test_timm_has_siglip_s_and_what_no_norm_is_behind(kind, layer, size, references, tmp_path):
+    config = {"siglip": SiglipConfig(30, 7, 32, 3, head_size=8, hidden=86), "vit": replace(VIT, image_size=30),
+              "clip": replace(CLIP_VIT, image_size=30, patch_size=7)}[kind]
+    vision = Siglip(config) if kind == "siglip" else ViT(config)
+    save_module(randomise(vision), tmp_path / "tower.safetensors")
+    model = VLM(load_encoder(tmp_path / "tower.safetensors", layer=layer), LLaMA(LLAMA))
+    export.write_vision(make_run(tmp_path, model), {"size": size, "resize": "tiles:4"}, tmp_path / "vision")
+    theirs = references[0].create_model(f"local-dir:{tmp_path / 'vision'}", pretrained=True).eval()
+    pixels = torch.randn(2, 3, size, size)
+    tokens, wanted = theirs.forward_features(pixels), model.vision(pixels)
+    assert relative_error(tokens, wanted) < TOLERANCE
+    assert relative_error(theirs(pixels), wanted.mean(1) if kind == "siglip" else wanted[:, 0]) < TOLERANCE
+    assert references[0].data.resolve_data_config(model=theirs)["mean"] == list(vision.mean)
+    back = load_encoder(tmp_path / "vision/model.safetensors", layer=layer)
+    assert relative_error(back(pixels), tokens) < TOLERANCE and back.config.image_size == size
 
 
 @torch.no_grad()

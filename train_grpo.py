@@ -31,7 +31,7 @@ from typing import Annotated, Literal
 
 from plumbing.flags import (BatchSize, Count, Datasets, Device, Range, Scale, Seconds, Share, UserError, Whole,
                             parse_command_line, run)
-from plumbing.sources import SEVEN, checkpoint_of, hub_folder, open_shards, require_own_tokenizer
+from plumbing.sources import FOUR, SEVEN, checkpoint_of, hub_folder, open_shards, require_own_tokenizer
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Config:
     projector: Literal["full", "frozen"] = "frozen"  # what trains of the projection
     language: Literal["lora", "full", "frozen"] = "lora"  # what trains of the language model
     base_bits: Literal["auto", "0", "16", "8", "4"] = "auto"  # of the frozen base; auto: as trained; 0: as --dtype
-    lora_targets: str = SEVEN  # matrices of the language model with LoRA; that of --start stays as it is
+    lora_targets: str = "auto"  # matrices with LoRA, where --start has none; auto: a block's, a gpt-oss's attention
     lora_vision_targets: str = "qkv"  # matrices of the vision transformer with --vision=lora
     lora_r: Annotated[int, Range(1, 1 << 16)] = 16  # rank
     lora_alpha: Scale = 32.0  # the update is scaled by alpha / r
@@ -90,7 +90,7 @@ if __name__ == "__main__":
 import contextlib
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -114,6 +114,7 @@ from tasks.rewards import parse
 from tasks.splits import answer_limit, task_of
 from weights import build_vlm, load_vlm, save_vlm
 from zoo.chatml import tokenizer_of
+from zoo.gpt_oss import GptOss
 from zoo.qwen3_files import is_qwen
 
 FREE_ON_RESUME = {"config", "compile", "device", "resume", "run", "evaluate_every", "save_every", "save_minutes",
@@ -276,7 +277,8 @@ def train(config, folder, rank, ranks, device, dtype):
     image, tokenizer = image_settings(opened["shards"]), tokenizer_of(opened["shards"][0])
     model = load_policy(config, tokenizer, checkpoint, device, dtype).eval()  # without dropout, as it is sampled
     mixture = open_prompts(config, opened, model.vision, rank, ranks, device)
-    make_trainable(model, config, checkpoint)
+    auto = {"lora_targets": FOUR if isinstance(model.language, GptOss) else SEVEN}
+    make_trainable(model, replace(config, **auto) if config.lora_targets == "auto" else config, checkpoint)
     record = describe_run(config, mixture, image, tokenizer, model, device) | {"medians": {}}
     optimizer = make_optimizer([(name, p, 1.0) for name, p in model.named_parameters()], weight_decay=0.0)
     scale, first = LossScale() if dtype == torch.float16 else None, 0

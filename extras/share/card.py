@@ -18,6 +18,8 @@ from tasks.summary import (HEADS, label_of, list_rows, markdown, name_of, sort_e
                            text_cells)
 from tasks.vqa import cell_text
 from weights import load_vlm
+from zoo.gpt_oss import GptOss
+from zoo.gpt_oss_files import CONFIGS as GPT_OSSES
 from zoo.projectors import kind_of
 from zoo.qwen3_files import CONFIGS as QWENS
 from zoo.qwen3_vl import Text
@@ -74,7 +76,7 @@ UNITS = {"count error": "count error, boxes", "sensitivity": "a box where there 
          "none where there is none", **{size: f"IoU of {size} boxes" for size in SIZES}}  # whose names do not say it
 LLAVA = """a ViT
 of {vision:,} parameters ({per_image}), {projection}
-of {projector:,}, a LLaMA of {language:,} with {pieces:,} pieces."""
+of {projector:,}, a {family} of {language:,} with {pieces:,} pieces."""
 PROJECTIONS = {"linear": "one linear projection", "mlp": "a projector of two layers",
                "mlp1": "a projector of a norm and two layers"}
 QWEN = """a Qwen3-VL
@@ -196,7 +198,7 @@ def describe_starts(flags):
     chosen = {"vision model": flags["vision_weights"], "language model": flags["language_weights"]}
     chosen = {part: paper.get(part.split()[0], "none") if start == "auto" else start
               for part, start in chosen.items()}
-    if flags["model"] not in CONFIGS | QWENS:  # a folder's name, of all parts
+    if flags["model"] not in CONFIGS | QWENS | GPT_OSSES:  # a folder's name, of all parts
         chosen = {"model": flags["model"]}
     starts, bases = [], []
     for part, start in chosen.items():
@@ -243,7 +245,8 @@ def write_card(checkpoint, public, path):
                      "pixels,\nand as many for the whole image behind several")
     parts = (QWEN if isinstance(model.language, Text) else LLAVA).format(
         **sizes, per_image=per_image, projection=PROJECTIONS.get(kind_of(model.projector.state_dict())),
-        pieces=model.language.config.vocab_size)
+        pieces=model.language.config.vocab_size,
+        family="gpt-oss" if isinstance(model.language, GptOss) else "LLaMA")
     path.write_text(CARD.format(
         objective=describe_objective(checkpoint.parent, step, flags), parts=parts,
         script="train_grpo.py" if "reward" in flags else "train_vlm.py", steps=step,

@@ -37,16 +37,16 @@ from safetensors import SafetensorError
 
 from data import BOS, EOS
 from extras.share.card import make_public, write_card
-from extras.share.hub import (base_name, lora_updates, read_merged, write_adapters, write_base, write_model,
-                              write_tensors)
+from extras.share.hub import (base_name, copy_beside, count_bytes, is_coded, language_dtype, language_tensors,
+                              lora_updates, read_merged, write_adapters, write_base, write_model, write_tensors)
 from plumbing.files import (find_tokenizer, hash_file, lock, read_settings, require_writable, seal, sync,
                             write_manifest, write_settings)
 from plumbing.flags import Range, UserError, parse_command_line, run
-from plumbing.tensors import language_files, plain_names, tensor_shapes
 from run import open_trained_run
 from weights import hub_config, load_trained_encoder, load_vlm, read_vlm_config, save_module
 from zoo.encoders import load_vit
-from zoo.adapters import ADAPTERS
+from zoo.adapters import ADAPTERS, adapted_experts
+from zoo.gpt_oss import GptOss
 from zoo.qwen3_vl import Text
 from zoo.siglip import SiglipConfig
 
@@ -103,9 +103,12 @@ def require_room(folder, checkpoint, model, parts, dtype):
     own = sum(path.stat().st_size for path in checkpoint.rglob("*") if "optimizer" not in path.name)
     bases = [Path(path) for path in {*model.weights.values()} if path]
     files = [file for base in bases for file in ([base] if base.is_file() else base.glob("*.safetensors"))]
-    sizes = {"vision": 4 * count["vision"], "language": dtype.itemsize * count["language"], "adapter": 0,
-             "model": dtype.itemsize * sum(count.values()),
+    sizes = {"vision": 4 * count["vision"], "adapter": 0,
+             "model": (dtype or torch.float32).itemsize * sum(count.values()),
              "vlm": own + sum(file.stat().st_size for file in files), "card": 0}
+    if "language" in parts:
+        tensors = language_tensors(checkpoint, model)
+        sizes["language"] = sum(count_bytes(tensors, dtype or language_dtype(tensors)).values())
     wanted, free = sum(sizes[part] for part in parts), shutil.disk_usage(folder).free
     if wanted > free:
         raise UserError(f"{folder}: {wanted / 1e9:,.3f} GB are to be written, {free / 1e9:,.3f} GB are free; "
@@ -176,20 +179,28 @@ def write_vision(checkpoint, image, folder):
 # ----------------------------------------------------------------------------- language
 
 def write_language(checkpoint, tokenizer, dtype, shard_bytes, folder):
-    """The language model, LoRA merged, in the hub's layout; no more than a file of it is in memory."""
+    """
+    The language model, LoRA merged, in the hub's layout; no more than a file of it is in memory. A gpt-oss's experts
+    stay as they lie, byte for byte where they are in MXFP4.
+    """
     folder.mkdir()
     model = load_vlm(checkpoint, device="meta", bits=0)  # no values, but a check that all are there and fit
-    base = Path(model.weights["language"] or checkpoint / "language")
-    files = {name: file for file in language_files(base) for name in tensor_shapes(file)}
+    base, tensors = Path(model.weights["language"] or checkpoint / "language"), language_tensors(checkpoint, model)
     updates = lora_updates(checkpoint, {part: model.lora[part] for part in model.lora if part == "language"})
-    state = model.language.state_dict()
-    sizes = {name: state[inside].numel() * dtype.itemsize for name, inside in plain_names(state).items()}
-    write_tensors(sizes, lambda name: read_merged(files[name], name, dtype, updates.get(name)), shard_bytes,
-                  folder)
+    dtype = dtype or language_dtype(tensors)
+    write_tensors(count_bytes(tensors, dtype), lambda name: read_merged(tensors[name][0], name, dtype,
+                                                                        updates.get(name)), shard_bytes, folder)
     # Where none is said, LLaMA 1's, which is transformers' own default, too
     longest = read_settings(base / "config.json").get("max_position_embeddings") or 2048
-    write_settings(folder / "config.json", hub_config(model.language.config) | {
-        "max_position_embeddings": longest, "torch_dtype": str(dtype).removeprefix("torch.")})
+    settings = hub_config(model.language.config) | {"max_position_embeddings": longest}
+    if isinstance(model.language, GptOss):
+        write_settings(folder / "generation_config.json", {"eos_token_id": [*tokenizer.stops]})
+        copy_beside(base, folder)
+        settings = read_settings(folder / "config.json")
+        settings.pop("dtype", None)
+        if any(map(is_coded, tensors)) and not settings.get("quantization_config"):
+            settings["quantization_config"] = {"quant_method": "mxfp4"}
+    write_settings(folder / "config.json", settings | {"torch_dtype": str(dtype).removeprefix("torch.")})
     write_tokenizer(tokenizer, longest, folder)
 
 
@@ -310,6 +321,9 @@ def choose_parts(config, run, model, tokenizer, image):
         if part == "vision" and image["resize"] in ("fit", "smart"):
             raise UserError(f"{run}: by --resize=fit its images have different shapes, and timm's config.json has "
                             "one; leave out vision, as with --only=language,vlm,card")
+        if part == "language" and isinstance(model.language, GptOss) and adapted_experts(model.language):
+            raise UserError(f"{run}: LoRA on a gpt-oss's experts is not merged into them; leave out language, as with "
+                            "--only=vision,adapter,vlm,card: PEFT puts adapter/ beside the base")
         if part == "model" and tokenizer.path.suffix != ".json":
             raise UserError(f"{run}: its tokenizer has no <|image_pad|>, by which transformers knows where an "
                             "image stands; leave out model, as with --only=vlm,card, or train "
@@ -326,8 +340,7 @@ def main(config):
     public, folder = make_public(record), Path(config.folder or run / "export")
     jobs = {  # part -> its files or folders, and what write_part is to call for each
         "vision": {"vision": (write_vision, checkpoint, record["image"])},
-        "language": {"language": (write_language, checkpoint, tokenizer, dtype or torch.float32,
-                                  config.shard_gigabytes * 1e9)},
+        "language": {"language": (write_language, checkpoint, tokenizer, dtype, config.shard_gigabytes * 1e9)},
         "model": {"model": (write_model, checkpoint, model, tokenizer, record["image"], dtype,
                             config.shard_gigabytes * 1e9)},
         "adapter": {ADAPTERS[part]: (write_adapter, checkpoint, part) for part in model.lora},
@@ -341,7 +354,7 @@ def main(config):
         jobs[folder / "README.md"] = write_card, checkpoint, public
     require_free(folder, jobs, record)
     require_writable(folder, "folder")
-    require_room(folder, checkpoint, model, parts, dtype or torch.float32)
+    require_room(folder, checkpoint, model, parts, dtype)
     with lock(folder / ".lock", "exporting"):
         require_free(folder, jobs, record)  # another export may have ended since
         print(f"of {checkpoint}, into {folder}:", flush=True)

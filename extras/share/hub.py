@@ -5,6 +5,7 @@ No more than one file's tensors are in memory. Of a Qwen3-VL the names are the c
 where the run began with one: what trained in float32 is rounded to them once.
 """
 
+import math
 import shutil
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from plumbing.files import read_settings, write_settings
 from plumbing.flags import UserError
-from plumbing.tensors import language_files, plain_names, read_tensor
+from plumbing.tensors import language_files, plain_names, read_tensor, tensor_shapes
 from prepare.weights import WEIGHTS
 from zoo.adapters import ADAPTERS
+from zoo.gpt_oss import GptOss
 from zoo.qwen3_files import PARTS, write_config
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
@@ -52,13 +54,37 @@ def lora_updates(checkpoint, lora):
     return updates
 
 
+def is_coded(key):
+    """Whether a tensor is of an expert in MXFP4, which is copied byte for byte."""
+    return key.endswith(("_blocks", "_scales"))
+
+
+def language_tensors(checkpoint, model):
+    """{name: (file, shape)} of the language model's tensors as they lie, a gpt-oss's experts stacked; none of LoRA."""
+    base = Path(model.weights["language"] or checkpoint / "language")
+    places = {name: (file, shape) for file in language_files(base) for name, shape in tensor_shapes(file).items()}
+    names = places if isinstance(model.language, GptOss) else plain_names(model.language.state_dict())
+    return {name: places[name] for name in names}
+
+
+def count_bytes(tensors, dtype):
+    """{name: bytes} of language_tensors, as they are written in a dtype."""
+    return {name: math.prod(shape) * (1 if is_coded(name) else dtype.itemsize)
+            for name, (_, shape) in tensors.items()}
+
+
+def language_dtype(tensors):
+    """What language_tensors are written in by default: beside experts in MXFP4 in bfloat16, else in float32."""
+    return torch.bfloat16 if any(map(is_coded, tensors)) else torch.float32
+
+
 def read_merged(file, key, dtype, update=None):
     """A tensor of a file in a dtype, an update, (scale, A, B), added to it first, as LoRALinear.merge does."""
     tensor = read_tensor(file, key)
     if update:
         scale, A, B = update
         tensor = tensor.float() + scale * (B @ A)
-    tensor = tensor.to(dtype)
+    tensor = tensor if is_coded(key) else tensor.to(dtype)
     if not tensor.isfinite().all():
         raise UserError(f"{file}: {key} has values past those of {dtype}; try --dtype=bfloat16")
     return tensor
@@ -150,6 +176,11 @@ def write_model(checkpoint, model, tokenizer, image, dtype, file_bytes, folder):
 def copy_settings(base, folder, model):
     """The files beside a base's tensors, without names of places on a disk."""
     write_config(folder, model.vision.config, model.language.config)  # where the base has no preprocessor's
+    copy_beside(base, folder)
+
+
+def copy_beside(base, folder):
+    """config.json and the like of a hub folder, without names of places on a disk."""
     for path in sorted(Path(base).iterdir()):
         if path.name in BESIDE | {"config.json"}:
             shutil.copyfile(path, folder / path.name)

@@ -61,10 +61,10 @@ def save_module(module, file, state=None):
 # ----------------------------------------------------------------------------- image encoders with a head
 
 def save_classifier(model, folder, facts):
-    """Write encoder.safetensors, head.safetensors, and config.json with facts such as "classes"."""
+    """Write encoder.safetensors, head.safetensors, and config.json: facts such as "classes", the encoder's layer."""
     save_module(model.encoder, folder / "encoder.safetensors")
     save_module(model.head, folder / "head.safetensors")
-    write_settings(folder / "config.json", facts)
+    write_settings(folder / "config.json", facts | {"layer": features_of(model.encoder)["layer"]})
 
 
 def load_classifier(folder, device="cpu"):
@@ -75,8 +75,8 @@ def load_classifier(folder, device="cpu"):
     if damage := find_damage(path):
         raise UserError(f"{path}: {damage}; delete {folder} and train again")
     facts = read_settings(path / "config.json")
-    model = Classifier(load_encoder(path / "encoder.safetensors"), len(facts["classes"]),
-                       facts["thresholds"] is not None)
+    encoder = load_encoder(path / "encoder.safetensors", layer=facts.get("layer", "normed"))
+    model = Classifier(encoder, len(facts["classes"]), facts["thresholds"] is not None)
     load_exactly(model.head, [path / "head.safetensors"], torch.float32, "cpu")
     model.temperature = facts.get("temperature")  # None, too, of an earlier version's
     return model.to(device).eval(), facts

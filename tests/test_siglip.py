@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import train_cls
 from model import VLM, LLaMA
+from plumbing.files import read_settings, sealed, write_settings
 from plumbing.flags import UserError
 from plumbing.tensors import read_metadata
 from prepare.weights import WEIGHTS
@@ -19,7 +20,8 @@ from test_clip import (LAYERS, cubic, hub_clip, prepare_from, redraw, serve, shu
                        stand_in_hub)
 from test_cls import picture, settings, toy_records, write
 from test_model import LLAMA, TOLERANCE, randomise, relative_error
-from weights import build_vlm, load_classifier, load_encoder, load_vlm, save_vlm
+from weights import build_vlm, load_classifier, load_encoder, load_vlm, save_classifier, save_vlm
+from zoo.classifier import Classifier
 from zoo.clip import gather, timm_names
 from zoo.siglip import Siglip, SiglipConfig
 
@@ -245,6 +247,24 @@ def test_a_classifier_reads_the_mean_of_its_patches_and_predicts_again(toy):
     (toy / "new/a.png").write_bytes(picture(3, 40))
     train_cls.main(replace(config, predict=str(toy / "new")))
     assert len(list(folder.glob("predicted_new_*.csv"))) == 1
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_classifier_of_a_run_s_layer_comes_back(layer, toy):
+    """As `--encoder=openmedq` makes it; one of before has nothing to say of a layer, and a norm."""
+    model = Classifier(load_encoder(toy / "hub", layer=layer), 2)
+    (toy / "cls").mkdir()
+    (toy / "older").mkdir()
+    with sealed(toy / "cls/model") as partial:
+        save_classifier(model, partial, {"classes": ["a", "b"], "thresholds": None})
+    back, pixels = load_classifier(toy / "cls")[0], some_pixels(30, 30)
+    assert back.encoder.config.layer == layer and torch.equal(back(pixels), model(pixels))
+    facts = read_settings(toy / "cls/model/config.json")
+    with sealed(toy / "older/model") as partial:
+        save_classifier(model, partial, {})
+        write_settings(partial / "config.json", {name: fact for name, fact in facts.items() if name != "layer"})
+    if layer == "normed":
+        assert torch.equal(load_classifier(toy / "older")[0](pixels), model(pixels))
 
 
 def test_training_sees_pixels_by_its_mean_and_deviation(toy, monkeypatch):

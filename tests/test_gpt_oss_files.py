@@ -13,6 +13,7 @@ import train_vlm
 from generate import ask
 from lora import lora_layers
 from plumbing.flags import UserError
+from plumbing.sources import weights_of
 from plumbing.tensors import language_files, tensor_shapes
 from prepare.weights import WEIGHTS
 from test_harmony import SPECIAL, write_tokenizer
@@ -390,6 +391,13 @@ def test_lora_on_a_folder_comes_back_bit_for_bit(targets, bits, hub, tmp_path):
         again = load_vlm(tmp_path / "saved")
         assert torch.equal(again.language(TOKENS), model.language(TOKENS)) and again.base_bits == bits
     assert not (tmp_path / "saved/language").exists() and again.weights["language"] == str(hub)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "llama"])
+def test_a_language_model_named_as_a_whole_one_is_told_its_own_flag(family, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    with pytest.raises(UserError, match=f"--model={tmp_path}: a {family}, which has no encoder; .* --language_weights"):
+        weights_of(train_vlm.Config(model=str(tmp_path)), None)
 
 
 def test_a_folder_is_trained_goes_on_bit_for_bit_begins_a_stage_and_answers(hub, tmp_path):

@@ -100,13 +100,13 @@ FREE = ("seeds", "leaks", "shards_dir", "weights_dir", "out", "save_every", "dev
 
 def make_encoder(config):
     """
-    The encoder to start from, in float32 on the CPU, and what it is, as nested facts to compare. One from
-    scratch has no weights yet: each run draws its own.
+    The encoder to start from, float32 on the CPU, from scratch without weights, and what it is, nested facts.
     """
     if config.encoder == "scratch":
         with torch.device("meta"):
             encoder = ViT(CONFIGS[config.model][0])
-        return encoder, {"sizes": asdict(encoder.config)}
+        return encoder, {"sizes": {name: size for name, size in asdict(encoder.config).items()
+                                   if name not in ("class_token", "layer", "tiled")}}  # earlier runs have none
     if config.encoder == "openmedq":
         if not config.run:
             raise UserError("--encoder=openmedq: name the train_vlm.py run that it is of with --run")

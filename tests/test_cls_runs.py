@@ -546,3 +546,9 @@ def test_the_same_tensors_have_the_same_bytes(tmp_path):
     assert torch.equal(load_file(path)["weight"], torch.arange(3.0))
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt", "heads": "2", "activation": "gélu"}
+
+
+def test_what_a_run_from_scratch_stands_on_is_what_earlier_ones_wrote_down(asked):
+    """A field of ViTConfig that came later, and is a VLM's alone, does not stop what was begun before."""
+    sizes = train_cls.make_encoder(asked())[1]["sizes"]
+    assert {*sizes} == {"image_size", "patch_size", "width", "depth", "clip", "head_size", "activation", "merge"}

@@ -5,7 +5,7 @@ Write what a train_vlm.py run has learnt as folders that other libraries load as
     python extras/share/export.py --run=out/paper --only=language --dtype=bfloat16
 
     vision/     timm.create_model("local-dir:<folder>", pretrained=True); open_clip's TimmModel
-    language/   transformers: AutoModelForCausalLM and AutoTokenizer; LoRA is merged
+    language/   transformers: AutoModelForCausalLM and AutoTokenizer; LoRA is merged, but not that of experts
     model/      of a Qwen3-VL, in place of both: transformers' Qwen3VLForConditionalGeneration, and vLLM
     adapter/    PEFT: PeftModel.from_pretrained(base, <folder>), of a Qwen3-VL of both parts; else vision_adapter/
                 is that of the encoder
@@ -17,9 +17,9 @@ printed, and exported_from.json in each folder has its checksum. What is written
 datasets nor places on this machine. The tokenizer and the base weights have to be those of the training.
 
 Two things are not there, since they would not be this model. transformers' LLaVA has two layers where
---projector_type=linear has one, and its ViT has no norm behind the layer that it takes. open_clip's whole models have a text
-tower, which nobody trained here: its TimmModel is the image tower alone. What comes back from those
-libraries is read by --vision_weights, --language_weights, --model and --start of train_vlm.py.
+--projector_type=linear has one, and its ViT has no norm behind the layer that it takes. open_clip's whole
+models have a text tower, which nobody trained here: its TimmModel is the image tower alone. What comes back
+from those libraries is read by --vision_weights, --language_weights, --model and --start of train_vlm.py.
 """
 
 import sys

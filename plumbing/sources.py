@@ -75,8 +75,8 @@ def weights_of(config, tokenizer):
     chosen = {"vision": config.vision_weights, "language": config.language_weights}
     whole = hub_folder(config.model)
     if (family := whole and family_of(whole)) in ("llama", "gpt_oss"):
-        raise UserError(f"--model={config.model}: a {family}, which has no encoder; name it with --language_weights, and "
-                        "sizes of an encoder with --model, or the file of one with --vision_weights")
+        raise UserError(f"--model={config.model}: a {family}, which has no encoder; name it with --language_weights, "
+                        "and sizes of an encoder with --model, or the file of one with --vision_weights")
     if whole and {*chosen.values()} != {"auto"}:
         raise UserError(f"--model={config.model}: brings all parts; leave out --vision_weights and --language_weights")
     for part, name in chosen.items():

@@ -317,7 +317,7 @@ def test_the_anchor_of_new_lora_is_the_model_without_it(shards, start, tmp_path)
     assert first == pytest.approx(0, abs=1e-7) and second > 1e-7
     model = tiny_policy().float()
     model.lora = {}
-    train_grpo.make_trainable(model, train_grpo.Config(vision="frozen"), None)
+    train_grpo.make_trainable(model, train_grpo.Config(vision="frozen", lora_targets=train_grpo.SEVEN), None)
     reference = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     plain = logs_of(model, (BOS, 3, 4), [3, STOP])
     with torch.no_grad():

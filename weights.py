@@ -27,7 +27,7 @@ from plumbing.tensors import find_weights, hash_weights, load_exactly, plain_nam
 from zoo import gpt_oss_files, qwen3_files
 from zoo.adapters import ADAPTERS, load_adapter, save_adapter
 from zoo.classifier import Classifier
-from zoo.encoders import FEATURES, features_of, load_encoder, untold
+from zoo.encoders import FEATURES, cut_depth, features_of, load_encoder, untold
 from zoo.gpt_oss import GptOss, GptOssConfig
 from zoo.gpt_oss_files import is_gpt_oss, load_gpt_oss, save_gpt_oss
 from zoo.llama_files import hub_config, load_llama
@@ -126,7 +126,7 @@ def build_vlm(name, vocab_size, vision_weights="", language_weights="", dtype=to
     vision_config, language_config = sizes[name]
     with torch.device(device):
         vision = (load_encoder(vision_weights, device=device, **features) if vision_weights
-                  else ViT(replace(vision_config, **features)))
+                  else ViT(cut_depth(replace(vision_config, **features), True)[0]))
         if language_weights:
             language = load_language(language_weights, dtype, device, lora, split, bits, trained)
         elif bits:

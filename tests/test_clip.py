@@ -12,15 +12,16 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from model import CLIP_MEAN, ViT, ViTConfig
+from model import CLIP_MEAN, CONFIGS, ViT, ViTConfig
 from plumbing.flags import UserError
 from plumbing.tensors import read_metadata, tensor_shapes
 from prepare.weights import WEIGHTS
 from test_download import ranged, serve  # noqa: F401
 from test_model import TOLERANCE, relative_error
 from test_weights import prepare
-from weights import load_encoder, save_module
+from weights import build_vlm, load_encoder, save_module
 from zoo.clip import gather, timm_names
+from zoo.encoders import FEATURES
 
 SIZES = dict(hidden_size=32, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, image_size=28,
              patch_size=7)
@@ -327,3 +328,8 @@ def test_the_last_but_one_of_a_single_block_is_refused(tmp_path):
     assert len(load_encoder(tmp_path / "one.safetensors", layer="-1").blocks) == 1
     with pytest.raises(UserError, match="--vision_layer=-2: the encoder has one block"):
         load_encoder(tmp_path / "one.safetensors", layer="-2")
+
+
+def test_a_new_encoder_leaves_its_last_block_out_too():
+    model = build_vlm("sample", 100, features=FEATURES | {"layer": "-2"})
+    assert len(model.vision.blocks) == CONFIGS["sample"][0].depth - 1 and isinstance(model.vision.norm, torch.nn.Identity)

@@ -98,6 +98,7 @@ def training_of(entry):
     flags = entry.results["training"].get("flags", {})
     flags = {name: value for name, value in flags.items() if name not in {*FREE_ON_RESUME, "seed", "seeds"}}
     flags["data"] = re.sub(r"_fold_\d+_of_", "_fold_*_of_", flags.get("data", ""))
+    flags["start"] = re.sub(r"\bseed_\d+\b", "seed_*", flags.get("start", ""))  # each from its own stage before
     stands_on = entry.results["stands_on"]
     return {"flags": flags, "dtype": stands_on["dtype"], "base_bits": stands_on["base_bits"]}
 

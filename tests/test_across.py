@@ -122,7 +122,8 @@ def test_names_of_runs(folder, name):
 @pytest.mark.parametrize("odd, why", [
     (dict(data="another"), "data was own/test, now another"), (dict(flags={"limit": 5}), "limit was 0, now 5"),
     (dict(flags={"temperature": 0.7}), "temperature was 0.0, now 0.7"), (dict(dtype="bfloat16"), "dtype was float32"),
-    (dict(base_bits="4"), "base_bits was 0, now 4"), (dict(run_flags={"epochs": 9}), "flags.epochs was 3, now 9")])
+    (dict(base_bits="4"), "base_bits was 0, now 4"), (dict(run_flags={"epochs": 9}), "flags.epochs was 3, now 9"),
+    (dict(run_flags={"start": "out/b/seed_1"}), "flags.start was , now out/b/seed_*")])
 def test_a_seed_that_stands_on_something_else_is_left_out_and_named(capsys, odd, why):
     for seed in range(3):
         evaluate(f"out/x/seed_{seed}", {1, 2}, seed=seed, **(odd if seed == 1 else {}))
@@ -136,7 +137,8 @@ def test_a_seed_that_stands_on_something_else_is_left_out_and_named(capsys, odd,
 def test_what_changes_no_number_leaves_nothing_out(capsys):
     for seed in range(2):
         evaluate(f"out/x/seed_{seed}", {1}, seed=seed, flags={"blind": ("both", "none")[seed]},
-                 run_flags={"workers": seed, "device": ("cpu", "cuda")[seed], "shards_dir": str(seed)})
+                 run_flags={"workers": seed, "device": ("cpu", "cuda")[seed], "shards_dir": str(seed),
+                            "start": f"out/before/seed_{seed}"})  # each from its own stage before
     ((row,), _, text) = report(capsys)
     assert row["seeds"] == "2" and "left out" not in text
 

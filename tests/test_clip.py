@@ -332,4 +332,5 @@ def test_the_last_but_one_of_a_single_block_is_refused(tmp_path):
 
 def test_a_new_encoder_leaves_its_last_block_out_too():
     model = build_vlm("sample", 100, features=FEATURES | {"layer": "-2"})
-    assert len(model.vision.blocks) == CONFIGS["sample"][0].depth - 1 and isinstance(model.vision.norm, torch.nn.Identity)
+    assert len(model.vision.blocks) == CONFIGS["sample"][0].depth - 1
+    assert isinstance(model.vision.norm, torch.nn.Identity)

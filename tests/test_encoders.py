@@ -318,4 +318,13 @@ def test_tiles_whose_patches_do_not_merge_are_refused():
     config = train_vlm.Config(merge=3, vision_layer="normed", vision_tokens="all", projector_type="linear")
     require_features(model, config, {"resize": "squash"}, "out/x")
     with pytest.raises(UserError, match="^--merge=3: out/x sees tiles of 4 patches along a side, which that does not"):
-        require_features(model, config, {"resize": "tiles:12"}, "out/x")
+        require_features(model, config, {"resize": "tiles:12", "size": model.vision.config.image_size}, "out/x")
+
+
+def test_tiles_of_another_size_than_the_encoder_s_are_refused():
+    model = some_vlm("siglip", "linear")
+    config = train_vlm.Config(merge=1, vision_layer="normed", vision_tokens="all", projector_type="linear")
+    size = model.vision.config.image_size
+    require_features(model, config, {"resize": "tiles:12", "size": size}, "out/x")
+    with pytest.raises(UserError, match=f"tiles of 112 pixels; out/x sees tiles of {size}: .* --image_size={size}"):
+        require_features(model, config, {"resize": "tiles:12", "size": 112}, "out/x")

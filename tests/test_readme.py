@@ -112,7 +112,7 @@ def test_python_of_the_pages_names_what_there_is():
     for block in blocks:
         compile(block, "README.md and docs/", "exec")
     exec("\n".join(imports), {})
-    assert len(blocks) == 9 and len(imports) == 18  # all of them were seen
+    assert len(blocks) == 10 and len(imports) == 20  # all of them were seen
 
 
 def test_own_data_goes_in_by_the_blocks_of_docs(tmp_path, monkeypatch):

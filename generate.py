@@ -62,10 +62,12 @@ class Cache:
         of_slot = self.branch[self.rows, None, :self.S]  # (R, 1, S)
         seen = (of_slot == 0) | (of_slot == own.view(self.shape)[:, :, None])  # (R, K, S)
         seen &= torch.arange(self.S, device=device) <= last.view(self.shape)[:, :, None]
-        near = at.view(self.shape)[:, :, None] - self.position[self.rows, None, :self.S] < self.window
+        sights = [seen]
+        if self.window:
+            ahead = at.view(self.shape)[:, :, None] - self.position[self.rows, None, :self.S]
+            sights.append(seen & (ahead < self.window))
         zero = torch.zeros(seen.shape, dtype=self.layers[0][0].dtype, device=device)  # added to the scores
-        self.masks = [zero.masked_fill(~some, -torch.inf)[:, None]  # (R, 1, K, S)
-                      for some in ([seen, seen & near] if self.window else [seen])]
+        self.masks = [zero.masked_fill(~some, -torch.inf)[:, None] for some in sights]  # (R, 1, K, S)
 
     def attend(self, layer, q, k, v, sinks=None, near=False):
         """

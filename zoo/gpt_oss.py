@@ -56,7 +56,8 @@ class GptOssConfig(LlamaConfig):
     truncate: bool = False  # round the channels of both limits outwards
 
     def __post_init__(self):
-        self.layer_types = tuple(self.layer_types) or (SLIDING, FULL) * self.num_hidden_layers
+        types = tuple(self.layer_types) or (SLIDING, FULL) * self.num_hidden_layers
+        self.layer_types = types[:self.num_hidden_layers]
 
     def slides(self, layer):
         return self.layer_types[layer] == SLIDING

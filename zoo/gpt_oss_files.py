@@ -116,7 +116,6 @@ def hub_config(config):
     values = asdict(config)
     rope = {name: values.pop(name) for name in ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings",
                                                 "truncate")}
-    values["layer_types"] = values["layer_types"][:config.num_hidden_layers]  # a config may have more in store
     return {"architectures": ["GptOssForCausalLM"], "model_type": FAMILY, **values, "hidden_act": "silu",
             "attention_bias": True, "tie_word_embeddings": False,
             "max_position_embeddings": round(rope["factor"] * rope["original_max_position_embeddings"]),

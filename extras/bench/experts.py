@@ -53,7 +53,7 @@ from plumbing.sources import FOUR
 from run import make_optimizer
 from weights import build_vlm
 from zoo.adapters import adapter_parameters
-from zoo.gpt_oss import FULL, SLIDING, GptOss, GptOssConfig
+from zoo.gpt_oss import GptOss, GptOssConfig
 from zoo.gpt_oss_files import MATRICES, save_gpt_oss
 from zoo.mxfp4 import VALUES, decode, encode
 
@@ -98,8 +98,7 @@ def write_models(config, folder):
     """The same random model as folders "plain", whose experts are not quantised, and "packed", where they are MXFP4."""
     torch.manual_seed(0)
     model = GptOss(GptOssConfig(
-        config.vocab_size, config.width, config.inner, config.layers, 8, 2, 32, num_local_experts=8,
-        layer_types=[(SLIDING, FULL)[layer % 2] for layer in range(config.layers)]))
+        config.vocab_size, config.width, config.inner, config.layers, 8, 2, 32, num_local_experts=8))
     for name, parameter in model.named_parameters():
         if name.endswith(("sinks", "bias")):
             torch.nn.init.normal_(parameter, std=1.0 if name.endswith("sinks") else 0.1)

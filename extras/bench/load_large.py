@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from data import Group, Record, Step, make_batch
-from extras.bench.memory import allocated, print_heads, print_row, train_vlm
+from extras.bench.memory import CLIP, MEDGPT, TILES, allocated, print_heads, print_row, train_vlm
 from extras.bench.progress import tell
 from extras.bench.published import write_folder
 from generate import Sampling, finished_groups, generate
@@ -48,9 +48,8 @@ from zoo.chatml import open_tokenizer
 
 DEVICE = torch.device("cpu")
 QUESTION, ANSWER = "what does the image show?", "a fracture of the left clavicle"
-TOWERS = {"llama_7b": ViTConfig(), "gpt_oss_20b": ViTConfig(336, 14, 1024, 24, clip=True)}  # BiomedCLIP's and CLIP's
+TOWERS = {"llama_7b": ViTConfig(), "gpt_oss_20b": CLIP}  # BiomedCLIP's, CLIP's
 Sizes = Literal["qwen3_vl_2b", "qwen3_vl_4b", "qwen3_vl_8b", "qwen_sample", "llama_7b", "gpt_oss_20b"]
-TILED = {"merge": 2, "vision_layer": "-1", "projector_type": "mlp1"}  # flags, of a gpt-oss
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,8 @@ def measure(config, folder, bits):
     """What loading, an answer and a step of LoRA take: seconds, and bytes that are held, and were at most."""
     flags = {"model": str(folder)} if config.model not in TOWERS else {
         "vision_weights": str(folder / "vision/tower.safetensors"), "language_weights": str(folder)}
-    flags |= TILED if config.model == "gpt_oss_20b" else {}
-    image = {"size": 336, "resize": "tiles:12" if config.model == "gpt_oss_20b" else "squash"}
+    flags |= MEDGPT if config.model == "gpt_oss_20b" else {}
+    image = {"size": CLIP.image_size, "resize": "tiles:12" if config.model == "gpt_oss_20b" else "squash"}
     flags = settle(train_vlm.Config(base_bits=bits, compile=False, dtype=config.dtype, vision="frozen",
                                     projector="frozen", language="frozen", **flags))
     dtype, tokenizer, before = getattr(torch, config.dtype), open_tokenizer(folder), allocated()
@@ -120,7 +119,7 @@ def parts_of(model):
 
 def example(config, model, tokenizer):
     """An image, and the tokens of a question about it with its answer: (H, W, 3) uint8, a list, its spans."""
-    sides = {"llama_7b": (224, 224), "gpt_oss_20b": (3 * 336, 4 * 336)}.get(config.model, 2 * (config.image_size,))
+    sides = {"llama_7b": (224, 224), "gpt_oss_20b": TILES}.get(config.model, 2 * (config.image_size,))
     image = np.random.default_rng(0).integers(0, 256, (*sides, 3), np.uint8)
     return image, *tokenizer.write(Record("", QUESTION, ANSWER, image=None if config.short else b""))[:2]
 

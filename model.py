@@ -27,7 +27,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lora import token_keys
 from plumbing.flags import UserError
-from plumbing.kernels import HAS_TRITON, Linear, add_sink, compiled_create_block_mask, compiled_flex_attention
+from plumbing.kernels import (HAS_TRITON, Linear, add_sink, compiled_create_block_mask, compiled_flex_attention,
+                              group_masks)
 from plumbing.tiles import count_tiles, cut_tiles
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -284,8 +285,8 @@ def attend(q, k, v, mask, sinks=None):
 
     - a BlockMask, on a GPU: FlexAttention, which leaves out every block of 128 x 128 in which nobody sees
       anybody;
-    - a list of (length, mask), elsewhere: one group of tokens after the other, so that what different
-      groups would have to do with one another is not computed to be masked out.
+    - a list of pieces, elsewhere: some tokens after the others, so that what different groups would have to
+      do with one another is not computed to be masked out.
     """
     gqa = q.shape[1] != k.shape[1]  # several queries' heads share one of keys and values
     if isinstance(mask, BlockMask):
@@ -295,11 +296,12 @@ def attend(q, k, v, mask, sinks=None):
         y, aux = compiled_flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa, return_aux=AuxRequest(lse=True))
         y = y * torch.sigmoid(aux.lse - sinks.float()[:, None])[..., None].to(y.dtype)  # lse has a gradient, too
         return y[0].transpose(0, 1)
-    parts, y = zip(*(x.split([length for length, _ in mask]) for x in (q, k, v))), []
-    for part, (length, seen) in zip(parts, mask):
-        if seen is not None and seen.shape[1] > length:  # a piece of a group, which sees the end of the one before it
-            part = [part[0], *(torch.cat([x[length - seen.shape[1]:], own]) for x, own in zip(before, part[1:]))]
-        before = part[1:]
+    parts, y = [x.split([length for length, *_ in mask]) for x in (q, k, v)], []
+    for number, (length, seen, back) in enumerate(mask):
+        part = [x[number] for x in parts]
+        if back:
+            first = mask[number - back][0] + length - seen.shape[1]
+            part[1:] = (torch.cat([x[number - back][first:], x[number]]) for x in parts[1:])
         part = [x.transpose(0, 1)[None] for x in part]  # (1, nh, length, hs)
         if sinks is not None:
             *part, seen = add_sink(*part, seen, sinks)
@@ -327,17 +329,6 @@ def block_mask(group, branch):
         return (group[at] == group[other]) & own & (other <= at)
 
     return compiled_create_block_mask(sees, None, None, len(group), len(group), device=group.device)
-
-
-def group_masks(group, branch):
-    """packed_mask as a list of (tokens, (tokens, tokens) bool, or None for causal), one for each group."""
-    ends = [*(1 + (group[1:] != group[:-1]).nonzero()[:, 0]).tolist(), len(group)]
-    masks = []
-    for begin, end in zip([0, *ends], ends):
-        own = branch[begin:end]
-        seen = (own[None] == 0) | (own[None] == own[:, None])
-        masks.append((end - begin, seen.tril() if own.max() > 1 else None))
-    return masks
 
 
 # ----------------------------------------------------------------------------- LLaMA
@@ -473,7 +464,7 @@ class LLaMA(nn.Module):
             self.dropout_keys.set(keys, wanted)
         if positions is None:
             positions = torch.arange(len(tokens), device=tokens.device)
-        mask = [(len(tokens), None)] if mask is None else mask
+        mask = [(len(tokens), None, 0)] if mask is None else mask
         x = self.embed(tokens, image_tokens, image_at)
         cos, sin = self.angles(positions)
         last = len(self.blocks) - 1

@@ -9,6 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+BUNDLE = 128  # tokens of the branches that are computed together
 HAS_TRITON = find_spec("triton") is not None  # which torch.compile needs on a GPU
 # Compiled when they are first called, on a GPU alone, for sequences of any length. Elsewhere nothing calls
 # them, and the compiler, whose import takes longer than torch's own, stays out
@@ -21,15 +22,47 @@ def linear(x, weight, bias=None):
     """
     F.linear, on a CPU with AVX-512 by way of a convolution of one pixel. oneDNN computes that with
     these instructions; F.linear leaves its product to MKL, which on AMD's CPUs does without them and
-    takes twice as long.
+    may take twice as long.
     """
     T = x.numel() // x.shape[-1]
     if (x.device.type != "cpu" or T < 128 or torch.get_num_threads() == 1
             or torch.backends.cpu.get_cpu_capability() != "AVX512"):
         return F.linear(x, weight, bias)
-    pixels = x.reshape(1, T, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, C, T, 1), channels last
-    y = F.conv2d(pixels, weight[:, :, None, None], bias)
-    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+    in_full = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    product = Product.apply if in_full and weight.requires_grad else convolve
+    return product(x.reshape(T, -1), weight, bias).view(*x.shape[:-1], -1)
+
+
+def as_pixels(x):
+    """(T, C) -> (1, C, T, 1), a column of pixels, channels last: a view."""
+    return x[None, :, None].permute(0, 3, 1, 2)
+
+
+def convolve(x, weight, bias=None):
+    """F.linear of (T, in), by way of that convolution."""
+    return F.conv2d(as_pixels(x), weight[:, :, None, None], bias).permute(0, 2, 3, 1).flatten(0, 2)  # (T, out)
+
+
+class Product(torch.autograd.Function):
+    """
+    convolve() for a weight that trains. Its gradient is a plain product here: a convolution takes up to four times as
+    long for it, by what divides T.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return convolve(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        (x, weight), wanted, dx = ctx.saved_tensors, ctx.needs_input_grad, None
+        if wanted[0]:
+            dx, *_ = torch.ops.aten.convolution_backward(as_pixels(dy), as_pixels(x), weight[:, :, None, None], None,
+                                                         (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (True, False, False))
+            dx = dx.permute(0, 2, 3, 1).flatten(0, 2)  # (T, in)
+        return dx, dy.T @ x if wanted[1] else None, dy.sum(0) if wanted[2] else None
 
 
 def add_sink(q, k, v, mask, sinks):
@@ -46,6 +79,39 @@ def add_sink(q, k, v, mask, sinks):
     if mask is None:
         return F.pad(q, (0, 0, 1, 0)), k, v, None
     return q, k, v, F.pad(mask, (1, 0), value=mask.dtype == torch.bool)
+
+
+def group_masks(group, branch):
+    """
+    model.packed_mask as a list of pieces of the sequence, (tokens, who sees whom, back). Who sees whom: (tokens,
+    tokens) bool, or None for causal. Where back is not 0, the piece also sees the end of that which is so many before
+    it, and who sees whom is (tokens, more than those). A group of several branches comes in its prefix, and behind
+    that in some branches at a time, so that little is computed of what branches would have to do with one another.
+    """
+    ends = [*(1 + (group[1:] != group[:-1]).nonzero()[:, 0]).tolist(), len(group)]
+    pieces = []
+    for begin, end in zip([0, *ends], ends):
+        number, counts = branch[begin:end].unique_consecutive(return_counts=True)
+        if number.max() <= 1:
+            pieces.append((end - begin, None, 0))
+            continue
+        prefix = int(counts[0]) if number[0] == 0 else 0
+        pieces += [(prefix, None, 0)] * (prefix > 0)
+        sizes = bundle(counts[prefix > 0:].tolist(), prefix)
+        for back, own in enumerate(branch[begin + prefix:end].split(sizes), 1):
+            seen = (own[None] == own[:, None]).tril()
+            pieces.append((len(own), F.pad(seen, (prefix, 0), value=True), back * (prefix > 0)))
+    return pieces
+
+
+def bundle(counts, prefix):
+    """Sizes of pieces of whole branches that have so many tokens each: about half of their prefix, or BUNDLE."""
+    sizes, most = [0], max(BUNDLE, prefix // 2)
+    for count in counts:
+        if sizes[-1] and sizes[-1] + count > most:
+            sizes.append(0)
+        sizes[-1] += int(count)
+    return sizes
 
 
 class Linear(nn.Linear):

@@ -362,6 +362,7 @@ def seen_by_hand(group, branch):
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_attention_of_packed_groups_is_the_dense_one_either_way(way, kv_heads, corpus, monkeypatch):
     """FlexAttention as it is without torch.compile, which on a CPU has no backward pass."""
+    monkeypatch.setattr(kernels, "BUNDLE", 16)
     for name in ("flex_attention", "create_block_mask"):
         monkeypatch.setattr(model_file, f"compiled_{name}", getattr(kernels, name))
     torch.manual_seed(0)
@@ -371,12 +372,29 @@ def test_attention_of_packed_groups_is_the_dense_one_either_way(way, kv_heads, c
         T = len(group)
         inputs = [torch.randn(T, heads, 16, requires_grad=way == "groups") for heads in (4, kv_heads, kv_heads)]
         masks = (group_masks if way == "groups" else block_mask)(group, branch)
-        outputs = attend(*inputs, masks), attend(*inputs, [(T, seen_by_hand(group, branch))])
+        outputs = attend(*inputs, masks), attend(*inputs, [(T, seen_by_hand(group, branch), 0)])
         assert relative_error(*(y.detach() for y in outputs)) < TOLERANCE
         if way == "groups":
             upstream = torch.randn(T, 4, 16)
             for ours, dense in zip(*(torch.autograd.grad(y, inputs, upstream) for y in outputs)):
                 assert relative_error(ours, dense) < TOLERANCE
+
+
+@pytest.mark.parametrize("bundle, prefix, counts, pieces", [
+    (20, 5, [8, 9, 3, 30, 4], [5, 20, 30, 4]),  # three that just fit; one that is longer than any bundle
+    (20, 60, [8, 9, 3, 11, 4], [60, 20, 15]),  # as long as half of the prefix, but whole branches alone
+    (20, 60, [8, 9, 12, 4], [60, 29, 4]), (20, 0, [8, 9, 7], [17, 7]), (20, 5, [8], [13])])
+def test_branches_are_computed_in_bundles_behind_their_prefix(bundle, prefix, counts, pieces, monkeypatch):
+    """Between a group of one sample and padding; who sees whom is what a loop says, weight by weight."""
+    monkeypatch.setattr(kernels, "BUNDLE", bundle)
+    branch = torch.tensor([0] * (4 + prefix) + [b for b, n in enumerate(counts, 1) for _ in range(n)] + [0] * 3)
+    group = torch.tensor([0] * 4 + [1] * (prefix + sum(counts)) + [-1] * 3)
+    masks, T = group_masks(group, branch), len(group)
+    assert [length for length, *_ in masks] == [4, *pieces, 3]
+    alike = torch.zeros(T, 1, T)  # all that is seen has the same weight
+    seen = seen_by_hand(group, branch).float()
+    weights = attend(alike, alike, torch.eye(T)[:, None], masks)[:, 0]
+    assert torch.allclose(weights, seen / seen.sum(1, keepdim=True), atol=1e-7)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

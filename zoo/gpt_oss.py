@@ -91,19 +91,22 @@ def near_masks(mask, positions, window):
 
         return compiled_create_block_mask(and_masks(mask.mask_mod, near), None, None, len(positions), len(positions),
                                           device=positions.device)
-    masks, begin = [], 0
-    for length, seen in mask:
-        own = positions[begin:begin + length]
-        begin += length
-        if length <= window:  # nobody is far from anybody
-            masks.append((length, seen))
-        elif seen is not None:
-            masks.append((length, seen & (own[:, None] - own[None] < window)))
+    masks, places = [], positions.split([length for length, *_ in mask])
+    for number, ((length, seen, back), own) in enumerate(zip(mask, places)):
+        shared = any(more[2] for more in mask[number + 1:number + 2])  # by branches, which want it in one piece
+        if back:
+            seen = seen & (own[:, None] - torch.cat([places[number - back], own]) < window)
+            masks.append((length, seen, back))
+        elif length <= window:  # nobody is far from anybody
+            masks.append((length, seen, 0))
+        elif seen is not None or shared:
+            near = own[:, None] - own[None] < window
+            masks.append((length, near & seen if seen is not None else near.tril(), 0))
         else:  # one token after the other: each piece sees itself and what is just before it
             size = max(PIECE, window)
             for at in range(0, length, size):
                 ahead = own[at:at + size, None] - own[None, max(at - window + 1, 0):at + size]
-                masks.append((len(ahead), (ahead >= 0) & (ahead < window)))
+                masks.append((len(ahead), (ahead >= 0) & (ahead < window), int(at > 0)))
     return masks
 
 
@@ -278,7 +281,7 @@ class GptOss(LLaMA):
         """As model.LLaMA's; positions, (T,), are those within a sample."""
         if positions is None:
             positions = torch.arange(len(tokens), device=tokens.device)
-        mask = [(len(tokens), None)] if mask is None else mask
+        mask = [(len(tokens), None, 0)] if mask is None else mask
         near = mask if cache else near_masks(mask, positions, self.config.sliding_window)  # a Cache has its own
         for block in self.blocks:
             block.mlp.dropout_keys = self.dropout_keys

@@ -320,7 +320,7 @@ class Text(LLaMA):
             self.dropout_keys.set(keys, wanted)
         if positions is None:
             positions = torch.arange(len(tokens), device=tokens.device)
-        mask = [(len(tokens), None)] if mask is None else mask
+        mask = [(len(tokens), None, 0)] if mask is None else mask
         x = self.embed(tokens, image_tokens, image_at)
         cos, sin = interleaved_angles(positions, self.config)
         deepstack = () if image_tokens is None else image_tokens.unbind(1)[1:]

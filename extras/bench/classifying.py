@@ -36,6 +36,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
+from extras.bench.preparing import enlarge
 from extras.bench.progress import Progress, tell
 from extras.scripts import load_script
 from model import CLIP_MEAN, CLIP_STD, CONFIGS, ViT, normalise
@@ -60,6 +61,7 @@ RENAMED = {"attn.proj": "attention.output.dense", "mlp.fc1": "intermediate.dense
 class Config:
     data: str = "busi"  # prepared dataset with labels, whose raw files are there, too
     raw_dir: str = "raw"  # as prepare/all.py's
+    enlarge: Annotated[int, Range(1, 16)] = 1  # times along each side, to stand for larger files; the peer's
     shards_dir: str = "shards"  # where prepare/all.py put the datasets
     model: Literal["paper", "small", "sample"] = "small"  # sizes of the ViT
     batch_size: Count = 64  # images in an optimiser step
@@ -144,14 +146,15 @@ class Peer(nn.Module):
 
 
 def write_files(split, config, folder):
-    """The Split's images from the raw files, as they are, in the folder: their paths."""
+    """The Split's images from the raw files, as they are or enlarged, in the folder: their paths."""
     dataset = DATASETS.get(config.data)
     if dataset is None or not dataset.find(config.raw_dir):
         raise UserError(f"--data: no raw files of {config.data!r} in {config.raw_dir}")
     places = {name: folder / str(number) for number, name in enumerate(split.names)}
     for _, record in dataset.read(dataset.raw(config.raw_dir)):
         if record.image_name in places:
-            places[record.image_name].write_bytes(record.image)
+            content = enlarge(record.image, config.enlarge) if config.enlarge > 1 else record.image
+            places[record.image_name].write_bytes(content)
     missing = [name for name, path in places.items() if not path.is_file()]
     if missing:
         raise UserError(f"{config.raw_dir}: no {missing[0]!r}, which the prepared {config.data} has")

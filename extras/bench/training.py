@@ -106,7 +106,7 @@ def dense_masks(batch, length):
     masks = []
     for group, branch in zip(batch.group.split(length), batch.branch.split(length)):
         own = (branch[None] == 0) | (branch[:, None] == branch[None])  # (length, length)
-        masks.append((length, ((group[:, None] == group[None]) & own).tril()))
+        masks.append((length, ((group[:, None] == group[None]) & own).tril(), 0))
     return masks
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 import train_vlm
 from extras.look import mix, plot
 from lora import add_lora
-from model import packed_mask
+from model import attend, packed_mask
 from plumbing.flags import UserError, parse_command_line, run
 from plumbing.sources import settle
 from tasks.encoders import EIGHT, measured
@@ -383,9 +383,8 @@ def test_its_mask_is_the_models(svg):
             branch += [q] * (prompt + answer)
         group += [number] * (len(branch) - len(group))
     size = len(kinds)
-    masks = packed_mask(torch.tensor(group), torch.tensor(branch))
-    sees = torch.block_diag(*(torch.ones(length, length).tril() if mask is None else mask.float()
-                              for length, mask in masks)).bool().numpy()
+    masks, alike = packed_mask(torch.tensor(group), torch.tensor(branch)), torch.zeros(size, 1, size)
+    sees = (attend(alike, alike, torch.eye(size)[:, None], masks)[:, 0] > 0).numpy()
     drawn = {kind: np.zeros((size, size), bool) for kind in set(kinds)}
     for path in svg.find(".//g[@id='mask']").findall("path"):
         if (kind := path.get("class")) in drawn:

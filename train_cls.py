@@ -81,7 +81,7 @@ from plumbing.devices import (LossScale, agree, autocast_to, describe_machine, j
                               together)
 from plumbing.order import random_keys
 from plumbing.files import checkpoints, find_run, read_manifest, require_writable, sealed, write_manifest, write_whole
-from plumbing.tensors import hash_weights, tensors_of
+from plumbing.tensors import hash_weights, on_meta, tensors_of
 from run import learning_rate_at, load_optimizer, make_optimizer, save_checkpoint, update
 from tasks.calibration import compare_errors, conform, fit_temperature, probabilities_of
 from tasks.encoders import (Run, open_run, print_run, report, require_its_model, run_folder, write_predictions,
@@ -103,7 +103,7 @@ def make_encoder(config):
     The encoder to start from, float32 on the CPU, from scratch without weights, and what it is, nested facts.
     """
     if config.encoder == "scratch":
-        with torch.device("meta"):
+        with on_meta():
             encoder = ViT(CONFIGS[config.model][0])
         return encoder, {"sizes": {name: size for name, size in asdict(encoder.config).items()
                                    if name not in ("class_token", "layer", "tiled")}}  # earlier runs have none

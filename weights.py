@@ -23,7 +23,7 @@ from lora import add_lora, lora_layers
 from model import CONFIGS, VLM, LLaMA, ViT
 from plumbing.files import find_damage, find_run, read_settings, sort_metadata, write_settings
 from plumbing.flags import UserError
-from plumbing.tensors import find_weights, hash_weights, load_exactly, plain_names, tensors_of
+from plumbing.tensors import find_weights, hash_weights, load_exactly, on_meta, plain_names, tensors_of
 from zoo import gpt_oss_files, qwen3_files
 from zoo.adapters import ADAPTERS, load_adapter, save_adapter
 from zoo.classifier import Classifier
@@ -235,7 +235,7 @@ def load_vlm(folder, dtype=torch.float32, device="cpu", split=None, trained=(), 
         if "language" in lora:
             load_adapter(language, folder / ADAPTERS["language"])
         vision, file = load_vision(folder, config, device), folder / "projector.safetensors"
-        with torch.device("meta"):
+        with on_meta():
             model = VLM(vision, language, projector_like(file, vision.output_width, language.config.hidden_size))
         load_exactly(model.projector, [file], torch.float32, device)
     model.weights, model.hashes, model.lora = weights, model.hashes | config["hashes"], lora

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.overrides import TorchFunctionMode
 
 from plumbing.claims import lfs_pointer
 from plumbing.devices import fill, is_split
@@ -109,9 +110,28 @@ def plain_names(names):
     return {name.replace(".base.", "."): name for name in names if ".lora_" not in name}
 
 
+class Undrawn(TorchFunctionMode):
+    """Within it no normal numbers are drawn: a tensor stays as it is."""
+
+    def __torch_function__(self, function, types, inputs=(), settings=None):
+        if function in (torch.nn.init.normal_, torch.Tensor.normal_):
+            return inputs[0] if inputs else settings["tensor"]
+        return function(*inputs, **settings or {})
+
+
+@contextlib.contextmanager
+def on_meta():
+    """
+    Within it modules are made on the meta device, for load_exactly to fill. Nothing is drawn for them: torch would do
+    so with the help of its compiler, whose import takes longer than its own.
+    """
+    with torch.device("meta"), Undrawn():
+        yield
+
+
 def load_exactly(model, files, dtype, device, prefix="", dropped=r"(?!)"):
     """
-    Fill a model built on the meta device from safetensors files, in both directions completely, tensor by
+    Fill a model made within on_meta from safetensors files, in both directions completely, tensor by
     tensor: the peak of memory is the weights themselves. Of a model that processes have split, each fills its
     part; a LowLinear of quantize.py stores what it gets. On the meta device again nothing is read but names and
     shapes.

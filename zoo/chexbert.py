@@ -22,6 +22,7 @@ from tokenizers import BertWordPieceTokenizer
 
 from plumbing.flags import UserError
 from plumbing.kernels import Linear
+from plumbing.tensors import on_meta
 from tasks.findings import FINDINGS
 
 STATUSES = ("", "positive", "negative", "uncertain")  # by class
@@ -131,7 +132,7 @@ def load_model(file, device="cpu"):
     """A CheXbert, float32, in eval mode. Raises UserError with the first key that is missing, unknown or misshapen."""
     tensors = {key: tensor for key, tensor in read_tensors(file).items() if not DROPPED.fullmatch(key)}
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    with torch.device("meta"):
+    with on_meta():
         model = CheXbert(*find_sizes(shapes, file))
     if problem := find_problem(shapes, {key: tuple(value.shape) for key, value in model.state_dict().items()}):
         raise UserError(f"{file}: no CheXbert: {problem}")

@@ -12,7 +12,7 @@ import torch
 from model import ViT, ViTConfig
 from plumbing.claims import vit_facts, vit_problem
 from plumbing.flags import UserError
-from plumbing.tensors import load_exactly, read_metadata, read_tensor, tensor_shapes
+from plumbing.tensors import load_exactly, on_meta, read_metadata, read_tensor, tensor_shapes
 from zoo.clip import gather, require_no_program, timm_names
 from zoo.projectors import kind_of
 from zoo.resnet import load_resnet
@@ -88,7 +88,7 @@ def load_vit(source, dtype=torch.float32, device="cpu", **features):
         shapes = {key.removeprefix("visual.trunk."): shape for key, shape in stored.items()}
     config = read_config(file, shapes, read_metadata(file), **features)
     config, behind = cut_depth(config, "norm.weight" in shapes)
-    with torch.device("meta"):
+    with on_meta():
         model = Siglip(config) if isinstance(config, SiglipConfig) else ViT(config)
     if names:
         kept = {key: name for key, name in names.items() if not re.fullmatch(behind, name)}

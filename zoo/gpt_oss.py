@@ -244,7 +244,6 @@ class Experts(nn.Module):
         keys.all, keys.wanted = before
         return y
 
-    @torch.compiler.disable  # how many tokens an expert has is known once it runs
     def forward(self, x):
         if not len(x):  # where a prefix is run for its keys and values alone
             return x
@@ -262,6 +261,11 @@ class Experts(nn.Module):
 
 class Block(LlamaBlock):
     Attention, MLP, Norm = Attention, Experts, Norm
+
+    def compile(self, **settings):
+        """As plumbing.kernels.compile_blocks has it, all but the experts: what each gets is known once it runs."""
+        self.mlp.forward = torch.compiler.disable(self.mlp.forward)  # not before: see plumbing/kernels.py
+        super().compile(**settings)
 
 
 class GptOss(LLaMA):

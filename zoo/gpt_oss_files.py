@@ -24,7 +24,8 @@ from plumbing.claims import odd_fields, refusal
 from plumbing.files import read_settings, sort_metadata, write_settings
 from plumbing.flags import UserError
 from plumbing.kernels import linear
-from plumbing.tensors import language_files, load_exactly, plain_names, read_tensor, tensor_shapes, tensors_of
+from plumbing.tensors import (language_files, load_exactly, on_meta, plain_names, read_tensor, tensor_shapes,
+                              tensors_of)
 from quantize import LowLinear, store_low
 from zoo.gpt_oss import FULL, SLIDING, GptOss, GptOssConfig
 from zoo.mxfp4 import BLOCK, MXLinear, decode
@@ -219,7 +220,7 @@ def load_gpt_oss(folder, dtype=torch.float32, device="cpu", lora=None, bits=0, t
     if config.num_hidden_layers > sum(len(tensor_shapes(file)) for file in files):
         raise UserError(f"{folder}/config.json: {config.num_hidden_layers} layers are more than the tensors beside it")
     file_of, packed = find_experts(files, config)
-    with torch.device("meta"):
+    with on_meta():
         model = GptOss(config).to(dtype)
         layers = [block.mlp.experts for block in model.blocks]
         for block in model.blocks:

@@ -11,7 +11,7 @@ from model import LLaMA, LlamaConfig
 from plumbing.claims import llama_refusal
 from plumbing.files import read_settings
 from plumbing.flags import UserError
-from plumbing.tensors import language_files, load_exactly, tensor_shapes
+from plumbing.tensors import language_files, load_exactly, on_meta, tensor_shapes
 from quantize import store_low
 
 
@@ -50,7 +50,7 @@ def load_llama(folder, dtype=torch.float32, device="cpu", lora=None, split=None,
     if config.num_hidden_layers > sum(len(tensor_shapes(file)) for file in files):
         raise UserError(f"{folder}/config.json: {config.num_hidden_layers} layers are more than the "
                         "tensors beside it")  # and would take for ever to build
-    with torch.device("meta"):
+    with on_meta():
         model = LLaMA(config).to(dtype)
         store_low(model.blocks, bits)
         if split and lora:

@@ -19,7 +19,7 @@ from model import VLM
 from plumbing.claims import odd_fields, refusal
 from plumbing.files import read_settings, write_settings
 from plumbing.flags import UserError
-from plumbing.tensors import language_files, load_exactly, read_tensor, tensor_shapes
+from plumbing.tensors import language_files, load_exactly, on_meta, read_tensor, tensor_shapes
 from quantize import store_low
 from zoo.qwen3_vl import Mergers, Text, TextConfig, Vision, VisionConfig
 
@@ -172,7 +172,7 @@ def load_part(part, config, source, dtype, device, bits=0):
     kind, prefix, dropped = PARTS[part]
     own = Path(source).is_file()
     files = [source] if own else language_files(Path(source))
-    with torch.device("meta"):
+    with on_meta():
         module = kind(config).to(dtype)
         if bits and part == "language":
             module.model.language_model.embed_tokens.to(torch.bfloat16)

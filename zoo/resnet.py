@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from plumbing.flags import UserError
 from plumbing.kernels import Linear
-from plumbing.tensors import load_exactly, tensor_shapes
+from plumbing.tensors import load_exactly, on_meta, tensor_shapes
 
 
 @dataclass
@@ -128,6 +128,6 @@ def load_resnet(file, dtype=torch.float32, device="cpu"):
                         "docs/interchange.md says which files fit") from None
     layers = [len([key for key in shapes if re.fullmatch(rf"layer{n}\.\d+\.bn1\.weight", key)])
               for n in (1, 2, 3, 4)]
-    with torch.device("meta"):
+    with on_meta():
         model = ResNet(ResNetConfig(round(grid ** 0.5) * 32, stem, tuple(layers), width))
     return load_exactly(model, [file], dtype, device).eval()

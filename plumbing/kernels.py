@@ -2,6 +2,7 @@
 What computes the same numbers sooner on some machines: the code of model.py reads the same without it.
 """
 
+import functools
 from importlib.util import find_spec
 
 import torch
@@ -11,11 +12,25 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 BUNDLE = 128  # tokens of the branches that are computed together
 HAS_TRITON = find_spec("triton") is not None  # which torch.compile needs on a GPU
-# Compiled when they are first called, on a GPU alone, for sequences of any length. Elsewhere nothing calls
-# them, and the compiler, whose import takes longer than torch's own, stays out
+
+
+@functools.cache
+def compiled(function):
+    """torch.compile's of a function. Not before it is called: the compiler's import takes as long as torch's own."""
+    return torch.compile(function, dynamic=True)
+
+
+def call_compiled(function, *inputs, **settings):
+    """
+    A function of FlexAttention on a GPU, which is compiled when it is first called, for sequences of any length, or as
+    a part of a block that is compiled.
+    """
+    whole = HAS_TRITON and not torch.compiler.is_compiling()
+    return (compiled(function) if whole else function)(*inputs, **settings)
+
+
 compiled_flex_attention, compiled_create_block_mask = (
-    torch.compile(function, dynamic=True) if HAS_TRITON else function
-    for function in (flex_attention, create_block_mask))
+    functools.partial(call_compiled, function) for function in (flex_attention, create_block_mask))
 
 
 def linear(x, weight, bias=None):

@@ -31,7 +31,6 @@ from typing import Annotated, Literal
 
 from plumbing.flags import (BatchSize, Count, Datasets, Device, Range, Scale, Seconds, Share, UserError, Whole,
                             parse_command_line, run)
-from plumbing.sources import FOUR, SEVEN, checkpoint_of, hub_folder, open_shards, require_own_tokenizer
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,7 @@ from plumbing.pixels import resize_flags
 from plumbing.runs import (choose_folder, describe_run, image_settings, learnt_before, open_log, open_run,
                            require_same_inputs, write_run)
 from plumbing.signals import agree_on_stop, catch_signals, end_stopped
+from plumbing.sources import FOUR, SEVEN, checkpoint_of, hub_folder, open_shards, require_own_tokenizer
 from quantize import LowLinear
 from run import (device_of, learning_rate_at, load_optimizer, make_optimizer, make_trainable, require_images,
                  save_checkpoint, update)

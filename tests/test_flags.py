@@ -1,6 +1,7 @@
 """The command line: types from the dataclass, mistakes answered in one line."""
 
 import errno
+import gc
 import os
 import re
 import subprocess
@@ -129,13 +130,33 @@ def test_the_ends_of_a_range_are_in_it(argument, value):
     assert getattr(parse_flags(Ranged, [argument]), name) == value
 
 
-@pytest.mark.parametrize("script", ["train_vlm.py", "train_cls.py", "eval_vqa.py", "prepare/all.py"])
-def test_a_typo_is_told_before_torch_is_imported(script):
-    """Neither torch nor NumPy is there to be imported."""
-    code = (f"import sys, runpy; sys.modules['torch'] = sys.modules['numpy'] = None; sys.path.insert(0, '.'); "
-            f"sys.argv = [{script!r}, '--xyzzy=1']; runpy.run_path({script!r}, run_name='__main__')")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+def run_without(packages, script, *arguments):
+    """A script that runs where these packages, separated by blanks, are not there to be imported."""
+    code = (f"import sys, runpy; sys.modules |= dict.fromkeys({packages.split()!r}); sys.path.insert(0, '.'); "
+            f"sys.argv = [{script!r}, *{arguments!r}]; runpy.run_path({script!r}, run_name='__main__')")
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("script", ["train_vlm.py", "train_cls.py", "eval_vqa.py", "train_grpo.py", "prepare/all.py",
+                                    "extras/share/demo.py"])
+def test_help_and_a_typo_are_answered_before_any_package_is_imported(script):
+    packages = "torch numpy PIL safetensors sentencepiece tokenizers tqdm sklearn streamlit"
+    done = run_without(packages, script, "--xyzzy=1")
     assert done.returncode == 2 and done.stderr == f"{Path(script).name}: unknown flag '--xyzzy=1': see --help\n"
+    done = run_without(packages, script, "--help")
+    assert done.returncode == 0 and not done.stderr and f"usage: {Path(script).name}" in done.stdout
+
+
+def test_the_list_of_datasets_needs_no_torch():
+    done = run_without("torch safetensors.torch sklearn pydicom pyarrow huggingface_hub", "prepare/all.py", "--list")
+    assert done.returncode == 0 and not done.stderr and "path_vqa" in done.stdout
+
+
+def test_garbage_is_collected_again_once_a_script_runs(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x.py"])
+    config, enabled = parse_command_line(Config), gc.isenabled()
+    run(lambda config: None, config)
+    assert not enabled and gc.isenabled()
 
 
 SCRIPT = """

@@ -27,11 +27,7 @@ if __name__ == "__main__":
 from dataclasses import dataclass
 from typing import Annotated
 
-from extras.share import demo_page
-from extras.share.demo_server import (MEGABYTES, require_address, require_password, server_settings, stay_here,
-                                      take_files_of_admitted)
 from plumbing.flags import Device, Form, Range, Seconds, UserError, parse_command_line, run
-from run import open_trained_run
 
 
 @dataclass(frozen=True)
@@ -47,6 +43,15 @@ class Config:
     public_name: Annotated[str, Form(r"[\w.-]*", "a host's name")] = ""  # of the proxy's machine, as browsers know it
     seconds: Seconds = 60  # that an answer may take; then it is cut
     device: Device = "auto"  # cuda, mps or cpu
+
+
+if __name__ == "__main__":
+    CONFIG = parse_command_line(Config)  # before torch is imported: --help and a typo are answered at once
+
+from extras.share import demo_page
+from extras.share.demo_server import (MEGABYTES, require_address, require_password, server_settings, stay_here,
+                                      take_files_of_admitted)
+from run import open_trained_run
 
 
 def main(config):
@@ -77,4 +82,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, parse_command_line(Config))
+    run(main, CONFIG)

@@ -348,6 +348,15 @@ def test_no_batch_is_compiled_for_anew_once_each_kind_has_been(monkeypatch):
     assert not torch._dynamo.utils.counters["recompile_limit"] and not torch._dynamo.utils.counters["graph_break"]
 
 
+def test_flex_attention_is_compiled_when_it_is_called_or_with_the_block_that_calls_it(monkeypatch):
+    called, x = [], torch.ones(2)
+    monkeypatch.setattr(kernels, "HAS_TRITON", True)
+    monkeypatch.setattr(kernels, "compiled", lambda function: called.append(function) or function)
+    block = torch.compile(lambda x: kernels.call_compiled(torch.neg, x), backend="eager", fullgraph=True)
+    assert torch.equal(block(x), -x) and not called
+    assert torch.equal(kernels.call_compiled(torch.neg, x), -x) and called == [torch.neg]
+
+
 def test_without_compile_attention_is_not_compiled_either(monkeypatch):
     model, _ = make(config_of(compile=False))
     asked = []

@@ -152,6 +152,28 @@ def test_the_list_of_datasets_needs_no_torch():
     assert done.returncode == 0 and not done.stderr and "path_vqa" in done.stdout
 
 
+ANSWERS = """
+import sys
+import numpy as np
+import eval_vqa
+from generate import generate
+from weights import build_vlm, load_vlm, save_vlm
+for name in ("sample", "gpt_oss_sample"):
+    folder = f"{sys.argv[1]}/{name}"
+    save_vlm(build_vlm(name, 300), folder)
+    list(generate(load_vlm(folder).eval(), [([np.zeros((224, 224, 3), np.uint8)], [[1, -1, 5]])], 2))
+print(*sorted({name.partition(".")[0] for name in sys.modules} & {
+    "sklearn", "scipy", "transformers", "pydicom", "nibabel", "sympy", "streamlit", "matplotlib"}),
+    *sorted(sys.modules.keys() & {"torch._dynamo", "torch._inductor", "torch.distributed.tensor"}))
+"""
+
+
+def test_a_model_is_loaded_and_answers_without_torchs_compiler(tmp_path):
+    """Nor with any other package whose import takes long."""
+    done = subprocess.run([sys.executable, "-c", ANSWERS, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "\n", done.stdout + done.stderr
+
+
 def test_garbage_is_collected_again_once_a_script_runs(monkeypatch):
     monkeypatch.setattr("sys.argv", ["x.py"])
     config, enabled = parse_command_line(Config), gc.isenabled()

@@ -469,6 +469,17 @@ def test_recomputed_blocks_have_the_same_gradients(mixed):  # noqa: F811
         assert gradient is None or torch.equal(gradient, results[1][name]), name
 
 
+def test_experts_are_left_out_of_what_is_compiled(monkeypatch):
+    asked = []
+    monkeypatch.setattr(gpt_oss.Experts, "forward", lambda experts, x: asked.append(
+        torch.compiler.is_compiling()) or x)
+    torch._dynamo.reset()
+    model = tiny_vlm().language
+    kernels.compile_blocks(model.blocks, backend="eager")
+    model(torch.arange(4))
+    assert asked == [False] * len(model.blocks) and torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 # ----------------------------------------------------------------------------- FlexAttention, of which a CPU has a half
 
 @pytest.fixture

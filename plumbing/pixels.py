@@ -14,7 +14,7 @@ import struct
 import sys
 
 import numpy as np
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP", "JPEG2000", "PPM")  # others may run programs
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".gif", ".bmp", ".webp", ".apng",
@@ -122,7 +122,7 @@ def decode(content, at_least, page=None):
     image.load()  # decode now: a truncated file must fail here
     if colours:
         image.putpalette(colours, "RGB;L")
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith(("I", "F")):
         pixels = np.asarray(image)
         unsigned = image.mode == "I" and tags and tags.get(SIGN, (1,))[0] == 1
@@ -314,7 +314,7 @@ def lay_over_black(image):
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
     image.info.pop("transparency", None)  # one colour, which stays
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 # ----------------------------------------------------------------------------- stored images
@@ -330,17 +330,19 @@ def open_stored(content, height, width):
     return np.array(image)
 
 
-def is_grey(image):
-    """Whether an RGB image has no colours; a strip is looked at a time, for it may have 89 million pixels."""
-    strips = (image.crop((0, top, image.width, min(top + 64, image.height))) for top in range(0, image.height, 64))
-    return all(strip.getchannel("R").tobytes() == strip.getchannel("G").tobytes() == strip.getchannel("B").tobytes()
-               for strip in strips)
+def one_channel(image):
+    """An RGB image without colours as its red channel, mode "L"; one that has some as it is."""
+    for some in (image.resize((32, 32), Image.Resampling.NEAREST), image):  # a few pixels show most colours
+        red, green, blue = some.split()
+        if ImageChops.difference(red, green).getbbox() or ImageChops.difference(green, blue).getbbox():
+            return image
+    return red
 
 
 def resize_image(image, size, how="squash"):
     """
-    Bring an RGB image to size x size pixels, bicubic and antialiased; fit and smart alone keep its shape, and tiles
-    come near it.
+    Bring an RGB image, or one channel, to size x size pixels, bicubic and antialiased; fit and smart alone keep its
+    shape, and tiles come near it.
 
     squash: the whole image, its aspect changed (the paper's "resized to 224x224");
     crop: shortest side to size, then the centre (BiomedCLIP's own); pad: black borders;
@@ -350,8 +352,8 @@ def resize_image(image, size, how="squash"):
     tiles:12: as many whole squares of size x size pixels, 12 at most, as tile_grid says.
     """
     bicubic = Image.Resampling.BICUBIC
-    if image.mode == "RGB" and is_grey(image):  # one channel takes half the time of three, and becomes the same
-        return resize_image(image.getchannel("R"), size, how).convert("RGB")
+    if image.mode == "RGB" and (grey := one_channel(image)) is not image:  # takes half the time, and becomes the same
+        return resize_image(grey, size, how).convert("RGB")
     if how == "crop":
         return ImageOps.fit(image, (size, size), bicubic)
     if how == "pad":

@@ -26,16 +26,17 @@ SAME = 0.84  # correlation from which two looks are of one image
 
 # ----------------------------------------------------------------------------- one image
 
-def fingerprint(image):
+def fingerprint(image, grey=None):
     """
-    The FINGERPRINT of an RGB image, as bytes.
+    The FINGERPRINT of an RGB image, as bytes. grey: the same as "L", where it is at hand.
 
     The look is stretched to 0..255. An image that is all but even has none: it is 0, and nothing is like it.
     """
-    pixels = hashlib.sha256(str(image.size).encode() + image.tobytes()).digest()[:8]
-    grey = np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX), np.float32)
+    pixels = hashlib.sha256(str(image.size).encode())
+    pixels.update(image.tobytes())
+    grey = np.asarray((grey or image).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX), np.float32)
     look = (grey - grey.min()) * (255 / max(np.ptp(grey), 1)) if grey.std() >= 1 else np.zeros_like(grey)
-    return pixels + look.round().astype(np.uint8).tobytes()
+    return pixels.digest()[:8] + look.round().astype(np.uint8).tobytes()
 
 
 def whole(looks):

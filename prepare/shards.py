@@ -25,6 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+from PIL import Image, ImageChops
 from tqdm import tqdm
 
 from data import View
@@ -32,7 +33,7 @@ from formats.frames import ScanSettings, decode_picture, picture_key
 from plumbing.files import TOKENIZERS, differences, hash_file, lock, manifest_checksum, read_manifest
 from plumbing.flags import UserError
 from plumbing.own import clean
-from plumbing.pixels import (DEEP_PIXELS, SMART_LEAST, Unreadable, enough_pixels, most_tiles, open_stored,
+from plumbing.pixels import (DEEP_PIXELS, SMART_LEAST, Unreadable, enough_pixels, most_tiles, one_channel,
                              resize_image)
 from plumbing.shards import IMAGE, SAMPLE, hash_words, sample_checksum
 from prepare.augment import altered
@@ -74,8 +75,9 @@ def encode_image(content, settings):
     """
     try:
         source = decode_picture(content, enough_pixels(settings.size, settings.resize))
-        image = resize_image(source, settings.size, settings.resize)
-        mark = fingerprint(source)
+        fewer = one_channel(source)
+        image = resize_image(fewer, settings.size, settings.resize).convert("RGB")
+        mark = fingerprint(source, fewer)
     except Unreadable as error:
         return str(error)
     except MemoryError:
@@ -85,8 +87,7 @@ def encode_image(content, settings):
         image.save(stream, "PNG")
     else:  # colour at full resolution: halving it costs stains more than a lower quality does
         image.save(stream, "JPEG", quality=settings.quality, subsampling="4:4:4")
-    stored = open_stored(stream.getvalue(), image.height, image.width).astype(np.int16)
-    pixel_error = float(np.abs(stored - np.asarray(image)).mean())
+    pixel_error = float(np.asarray(ImageChops.difference(Image.open(stream), image)).mean())
     return stream.getvalue(), (image.height, image.width), pixel_error, mark
 
 

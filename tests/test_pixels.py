@@ -14,11 +14,13 @@ import pytest
 from PIL import Image
 
 import plumbing.pixels
+import prepare.shards
 from data import Record
 from formats.frames import pixels_of
 from plumbing.flags import UserError
 from plumbing.pixels import (DEEP_PIXELS, FIT_STEP, FORMATS, SMART_LEAST, SMART_MOST, SUFFIXES, Unreadable,
-                             is_grey, load_image, open_stored, resize_flags, resize_image, smart_shape, stretch, tails)
+                             load_image, one_channel, open_stored, resize_flags, resize_image, smart_shape, stretch,
+                             tails)
 from prepare.folder import read_folder
 from prepare.shards import ImageSettings, encode_image
 from test_prepare import write_toy
@@ -460,7 +462,7 @@ def test_grey_is_resized_as_one_channel_to_the_same_and_a_single_coloured_pixel_
     if coloured:
         pixels[coloured] = pixels[coloured] ^ (0, 0, 255)
     image = Image.fromarray(pixels)
-    assert is_grey(image) == (coloured is None)
+    assert (one_channel(image) is not image) == (coloured is None)
     size = SMART_MOST if how == "smart" else 64
     each = [np.asarray(resize_image(channel, size, how)) for channel in image.split()]
     resized = resize_image(image, size, how)
@@ -477,7 +479,8 @@ def test_what_is_stored_of_grey_is_the_same_to_the_byte(monkeypatch):
     contents = [saved(GREY, "PNG"), saved(GREY, "JPEG"), tiff((FILM, {}))]
     settings = [ImageSettings(32, how, codec, 97) for how in ("squash", "pad") for codec in ("jpeg", "png")]
     stored = [encode_image(content, how) for content in contents for how in settings]
-    monkeypatch.setattr(plumbing.pixels, "is_grey", lambda image: False)
+    for module in (plumbing.pixels, prepare.shards):
+        monkeypatch.setattr(module, "one_channel", lambda image: image)
     assert stored == [encode_image(content, how) for content in contents for how in settings]
 
 

@@ -82,6 +82,7 @@ def encode_image(content, settings):
         return str(error)
     except MemoryError:
         return "too large for the memory"
+    image.info.clear()  # Pillow would write a comment or profile into the file, which may name a patient
     stream = io.BytesIO()
     if settings.codec == "png":
         image.save(stream, "PNG")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import plumbing.pixels
 import prepare.shards
@@ -482,6 +483,25 @@ def test_what_is_stored_of_grey_is_the_same_to_the_byte(monkeypatch):
     for module in (plumbing.pixels, prepare.shards):
         monkeypatch.setattr(module, "one_channel", lambda image: image)
     assert stored == [encode_image(content, how) for content in contents for how in settings]
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "png"])
+def test_nothing_but_pixels_is_stored(codec):
+    """Of a file whose comment, EXIF, XMP, profile and text name somebody; it is the file without them, to the byte."""
+    exif, text = Image.Exif(), PngInfo()
+    exif[0x010E] = "Jane Doe"
+    text.add_text("Comment", "Jane Doe")
+    named = {"JPEG": {"comment": b"Jane Doe", "exif": exif, "xmp": b"Jane Doe", "icc_profile": b"Jane Doe", "quality": 95},
+             "PNG": {"pnginfo": text, "exif": exif, "icc_profile": b"Jane Doe"},
+             "TIFF": {"description": "Jane Doe", "icc_profile": b"Jane Doe"}}
+    for form, settings in named.items():
+        content = saved(COLOUR, form, **settings)
+        assert b"Jane Doe" in content or form == "PNG"  # where it is compressed
+        stored = encode_image(content, ImageSettings(32, "squash", codec, 97))
+        assert b"Jane Doe" not in stored[0] and not Image.open(io.BytesIO(stored[0])).info.keys() & {
+            "comment", "exif", "xmp", "icc_profile"}
+        plain = saved(COLOUR, form, **{"quality": 95} if form == "JPEG" else {})
+        assert stored == encode_image(plain, ImageSettings(32, "squash", codec, 97))
 
 
 def test_fit_neither_cuts_nor_turns():

@@ -9,6 +9,7 @@ What a training run takes in hours, network, disk and checkpoints, worked out be
 Counted: the products that a step cannot do without (as training.py counts them), the bytes of what trains.
 Measured here, on this machine's disk: how long a checkpoint of that size takes to save and verify.
 Assumed, by flags: the GPU's peak and the share of it that training reaches, and the network between GPUs.
+several.py says what several GPUs take in more detail: memory, split models, samples that fall unevenly, dollars.
 """
 
 import sys

@@ -32,7 +32,8 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from plumbing.order import count_before, random_keys
+from plumbing.order import (argsort_groups, argsort_numbers, count_before, in_background, place_in_run, random_keys,
+                            walk, whole_type)
 from plumbing.flags import UserError
 
 BOS, EOS = 1, 2  # LLaMA's ids; PMC-LLaMA's config.json says 0 and 1, which its tokenizer contradicts
@@ -289,69 +290,61 @@ class Mixture:
         self.too_long = self.cut = 0
         for index, shard in enumerate(self.shards):
             sizes = shard.image_index
-            tokens = np.asarray(self.count_tokens(sizes["height"].astype(int), sizes["width"].astype(int)))
+            tokens = np.asarray(self.count_tokens(sizes["height"].astype(int), sizes["width"].astype(int)), np.int32)
             self.image_tokens.append(tokens.reshape(-1))
             excess, usable = self.measure(index)
-            self.excess.append(excess)
+            self.excess.append(excess.astype(np.int32))
             self.too_long += int((~usable).sum())
             self.cut += int((usable & (excess > 0)).sum())
             if self.leaks and self.leaks[index][0] == "drop":
                 usable[self.leaks[index][1]] = False
-            connected = shard.connect()
-            # The seed counts for nothing here: runs of all seeds are judged by the same samples
-            keys = random_keys(0, 2 * index + HELD_OUT, 0, len(sizes) + len(shard))[connected]
-            count = min(round(self.held_out * len(shard) / self.starts[-1]), int(usable.sum()))
-            out = keys <= np.partition(keys[usable], count - 1)[count - 1] if count else keys < 0
-            self.train.append(np.flatnonzero(usable & ~out))
+            out = np.zeros(len(shard), bool)
+            if count := min(round(self.held_out * len(shard) / self.starts[-1]), int(usable.sum())):
+                # The seed counts for nothing here: runs of all seeds are judged by the same samples
+                keys = random_keys(0, 2 * index + HELD_OUT, 0, len(sizes) + len(shard))[shard.connect()]
+                out = keys <= np.partition(keys[usable], count - 1)[count - 1]
+            self.train.append(np.flatnonzero(usable & ~out).astype(whole_type(self.starts[-1])))
             self.validation.append(np.flatnonzero(usable & out))
         self.counts = [round(weight * len(train))
                        for weight, train in zip(self.weights or [1] * len(self.shards), self.train)]
         self.samples_per_epoch = sum(self.counts)
         if self.samples_per_epoch < 1:
             raise UserError("no sample to train on: all are held out, weighted 0 or too long")
-        self.epoch_order = functools.lru_cache(maxsize=2)(self.epoch_order)
+        self.order = functools.lru_cache(maxsize=2)(functools.partial(in_background, self.epoch_order))
 
     def measure(self, index):
         """Of each sample of a shard: tokens beyond max_length, (n,) int64, and whether it can be cut to fit."""
-        samples = self.shards[index].samples
-        sample, image = self.shards[index].image_pairs()
-        length = np.bincount(sample, self.image_tokens[index][image], len(samples)).astype(np.int64)
-        length += samples["length"].astype(np.int64) - samples["images"] - 1  # the last is no input
-        excess = length - self.max_length
-        text = samples["prompt"].astype(np.int64) - samples["head"]  # of which one token has to stay
+        shard = self.shards[index]
+        excess = shard.lengths(self.image_tokens[index]) - self.max_length
+        text = shard.column("prompt").astype(np.int64) - shard.column("head")  # of which one token has to stay
         return excess, (excess <= 0) | (excess < text)
 
     def has_images(self):
-        return any(shard.samples["images"][train].any() for shard, train in zip(self.shards, self.train))
+        return any(shard.column("images")[train].any() for shard, train in zip(self.shards, self.train))
 
     def epoch_order(self, epoch):
         """
-        One epoch's samples in training order and the group that each belongs to: two (n,) int64.
+        One epoch's samples in training order and the group that each belongs to: two (n,) whole_type(n).
 
         Each dataset walks through permutations of its own, so that a weight of 0.5 sees every
         sample once in two epochs. Then groups, not samples, are shuffled over all datasets.
         """
-        samples, groups, group_count = [], [], 0
+        samples, begins = [], []
         for index, (train, count) in enumerate(zip(self.train, self.counts)):
-            begin, end = epoch * count, (epoch + 1) * count
-            picked = [train[:0]]
-            for lap in range(begin // max(len(train), 1), -(-end // max(len(train), 1))):
-                order = np.argsort(random_keys(self.seed, 2 * index + ORDER, lap, len(train)))
-                picked.append(train[order][max(begin - lap * len(train), 0):end - lap * len(train)])
-            picked = np.concatenate(picked)
+            picked = walk(train, epoch * count, (epoch + 1) * count, self.seed, 2 * index + ORDER)
             # Sort by prefix, keeping the random order within one, and cut into groups. A sample that comes
             # again, by a weight above 1, is in another group: never twice behind one copy of its prefix.
-            prefixes = self.shards[index].samples["prefix"][picked].astype(np.int64)
-            prefixes = prefixes + count_before(picked) * (prefixes.max(initial=0) + 1)
-            by_prefix = np.argsort(prefixes, kind="stable")
-            place = count_before(prefixes)[by_prefix]
+            prefixes = self.shards[index].column("prefix")[picked]
+            if count != len(train):
+                prefixes = prefixes + count_before(picked) * (int(prefixes.max(initial=0)) + 1)
+            by_prefix = argsort_numbers(prefixes)
             limit = self.questions_per_image or len(picked) + 1
-            samples.append(picked[by_prefix] + self.starts[index])
-            groups.append(np.cumsum(place % limit == 0) - 1 + group_count)
-            group_count += int((place % limit == 0).sum())
-        samples, groups = np.concatenate(samples), np.concatenate(groups)
-        keys = random_keys(self.seed, 2 * len(self.shards) + GROUPS, epoch, group_count)
-        order = np.argsort(keys[groups], kind="stable")
+            samples.append(picked[by_prefix] + int(self.starts[index]))
+            begins.append(place_in_run(prefixes[by_prefix]) % limit == 0)
+        samples, begins = np.concatenate(samples), np.concatenate(begins)
+        groups = np.cumsum(begins, dtype=whole_type(len(begins))) - 1
+        keys = random_keys(self.seed, 2 * len(self.shards) + GROUPS, epoch, int(groups[-1]) + 1)
+        order = argsort_groups(keys, groups)
         return samples[order], groups[order]
 
     def chosen(self, number):
@@ -360,7 +353,7 @@ class Mixture:
         samples, groups = [], []
         for epoch in range(begin // self.samples_per_epoch, -(-end // self.samples_per_epoch)):
             start = epoch * self.samples_per_epoch
-            order, group = self.epoch_order(epoch)
+            order, group = self.order(epoch).result()
             window = slice(max(begin - start, 0), end - start)
             samples += order[window].tolist()
             groups += [(epoch, int(g)) for g in group[window]]
@@ -427,7 +420,11 @@ class Mixture:
         with ThreadPoolExecutor(workers) as pool:  # Pillow and zlib let go of the interpreter lock
             ahead = deque()
             for number in range(first, last):
-                self.epoch_order(number * self.batch_size // self.samples_per_epoch)  # not by each thread
+                begin = number * self.batch_size
+                self.order(begin // self.samples_per_epoch).result()  # not by each thread
+                self.order((begin + self.samples_per_epoch // 16) // self.samples_per_epoch)  # before it is needed
+                for shard in self.shards if number % 16 == 0 else ():
+                    shard.release()
                 ahead.append(pool.submit(self.step, number))
                 if len(ahead) > 2 * workers:
                     yield ahead.popleft().result()

@@ -21,19 +21,22 @@ Letters: L tokens of a sample, an image being one; H, W pixels.
 
 import hashlib
 import json
+import mmap
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from plumbing.files import read_manifest
+from plumbing.files import hash_file, read_manifest
 from plumbing.flags import UserError
 from plumbing.leaks import how_to_prepare
+from plumbing.order import whole_type
 from plumbing.pixels import open_stored
 
 PROMPT_VERSION = 2  # raised when a template (data.py, zoo/chatml.py) changes: older shards are refused
 SHARD_VERSION = 6
+PIECE = 1 << 18  # samples that are gone through at a time, so that memory does not grow with a shard
 SAMPLE = np.dtype([
     ("offset", "<u8"), ("length", "<u4"),  # of its tokens in tokens.bin, an image being one
     ("parts", "<u8"), ("images", "<u2"), ("spans", "<u2"),  # in parts.bin: its first number there, and counts
@@ -89,6 +92,8 @@ class Shard:
     Raises UserError when the shard is absent, cut short, altered, or written by another version.
     """
 
+    mapped = ()  # mmaps of its files
+
     def __init__(self, folder):
         self.folder = Path(folder)
         again = how_to_prepare(self.folder.parent)
@@ -109,9 +114,9 @@ class Shard:
             if not path.is_file() or path.stat().st_size != expected["bytes"]:
                 raise UserError(f"{path}: missing, or not its {expected['bytes']} bytes; {again}")
         self.again, self.mend = again, f"delete {self.folder.parent} and {again}"
-        self.samples = np.frombuffer(self.read_verified("samples.bin"), SAMPLE)
-        self.parts = np.frombuffer(self.read_verified("parts.bin"), "<i4")
-        self.image_index = np.frombuffer(self.read_verified("images.idx"), IMAGE)
+        self.mapped = []
+        self.samples, self.parts, self.image_index = (self.map(name, dtype, verify=True) for name, dtype in (
+            ("samples.bin", SAMPLE), ("parts.bin", "<i4"), ("images.idx", IMAGE)))
         self.tokens = self.map("tokens.bin", self.manifest["token_dtype"])
         self.place_of_image = np.iinfo(self.tokens.dtype).max
         self.pixels = self.map("images.bin", np.uint8)
@@ -119,15 +124,42 @@ class Shard:
     def __len__(self):
         return len(self.samples)
 
-    def map(self, name, dtype):
+    def map(self, name, dtype, verify=False):
+        """A file as a plain array, of which a slice takes microseconds less than of a memmap's."""
         path = self.folder / name
-        # Seen as a plain array: each slice of a memmap takes microseconds more
-        return np.memmap(path, dtype, "r").view(np.ndarray) if path.stat().st_size else np.zeros(0, dtype)
+        if verify:
+            self.require_hash(name, hash_file(path))
+        if not path.stat().st_size:
+            return np.zeros(0, dtype)
+        with open(path, "rb") as file:
+            self.mapped.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return np.frombuffer(self.mapped[-1], dtype)
+
+    def release(self):
+        """Let go of the pages read so far: they count as this process's memory, but stay in the kernel's if it can."""
+        for file in self.mapped if hasattr(mmap, "MADV_DONTNEED") else ():  # not on Windows
+            file.madvise(mmap.MADV_DONTNEED)
+
+    def pieces(self):
+        """Slices of its samples, end to end; what was read in one is let go of before the next."""
+        for begin in range(0, len(self), PIECE):
+            yield slice(begin, min(begin + PIECE, len(self)))
+            self.release()
+
+    def column(self, name):
+        """(n,) of one field of the samples, in memory of its own."""
+        values = np.empty(len(self), SAMPLE[name])
+        for piece in self.pieces():
+            values[piece] = self.samples[name][piece]
+        return values
+
+    def require_hash(self, name, sha256):
+        if sha256 != self.manifest["files"][name]["sha256"]:
+            raise UserError(f"{self.folder / name}: damaged; {self.mend}")
 
     def read_verified(self, name):
         content = (self.folder / name).read_bytes()
-        if hashlib.sha256(content).hexdigest() != self.manifest["files"][name]["sha256"]:
-            raise UserError(f"{self.folder / name}: damaged; {self.mend}")
+        self.require_hash(name, hashlib.sha256(content).hexdigest())
         return content
 
     def read_sample(self, number):
@@ -159,30 +191,45 @@ class Shard:
             raise UserError(f"{self.folder}/images.bin: image {number} is none that prepare/ stores "
                             f"({error}); {self.mend}") from None
 
-    def image_pairs(self):
-        """Which sample has which image: numbers of samples and of images, both (pairs,) int64, in order."""
-        counts = self.samples["images"].astype(np.int64)
-        sample = np.repeat(np.arange(len(self)), counts)
+    def image_pairs(self, piece=slice(None)):
+        """
+        Which sample has which image: numbers of samples and of images, both (pairs,) int64, in order. piece: of
+        these samples alone, numbered from the first of them.
+        """
+        samples = self.samples[piece]
+        counts = samples["images"].astype(np.int64)
+        sample = np.repeat(np.arange(len(samples)), counts)
         within = np.arange(len(sample)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return sample, self.parts[self.samples["parts"][sample].astype(np.int64) + within].astype(np.int64)
+        return sample, self.parts[samples["parts"][sample].astype(np.int64) + within].astype(np.int64)
+
+    def lengths(self, image_tokens):
+        """(n,) int64, the tokens of each sample before the model. image_tokens: (images,) of each image."""
+        lengths = np.empty(len(self), np.int64)
+        for piece in self.pieces():
+            samples, (sample, image) = self.samples[piece], self.image_pairs(piece)
+            lengths[piece] = np.bincount(sample, image_tokens[image], len(samples))
+            lengths[piece] += samples["length"].astype(np.int64) - samples["images"] - 1  # the last is no input
+        return lengths
 
     def connect(self):
-        """(n,) int64, the same for samples that share an image, a prefix or a group, at any remove."""
+        """(n,) whole numbers, the same for samples that share an image, a prefix or a group, at any remove."""
         n, images = len(self), len(self.image_index)
-        sample, image = self.image_pairs()
-        grouped = np.flatnonzero(self.samples["group"])
-        sample = np.concatenate([sample, np.arange(n), grouped])
-        shared = np.concatenate([image, images + self.samples["prefix"].astype(np.int64),
-                                 images + n - 1 + self.samples["group"][grouped].astype(np.int64)])
-        label = np.arange(images + 2 * n)
-        while True:  # each takes the least label of what it is connected with
-            least = np.full(n, len(label))
-            np.minimum.at(least, sample, label[shared])
-            smaller = label.copy()
-            np.minimum.at(smaller, shared, least[sample])
-            if (smaller == label).all():
-                return least
-            label = smaller
+        label = np.arange(images + n + int(self.column("group").max(initial=0)), dtype=whole_type(images + 2 * n))
+        least, smaller = np.empty(n, label.dtype), True
+        while smaller:  # each takes the least label of what it is connected with
+            smaller = False
+            for piece in self.pieces():
+                sample, image = self.image_pairs(piece)
+                samples = self.samples[piece]
+                grouped = np.flatnonzero(samples["group"])
+                sample = np.concatenate([sample, np.arange(len(samples)), grouped])
+                shared = np.concatenate([image, images + samples["prefix"].astype(np.int64),
+                                         images + n - 1 + samples["group"][grouped].astype(np.int64)])
+                least[piece] = len(label)
+                np.minimum.at(least[piece], sample, label[shared])
+                smaller |= bool((least[piece][sample] < label[shared]).any())
+                np.minimum.at(label, shared, least[piece][sample])
+        return least
 
     def describe(self):
         """What a run that reads this shard records of it, to know it again: a dict."""

@@ -54,7 +54,7 @@ def argsort_numbers(values):
 
 
 def argsort_groups(keys, groups):
-    """The places of (n,) group numbers, which ascend from 0 on, in the order of their groups' keys; (n,) whole numbers."""
+    """The places of (n,) group numbers, which ascend from 0 on, in the order of their groups' keys: (n,) whole."""
     order = argsort_keys(keys)
     if len(keys) == len(groups):
         return order

@@ -7,8 +7,7 @@ What the loader takes with the paper's mix, and with ten times that: made-up ind
 
 Records, parts and images.idx are written in full, and verified when they are opened. Of tokens.bin four streams are
 written, which all samples share, images.bin is a hole: a step takes one made-up image for any, so that decoding is
-left out, and works out each sample's checksum without holding it against the record. Each row of the table is a
-process of its own, its files in the page cache.
+left out, and works out checksums without holding them against the records. Each row is a process of its own.
 """
 
 import sys
@@ -22,16 +21,15 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 
 import plumbing.shards
 from data import BOS, Mixture
 from plumbing.files import hash_file, hash_json, read_manifest, write_manifest
-from plumbing.flags import Count, Range, Whole, parse_command_line, run
+from plumbing.flags import Count, Whole, parse_command_line, run
 from plumbing.shards import IMAGE, PROMPT_VERSION, SAMPLE, SHARD_VERSION
 from plumbing.sources import open_shards
 
@@ -40,7 +38,7 @@ MIX = {  # dataset -> (samples, images); the published counts, what the paper ha
     "iu_xray": (7_470, 7_470), "mimic_cxr": (368_960, 368_960), "roco": (65_423, 65_423),
     "pmc_oa": (1_646_592, 1_646_592), "omni_med_vqa": (88_996, 41_000), "pmc_vqa": (176_948, 149_000),
     "ubench": (546_449, 15_000), "med_qa": (10_178, 0), "med_mcqa": (182_822, 0), "pubmed_qa": (217_000, 0)}
-STUDIES = ("iu_xray", "mimic_cxr")  # a sample has its own image and up to two before it; five are of a patient
+STUDIES = ("iu_xray", "mimic_cxr")  # of one to three images, and five of a patient
 INDICES = ("samples.bin", "parts.bin", "images.idx")
 LONGEST, IMAGE_BYTES, SIZE = 128, 43_000, 224  # tokens of a sample; bytes and pixels of an image
 PICTURE = np.zeros((SIZE, SIZE, 3), np.uint8)
@@ -53,18 +51,13 @@ class Config:
     times: Count = 1  # as many samples as the paper's mix
     samples: Whole = 0  # about so many instead; 0: by --times
     questions_per_image: Whole = 1  # as train_vlm.py takes it
-    held_out: Whole = 512  # samples kept from training
     steps: Count = 1000  # that are timed
     resume: Whole = 700_000  # the step that a run goes on from
-    before: Count = 300  # steps before an epoch's end, from where on each is waited for
-    pause: Annotated[float, Range(0, 60)] = 0.1  # seconds that training takes for a step, at an epoch's end
-    workers: Count = 2  # threads that pack
+    pause: float = 0.1  # seconds that training takes for a step, at an epoch's end
     code: str = ""  # another checkout, whose loader is measured
     shards_dir: str = ""  # where the shards are made, and stay for another run; none: a temporary folder
     measure: Literal["all", "open", "begin", "steps", "rank", "resume", "end"] = "all"  # all: each in its own process
 
-
-# ----------------------------------------------------------------------------- shards
 
 def make_samples(name, n, images, random):
     """The SAMPLE records of a made-up shard, and its parts."""
@@ -88,22 +81,21 @@ def make_samples(name, n, images, random):
 
 
 def make_shard(folder, name, n, images, random):
-    """Write a made-up training split that Shard opens, one in a hundred of its samples leaked."""
+    """Write a made-up training split, one in a hundred of its samples leaked."""
     folder.mkdir(parents=True)
     rows, parts = make_samples(name, n, images, random)
     rows.tofile(folder / "samples.bin")
     parts.tofile(folder / "parts.bin")
-    index = np.zeros(images, IMAGE)
-    index["offset"], index["length"] = np.arange(images) * IMAGE_BYTES, IMAGE_BYTES
-    index["height"] = index["width"] = SIZE
+    index = np.full(images, np.array((0, IMAGE_BYTES, 0, SIZE, SIZE), IMAGE))
+    index["offset"] = np.arange(images) * IMAGE_BYTES
     index.tofile(folder / "images.idx")
     streams = np.full((4, LONGEST), 5, "<u2")
     for shown, stream in enumerate(streams):
         stream[:shown + 1] = [BOS] + [0xffff] * shown
     streams.tofile(folder / "tokens.bin")
     os.truncate(folder / "tokens.bin", max(streams.nbytes, 2 * int(rows["length"].sum())))
-    (folder / "images.bin").touch()
-    os.truncate(folder / "images.bin", images * IMAGE_BYTES)
+    with open(folder / "images.bin", "wb") as file:
+        file.truncate(images * IMAGE_BYTES)
     write_manifest(folder, "manifest.json", {
         "dataset": name, "split": "train", "shard_version": SHARD_VERSION, "prompt_version": PROMPT_VERSION,
         "kind": "image questions", "token_dtype": "uint16", "vocab_size": 32000, "tokenizer_sha256": "",
@@ -116,24 +108,11 @@ def make_shard(folder, name, n, images, random):
 
 def make_mix(shards_dir, config):
     """Write the shards that are not there yet. A share of the mix's samples has the same share of its images."""
-    total = sum(samples for samples, _ in MIX.values())
-    share = config.samples / total if config.samples else config.times
+    share = config.samples / 3_350_000 if config.samples else config.times
     for number, (name, counts) in enumerate(MIX.items()):
         if not (shards_dir / name).exists():
-            samples, images = (round(count * share) for count in counts)
-            images = max(images, 1) if counts[1] else 0
-            make_shard(shards_dir / name / "train", name, max(samples, 1), images, np.random.default_rng(number))
-
-
-# ----------------------------------------------------------------------------- what is measured
-
-def patches(heights, widths):
-    return heights // 16 * (widths // 16) + 1
-
-
-def without_checking(checksum: Callable):
-    """sample_checksum, at its price, which finds each record whole."""
-    return lambda sample, tokens, parts: (checksum(sample, tokens, parts), sample["checksum"])[1]
+            samples, images = (max(round(count * share), min(count, 1)) for count in counts)
+            make_shard(shards_dir / name / "train", name, samples, images, np.random.default_rng(number))
 
 
 def seconds(function, *arguments):
@@ -149,21 +128,12 @@ def memory(name, process="self"):
     return int(status[1].split()[0]) * 1024 / 1e9 if len(status) > 1 else 0.0  # none once a process has ended
 
 
-def open_mix(config):
-    ranks = {"rank": 3, "ranks": 8} if config.measure == "rank" else {}
-    mixture = Mixture(**open_shards(",".join(MIX), config.shards_dir, "train"), count_tokens=patches, batch_size=64,
-                      questions_per_image=config.questions_per_image, held_out=config.held_out, **ranks)
-    for shard in mixture.shards:
-        shard.read_image = lambda number: PICTURE
-    return mixture
-
-
 def time_end(mixture, config):
     """Seconds that training waits for a step at most where an epoch ends, and what is to be said of it."""
     end = mixture.samples_per_epoch // mixture.batch_size
-    steps, waits = mixture.steps(max(end - config.before, 0), end + 20, config.workers), []
+    steps, waits = mixture.steps(max(end - 300, 0), end + 20, 2), []
     next(steps)  # for which the epoch's own order is made
-    for _ in range(min(end, config.before)):
+    for _ in range(min(end, 300)):
         time.sleep(config.pause)
         waits.append(seconds(next, steps)[0])
     return max(waits), f"longest wait of {len(waits):,} steps, {1e3 * config.pause:.0f} ms apart"
@@ -179,9 +149,16 @@ def time_steps(mixture, config):
 
 def measure(config):
     """Print one measure as JSON: seconds, processor seconds of all, what was done, GB of memory."""
-    plumbing.shards.sample_checksum = without_checking(plumbing.shards.sample_checksum)
-    began = time.process_time()
-    took, mixture = seconds(open_mix, config)
+    checksum = plumbing.shards.sample_checksum  # worked out, at its price, and found right
+    plumbing.shards.sample_checksum = lambda sample, *stored: (checksum(sample, *stored), sample["checksum"])[1]
+    rank, ranks = (3, 8) if config.measure == "rank" else (0, 1)
+    began, begin = time.process_time(), time.perf_counter()
+    mixture = Mixture(**open_shards(",".join(MIX), config.shards_dir, "train"), held_out=512, rank=rank, ranks=ranks,
+                      count_tokens=lambda heights, widths: heights // 16 * (widths // 16) + 1,
+                      questions_per_image=config.questions_per_image)
+    took = time.perf_counter() - begin
+    for shard in mixture.shards:
+        shard.read_image = lambda number: PICTURE
     what = f"{len(MIX)} shards, {mixture.starts[-1]:,} samples, {sum(map(len, mixture.train)):,} to train on"
     if config.measure in ("begin", "resume"):
         step, packed = seconds(mixture.step, config.resume if config.measure == "resume" else 0)
@@ -189,22 +166,13 @@ def measure(config):
         took, what = took + step, f"{step:.2f} s without opening; samples {hash_json(names)[:8]}"
     elif config.measure != "open":
         took, what = (time_end if config.measure == "end" else time_steps)(mixture, config)
-    used, peak, mapped = time.process_time() - began, memory("VmHWM"), memory("RssFile")
+    found = {"processor": time.process_time() - began, "peak": memory("VmHWM"), "mapped": memory("RssFile")}
     if config.measure == "open":
-        hashing = sum(seconds(hash_file, shard.folder / name)[0] for shard in mixture.shards for name in INDICES)
-        what += f"; {hashing:.2f} s of it hashing"
-    print(json.dumps({"seconds": took, "processor": used, "peak": peak, "mapped": mapped, "what": what}))
-
-
-def measure_afresh(config):
-    """What `measure` prints in a new process, and its largest RssAnon, asked for every 5 ms."""
-    flags = [f"--{name}={value}" for name, value in asdict(config).items()]
-    with subprocess.Popen([sys.executable, __file__, *flags], stdout=subprocess.PIPE, text=True) as process:
-        anonymous = 0
-        while process.poll() is None:
-            anonymous = max(anonymous, memory("RssAnon", process.pid))
-            time.sleep(0.005)
-        return json.loads(process.stdout.read()) | {"anonymous": anonymous}
+        began = time.process_time()
+        for shard in mixture.shards:
+            {hash_file(shard.folder / name) for name in INDICES}
+        what += f"; {time.process_time() - began:.2f} s of it hashing"
+    print(json.dumps(found | {"seconds": took, "what": what}))
 
 
 def main(config):
@@ -216,9 +184,15 @@ def main(config):
         print("| | seconds | processor s, all in all | peak memory, GB | anonymous | mapped at the end | |\n"
               "|---|--:|--:|--:|--:|--:|---|")
         for name, title in MEASURES.items():
-            row = measure_afresh(replace(config, measure=name))
+            flags = [f"--{flag}={value}" for flag, value in asdict(replace(config, measure=name)).items()]
+            with subprocess.Popen([sys.executable, __file__, *flags], stdout=subprocess.PIPE, text=True) as process:
+                anonymous = 0  # its largest, asked for every 5 ms
+                while process.poll() is None:
+                    anonymous = max(anonymous, memory("RssAnon", process.pid))
+                    time.sleep(0.005)
+                row = json.loads(process.stdout.read())
             print(f"| {title.format(**asdict(config))} | {row['seconds']:.3g} | {row['processor']:.1f} | "
-                  f"{row['peak']:.2f} | {row['anonymous']:.2f} | {row['mapped']:.2f} | {row['what']} |", flush=True)
+                  f"{row['peak']:.2f} | {anonymous:.2f} | {row['mapped']:.2f} | {row['what']} |", flush=True)
 
 
 if __name__ == "__main__":

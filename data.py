@@ -342,9 +342,10 @@ class Mixture:
             samples.append(picked[by_prefix] + int(self.starts[index]))
             begins.append(place_in_run(prefixes[by_prefix]) % limit == 0)
         samples, begins = np.concatenate(samples), np.concatenate(begins)
-        groups = np.cumsum(begins, dtype=whole_type(len(begins))) - 1
-        keys = random_keys(self.seed, 2 * len(self.shards) + GROUPS, epoch, int(groups[-1]) + 1)
-        order = argsort_groups(keys, groups)
+        groups = np.cumsum(begins, dtype=whole_type(len(begins)))
+        groups -= 1
+        order = argsort_groups(random_keys(  # not kept, nor are copies: here memory is at its peak
+            self.seed, 2 * len(self.shards) + GROUPS, epoch, int(groups[-1]) + 1), groups)
         return samples[order], groups[order]
 
     def chosen(self, number):

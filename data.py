@@ -32,8 +32,8 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from plumbing.order import (argsort_groups, argsort_numbers, count_before, in_background, place_in_run, random_keys,
-                            walk, whole_type)
+from plumbing.order import (argsort_groups, argsort_numbers, count_before, in_background, pick, place_in_run,
+                            random_keys, walk, whole_type)
 from plumbing.flags import UserError
 
 BOS, EOS = 1, 2  # LLaMA's ids; PMC-LLaMA's config.json says 0 and 1, which its tokenizer contradicts
@@ -342,11 +342,11 @@ class Mixture:
             samples.append(picked[by_prefix] + int(self.starts[index]))
             begins.append(place_in_run(prefixes[by_prefix]) % limit == 0)
         samples, begins = np.concatenate(samples), np.concatenate(begins)
-        groups = np.cumsum(begins, dtype=whole_type(len(begins)))
+        order = argsort_groups(random_keys(  # no name, so that it is gone when the rest is laid out
+            self.seed, 2 * len(self.shards) + GROUPS, epoch, int(begins.sum())), begins)
+        samples, groups = pick(samples, order), np.cumsum(begins, dtype=whole_type(len(begins)))
         groups -= 1
-        order = argsort_groups(random_keys(  # not kept, nor are copies: here memory is at its peak
-            self.seed, 2 * len(self.shards) + GROUPS, epoch, int(groups[-1]) + 1), groups)
-        return samples[order], groups[order]
+        return samples, pick(groups, order)
 
     def chosen(self, number):
         """The samples of the step of that number, batch_size, and the group of each: the same on every machine."""

@@ -53,14 +53,22 @@ def argsort_numbers(values):
     return both
 
 
-def argsort_groups(keys, groups):
-    """The places of (n,) group numbers, which ascend from 0 on, in the order of their groups' keys: (n,) whole."""
+def argsort_groups(keys, begins):
+    """The places of (n,) samples in the order of their groups' keys, (n,). begins: (n,) bool, where a group does."""
     order = argsort_keys(keys)
-    if len(keys) == len(groups):
+    if len(order) == len(begins):
         return order
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order), dtype=order.dtype)
-    return argsort_numbers(rank[groups])
+    return argsort_numbers(rank[np.cumsum(begins) - 1])
+
+
+def pick(values, places):
+    """values[places], of (n,) and (m,), a million at a time, since NumPy copies places into int64."""
+    picked = np.empty(len(places), values.dtype)
+    for begin in range(0, len(places), 1 << 20):
+        picked[begin:begin + (1 << 20)] = values[places[begin:begin + (1 << 20)]]
+    return picked
 
 
 def place_in_run(values):

@@ -88,7 +88,8 @@ def encode_image(content, settings):
         image.save(stream, "PNG")
     else:  # colour at full resolution: halving it costs stains more than a lower quality does
         image.save(stream, "JPEG", quality=settings.quality, subsampling="4:4:4")
-    pixel_error = float(np.asarray(ImageChops.difference(Image.open(stream), image)).mean())
+    altered_by = ImageChops.difference(Image.open(stream, formats=("JPEG", "PNG")), image)
+    pixel_error = float(np.asarray(altered_by).mean())
     return stream.getvalue(), (image.height, image.width), pixel_error, mark
 
 

@@ -21,7 +21,6 @@ import signal
 import socket
 import subprocess
 import time
-import urllib.request
 from dataclasses import dataclass
 from statistics import median
 
@@ -63,7 +62,9 @@ def wait_for_page(command):
     try:
         while True:
             try:
-                return urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=60).read()
+                with socket.create_connection(("127.0.0.1", port), timeout=60) as page:
+                    page.sendall(f"GET / HTTP/1.0\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
+                    return page.makefile("rb").read()
             except OSError:
                 if demo.poll() is not None:
                     raise UserError("the demo has no page: see `python extras/share/demo.py`") from None

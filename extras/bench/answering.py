@@ -37,12 +37,13 @@ from typing import Literal
 import numpy as np
 import torch
 
-from extras.bench.peers import build, lay_out, make_peer, open_questions, require_shapes
+from extras.bench.limits import clock, measure_limits
+from extras.bench.peers import lay_out, make_peer, open_questions, require_shapes
 from extras.bench.progress import Progress, tell
+from extras.bench.sizes import build
 from generate import Cache, Piece, Sampling, finished_groups, generate, run_pieces
 from plumbing.devices import autocast_to, describe_machine, pick_device
 from plumbing.flags import Count, Device, Whole, parse_command_line, run
-from plumbing.kernels import Linear
 from tasks.splits import group_questions, read_groups
 from tasks.vqa import exchange_images
 from weights import load_run
@@ -61,6 +62,7 @@ class Config:
     batch_size: Count = 32  # images answered together, as eval_vqa.py's
     peer_batch_size: Count = 32  # questions
     peer: bool = True  # time the peer, too
+    peer_limit: Whole = 0  # only the first so many questions for the peer; 0: as many as ours
     rounds: Count = 3  # of each
     device: Device = "auto"  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the GPU has it
@@ -102,38 +104,14 @@ def distance(model, shard, number, ours, theirs, stop):
 
 
 def compare(model, shard, ours, theirs, stop, dtype):
-    """A line that tells how many answers are the same. Raises AssertionError where more than a tie parts them."""
+    """A line that tells how many of `theirs` ours are. Raises AssertionError where more than a tie parts them."""
+    ours = ours[:len(theirs)]
     other = [number for number, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]]
     apart = max((distance(model, shard, number, ours[number], theirs[number], stop) for number in other),
                 default=0.0)
     assert dtype != torch.float32 or apart < TIE, f"answers differ by {apart:.1e} of the logits' deviation"
     line = f"{len(ours) - len(other):,} of {len(ours):,} answers are the same as transformers'"
     return line + (f"; in the others two tokens tie, {apart:.0e} of a standard deviation apart" if other else "")
-
-
-def clock(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-@torch.no_grad()
-def measure_limits(device, dtype):
-    """(FLOP/s of a matrix product, bytes/s of a copy) of this machine: the best of 10."""
-    size = 8192 if device.type == "cuda" else 2048
-    matrix = torch.randn(size, size, device=device, dtype=dtype)
-    product = Linear(size, size, bias=False).to(device, dtype)
-    source = torch.ones(1 << 28, device=device, dtype=torch.uint8)
-
-    def best(function):
-        seconds = []
-        for _ in range(10):
-            begin = clock(device)
-            function()
-            seconds.append(clock(device) - begin)
-        return min(seconds)
-
-    return 2 * size ** 3 / best(lambda: product(matrix)), 2 * source.numel() / best(source.clone)
 
 
 def count_work(model, passes):
@@ -210,6 +188,7 @@ def main(config):
     images, own = shard.samples["image"][:count].astype(np.int64), np.arange(len(shard.image_index))
     other = exchange_images(len(own), images, images, 0)
     peer = make_peer(model, shard, stops, model.encode_images).eval() if config.peer else None
+    fewer = min(config.peer_limit or count, count)  # questions of the peer
 
     print(", ".join(f"{name} {value}" for name, value in describe_machine(device).items()))
     flops, bandwidth = measure_limits(device, dtype)
@@ -221,15 +200,15 @@ def main(config):
                 model, shard, count, stops, {"model": own, "image shuffled": other}, config)}
     if peer:
         ways["transformers' generate"] = lambda: {
-            "model": answer_by_peer(peer, model, shard, count, stops, config)}
+            "model": answer_by_peer(peer, model, shard, fewer, stops, config)}
     seconds, answers, passes = measure(ways, model, config, device, dtype)
     medians = {way: float(np.median(times)) for way, times in seconds.items()}
     for way, median in medians.items():
-        asked = count * len(answers[way])
+        asked = sum(map(len, answers[way].values()))
         line = (f"{way:26}{asked:7,} answers {median:8.2f} s ({min(seconds[way]):.2f} to {max(seconds[way]):.2f}) "
                 f"{asked / median:8.1f} a second")
         if peer:
-            last = medians["transformers' generate"] * asked / count
+            last = medians["transformers' generate"] * asked / fewer
             line += f" {last / median:6.2f}x"
         print(line)
     compute, memory = (sum(numbers) for numbers in zip(*[(flop / flops, size / bandwidth)

@@ -60,7 +60,7 @@ RENAMED = {"attn.proj": "attention.output.dense", "mlp.fc1": "intermediate.dense
 @dataclass(frozen=True)
 class Config:
     data: str = "busi"  # prepared dataset with labels, whose raw files are there, too
-    raw_dir: str = "raw"  # as prepare/all.py's
+    raw_dir: str = "raw"  # as prepare/all.py's; none: the peer reads PNG files of the prepared images
     enlarge: Annotated[int, Range(1, 16)] = 1  # times along each side, to stand for larger files; the peer's
     shards_dir: str = "shards"  # where prepare/all.py put the datasets
     model: Literal["paper", "small", "sample"] = "small"  # sizes of the ViT
@@ -146,7 +146,12 @@ class Peer(nn.Module):
 
 
 def write_files(split, config, folder):
-    """The Split's images from the raw files, as they are or enlarged, in the folder: their paths."""
+    """The Split's images in the folder: from raw files, as they are or enlarged, or as they are prepared. Their paths."""
+    if not config.raw_dir:
+        paths = [folder / f"{number}.png" for number in range(len(split.names))]
+        for path, pixels in zip(paths, split.pixels):
+            Image.fromarray(pixels).save(path)
+        return paths
     dataset = DATASETS.get(config.data)
     if dataset is None or not dataset.find(config.raw_dir):
         raise UserError(f"--data: no raw files of {config.data!r} in {config.raw_dir}")

@@ -22,34 +22,18 @@ import torch.nn as nn
 import transformers
 
 from extras.bench.classifying import make_vit
-from model import VLM, ViT, normalise
+from model import ViT, normalise
 from plumbing.flags import UserError
 from plumbing.shards import Shard
 from plumbing.tensors import plain_names
-from weights import build_vlm, hub_config, is_trained
+from weights import hub_config, is_trained
 from zoo.adapters import adapter_parameters
 from zoo.chatml import tokenizer_of
 from zoo.qwen3_files import PARTS, write_config
-from zoo.qwen3_vl import Mergers, Text, TextConfig, Vision, VisionConfig, in_blocks
-
-QWEN = {  # name -> sizes that the benchmarks have besides those of model.CONFIGS, with a head of their own or tied
-    "qwen_40m": (VisionConfig(6, 256, 1024, 4, num_position_embeddings=196, out_hidden_size=384,
-                              deepstack_visual_indexes=(1, 2, 3), min_pixels=1024),
-                 TextConfig(32000, 384, 1152, 8, 6, 3, head_dim=64, rope_theta=5e6, mrope_section=(12, 10, 10),
-                            tie_word_embeddings=True))}
+from zoo.qwen3_vl import in_blocks
 
 
 # ----------------------------------------------------------------------------- ours
-
-def build(name, vocab_size, dtype, device):
-    """A VLM of random weights: of QWEN, or of what weights.build_vlm knows by a name."""
-    torch.manual_seed(0)
-    if name not in QWEN:
-        return build_vlm(name, vocab_size, dtype=dtype, device=device)
-    vision, text = QWEN[name]
-    with torch.device(device):
-        return VLM(Vision(vision), Text(replace(text, vocab_size=vocab_size)), Mergers(vision)).to(dtype)
-
 
 def open_questions(config, split):
     """The shard of a split of --data, whose questions are about one image each, and its tokenizer."""
@@ -62,7 +46,7 @@ def open_questions(config, split):
 
 def require_shapes(model, shard):
     """Raise UserError where our model or its peer cannot read the images of a shard."""
-    if isinstance(model.vision, ViT):  # transformers' has one size, and one number of tokens
+    if isinstance(model.vision, ViT) and not model.vision.config.tiled:  # transformers' has one size
         shard.require_image_size(model.vision.config.image_size)
     model.vision.require_shapes(shard.folder, shard.image_index)
 
@@ -157,13 +141,13 @@ class LlavaPeer(Peer):
 
     def __init__(self, ours, stops, encode=None):
         super().__init__()
-        sizes = ours.language.config
-        language = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-            **hub_config(sizes) | {"head_dim": sizes.head_size, "eos_token_id": list(stops)}, pad_token_id=0,
-            attn_implementation="sdpa"))
+        sizes, weight = ours.language.config, ours.language.lm_head.weight
+        with torch.device(weight.device):  # 7B weights are soon made there
+            language = transformers.LlamaForCausalLM._from_config(transformers.LlamaConfig(
+                **hub_config(sizes) | {"head_dim": sizes.head_size, "eos_token_id": list(stops)}, pad_token_id=0),
+                dtype=weight.dtype, attn_implementation="sdpa")
         state = ours.language.state_dict()
         language.load_state_dict({name: state[inside] for name, inside in plain_names(state).items()})
-        language.to(next(ours.language.blocks.parameters()).dtype)
         lora = ours.lora.get("language", {"targets": ""})["targets"]
         self.model = with_lora(language, ours, lora and lora.split(","))
         self.own_encode = encode
@@ -198,8 +182,10 @@ class QwenPeer(Peer):
             settings = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
         settings["text_config"] |= {"eos_token_id": list(stops), "pad_token_id": 0}
         config = transformers.Qwen3VLConfig.from_dict(settings | {"image_token_id": picture})
-        model = transformers.Qwen3VLForConditionalGeneration._from_config(
-            config, dtype=next(ours.language.blocks.parameters()).dtype, attn_implementation="sdpa")
+        weight = next(ours.language.blocks.parameters())
+        with torch.device(weight.device):
+            model = transformers.Qwen3VLForConditionalGeneration._from_config(
+                config, dtype=weight.dtype, attn_implementation="sdpa")
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = list(stops), 0
         tensors = {}
         for part, (_, prefix, _) in PARTS.items():

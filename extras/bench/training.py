@@ -4,6 +4,7 @@ How fast train_vlm.py trains: each thing that it leaves out, and the usual way b
     python extras/bench/training.py                       the small model, 64 real questions a step
     python extras/bench/training.py --model=paper         the paper's sizes, random weights, on a GPU
     python extras/bench/training.py --model=qwen_40m      a Qwen3-VL, its tower frozen, LoRA on all seven matrices
+    python extras/bench/training.py --model=medgpt --peer=false --ladder=false --recompute=1    MedGPT-oss, on a GPU
 
 A step is the same --batch_size questions of a prepared training split in every row of the table: they
 are read and packed first, and only forward, backward and update are timed. Rows go from what one would
@@ -49,23 +50,26 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import Batch, Mixture
-from extras.bench.answering import clock, measure_limits, patches_of_token
-from extras.bench.peers import Peer, build, lay_out, make_peer, open_questions, require_shapes
+from extras.bench.answering import patches_of_token
+from extras.bench.limits import clock, measure_limits
+from extras.bench.peers import Peer, lay_out, make_peer, open_questions, require_shapes
 from extras.bench.progress import Progress, about, tell
+from extras.bench.sizes import build
 from lora import add_lora, lora_layers
 from model import VLM, ViT
 from plumbing.devices import autocast_to, describe_machine, pick_device, to_device
-from plumbing.flags import Count, Device, Range, Whole, parse_command_line, run
-from plumbing.kernels import HAS_TRITON
+from plumbing.flags import Count, Device, Range, Scale, Share, UserError, Whole, parse_command_line, run
+from plumbing.kernels import HAS_TRITON, compile_blocks
 from plumbing.leaks import read_leaks
-from plumbing.sources import SEVEN
+from plumbing.sources import FOUR, SEVEN
 from run import make_optimizer
+from zoo.gpt_oss import GptOss
 
 SAME = 1e-4  # relative error of the peer's loss and gradients to ours, in float32
 
 @dataclass(frozen=True)
 class Config:
-    model: str = "small"  # sizes: paper, small, sample, qwen_sample, qwen_small or qwen_40m; weights are random
+    model: str = "small"  # sizes: paper, small, qwen_40m, qwen3_vl_8b, medgpt and others; weights are random
     data: str = "path_vqa"  # prepared dataset
     shards_dir: str = "shards"  # where prepare/all.py put it
     batch_size: Count = 64  # questions in a step
@@ -74,11 +78,16 @@ class Config:
     language: Literal["lora", "full", "frozen"] = "lora"  # what trains of the language model
     dense_row_length: Count = 448  # tokens of a row in which attention is computed for all of it
     micro_batch_tokens: Count = 4096  # tokens of a forward pass
+    recompute: Share = 0.0  # share of the blocks that compute their activations twice, without --ladder
+    base_bits: Literal[0, 16, 8, 4] = 0  # of the frozen base's matrices, without a peer; 0: as --dtype
+    memory_gb: Scale = 0.0  # of the GPU that may be used, 1e9 bytes each; 0: all
+    computed_gb: Scale = 0.0  # peak of a step without sharing, as extras/bench/memory.py computes it, to stand beside
     ladder: bool = True  # time the rows that lead to what train_vlm.py does, too
     rounds: Count = 3  # timed steps of each row
     peer: bool = True  # time the peer, too
     peer_batch_size: Whole = 0  # questions of its forward pass; 0: as many as fit into --micro_batch_tokens
     questions: Whole = 500  # of the test split that are answered, 4 tokens each; 0: all of it
+    beside: bool = True  # measure the loader, answers and preparation behind it, too
     raw_dir: str = ""  # raw files whose preparation is timed, too; none: it is not
     peak_tflops: Annotated[float, Range(0, 1e6)] = 0.0  # that MFU is a share of; 0: of one that is measured
     out: str = "out/bench.md"  # the table; the json stands beside it
@@ -145,13 +154,13 @@ def update(model, optimizer, loss_of, batches, supervised, autocast):
     return total.item()
 
 
-def pack(shard, numbers, questions_per_image, length, config, count_tokens):
+def pack(shard, numbers, questions_per_image, length, config, count_tokens, multiple=1):
     """
     (micro-batches, share of their tokens that is padding, supervised tokens) of these samples, each image
-    shared by so many of its questions. length: of rows that are padded to it; 0: one sequence, as it comes.
+    shared by so many of its questions. length: of rows that are padded to it; 0: one sequence, of a multiple.
     """
     mixture = Mixture([shard], count_tokens, batch_size=len(numbers), max_length=1 << 20,
-                      micro_batch_tokens=length or config.micro_batch_tokens, multiple=length or 1)
+                      micro_batch_tokens=length or config.micro_batch_tokens, multiple=length or multiple)
     groups, asked = [], defaultdict(int)
     for number in numbers:
         image = int(shard.samples[number]["image"])
@@ -173,7 +182,7 @@ def peer_row(peer, batches, autocast):
         return function(peer, optimizer, Peer.__call__, batches, supervised, autocast)
 
     seen = sum(int(rows.seen.sum()) for rows in batches)
-    return {"run": run_step, "padded": 1 - seen / tokens, "tokens": tokens}
+    return {"run": run_step, "padded": 1 - seen / tokens, "tokens": tokens, "held": (peer, optimizer)}
 
 
 def require_same(model, peer, ours, theirs):
@@ -201,6 +210,11 @@ def require_same(model, peer, ours, theirs):
 
 def count_kept(model, optimizer, loss_of, batches, supervised, autocast):
     """Bytes that the first micro-batch keeps for its backward pass, beside the parameters."""
+    if batches[0].tokens.is_cuda:  # whose allocator knows; under hooks blocks would be compiled anew
+        before = torch.cuda.memory_allocated()
+        with autocast:
+            loss = loss_of(model, batches[0])
+        return torch.cuda.memory_allocated() - before - loss.nbytes
     sizes, own = {}, {parameter.data_ptr() for parameter in model.parameters()}
 
     def keep(tensor):
@@ -212,6 +226,12 @@ def count_kept(model, optimizer, loss_of, batches, supervised, autocast):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
         loss_of(model, batches[0])
     return sum(sizes.values())
+
+
+def bytes_of(model, optimizer):
+    """Bytes on a GPU of a model and of what its optimizer keeps."""
+    moments = [moment for kept in optimizer.state.values() for moment in kept.values()]
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *moments) if tensor.is_cuda)
 
 
 def choose_questions(shard, count):
@@ -279,12 +299,17 @@ def write_tables(rows, loader, others, peak, config, device, dtype):
              "| kept, MB | peak, GB | loss |", "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
     for name, row in rows.items():
         cells = (name, f"{seconds[name]:.2f} ({min(row['seconds']):.2f} to {max(row['seconds']):.2f})",
-                 f"{config.batch_size / seconds[name]:.1f}", f"{peer / seconds[name]:.2f}",
+                 f"{config.batch_size / seconds[name]:.1f}",
+                 f"{peer / seconds[name]:.2f}" if config.peer else "no peer",
                  f"{row['tokens'] / seconds[name]:,.0f}", f"{row['flop'] / seconds[name] / peak:.0%}",
                  f"{row['padded']:.0%}", f"{row['kept'] / 1e6:,.0f}",
                  f"{row['peak'] / 1e9:.1f}" if row["peak"] else "not measured", f"{row['loss']:.4f}")
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| the loader alone | samples/s | images/s |", "|---|--:|--:|"]
+    if config.computed_gb:
+        measured = (rows[name_unshared(config)]["peak"] or 0) / 1e9
+        lines += ["", f"Peak of {name_unshared(config)}: computed {config.computed_gb:.1f} GB, measured "
+                  + (f"{measured:.1f}, {measured / config.computed_gb:.2f} of it" if measured else "on a GPU alone")]
+    lines += ["", "| the loader alone | samples/s | images/s |", "|---|--:|--:|"] if loader else []
     lines += [f"| {name} | {samples:,.0f} | {images:,.0f} |" for name, (samples, images) in loader.items()]
     for text in others:
         lines += ["", "```", text.strip(), "```"]
@@ -298,57 +323,69 @@ def write_tables(rows, loader, others, peak, config, device, dtype):
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
-    facts = {name: {key: value for key, value in row.items() if key != "run"}
+    facts = {name: {key: value for key, value in row.items() if key not in ("run", "held")}
              for name, row in rows.items()}
     out.with_suffix(".json").write_text(json.dumps(
         {"flags": asdict(config), "machine": machine, "peak": peak, "rows": facts, "loader": loader,
          "others": others}, indent=2) + "\n")
 
 
+def name_unshared(config):
+    """The row of train_vlm.py's step where no questions share an image."""
+    return f"{config.recompute:.0%} recomputed" if config.recompute else "nothing recomputed"
+
+
 def ladder(config, longest, on_gpu):
-    """[(name, questions that share an image, length of rows or 0, loss, recomputed?, compiled?)] of our rows."""
-    short, everywhere, plain = config.dense_row_length, loss_at_every_position, (VLM.loss, False, on_gpu)
-    unshared, shared = ("nothing recomputed", 1, 0, *plain), ("all questions share an image", 0, 0, *plain)
+    """[(name, questions that share an image, length of rows or 0, loss, share recomputed, compiled?)] of our rows."""
+    short, everywhere, plain = config.dense_row_length, loss_at_every_position, (VLM.loss, config.recompute, on_gpu)
+    unshared, shared = (name_unshared(config), 1, 0, *plain), ("all questions share an image", 0, 0, *plain)
     return [unshared, shared] if not config.ladder else [
-        ("padded, logits everywhere, recomputed", 1, longest, partial(everywhere, length=longest), True, False),
-        ("packed", 1, short, partial(everywhere, length=short), True, False),
-        ("logits at answers", 1, short, partial(dense_loss, length=short), True, False),
-        ("attention within groups", 1, 0, VLM.loss, True, False),
-        *([("compiled", 1, 0, VLM.loss, True, True)] if on_gpu else []),
+        ("padded, logits everywhere, recomputed", 1, longest, partial(everywhere, length=longest), 1, False),
+        ("packed", 1, short, partial(everywhere, length=short), 1, False),
+        ("logits at answers", 1, short, partial(dense_loss, length=short), 1, False),
+        ("attention within groups", 1, 0, VLM.loss, 1, False),
+        *([("compiled", 1, 0, VLM.loss, 1, True)] if on_gpu else []),
         unshared, *((f"{count} questions share an image", count, 0, *plain) for count in (2, 4, 8)), shared]
 
 
 def measure(rows, rounds, device):
     """Run each row's step, and add to the row its loss, its seconds, the bytes that it keeps and its peak."""
     warm_up, forward = Progress(len(rows), "rows warmed up"), 0
-    for row in rows.values():  # the learning rate is 0, so that all have the same weights and loss
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        row["loss"], row["seconds"] = row["run"](), []
-        row["peak"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    for name, row in rows.items():  # the learning rate is 0, so that all have the same weights and loss
         begin = clock(device)
+        row["loss"], row["seconds"], row["peak"] = row["run"](), [], None
+        first, begin = clock(device) - begin, clock(device)
         row["kept"] = row["run"](count_kept)
-        warm_up.row(f"{clock(device) - begin:.2f} s")
         forward += clock(device) - begin
+        warm_up.row(f"{name}, {first:.2f} s, loss {row['loss']:.4f}")
     tell(f"{about(6 * rounds * forward)}: {len(rows)} rows x {rounds} rounds, then the others")
     measured = Progress(rounds * len(rows), "steps")
     for _ in range(rounds):
         for name, row in rows.items():
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             row["run"]()
             begin = clock(device)
             row["run"]()
             row["seconds"].append(clock(device) - begin)
-            measured.row(f"{name}, {row['seconds'][-1]:.2f} s")
+            if device.type == "cuda":  # but for the other side, which lies there all the while
+                others = {id(other["held"]): other["held"] for other in rows.values() if other["held"] != row["held"]}
+                row["peak"] = torch.cuda.max_memory_allocated() - sum(bytes_of(*other) for other in others.values())
+            measured.row(f"{name}, {row['seconds'][-1]:.2f} s, peak {(row['peak'] or 0) / 1e9:.1f} GB")
 
 
 def make(config, vocab_size, dtype, device):
     """The model, of random weights, with what trains as train_vlm.py's flags have it; and the flags."""
-    model = build(config.model, vocab_size, torch.float32 if config.language == "full" else dtype, device)
+    model = build(config.model, vocab_size, torch.float32 if config.language == "full" else dtype, device,
+                  config.base_bits)
     vision, targets = ("full", "q_proj,v_proj") if isinstance(model.vision, ViT) else ("frozen", SEVEN)
+    targets = FOUR if isinstance(model.language, GptOss) else targets
     config = replace(config, vision={"auto": vision}.get(config.vision, config.vision))
     for part, targets in (("vision", "qkv"), ("language", targets), ("projector", "")):
         module, how = getattr(model, part), getattr(config, part)
-        if how != "full":
+        if how == "full":
+            module.float()  # in which train_vlm.py trains, whatever it computes in
+        else:
             module.requires_grad_(False)
         if how == "lora":
             model.lora[part] = {"targets": targets, "r": 8, "alpha": 16.0, "dropout": 0.0}
@@ -362,29 +399,36 @@ def our_rows(model, shard, numbers, longest, config, device, autocast):
     """{name: row} of the ladder, each with its step and what it computes."""
     blocks = [*model.vision.blocks, *model.language.blocks]
     on_gpu = device.type == "cuda" and HAS_TRITON
-    compiled = [torch.compile(block.forward) for block in blocks] if on_gpu else []
+    if on_gpu:
+        compile_blocks(blocks)  # as train_vlm.py does; some rows are run without
+    compiled = [block._compiled_call_impl for block in blocks]
     optimizer, rows = make_optimizer([(name, p, 1.0) for name, p in model.named_parameters()], 0.01), {}
+    held = model, optimizer
     for name, count, length, loss_of, recomputed, fused in ladder(config, longest, on_gpu):
-        batches, padded, supervised = pack(shard, numbers, count, length, config, model.vision.tokens)
+        batches, padded, supervised = pack(shard, numbers, count, length, config, model.vision.tokens,
+                                           128 if device.type == "cuda" else 1)  # as train_vlm.py pads them
         batches = [to_device(batch, device) for batch in batches]
 
         def run_step(function=update, batches=batches, supervised=supervised, loss_of=loss_of,
                      recomputed=recomputed, fused=fused):
-            for part, parts in (model.vision, model.vision.blocks), (model.language, blocks):
-                part.recomputed = len(parts) if recomputed else 0
-            for block, forward in zip(blocks, compiled):
-                block.__dict__.pop("forward", None)
-                if fused:
-                    block.forward = forward
+            for part in (model.vision, model.language):
+                part.recomputed = math.ceil(recomputed * len(part.blocks))
+            for block, call in zip(blocks, compiled):
+                block._compiled_call_impl = call if fused else None
             return function(model, optimizer, loss_of, batches, supervised, autocast)
 
-        rows[name] = {"run": run_step, "padded": padded, "flop": count_flop(model, batches, config),
+        rows[name] = {"run": run_step, "padded": padded, "flop": count_flop(model, batches, config), "held": held,
                       "tokens": sum(batch.tokens.numel() for batch in batches)}
     return rows
 
 
 def main(config):
     device, dtype = pick_device(config.device, config.dtype)
+    if config.base_bits and config.peer or config.recompute and config.ladder:
+        raise UserError("--base_bits is for ours alone, with --peer=false; --recompute for --ladder=false")
+    if config.memory_gb and device.type == "cuda":
+        share = config.memory_gb * 1e9 / torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
     autocast = autocast_to(device, dtype)
     shard, tokenizer = open_questions(config, "train")
     model, config = make(config, tokenizer.vocab_size, dtype, device)
@@ -405,8 +449,10 @@ def main(config):
             error = require_same(model, peer, [to_device(batch, device) for batch in alone], batches)
             tell(f"the peer's loss and gradients are ours, to {error:.0e}")
         rows["transformers + PEFT"] = peer_row(peer, batches, autocast)
-        rows["transformers + PEFT"]["flop"] = rows["nothing recomputed"]["flop"]
+        rows["transformers + PEFT"]["flop"] = rows[name_unshared(config)]["flop"]
     measure(rows, config.rounds, device)
+    if not config.beside:
+        return write_tables(rows, {}, [], peak, config, device, dtype)
     tell("then the loader, the answers and the preparation")
     loader = {"each question with its image": time_loader(shard, model.vision.tokens, 1, config),
               "all questions share an image": time_loader(shard, model.vision.tokens, 0, config)}

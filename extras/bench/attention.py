@@ -31,8 +31,8 @@ SAME = 1e-5  # relative error
 
 @dataclass(frozen=True)
 class Config:
-    heads: Count = 4
-    head_size: Count = 64
+    heads: Count = 4  # of queries, keys and values
+    head_size: Count = 64  # channels of a head
     rounds: Count = 15  # of both ways, in turns
 
 

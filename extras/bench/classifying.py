@@ -146,7 +146,7 @@ class Peer(nn.Module):
 
 
 def write_files(split, config, folder):
-    """The Split's images in the folder: from raw files, as they are or enlarged, or as they are prepared. Their paths."""
+    """Paths of the Split's images as files in the folder: raw, as they are or enlarged, or else as they are prepared."""
     if not config.raw_dir:
         paths = [folder / f"{number}.png" for number in range(len(split.names))]
         for path, pixels in zip(paths, split.pixels):

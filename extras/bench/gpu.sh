@@ -17,6 +17,7 @@
 #   zoo/gpt_oss.py:near_masks           test_gpt_oss.py::test_flex_attention_with_sinks_and_windows_is_that_of_groups
 #   zoo/gpt_oss.py:ClampedSwiGLU.forward test_pretended_gpu.py::test_a_vlm_has_the_cpu_s_numbers
 #   plumbing/kernels.py:top             nothing: Triton's kernels, first in part 1
+#   plumbing/kernels.py:call_compiled  nothing: FlexAttention's kernels, first in part 1
 #   plumbing/kernels.py:linear          test_pretended_gpu.py::test_a_vlm_has_the_cpu_s_numbers
 #   run.py:make_trainable               test_pretended_gpu.py::test_blocks_are_compiled_on_a_gpu_alone
 #   run.py:make_optimizer               test_pretended_gpu.py::test_a_vlm_has_the_cpu_s_numbers, but for CUDA's kernel

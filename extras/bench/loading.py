@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent  # the repository, not this folder
-sys.path[0] = str(Path(next((flag[7:] for flag in sys.argv if flag.startswith("--code=")), ROOT)).resolve())
+CODE = next((flag[7:] for flag in sys.argv if flag.startswith("--code=")), "")
+sys.path[0] = str(Path(CODE or ROOT).resolve())
 
 import json
 import os

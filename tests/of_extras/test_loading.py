@@ -12,8 +12,9 @@ HAS_PROC = Path("/proc/self/status").is_file()
 
 
 @pytest.mark.skipif(not HAS_PROC, reason="no /proc that tells the memory of a process")
-def test_a_small_mix_is_measured(capsys):
-    code = str(Path(__file__).resolve().parent.parent.parent)
+@pytest.mark.parametrize("code", ["", str(Path(__file__).resolve().parent.parent.parent)])
+def test_a_small_mix_is_measured_from_any_folder(code, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     loading.main(loading.Config(samples=2000, steps=3, pause=0.0, code=code))
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()][2:]
     assert [row[0] for row in rows] == [

@@ -424,7 +424,7 @@ class Mixture:
                 begin = number * self.batch_size
                 self.order(begin // self.samples_per_epoch).result()  # not by each thread
                 self.order((begin + self.samples_per_epoch // 16) // self.samples_per_epoch)  # before it is needed
-                for shard in self.shards if number % 4 == 0 else ():
+                for shard in self.shards:
                     shard.release()
                 ahead.append(pool.submit(self.step, number))
                 if len(ahead) > 2 * workers:

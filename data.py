@@ -423,7 +423,8 @@ class Mixture:
             for number in range(first, last):
                 begin = number * self.batch_size
                 self.order(begin // self.samples_per_epoch).result()  # not by each thread
-                self.order((begin + self.samples_per_epoch // 16) // self.samples_per_epoch)  # before it is needed
+                ahead_of_need = min(begin + self.samples_per_epoch // 16, last * self.batch_size - 1)
+                self.order(ahead_of_need // self.samples_per_epoch)
                 for shard in self.shards:
                     shard.release()
                 ahead.append(pool.submit(self.step, number))

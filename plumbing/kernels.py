@@ -67,7 +67,7 @@ class Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return convolve(x, weight, bias)
+        return convolve(x, weight, bias).detach()  # as no view: such as autograd gives could not be altered in place
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -346,6 +346,7 @@ def test_linear_is_torch_s_by_either_way(shape, bias, monkeypatch):
         assert one.shape == other.shape and relative_error(one, other) < TOLERANCE
     # As a part of a row of a larger tensor, whose strides are others
     assert relative_error(ours(x[..., ::2, :]), theirs(x[..., ::2, :])) < TOLERANCE
+    ours(x).relu_().sum().backward()  # as nn.ReLU(inplace=True) behind it would
 
 
 # ----------------------------------------------------------------------------- images of other sizes

@@ -1,5 +1,6 @@
 """The packed loader: gradients equal to samples run one at a time, an order that can be redone."""
 
+import functools
 import hashlib
 import io
 import os
@@ -23,6 +24,7 @@ from model import LLaMA, VLM, ViT, attend, block_mask, group_masks
 from plumbing import kernels
 from plumbing.devices import to_device
 from plumbing.flags import UserError
+from plumbing.order import in_background
 from plumbing.shards import IMAGE, PROMPT_VERSION, SAMPLE, SHARD_VERSION, Shard
 from plumbing.sources import open_shards
 from prepare.leaks import guard
@@ -557,6 +559,16 @@ def test_half_a_dataset_is_another_half_on_each_lap(corpus):
     halves = [set(mixture.epoch_order(epoch)[0].tolist()) for epoch in range(4)]
     assert halves[0] | halves[1] == halves[2] | halves[3] == set(range(40))
     assert halves[2] not in halves[:2]
+
+
+def test_no_order_is_worked_out_that_no_step_needs(corpus):
+    """Such as that of the epoch behind the last step, for whose end a script would wait."""
+    for steps, epochs in ((16, [0]), (17, [0, 1]), (32, [0, 1])):  # of 4 samples, 64 in an epoch
+        mixture, asked = mix(corpus, batch_size=4), []
+        mixture.order = functools.lru_cache(lambda epoch: asked.append(epoch) or in_background(
+            mixture.epoch_order, epoch))
+        assert len(list(mixture.steps(0, steps, workers=2))) == steps
+        assert asked == epochs
 
 
 def test_order_depends_on_seed_and_step_alone(corpus):

@@ -67,7 +67,7 @@ class Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return convolve(x, weight, bias).detach()  # as no view: such as autograd gives could not be altered in place
+        return convolve(x, weight, bias).detach()  # a view that autograd knows could not be altered in place
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -103,10 +103,11 @@ def group_masks(group, branch):
     it, and who sees whom is (tokens, more than those). A group of several branches comes in its prefix, and behind
     that in some branches at a time, so that little is computed of what branches would have to do with one another.
     """
+    group, branches = group.cpu(), branch.cpu()  # waits for a GPU here, not three times for each group
     ends = [*(1 + (group[1:] != group[:-1]).nonzero()[:, 0]).tolist(), len(group)]
     pieces = []
     for begin, end in zip([0, *ends], ends):
-        number, counts = branch[begin:end].unique_consecutive(return_counts=True)
+        number, counts = branches[begin:end].unique_consecutive(return_counts=True)
         if number.max() <= 1:
             pieces.append((end - begin, None, 0))
             continue

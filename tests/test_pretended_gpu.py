@@ -24,6 +24,7 @@ from generate import Sampling, finished_groups, generate
 from grpo import MicroBatch
 from model import CONFIGS, ViT
 from plumbing.devices import autocast_to, to_device
+from plumbing.kernels import group_masks
 from quantize import LowLinear
 from tasks.labelled import Split
 from test_model import relative_error
@@ -144,6 +145,22 @@ def test_what_lies_on_both_is_refused_forward_and_backward(gpu):
     assert weight.grad.is_cuda
     with pytest.raises(RuntimeError, match="same device"):
         Mixed.apply(weight).sum().backward()
+
+
+def test_how_a_sequence_is_cut_into_pieces_is_worked_out_on_the_cpu(gpu, monkeypatch):
+    """Else each group of it would wait for the GPU, some times."""
+    compute = Pretended.__torch_dispatch__
+
+    def refuse_to_wait(self, function, types, args=(), kwargs=None):
+        waits = function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "unique_consecutive")
+        assert not (waits and self.holds(args[0])), function
+        return compute(self, function, types, args, kwargs)
+
+    monkeypatch.setattr(Pretended, "__torch_dispatch__", refuse_to_wait)
+    group, branch = (torch.tensor(numbers, device=gpu) for numbers in (
+        [0] * 9 + [1] * 4, [0] * 5 + [1] * 2 + [2] * 2 + [0] * 4))
+    (_, causal, _), (_, seen, back), last = group_masks(group, branch)
+    assert (causal, back, last) == (None, 1, (4, None, 0)) and seen.is_cuda and seen.shape == (4, 9)
 
 
 @pytest.mark.parametrize("name", gpu_checks.FAMILIES.values())

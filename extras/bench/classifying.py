@@ -146,7 +146,7 @@ class Peer(nn.Module):
 
 
 def write_files(split, config, folder):
-    """Paths of the Split's images as files in the folder: raw, as they are or enlarged, or else as they are prepared."""
+    """Paths of the Split's images as files in the folder: raw, as they are or enlarged, or else as prepared."""
     if not config.raw_dir:
         paths = [folder / f"{number}.png" for number in range(len(split.names))]
         for path, pixels in zip(paths, split.pixels):

@@ -7,6 +7,7 @@ import pytest
 
 import plumbing.shards
 from data import Mixture
+from plumbing.flags import UserError
 from plumbing.order import argsort_groups, argsort_keys, argsort_numbers, count_before, random_keys
 from plumbing.shards import IMAGE, SAMPLE, Shard
 
@@ -85,3 +86,19 @@ def test_pages_that_were_let_go_of_are_read_again(tmp_path):
         assert np.array_equal(shard.column("prefix"), rows["prefix"])
         shard.release()
     assert shard.samples[77_777]["prefix"] == 77_777
+
+
+@pytest.mark.parametrize("small, mapped", [(0, 1), (1 << 24, 0)])
+def test_an_index_is_verified_whether_it_is_mapped_or_read(small, mapped, tmp_path, monkeypatch):
+    """A small one stays no open file: a Mac allows a process 256 of them."""
+    monkeypatch.setattr(plumbing.shards, "SMALL", small)
+    content = np.arange(100_000, dtype="<i4").tobytes()
+    (tmp_path / "parts.bin").write_bytes(content)
+    shard = Shard.__new__(Shard)
+    shard.folder, shard.mapped, shard.mend = tmp_path, [], "mend it"
+    shard.manifest = {"files": {"parts.bin": {"sha256": hashlib.sha256(content).hexdigest()}}}
+    assert np.array_equal(shard.map("parts.bin", "<i4", verify=True), np.arange(100_000))
+    assert len(shard.mapped) == mapped
+    (tmp_path / "parts.bin").write_bytes(content[:-1] + b"\1")
+    with pytest.raises(UserError, match="parts.bin: damaged; mend it"):
+        shard.map("parts.bin", "<i4", verify=True)

@@ -395,6 +395,12 @@ def make(config, vocab_size, dtype, device):
     return model.train(), config  # flex: the blocks alone are not compiled in most rows
 
 
+def limit_memory(gigabytes, device):
+    """Let this process have no more of a GPU's memory, 1e9 bytes each."""
+    share = gigabytes * 1e9 / torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device.index)  # which wants a number, or None
+
+
 def our_rows(model, shard, numbers, longest, config, device, autocast):
     """{name: row} of the ladder, each with its step and what it computes."""
     blocks = [*model.vision.blocks, *model.language.blocks]
@@ -427,8 +433,7 @@ def main(config):
     if config.base_bits and config.peer or config.recompute and config.ladder:
         raise UserError("--base_bits is for ours alone, with --peer=false; --recompute for --ladder=false")
     if config.memory_gb and device.type == "cuda":
-        share = config.memory_gb * 1e9 / torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
+        limit_memory(config.memory_gb, device)
     autocast = autocast_to(device, dtype)
     shard, tokenizer = open_questions(config, "train")
     model, config = make(config, tokenizer.vocab_size, dtype, device)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,6 +114,18 @@ def test_each_process_loads_its_part_of_a_split_model_alone(tmp_path):
     split_load.write_model(tmp_path, config)
     whole = sum(tensor.numel() * 4 for tensor in load_file(tmp_path / "model.safetensors").values())
     assert [size for _, size in split_load.measure(tmp_path, 2, "float32")] == [whole / 2] * 2
+
+
+@pytest.mark.parametrize("place, number", [("cuda", 0), ("cuda:1", 1)])
+def test_a_limit_of_memory_is_set_for_the_gpu_that_is_used(place, number, monkeypatch):
+    limits = []
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *inputs: limits.append(inputs), raising=False)
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=96e9))
+    training.limit_memory(24, torch.device(place))
+    training.limit_memory(200, torch.device(place))
+    assert limits == [(0.25, number), (1.0, number)]
 
 
 # ----------------------------------------------------------------------------- the peers

@@ -23,6 +23,7 @@ from extras.bench import gpu_checks
 from generate import Sampling, finished_groups, generate
 from grpo import MicroBatch
 from model import CONFIGS, ViT
+from plumbing import kernels
 from plumbing.devices import autocast_to, to_device
 from plumbing.kernels import group_masks
 from quantize import LowLinear
@@ -229,3 +230,15 @@ def test_blocks_are_compiled_on_a_gpu_alone(compile, triton, place, compiled, gp
     model = gpu_checks.build("sample", 512, torch.float32, place)
     run.make_trainable(model, train_vlm.Config(vision="full", lora_targets="q_proj", compile=compile), None)
     assert asked == compiled * [*model.vision.blocks, *model.language.blocks] and model.flex == compile
+
+
+def test_blocks_that_are_compiled_too_often_are_told(monkeypatch):
+    """Else they would go on uncompiled, and give the right numbers."""
+    def compile_blocks(blocks, **settings):
+        kernels.compile_blocks(blocks, **settings)
+        monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+
+    monkeypatch.setattr(gpu_checks, "kernels", SimpleNamespace(**vars(kernels) | {"compile_blocks": compile_blocks}))
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        list(gpu_checks.check_family(CPU, "sample", torch.float32))
+    torch._dynamo.reset()

@@ -45,6 +45,7 @@ import numpy as np
 import torch
 
 from data import Mixture
+from extras.bench.limits import clock
 from extras.bench.progress import Progress
 from extras.scripts import load_script
 from grpo import Prompt, find_advantages, find_shares, log_probabilities, make_micro_batches, roll_out
@@ -148,13 +149,13 @@ def run_ours(config):
     shard, spans = SimpleNamespace(read_image=None), np.array([[config.prompt_tokens, config.prompt_tokens + 1]])
     steps, norms, before = [], [], memory(device)
     for step in range(1 + config.steps):
-        begin = time.perf_counter()
+        begin = clock(device)
         prompts = [Prompt(shard, 0, number, Sample(np.append(tokens, 0), spans, 1), {})
                    for number, tokens in enumerate(draw_prompts(config, step))]
         draws = np.random.default_rng([3, step]).random((config.prompts, config.answers, config.new_tokens))
         with state.autocast:
             rollouts = roll_out(model, tokenizer, prompts, config.answers, config.new_tokens, 1.0, draws)
-        sampled = time.perf_counter()
+        sampled = clock(device)
         if not step:
             give_answers(rollouts, config)
         rewards = np.array([[share_of_even(rollout.tokens) for rollout in group] for group in rollouts])
@@ -165,7 +166,7 @@ def run_ours(config):
         if not step:
             seen = note_log_probabilities(model, micro_batches, state.autocast)
         _, norm = train_grpo.update_once(state, micro_batches, RATE, flags)
-        done = time.perf_counter()
+        done = clock(device)
         norms.append(norm)
         steps.append({"rollout": sampled - begin, "update": done - sampled, "whole step": done - begin,
                       "tokens": int(lengths.sum())})
@@ -258,7 +259,7 @@ def run_peer(config):
 
     class Clock(transformers.TrainerCallback):
         def on_step_end(self, *inputs, **more):
-            marks["ends"].append(time.perf_counter())
+            marks["ends"].append(clock(llama.device))
 
     prompts = [" ".join(map(str, prompt)) for step in range(1 + config.steps) for prompt in draw_prompts(config, step)]
     with tempfile.TemporaryDirectory() as folder:

@@ -3,7 +3,8 @@ What a machine's matrix products and copies allow: the limits that the other ben
 
     python extras/bench/limits.py                   products of a 7B's step, and what brings few bits back
 
-Each is the best of ten. 2 FLOP a multiplication; a copy reads and writes its bytes.
+Each is the best of ten. 2 FLOP a multiplication. Bytes are what is read once and what is written: of a product both
+factors and the outcome, of a copy its own twice.
 """
 
 import sys
@@ -84,7 +85,8 @@ def main(config):
         T, inner, outer = (max(8, number // config.smaller) for number in shape)
         for dtype in (HALF, torch.float32):
             x, layer = torch.randn(T, inner, device=device, dtype=dtype), nn.Linear(inner, outer, False, device, dtype)
-            row(what, dtype, best(lambda: layer(x), device), 2 * T * inner * outer, layer.weight.nbytes + x.nbytes)
+            size = layer.weight.nbytes + x.nbytes + T * outer * x.element_size()
+            row(what, dtype, best(lambda: layer(x), device), 2 * T * inner * outer, size)
     size = max(128, 4096 // config.smaller) // 64 * 64
     plain = nn.Linear(size, size, False, device, HALF)
     for name, layer in (("8 bits", LowLinear(plain, 8)), ("4 bits", LowLinear(plain, 4)), ("MXFP4", MXLinear(plain))):

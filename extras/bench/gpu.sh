@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # Eight minutes on one GPU, most valuable first. Weights, images and questions are random: nothing is downloaded.
 #
-#     bash extras/bench/gpu.sh                      the same again goes on with what is missing
-#     bash extras/bench/gpu.sh --device=cpu --tiny  a rehearsal, two minutes on a core
+#     bash extras/bench/gpu.sh                      into out/gpu; the same again goes on with what is missing
+#     bash extras/bench/gpu.sh --device=cpu --tiny  a rehearsal, two minutes on a core, into out/gpu_tiny
 #
-# Each part is a process with a time limit of its own. Behind each out/gpu/table.md, which holds all that was measured,
-# is written anew; a part whose .md is there is passed over. What can be made again, datasets and what torch.compile
-# has compiled, is in --scratch. Numbers of --computed_gb are extras/bench/memory.py's in docs/speed.md, for as many
-# tokens of a micro-batch; MedMO's 4,096 lie between two of its rows.
+# Each part is a process with a time limit of its own, and up to twice that where the parts behind it have theirs all
+# the same. Behind each table.md, which holds all that was measured, is written anew, and so it is where this script is
+# ended by a signal. A part whose .md is there is passed over; what was cut or failed comes last the next time, when
+# torch.compile need not compile it again. That, and the datasets, are in --scratch. The json files are training.py's,
+# for several.py --measured. Numbers of --computed_gb are extras/bench/memory.py's in docs/speed.md, for as many tokens
+# of a micro-batch; MedMO's 4,096 lie between two of its rows.
 #
 # What a GPU alone runs, but for extras/bench itself, and the test of tests/ that rehearses it on a CPU:
 #   asking.py:rate                      test_pretended_gpu.py::test_a_vlm_has_the_cpu_s_numbers
@@ -30,45 +32,46 @@
 #   train_grpo.py:open_prompts          nothing: batches padded to 128, in the part grpo
 # Autocast and LossScale are the CPU's own (test_devices.py), but for CUDA's kernels under them: parts 1 and 4.
 set -u
-device=auto tiny="" out=out/gpu scratch="${TMPDIR:-/tmp}/nanomedq_gpu" total=480
+device=cuda tiny="" out="" scratch="${TMPDIR:-/tmp}/nanomedq_gpu" total=480
 for flag in "$@"; do
     case "$flag" in
-        --device=auto | --device=cpu | --device=cuda) device="${flag#*=}" ;;
+        --device=cpu | --device=cuda) device="${flag#*=}" ;;
         --tiny | --tiny=true) tiny=_tiny ;;
         --out=?*) out="${flag#*=}" ;;
         --scratch=?*) scratch="${flag#*=}" ;;
         --seconds=*[!0-9]* | --seconds=) echo "$flag: no whole number" >&2; exit 2 ;;
         --seconds=*) total="${flag#*=}" ;;
-        *) echo "$flag: --device=auto, cpu or cuda, --tiny, --out=, --scratch= or --seconds=" >&2; exit 2 ;;
+        *) echo "$flag: --device=cpu or cuda, --tiny, --out=, --scratch= or --seconds=" >&2; exit 2 ;;
     esac
 done
+out="${out:-out/gpu$tiny}"  # never into one folder: what is there is not measured again
 cd "$(dirname "$0")/../.." && mkdir -p "$out" "$scratch" || exit 2
+[ -w "$out" ] && [ -w "$scratch" ] || { echo "$out or $scratch: cannot be written to" >&2; exit 2; }
 export PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR="$scratch/compiled"
 trl=$(python3 -c 'from importlib.util import find_spec; print(str(find_spec("trl") is not None).lower())')
 run="--device=$device --shards_dir=$scratch/shards$tiny" half="--dtype=bfloat16" rl="--model=llama_1b"
-rounds=2 few="" smaller=1 some=all
-step="training.py $run --beside=false --out=$scratch/step.md"
-alone="--ladder=false --peer=false --recompute=1"
+step="training.py $run --beside=false --rounds=1 --out=$scratch/step.md"
+alone="--ladder=false --peer=false --recompute=1" low="--base_bits=4 --memory_gb=24"
 paper=paper medmo=qwen3_vl_8b medgpt=medgpt
+few="--rounds=2" many="" eight="--batch_size=8" smaller=1 some=all  # steps of eight where 64 take ten seconds or more
 if [ -n "$tiny" ]; then
     paper=sample medmo=qwen_sample medgpt=medgpt_sample smaller=64 some=sample
-    rounds=1 few="--batch_size=8 --steps=2 --workers=1" step="$step --batch_size=4"
+    few="--rounds=1 --batch_size=8 --steps=2 --workers=1" many="--batch_size=4" eight="--batch_size=4"
     rl="--model=sample --prompts=2 --answers=4 --prompt_tokens=20 --new_tokens=4 --peer_batch_size=4 --threads=1"
 fi
-step="$step --rounds=$rounds"
 [ "$device" != cpu ] || half=""
-parts=(  # name | most seconds | what it runs
-    "checks|95|gpu_checks.py --device=$device"
+parts=(  # name | seconds | what it runs
+    "checks|90|gpu_checks.py --device=$device"
     "limits|15|limits.py --device=$device --smaller=$smaller"
-    "openmedq|85|$step --data=vqa --model=$paper --micro_batch_tokens=8192 --computed_gb=54.4"
-    "checks_bfloat16|50|gpu_checks.py --device=$device --dtype=bfloat16 --only=$some"
-    "answers|45|answering.py $run --data=vqa --model=$paper --new_tokens=4 --rounds=$rounds --peer_limit=1000"
-    "medmo_448|40|$step --data=vqa_448 --model=$medmo --micro_batch_tokens=4096 --ladder=false --computed_gb=48.4"
-    "medmo_1280|30|$step --data=vqa_1280 --model=$medmo --micro_batch_tokens=4096 --ladder=false"
-    "medmo_24gb|25|$step --data=vqa_448 --model=$medmo --micro_batch_tokens=8192 $alone --base_bits=4 --memory_gb=24"
-    "medgpt|35|$step --data=vqa_tiles --model=$medgpt --micro_batch_tokens=4096 $alone --computed_gb=22.2"
-    "grpo|25|grpo.py $rl --device=$device $half --peer=$trl --rounds=1 --steps=2"
-    "classifying|25|classifying.py $run --data=labelled --raw_dir= --model=$paper --rounds=$rounds $few"
+    "openmedq|90|$step $many --data=vqa --model=$paper --micro_batch_tokens=8192 --computed_gb=54.4"
+    "checks_bfloat16|60|gpu_checks.py --device=$device --dtype=bfloat16 --only=$some"
+    "answers|45|answering.py $run --data=vqa --model=$paper --new_tokens=4 --rounds=1 --limit=3000 --peer_limit=1000"
+    "medmo_448|40|$step $many --data=vqa_448 --model=$medmo --micro_batch_tokens=4096 --ladder=false --computed_gb=48.4"
+    "medmo_1280|25|$step $eight --data=vqa_1280 --model=$medmo --micro_batch_tokens=4096 --ladder=false"
+    "medmo_24gb|30|$step $many --data=vqa_448 --model=$medmo --micro_batch_tokens=8192 $alone $low"
+    "medgpt|35|$step $eight --data=vqa_tiles --model=$medgpt --micro_batch_tokens=4096 $alone --computed_gb=22.2"
+    "grpo|30|grpo.py $rl --device=$device $half --peer=$trl --rounds=1 --steps=2"
+    "classifying|20|classifying.py $run --data=labelled --raw_dir= --model=$paper $few"
 )
 
 write_table() {
@@ -87,24 +90,67 @@ write_table() {
     done > "$out/table.partial" && mv "$out/table.partial" "$out/table.md"
 }
 
-made="extras/bench/made_up.py --shards_dir=$scratch/shards$tiny${tiny:+ --tiny=true}"
-[ -f "$scratch/made$tiny" ] || { timeout -k 5 "$total" python3 $made && touch "$scratch/made$tiny"; } || exit 2
-number=0
-for part in "${parts[@]}"; do
-    IFS='|' read -r name seconds command <<< "$part"
-    number=$((number + 1)) left=$((total - SECONDS)) base="$out/$((number))_$name"
-    [ -f "$base.md" ] && continue
-    [ "$left" -ge 5 ] || continue
-    [ -z "$tiny" ] && [ "$seconds" -le "$left" ] || seconds=$left  # a rehearsal may be on a slow machine
+run_part() {  # number|part, its most seconds
+    local number name seconds=$2 command base begun=$SECONDS status
+    IFS='|' read -r number name _ command <<< "$1"
+    base="$out/${number}_$name"
     echo "$number. $name, at most $seconds s" >&2
-    timeout -k 5 "$seconds" python3 extras/bench/$command > "$base.partial" 2> "$base.log"
-    status=$?
+    echo "**ended from outside**" > "$base.why"  # as long as nothing else is known
+    rm -f "$scratch/step.json"
+    timeout -k 5 "$seconds" python3 extras/bench/$command > "$base.partial" 2> "$base.log" &
+    child=$!
+    wait "$child"
+    status=$? child=""
     case $status in
-        0) mv "$base.partial" "$base.md"; rm -f "$base.why" "$base.log" ;;
-        124 | 137) echo "**cut after $seconds s**" > "$base.why" ;;
+        0)
+            [ ! -f "$scratch/step.json" ] || mv "$scratch/step.json" "$base.json"
+            mv "$base.partial" "$base.md"
+            rm -f "$base.why" "$base.log" ;;
+        124) echo "**cut after $seconds s**" > "$base.why" ;;
+        137) echo "**killed after $((SECONDS - begun)) s**" > "$base.why" ;;
         *) echo "**failed, exit code $status**" > "$base.why" ;;
     esac
     write_table
+}
+
+end() {  # by a signal: timeout hands it on, and kills what does not heed it
+    [ -z "$child" ] || kill "$child"
+    write_table
+    exit 143
+}
+
+child=""
+trap end TERM INT HUP
+made="extras/bench/made_up.py --shards_dir=$scratch/shards$tiny${tiny:+ --tiny=true}"
+if [ ! -f "$scratch/made$tiny" ]; then  # without datasets some parts run all the same
+    timeout -k 5 "$total" python3 $made & child=$!
+    wait "$child" && touch "$scratch/made$tiny"
+    child=""
+fi
+queue=() tried=() number=0
+for part in "${parts[@]}"; do
+    number=$((number + 1)) base="$out/$((number))_${part%%|*}"
+    if [ -f "$base.why" ]; then tried+=("$number|$part"); elif [ ! -f "$base.md" ]; then queue+=("$number|$part"); fi
+done
+fresh=${#queue[@]}
+queue+=(${tried[@]+"${tried[@]}"})
+for at in "${!queue[@]}"; do
+    IFS='|' read -r _ _ seconds _ <<< "${queue[at]}"
+    left=$((total - SECONDS)) behind=0
+    for part in "${queue[@]:at + 1}"; do
+        IFS='|' read -r _ _ more _ <<< "$part"
+        behind=$((behind + more))
+    done
+    spare=$((left - behind))
+    if [ -n "$tiny" ]; then  # a rehearsal may be on a slow machine
+        seconds=$left
+    elif [ "$spare" -gt "$seconds" ]; then
+        seconds=$((spare < 2 * seconds ? spare : 2 * seconds))
+    elif [ "$at" -ge "$fresh" ] && [ "$left" -lt "$seconds" ]; then
+        continue  # what was there of it would be less
+    fi
+    seconds=$((seconds < left ? seconds : left))
+    [ "$seconds" -lt 5 ] || run_part "${queue[at]}" "$seconds"
 done
 write_table
 echo "$out/table.md"

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,77 @@ def test_what_is_there_stays_and_what_breaks_leaves_the_others(rehearsed):
     assert run_script(folder).returncode == 0
     after = results_of(folder)
     assert {name: after[name] for name in before} == before and len(after) == len(PARTS)
+
+
+# ----------------------------------------------------------------------------- its parts, pretended
+
+FAKE = """#!/bin/sh
+case "$*" in
+    *find_spec*) echo false ;;
+    *made_up*) exit $MADE ;;
+    *gpu_checks*) echo a row; exec sleep $SLEEP ;;
+    *answering*) exit 1 ;;
+    *training*) for flag; do case $flag in --out=*.md) f=${flag#--out=}; echo {} > "${f%.md}.json" ;; esac; done ;;
+esac
+"""
+
+
+@pytest.fixture
+def pretend(tmp_path):
+    """The script in a folder of its own, as a function that starts it; a Python there that does nothing."""
+    for name, text in (("bin/python3", FAKE), ("extras/bench/gpu.sh", SCRIPT)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "bin/python3").chmod(0o755)
+
+    def start(*flags, sleep=0, made=0):
+        environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLEEP": str(sleep),
+                       "MADE": str(made)}
+        return subprocess.Popen(["bash", tmp_path / "extras/bench/gpu.sh", f"--scratch={tmp_path}/scratch", *flags],
+                                cwd=tmp_path, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+                                env=environment)
+
+    return start
+
+
+def begun(process):
+    """[(part, its most seconds)] in their order, and the exit code."""
+    words = process.communicate()[1]
+    return [(name, int(most)) for name, most in re.findall(r"^\d+\. (\w+), at most (\d+) s$", words, re.M)], \
+        process.returncode
+
+
+def test_a_rehearsal_keeps_nothing_from_being_measured(pretend, tmp_path):
+    assert len(begun(pretend("--device=cpu", "--tiny"))[0]) == len(PARTS)
+    assert len(begun(pretend())[0]) == len(PARTS)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"gpu", "gpu_tiny"}
+    assert len([*tmp_path.glob("out/gpu/*.json")]) == 5  # of each step that was trained
+
+
+def test_time_that_is_left_goes_to_what_needs_it_and_what_failed_comes_last(pretend, tmp_path):
+    given, code = begun(pretend(made=1))  # no dataset: the others run all the same
+    most = {name: int(seconds) for name, seconds in PARTS}
+    assert [name for name, _ in given] == list(most) and code == 1
+    assert all(most[name] <= seconds <= 2 * most[name] for name, seconds in given)
+    assert given[-1] == ("classifying", 2 * most["classifying"])
+    [gone] = tmp_path.glob("out/gpu/*_limits.md")
+    gone.unlink()
+    assert begun(pretend())[0] == [("limits", 2 * most["limits"]), ("answers", 2 * most["answers"])]
+    gone.unlink()
+    assert [name for name, _ in begun(pretend(f"--seconds={most['answers'] - 1}"))[0]] == ["limits"]
+    assert "**failed, exit code 1**" in (tmp_path / "out/gpu/table.md").read_text()
+
+
+def test_a_signal_leaves_the_table(pretend, tmp_path):
+    process, partial = pretend(sleep=60), tmp_path / "out/gpu/1_checks.partial"
+    while not (partial.is_file() and partial.read_text()):
+        time.sleep(0.05)
+    begin = time.monotonic()
+    process.terminate()
+    assert process.wait() == 143 and time.monotonic() - begin < 10
+    table = (tmp_path / "out/gpu/table.md").read_text()
+    assert "## 1. checks\n\n**ended from outside**\na row\n" in table and table.count("not begun") == len(PARTS) - 1
+    process.communicate()  # which ends where nobody holds its pipe any more: the part is gone, too
 
 
 @pytest.mark.parametrize("flag", ["--device=tpu", "--tiny=no", "--seconds=ten", "--seconds=", "--out=", "more"])

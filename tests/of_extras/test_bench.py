@@ -167,7 +167,7 @@ def test_a_qwen_of_transformers_learns_what_ours_does_and_a_mistake_is_seen(lora
 
 
 @torch.no_grad()
-def test_answers_are_those_of_transformers_and_others_are_no_tie(shapes):
+def test_answers_are_those_of_transformers_and_others_are_no_tie(shapes, monkeypatch):
     model, stops = tiny_qwen("full").eval(), (5, 9)
     peer = peers.make_peer(model, shapes, stops).eval()
     config = answering.Config(new_tokens=6, peer_batch_size=3)
@@ -181,6 +181,10 @@ def test_answers_are_those_of_transformers_and_others_are_no_tie(shapes):
         answering.compare(model, shapes, ours, theirs, 5, torch.float32)
     other = answering.compare(model, shapes, ours, theirs, 5, torch.bfloat16)
     assert other.startswith("7 of 8 answers are the same")
+    monkeypatch.setattr(answering, "FEW", 1)  # of 16 bits no more are looked at
+    ours[5] = [(ours[5][0] + 1) % VOCABULARY]
+    other = answering.compare(model, shapes, ours, theirs, 5, torch.bfloat16)
+    assert other.startswith("6 of 8 answers are the same as transformers'; in 1 of the others two tokens are no more ")
 
 
 # ----------------------------------------------------------------------------- beside TRL

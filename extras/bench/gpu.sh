@@ -48,6 +48,7 @@ out="${out:-out/gpu$tiny}"  # never into one folder: what is there is not measur
 cd "$(dirname "$0")/../.." && mkdir -p "$out" "$scratch" || exit 2
 [ -w "$out" ] && [ -w "$scratch" ] || { echo "$out or $scratch: cannot be written to" >&2; exit 2; }
 export PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR="$scratch/compiled"
+[ -z "$tiny" ] || export OMP_NUM_THREADS=1  # tiny products gain nothing from a second thread, and wait for it
 trl=$(python3 -c 'from importlib.util import find_spec; print(str(find_spec("trl") is not None).lower())')
 run="--device=$device --shards_dir=$scratch/shards$tiny" half="--dtype=bfloat16" rl="--model=llama_1b"
 step="training.py $run --beside=false --rounds=1 --out=$scratch/step.md"

@@ -42,6 +42,16 @@ def clock(device):
     return time.perf_counter()
 
 
+def best(function, device):
+    """The least seconds that it took in ten times, behind a first one that does not count."""
+    seconds = []
+    for _ in range(11):
+        begin = clock(device)
+        function()
+        seconds.append(clock(device) - begin)
+    return min(seconds[1:])
+
+
 @torch.no_grad()
 def measure_limits(device, dtype):
     """(FLOP/s of a matrix product, bytes/s of a copy) of this machine: the best of 10."""
@@ -49,26 +59,7 @@ def measure_limits(device, dtype):
     matrix = torch.randn(size, size, device=device, dtype=dtype)
     product = Linear(size, size, bias=False).to(device, dtype)
     source = torch.ones(1 << 28, device=device, dtype=torch.uint8)
-
-    def best(function):
-        seconds = []
-        for _ in range(10):
-            begin = clock(device)
-            function()
-            seconds.append(clock(device) - begin)
-        return min(seconds)
-
-    return 2 * size ** 3 / best(lambda: product(matrix)), 2 * source.numel() / best(source.clone)
-
-
-def best(function, device, times=10):
-    """The least seconds that it took, behind a first time that does not count."""
-    seconds = []
-    for _ in range(1 + times):
-        begin = clock(device)
-        function()
-        seconds.append(clock(device) - begin)
-    return min(seconds[1:])
+    return 2 * size ** 3 / best(lambda: product(matrix), device), 2 * source.numel() / best(source.clone, device)
 
 
 @torch.no_grad()

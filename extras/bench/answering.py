@@ -29,7 +29,6 @@ if __name__ == "__main__":
     require_packages("tests/requirements.txt", "peft", "transformers")
 
 import itertools
-import time
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal

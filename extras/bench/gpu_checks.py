@@ -19,7 +19,6 @@ import contextlib
 from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from types import SimpleNamespace
 from typing import Literal
 from unittest.mock import patch

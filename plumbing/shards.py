@@ -93,6 +93,8 @@ class Shard:
     Raises UserError when the shard is absent, cut short, altered, or written by another version.
     """
 
+    mapped = ()  # mmaps of its files; a shard in memory, such as tests make, has none
+
     def __init__(self, folder):
         self.folder = Path(folder)
         again = how_to_prepare(self.folder.parent)
@@ -113,7 +115,7 @@ class Shard:
             if not path.is_file() or path.stat().st_size != expected["bytes"]:
                 raise UserError(f"{path}: missing, or not its {expected['bytes']} bytes; {again}")
         self.again, self.mend = again, f"delete {self.folder.parent} and {again}"
-        self.mapped = []  # mmaps of its files
+        self.mapped = []
         self.samples, self.parts, self.image_index = (self.map(name, dtype, verify=True) for name, dtype in (
             ("samples.bin", SAMPLE), ("parts.bin", "<i4"), ("images.idx", IMAGE)))
         self.tokens = self.map("tokens.bin", self.manifest["token_dtype"])

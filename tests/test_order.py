@@ -20,7 +20,7 @@ def draw_shard(random):
     """Samples of no, one or several images, drawn, some of them alike, some in groups."""
     n, images = random.integers(50, 400), random.integers(1, 200)
     shard, rows = Shard.__new__(Shard), np.zeros(n, SAMPLE)
-    shard.samples, shard.image_index, shard.mapped = rows, np.zeros(images, IMAGE), []
+    shard.samples, shard.image_index = rows, np.zeros(images, IMAGE)
     shard.image_index["height"], shard.image_index["width"] = random.integers(1, 5, (2, images)) * 16
     rows["images"], rows["spans"] = random.integers(0, random.integers(2, 4), n), 1
     counts = rows["images"] + 2

@@ -692,7 +692,7 @@ def test_a_group_that_is_too_large_repeats_its_image(limit, tmp_path):
 def test_order_of_3_350_000_samples_is_a_permutation():
     n, rng = 3_350_000, np.random.default_rng(0)
     shard, image = Shard.__new__(Shard), rng.integers(-1, 1_000_000, n)
-    shard.samples, shard.image_index, shard.mapped = np.zeros(n, SAMPLE), np.zeros(1_000_000, IMAGE), []
+    shard.samples, shard.image_index = np.zeros(n, SAMPLE), np.zeros(1_000_000, IMAGE)
     shard.samples["prompt"], shard.samples["length"], shard.samples["head"] = 22, 26, 2
     shard.samples["image"], shard.samples["images"] = image, image >= 0
     shard.parts = image[image >= 0].astype("<i4")
